@@ -1,0 +1,1 @@
+//! What a provider publishes. (The market room writes this file: see its brief.)
