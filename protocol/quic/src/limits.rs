@@ -1,0 +1,178 @@
+//! Every bound of this room, in one place.
+
+use core::time::Duration;
+use quinn::{IdleTimeout, TransportConfig, VarInt};
+use std::sync::Arc;
+use thiserror::Error;
+
+/// ALPN of the connection: protocol name and major version.
+pub(crate) const ALPN: &[u8] = b"satgrid/1";
+/// Longest frame, in bytes.
+pub(crate) const MAX_FRAME_BYTES: usize = 1 << 20;
+/// A frame up to this size, in bytes, needs no share of [`Limits::large_frame_bytes`].
+pub(crate) const SMALL_FRAME_BYTES: usize = 64 * 1024;
+/// A frame is given [`Limits::frame_wait`] and one second more for each of these, in bytes.
+pub(crate) const SLOWEST_BYTES_PER_S: usize = 64 * 1024;
+/// Within this time a dead peer or path is noticed.
+const DEAD_PEER: Duration = Duration::from_secs(2);
+
+/// What peers may make this node hold, and how long it waits for them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Accepted connections, handshakes in progress included.
+    pub connections: usize,
+    /// Of those, from one source: an IPv4 address or an IPv6 /64.
+    pub connections_per_source: usize,
+    /// Handshakes in progress. From half of it on, a new client must first prove its address (QUIC Retry).
+    pub handshakes: usize,
+    /// Streams that a consumer may have open on one connection.
+    pub streams: u32,
+    /// Longest frame in either direction.
+    pub frame_bytes: usize,
+    /// Received and not yet read, per stream.
+    pub stream_window_bytes: u32,
+    /// Received and not yet read, per connection.
+    pub connection_window_bytes: u32,
+    /// Written and not yet acknowledged, per connection.
+    pub send_window_bytes: u32,
+    /// Per connection, frames of more than 64 KiB that are being received at one time.
+    pub large_frame_bytes: usize,
+    /// A packet is sent at least this often.
+    pub keep_alive: Duration,
+    /// A connection on which nothing was heard for this long is over.
+    ///
+    /// QUIC restarts the idle timer when a packet comes and at the first packet sent afterwards. The latest possible
+    /// restart after a death is therefore one `keep_alive` later, and death is noticed within `keep_alive + idle`:
+    /// 1.9 s by default. Only on a path whose probe timeout exceeds a third of `idle` does QUIC wait longer
+    /// (three probe timeouts: it matters from a round trip of about 400 ms).
+    pub idle: Duration,
+    /// From the first packet to an authenticated peer.
+    pub handshake: Duration,
+    /// From a frame's first byte to its last, and one second more for each 64 KiB of it.
+    pub frame_wait: Duration,
+    /// For room for one more stream.
+    pub stream_wait: Duration,
+    /// For the peer's confirmation of everything sent, and for connections to close at shutdown.
+    pub drain_wait: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            connections: 256,
+            connections_per_source: 64,
+            handshakes: 64,
+            streams: 32,
+            frame_bytes: MAX_FRAME_BYTES,
+            stream_window_bytes: 1 << 20,
+            connection_window_bytes: 4 << 20,
+            send_window_bytes: 4 << 20,
+            large_frame_bytes: 4 << 20,
+            keep_alive: Duration::from_millis(400),
+            idle: Duration::from_millis(1500),
+            handshake: Duration::from_secs(5),
+            frame_wait: Duration::from_secs(10),
+            stream_wait: Duration::from_secs(10),
+            drain_wait: Duration::from_secs(2),
+        }
+    }
+}
+
+/// Limits that contradict each other.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum LimitsError {
+    #[error("keep-alive every {keep_alive:?} and {idle:?} of silence allowed: a dead peer must show within {DEAD_PEER:?}, and one lost packet must not kill a link")]
+    DeadPeer { keep_alive: Duration, idle: Duration },
+    #[error("{name} is zero")]
+    Zero { name: &'static str },
+    #[error("{small_name} is {small}, more than {large_name}, which is {large}")]
+    Order { small_name: &'static str, small: usize, large_name: &'static str, large: usize },
+}
+
+impl Limits {
+    pub(crate) fn check(&self) -> Result<(), LimitsError> {
+        let (keep_alive, idle) = (self.keep_alive, self.idle);
+        if keep_alive + idle > DEAD_PEER || idle < 2 * keep_alive || keep_alive.is_zero() {
+            return Err(LimitsError::DeadPeer { keep_alive, idle });
+        }
+        for (name, value) in [
+            ("connections", self.connections),
+            ("connections_per_source", self.connections_per_source),
+            ("handshakes", self.handshakes),
+            ("streams", self.streams as usize),
+            ("frame_bytes", self.frame_bytes),
+            ("stream_window_bytes", self.stream_window_bytes as usize),
+        ] {
+            if value == 0 {
+                return Err(LimitsError::Zero { name });
+            }
+        }
+        for (small_name, small, large_name, large) in [
+            ("stream_window_bytes", self.stream_window_bytes, "connection_window_bytes", self.connection_window_bytes),
+            ("frame_bytes", clamp_u32(self.frame_bytes), "large_frame_bytes", clamp_u32(self.large_frame_bytes)),
+        ] {
+            if small > large {
+                let (small, large) = (small as usize, large as usize);
+                return Err(LimitsError::Order { small_name, small, large_name, large });
+            }
+        }
+        Ok(())
+    }
+
+    /// The most memory, in bytes, that the peer of one connection can make this node hold.
+    pub fn bytes_per_connection(&self) -> usize {
+        let small_frames = (self.streams as usize).saturating_mul(SMALL_FRAME_BYTES.min(self.frame_bytes));
+        (self.connection_window_bytes as usize)
+            .saturating_add(self.send_window_bytes as usize)
+            .saturating_add(self.large_frame_bytes)
+            .saturating_add(small_frames)
+    }
+
+    pub(crate) fn frame_deadline(&self, len: usize) -> Duration {
+        self.frame_wait + Duration::from_secs((len / SLOWEST_BYTES_PER_S) as u64)
+    }
+
+    /// `streams`: how many the peer may open. Datagrams and one-way streams are off in both directions.
+    pub(crate) fn transport(&self, streams: u32) -> Arc<TransportConfig> {
+        let mut transport = TransportConfig::default();
+        let idle = u32::try_from(self.idle.as_millis()).unwrap_or(u32::MAX);
+        transport
+            .max_concurrent_bidi_streams(streams.into())
+            .max_concurrent_uni_streams(0u32.into())
+            .stream_receive_window(self.stream_window_bytes.into())
+            .receive_window(self.connection_window_bytes.into())
+            .send_window(self.send_window_bytes.into())
+            .datagram_receive_buffer_size(None)
+            .keep_alive_interval(Some(self.keep_alive))
+            .max_idle_timeout(Some(IdleTimeout::from(VarInt::from_u32(idle))))
+            .allow_spin(false);
+        Arc::new(transport)
+    }
+}
+
+fn clamp_u32(value: usize) -> u32 {
+    u32::try_from(value).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_agree_and_contradictions_are_refused() {
+        assert_eq!(Limits::default().check(), Ok(()));
+        let slow = Limits { idle: Duration::from_secs(30), ..Limits::default() };
+        assert!(matches!(slow.check(), Err(LimitsError::DeadPeer { .. })));
+        let hasty = Limits { keep_alive: Duration::from_secs(1), idle: Duration::from_secs(1), ..Limits::default() };
+        assert!(matches!(hasty.check(), Err(LimitsError::DeadPeer { .. })));
+        let closed = Limits { streams: 0, ..Limits::default() };
+        assert_eq!(closed.check(), Err(LimitsError::Zero { name: "streams" }));
+        let narrow = Limits { large_frame_bytes: 1, ..Limits::default() };
+        assert!(matches!(narrow.check(), Err(LimitsError::Order { .. })));
+    }
+
+    #[test]
+    fn one_peer_costs_at_most_14_mib_by_default() {
+        assert_eq!(Limits::default().bytes_per_connection(), 14 << 20);
+    }
+}

@@ -1,0 +1,240 @@
+//! The frames of a session.
+//!
+//! One QUIC connection carries one session: the consumer's TLS key is its session key. The consumer opens one control
+//! stream, then one stream per request. Each direction of each kind of stream has an enum of its own, so that a frame
+//! in the wrong place does not decode. A frame on the wire is a u32 big-endian length and that many bytes of canonical
+//! CBOR: the array `[number of the variant, fields]`.
+//!
+//! | stream | consumer says | provider says |
+//! |---|---|---|
+//! | control | [`ConsumerControl`] | [`ProviderControl`] |
+//! | request | [`ConsumerFrame`] | [`ProviderFrame`] |
+
+use minicbor::{Decode, Encode};
+use satgrid_ledger::statements::{
+    Ack, CreditNote, Receipt, RequestOpen, RequestPrivate, SessionClose, SessionOpen, SliceDescriptor,
+};
+use satgrid_types::{
+    BothSigned, FinishReason, ListingId, ModelRoot, Msat, PaymentHash, Quote, ReceiptId, RequestId, Salt, SessionId,
+    Signature, Signed,
+    cbor::{self, CodecError},
+};
+
+/// No frame is longer, in bytes: a prompt of [`MAX_PROMPT_TOKENS`] five-byte ids and room for the rest.
+pub const MAX_FRAME: usize = 1 << 20;
+/// Longest prompt that a request may carry, in tokens.
+pub const MAX_PROMPT_TOKENS: usize = 128 * 1024;
+/// Tokens are flushed at every engine step; a chunk never holds more.
+pub const MAX_CHUNK_TOKENS: usize = 32;
+/// Stop strings of one request.
+pub const MAX_STOPS: usize = 16;
+/// Open requests that a resume may speak of.
+pub const MAX_OPEN_REQUESTS: usize = 64;
+/// Longest reason text, in bytes.
+pub const MAX_REASON: usize = 512;
+
+const _: () = assert!(MAX_PROMPT_TOKENS * 5 + 64 * 1024 <= MAX_FRAME, "the longest prompt fits one frame");
+
+/// Version and features that each side states first.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Hello {
+    #[n(0)]
+    pub version: u32,
+    /// Names of optional abilities; unknown ones are ignored.
+    #[n(1)]
+    pub features: Vec<String>,
+}
+
+impl Hello {
+    pub const VERSION: u32 = 1;
+    pub fn ours() -> Hello {
+        Hello { version: Hello::VERSION, features: vec!["whole".into()] }
+    }
+}
+
+/// Why a provider will not do what it was asked. Text for people goes beside it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(index_only)]
+pub enum Refusal {
+    /// The listing or model is not (or no longer) offered.
+    #[n(0)]
+    NotOffered,
+    /// All slots are taken; try later or elsewhere.
+    #[n(1)]
+    Busy,
+    /// The prepaid balance does not cover the first piece of work.
+    #[n(2)]
+    Funds,
+    /// Prompt and output do not fit the context.
+    #[n(3)]
+    Context,
+    /// The quote is unknown, of another session, or no longer valid.
+    #[n(4)]
+    Quote,
+    /// The peer broke the protocol.
+    #[n(5)]
+    Protocol,
+    /// The provider's engine, wallet or journal cannot serve now.
+    #[n(6)]
+    Unavailable,
+    /// No such session or request here.
+    #[n(7)]
+    Unknown,
+}
+
+/// What the consumer knows about a request that a broken connection left open.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct OpenRequest {
+    #[n(0)]
+    pub request: RequestId,
+    /// The last acknowledgement that the consumer countersigned; the provider may have missed it.
+    #[n(1)]
+    pub last_ack: Option<BothSigned<Ack>>,
+}
+
+/// From consumer to provider on the control stream.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum ConsumerControl {
+    #[n(0)]
+    Hello(#[n(0)] Hello),
+    #[n(1)]
+    WantQuote(#[n(0)] ListingId, #[n(1)] ModelRoot),
+    #[n(2)]
+    Open(#[n(0)] Signed<SessionOpen>),
+    /// Slice number and amount; the provider answers with an invoice.
+    #[n(3)]
+    WantInvoice(#[n(0)] u32, #[n(1)] Msat),
+    /// After a broken connection: every request that the consumer had open, to be ended at its last acknowledgement,
+    /// and the last receipt that it countersigned.
+    #[n(4)]
+    Resume(#[n(0)] SessionId, #[n(1)] Vec<OpenRequest>, #[n(2)] Option<BothSigned<Receipt>>),
+    #[n(5)]
+    Close(#[n(0)] Signed<SessionClose>),
+}
+
+/// From provider to consumer on the control stream.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum ProviderControl {
+    #[n(0)]
+    Hello(#[n(0)] Hello),
+    #[n(1)]
+    Quote(#[n(0)] Signed<Quote>),
+    #[n(2)]
+    Opened(#[n(0)] SessionId),
+    #[n(3)]
+    Invoice(#[n(0)] SliceDescriptor, #[n(1)] String),
+    /// Slice k has arrived; all slices so far come to this amount.
+    #[n(4)]
+    Credited(#[n(0)] u32, #[n(1)] Msat),
+    /// The session goes on: everything paid, and the last receipt, by the provider's books.
+    #[n(5)]
+    Resumed(#[n(0)] SessionId, #[n(1)] Msat, #[n(2)] Option<ReceiptId>),
+    /// The remainder is on its way to the consumer's invoice.
+    #[n(6)]
+    Refunding(#[n(0)] PaymentHash, #[n(1)] Msat),
+    /// The remainder (or what could not be paid of it) is owed.
+    #[n(7)]
+    Owed(#[n(0)] Signed<CreditNote>),
+    /// Nothing is left to settle.
+    #[n(8)]
+    Closed,
+    #[n(9)]
+    Refused(#[n(0)] Refusal, #[n(1)] String),
+}
+
+/// From consumer to provider on a request's stream.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum ConsumerFrame {
+    #[n(0)]
+    Start(#[n(0)] Box<StartRequest>),
+    /// Countersignature of acknowledgement `seq`.
+    #[n(1)]
+    Ack(#[n(0)] u32, #[n(1)] Signature),
+    #[n(2)]
+    Cancel,
+    /// Countersignature of the receipt.
+    #[n(3)]
+    Receipt(#[n(0)] Signature),
+}
+
+/// A request with the private side that its signed part commits to.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct StartRequest {
+    #[n(0)]
+    pub open: Signed<RequestOpen>,
+    #[n(1)]
+    pub salt: Salt,
+    #[n(2)]
+    pub prompt: Vec<u32>,
+    #[n(3)]
+    pub private: RequestPrivate,
+}
+
+/// From provider to consumer on a request's stream.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum ProviderFrame {
+    /// Index of the first id within the output, and the ids.
+    #[n(0)]
+    Chunk(#[n(0)] u32, #[n(1)] Vec<u32>),
+    #[n(1)]
+    Ack(#[n(0)] Signed<Ack>),
+    /// The request is over; its receipt, to be countersigned.
+    #[n(2)]
+    Receipt(#[n(0)] FinishReason, #[n(1)] Signed<Receipt>),
+    /// Not accepted: nothing was done and nothing is owed.
+    #[n(3)]
+    Refused(#[n(0)] Refusal, #[n(1)] String),
+}
+
+/// Encodes a frame. The caller adds the length.
+pub fn encode<F: Encode<()>>(frame: &F) -> Vec<u8> {
+    cbor::encode(frame)
+}
+
+/// Decodes a frame, refusing what is over the limit or not canonical.
+pub fn decode<'b, F: Decode<'b, ()> + Encode<()>>(bytes: &'b [u8]) -> Result<F, CodecError> {
+    cbor::decode_limited(bytes, MAX_FRAME)
+}
+
+/// A reason text cut to [`MAX_REASON`] bytes at a character's border.
+pub fn reason(text: impl Into<String>) -> String {
+    let mut text = text.into();
+    if text.len() > MAX_REASON {
+        let mut end = MAX_REASON;
+        while !text.is_char_boundary(end) {
+            end -= 1;
+        }
+        text.truncate(end);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_survive_the_wire_and_only_in_their_own_place() {
+        let frame = ProviderFrame::Chunk(7, vec![1, 70_000]);
+        let bytes = encode(&frame);
+        assert_eq!(hex::encode(&bytes), "8200820782011a00011170");
+        assert_eq!(decode::<ProviderFrame>(&bytes), Ok(frame));
+        assert!(decode::<ConsumerControl>(&bytes).is_err());
+        let control = ConsumerControl::WantInvoice(3, Msat(10_000));
+        assert_eq!(decode::<ConsumerControl>(&encode(&control)), Ok(control));
+    }
+
+    #[test]
+    fn over_the_limit_is_refused_before_decoding() {
+        let bytes = vec![0u8; MAX_FRAME + 1];
+        assert!(matches!(decode::<ConsumerFrame>(&bytes), Err(CodecError::TooLong { .. })));
+    }
+
+    #[test]
+    fn reasons_are_cut_at_characters() {
+        assert!(reason("ä".repeat(400)).len() <= MAX_REASON);
+    }
+}

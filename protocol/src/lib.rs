@@ -1,0 +1,22 @@
+//! What two nodes say to each other, and what follows from it for both.
+//!
+//! * [`frame`]: the messages of a session, one canonical encoding each, with a limit on everything;
+//! * [`session`]: the state of one session as a fold over its journal entries, the same on both sides;
+//! * [`metering`]: how far work may run ahead of acknowledgements and of money;
+//! * [`slices`]: when the next instalment is due and how large it is;
+//! * [`exposure`]: the most that either side can lose at this moment;
+//! * [`check`]: what a consumer verifies in a quote, an invoice, an acknowledgement and a receipt before it signs or pays.
+//!
+//! Pure: no clock, socket, file or random source. Normative text: docs/protocol.md and docs/money.md.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+#![forbid(unsafe_code)]
+
+pub mod check;
+pub mod exposure;
+pub mod frame;
+pub mod metering;
+pub mod session;
+pub mod slices;
+
+/// ALPN of the QUIC connection: protocol name and major version.
+pub const ALPN: &[u8] = b"satgrid/1";

@@ -1,0 +1,343 @@
+//! One session as both sides see it: a fold over what the journal holds about it.
+//!
+//! The methods of [`SessionState`] that are named after a step return the [`Draft`] that the journal must make durable;
+//! [`SessionState::apply`] takes a draft that is durable (or is about to be, in order) into the state. A node that
+//! starts again folds its journal and stands where it stood: there is no second source of truth.
+//!
+//! | step | who | entry | what a crash right after it means |
+//! |---|---|---|---|
+//! | open | both | quote, open | the session exists, nothing is paid |
+//! | invoice | both | invoice | it may be paid until it expires |
+//! | attempt | consumer | attempted + pending slice | the payment may be out: resolve it by its hash, never pay k again before |
+//! | settle, fail | consumer | settled / failed, posted / voided | known |
+//! | credit | provider | received + posted | the balance is there |
+//! | request | both | request + hold | nothing is owed yet |
+//! | ack | both | ack + hold | so much is owed |
+//! | finish | both | receipt, holds posted or voided | settled |
+//! | abandon | both | abandoned, holds posted or voided | settled at the last ack |
+//! | close, refund | both | close, refund entries | the remainder is due, on its way, or back |
+
+mod requests;
+mod slices;
+#[cfg(test)]
+mod tests;
+
+use crate::exposure::{ConsumerExposure, ProviderExposure};
+use satgrid_ledger::{
+    entry::{Draft, Evidence},
+    statements::{SessionClose, SessionOpen, session_id},
+    transfer::{Account, Transfer, TransferKind, transfer_id},
+};
+use satgrid_pricing::ChargeError;
+use satgrid_types::{
+    AckId, Msat, NodeKey, Numerators, PaymentHash, Quote, QuoteId, ReceiptId, RequestId, SessionId, Signed, UnixMs,
+    Verified,
+};
+use std::collections::{BTreeMap, BTreeSet};
+use thiserror::Error;
+
+pub use requests::{ReceiptFacts, RequestState};
+pub use slices::{SliceState, SliceStatus};
+
+/// Quotes of one session that are kept: the current one and those that open requests refer to.
+pub const MAX_QUOTES: usize = 16;
+
+/// Which side of the session this node is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Side {
+    Provider,
+    Consumer,
+}
+
+/// A step that does not fit the session's state: a bug of ours, or a journal that somebody edited.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum SessionError {
+    #[error("no request {0} in this session")]
+    UnknownRequest(RequestId),
+    #[error("no slice {0} in this session")]
+    UnknownSlice(u32),
+    #[error("no payment {0} in this session")]
+    UnknownPayment(PaymentHash),
+    #[error("no quote {0} in this session")]
+    UnknownQuote(QuoteId),
+    #[error("slice {k} is {status}, not what this step needs")]
+    SliceStatus { k: u32, status: &'static str },
+    #[error("{needed} needed, {available} available")]
+    Funds { needed: Msat, available: Msat },
+    #[error(transparent)]
+    Charge(#[from] ChargeError),
+    #[error("a sum does not fit 64 bits")]
+    Overflow,
+    #[error("evidence does not verify: {0}")]
+    Evidence(String),
+}
+
+/// The state of one session, on either side.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SessionState {
+    side: Side,
+    id: SessionId,
+    open: SessionOpen,
+    quotes: BTreeMap<QuoteId, Quote>,
+    current_quote: QuoteId,
+    slices: BTreeMap<u32, SliceState>,
+    by_hash: BTreeMap<PaymentHash, u32>,
+    paid: Msat,
+    refunded: Msat,
+    requests: BTreeMap<RequestId, RequestState>,
+    ended: BTreeSet<RequestId>,
+    /// Of all requests that ended.
+    settled: Numerators,
+    charged: Msat,
+    receipts: u32,
+    last_receipt: Option<ReceiptId>,
+    receipted_slices: BTreeSet<u32>,
+    receipted_paid: Msat,
+    close: Option<SessionClose>,
+}
+
+/// Requests that ended and are remembered, so that a late frame about one is not a new request.
+const MAX_ENDED: usize = 4_096;
+
+impl SessionState {
+    /// A new session. The drafts that make it durable are [`SessionState::open_drafts`].
+    pub fn new(side: Side, quote: &Verified<Quote>, open: &Verified<SessionOpen>) -> SessionState {
+        SessionState {
+            side,
+            id: session_id(open),
+            open: SessionOpen::clone(open),
+            quotes: BTreeMap::from([(quote.quote_id(), Quote::clone(quote))]),
+            current_quote: quote.quote_id(),
+            slices: BTreeMap::new(),
+            by_hash: BTreeMap::new(),
+            paid: Msat::ZERO,
+            refunded: Msat::ZERO,
+            requests: BTreeMap::new(),
+            ended: BTreeSet::new(),
+            settled: Numerators::ZERO,
+            charged: Msat::ZERO,
+            receipts: 0,
+            last_receipt: None,
+            receipted_slices: BTreeSet::new(),
+            receipted_paid: Msat::ZERO,
+            close: None,
+        }
+    }
+
+    /// The entries that begin a session.
+    pub fn open_drafts(quote: &Verified<Quote>, open: &Verified<SessionOpen>) -> Vec<Draft> {
+        vec![
+            Draft::of(Evidence::Quote(quote.evidence().clone())),
+            Draft::of(Evidence::Open(open.evidence().clone())),
+        ]
+    }
+
+    pub fn side(&self) -> Side {
+        self.side
+    }
+    pub fn id(&self) -> SessionId {
+        self.id
+    }
+    pub fn provider(&self) -> NodeKey {
+        self.open.provider
+    }
+    pub fn consumer(&self) -> NodeKey {
+        self.open.consumer
+    }
+    pub fn terms(&self) -> &SessionOpen {
+        &self.open
+    }
+    /// The quote under which new requests and invoices are made.
+    pub fn quote_id(&self) -> QuoteId {
+        self.current_quote
+    }
+    pub fn quote(&self) -> &Quote {
+        // The current quote is inserted before it becomes current and is never evicted.
+        &self.quotes[&self.current_quote]
+    }
+    pub fn quote_of(&self, id: &QuoteId) -> Option<&Quote> {
+        self.quotes.get(id)
+    }
+    /// Slices that arrived, less refunds.
+    pub fn paid(&self) -> Msat {
+        self.paid
+    }
+    /// The session's charge so far: over all requests that ended.
+    pub fn charged(&self) -> Msat {
+        self.charged
+    }
+    pub fn refunded(&self) -> Msat {
+        self.refunded
+    }
+    pub fn receipts(&self) -> u32 {
+        self.receipts
+    }
+    pub fn last_receipt(&self) -> Option<ReceiptId> {
+        self.last_receipt
+    }
+    pub fn close_statement(&self) -> Option<&SessionClose> {
+        self.close.as_ref()
+    }
+    /// Reserved by open requests.
+    pub fn reserved(&self) -> Msat {
+        self.requests.values().fold(Msat::ZERO, |sum, r| sum.saturating_add(r.reserved()))
+    }
+    /// What is prepaid and neither charged nor reserved: the one figure for admission and for display.
+    pub fn available(&self) -> Msat {
+        self.remainder().saturating_sub(self.reserved())
+    }
+    /// What is prepaid and not charged: what a close would give back.
+    pub fn remainder(&self) -> Msat {
+        self.paid.saturating_sub(self.charged).saturating_sub(self.refunded)
+    }
+
+    /// "Most you can lose now", consumer's side.
+    pub fn consumer_exposure(&self) -> ConsumerExposure {
+        let acked = self.requests.values().fold(Msat::ZERO, |sum, r| sum.saturating_add(r.acked_cost()));
+        ConsumerExposure {
+            paid: self.paid.saturating_sub(self.refunded),
+            charged: self.charged.saturating_add(acked),
+            in_flight: self.in_flight(),
+        }
+    }
+
+    /// "Most you can lose now", provider's side; `done` is the cost of the work done in open requests.
+    pub fn provider_exposure(&self, done: Msat) -> ProviderExposure {
+        let acked = self.requests.values().fold(Msat::ZERO, |sum, r| sum.saturating_add(r.acked_cost()));
+        let owed = self.charged.saturating_add(acked);
+        ProviderExposure { done, acked, credit: owed.saturating_sub(self.paid) }
+    }
+
+    /// A further quote for the same session, after the current one ran out.
+    pub fn requote(&self, quote: &Verified<Quote>) -> Draft {
+        Draft::of(Evidence::Quote(quote.evidence().clone()))
+    }
+
+    /// The consumer's close. The provider moves the remainder to refunds due in the same entry.
+    pub fn closed(&self, close: &Signed<SessionClose>) -> Draft {
+        let draft = Draft::of(Evidence::Close(close.clone()));
+        let remainder = self.remainder();
+        match self.side {
+            Side::Provider if !remainder.is_zero() => {
+                let id = transfer_id(self.id, None, TransferKind::Remainder, 0);
+                let (debit, credit) = (Account::Prepaid(self.id), Account::RefundsDue(self.id));
+                draft.with([Transfer::post(id, debit, credit, remainder)])
+            }
+            Side::Provider | Side::Consumer => draft,
+        }
+    }
+
+    /// Provider: about to pay the remainder back.
+    pub fn refund_attempted(&self, payment_hash: PaymentHash, amount: Msat, max_fee: Msat) -> Draft {
+        let id = transfer_id(self.id, None, TransferKind::Refund, 0);
+        let (debit, credit) = (Account::RefundsDue(self.id), Account::Lightning);
+        Draft::of(Evidence::RefundAttempted { session: self.id, payment_hash, amount, max_fee })
+            .with([Transfer::pending(id, debit, credit, amount, None)])
+    }
+
+    /// Consumer: the remainder came back.
+    pub fn refund_received(&self, payment_hash: PaymentHash, amount: Msat) -> Draft {
+        let id = transfer_id(self.id, None, TransferKind::RefundCredit, 0);
+        let (debit, credit) = (Account::Lightning, Account::PrepaidAsset(self.id));
+        Draft::of(Evidence::RefundReceived { session: self.id, payment_hash, amount })
+            .with([Transfer::post(id, debit, credit, amount.min(self.remainder()))])
+    }
+
+    /// Takes a durable draft into the state. Drafts about other sessions change nothing.
+    pub fn apply(&mut self, draft: &Draft) -> Result<(), SessionError> {
+        let Some(evidence) = &draft.evidence else {
+            // A further reservation stands alone; its id says whose it is.
+            let open: Vec<RequestId> = self.requests.keys().copied().collect();
+            open.iter().for_each(|id| self.apply_holds(id, &draft.transfers));
+            return Ok(());
+        };
+        match evidence {
+            Evidence::Quote(signed) => self.apply_quote(signed),
+            Evidence::Invoice { session, k, bolt11, descriptor } if *session == self.id => {
+                self.apply_invoice(*k, bolt11, descriptor)
+            }
+            Evidence::PaymentAttempted { session, k, payment_hash, max_fee } if *session == self.id => {
+                self.apply_attempt(*k, payment_hash, *max_fee)
+            }
+            Evidence::PaymentSettled { payment_hash, .. } => self.apply_settled(payment_hash),
+            Evidence::PaymentFailed { payment_hash, .. } => self.apply_failed(payment_hash),
+            Evidence::PaymentReceived { payment_hash, .. } => self.apply_received(payment_hash),
+            Evidence::Request(signed) => self.apply_request(signed, &draft.transfers),
+            Evidence::Ack(both) => self.apply_ack(both, &draft.transfers),
+            Evidence::Receipt { receipt, .. } => self.apply_receipt(receipt),
+            Evidence::Abandoned { session, request, numerators, .. } if *session == self.id => {
+                self.apply_abandoned(*request, *numerators)
+            }
+            Evidence::Close(signed) => self.apply_close(signed),
+            Evidence::RefundSettled { session, amount, .. } | Evidence::RefundReceived { session, amount, .. }
+                if *session == self.id =>
+            {
+                self.refunded = self.refunded.checked_add(*amount).ok_or(SessionError::Overflow)?;
+                Ok(())
+            }
+            Evidence::Genesis { .. }
+            | Evidence::Listing { .. }
+            | Evidence::Open(_)
+            | Evidence::Invoice { .. }
+            | Evidence::PaymentAttempted { .. }
+            | Evidence::Abandoned { .. }
+            | Evidence::CreditNote(_)
+            | Evidence::RefundAttempted { .. }
+            | Evidence::RefundSettled { .. }
+            | Evidence::RefundReceived { .. }
+            | Evidence::ChannelClosed { .. }
+            | Evidence::Misbehaviour { .. }
+            | Evidence::WalletSnapshot { .. }
+            | Evidence::Checkpoint { .. }
+            | Evidence::Promise(_) => Ok(()),
+        }
+    }
+
+    fn apply_quote(&mut self, signed: &Signed<Quote>) -> Result<(), SessionError> {
+        // A quote for somebody else, or one whose signature does not hold, is not ours to fold.
+        let Ok(quote) = signed.verify(&self.open.provider) else { return Ok(()) };
+        if quote.consumer != self.open.consumer {
+            return Ok(());
+        }
+        let id = quote.quote_id();
+        self.quotes.insert(id, quote.into_statement());
+        self.current_quote = id;
+        if self.quotes.len() > MAX_QUOTES {
+            let used: BTreeSet<QuoteId> = self.requests.values().map(|r| r.open().quote).collect();
+            let oldest = self.quotes.iter().filter(|(q, _)| **q != id && !used.contains(q)).min_by_key(|(_, q)| q.issued_at);
+            if let Some((&oldest, _)) = oldest {
+                self.quotes.remove(&oldest);
+            }
+        }
+        Ok(())
+    }
+
+    fn apply_close(&mut self, signed: &Signed<SessionClose>) -> Result<(), SessionError> {
+        let close = signed.verify(&self.open.consumer).map_err(|e| SessionError::Evidence(e.to_string()))?;
+        if close.session == self.id {
+            self.close = Some(close.into_statement());
+        }
+        Ok(())
+    }
+
+    /// Where charges go: out of the prepaid balance, into income or expense.
+    fn charge_accounts(&self) -> (Account, Account) {
+        match self.side {
+            Side::Provider => (Account::Prepaid(self.id), Account::Income),
+            Side::Consumer => (Account::Expense, Account::PrepaidAsset(self.id)),
+        }
+    }
+}
+
+/// When a hold may be expired at the latest: no request lives this long, in ms.
+pub const HOLD_TIMEOUT_MS: u64 = 60 * 60 * 1_000;
+/// A request is ended by its provider after this long, in ms.
+pub const REQUEST_DEADLINE_MS: u64 = 30 * 60 * 1_000;
+const _: () = assert!(REQUEST_DEADLINE_MS < HOLD_TIMEOUT_MS, "a hold never expires under a live stream");
+
+fn hold_expiry(now: UnixMs) -> Option<UnixMs> {
+    Some(now.plus_ms(HOLD_TIMEOUT_MS))
+}
+
+/// The last acknowledgement's id, where there is one.
+type LastAck = Option<AckId>;

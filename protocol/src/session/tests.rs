@@ -1,0 +1,1 @@
+//! Sessions by hand, on both sides.
