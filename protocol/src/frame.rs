@@ -15,7 +15,7 @@ use satgrid_ledger::statements::{
     Ack, CreditNote, Receipt, RequestOpen, RequestPrivate, SessionClose, SessionOpen, SliceDescriptor,
 };
 use satgrid_types::{
-    BothSigned, FinishReason, ListingId, ModelRoot, Msat, PaymentHash, Quote, ReceiptId, RequestId, Salt, SessionId,
+    BothSigned, FinishReason, ListingId, ModelRoot, Msat, Numerators, PaymentHash, Quote, ReceiptId, RequestId, Salt, SessionId,
     Signature, Signed,
     cbor::{self, CodecError},
 };
@@ -128,9 +128,10 @@ pub enum ProviderControl {
     /// Slice k has arrived; all slices so far come to this amount.
     #[n(4)]
     Credited(#[n(0)] u32, #[n(1)] Msat),
-    /// The session goes on: everything paid, and the last receipt, by the provider's books.
+    /// The session goes on: everything paid, the last receipt, and the numerators of all requests that ended, by the
+    /// provider's books.
     #[n(5)]
-    Resumed(#[n(0)] SessionId, #[n(1)] Msat, #[n(2)] Option<ReceiptId>),
+    Resumed(#[n(0)] SessionId, #[n(1)] Msat, #[n(2)] Option<ReceiptId>, #[n(3)] Numerators),
     /// The remainder is on its way to the consumer's invoice.
     #[n(6)]
     Refunding(#[n(0)] PaymentHash, #[n(1)] Msat),

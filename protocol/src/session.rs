@@ -25,19 +25,19 @@ mod tests;
 use crate::exposure::{ConsumerExposure, ProviderExposure};
 use satgrid_ledger::{
     entry::{Draft, Evidence},
-    statements::{SessionClose, SessionOpen, session_id},
+    statements::{Ack, Receipt, SessionClose, SessionOpen, session_id},
     transfer::{Account, Transfer, TransferKind, transfer_id},
 };
 use satgrid_pricing::ChargeError;
 use satgrid_types::{
-    AckId, Msat, NodeKey, Numerators, PaymentHash, Quote, QuoteId, ReceiptId, RequestId, SessionId, Signed, UnixMs,
+    AckId, BothSigned, Msat, NodeKey, Numerators, PaymentHash, Quote, QuoteId, ReceiptId, RequestId, SessionId, Signed, UnixMs,
     Verified,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use thiserror::Error;
 
 pub use requests::{ReceiptFacts, RequestState};
-pub use slices::{SliceState, SliceStatus};
+pub use slices::{SliceState, SliceStatus, invoice_hash};
 
 /// Quotes of one session that are kept: the current one and those that open requests refer to.
 pub const MAX_QUOTES: usize = 16;
@@ -91,6 +91,8 @@ pub struct SessionState {
     charged: Msat,
     receipts: u32,
     last_receipt: Option<ReceiptId>,
+    last_receipt_signed: Option<BothSigned<Receipt>>,
+    abandoned: Vec<(RequestId, Option<BothSigned<Ack>>)>,
     receipted_slices: BTreeSet<u32>,
     receipted_paid: Msat,
     close: Option<SessionClose>,
@@ -118,6 +120,8 @@ impl SessionState {
             charged: Msat::ZERO,
             receipts: 0,
             last_receipt: None,
+            last_receipt_signed: None,
+            abandoned: Vec::new(),
             receipted_slices: BTreeSet::new(),
             receipted_paid: Msat::ZERO,
             close: None,

@@ -1,7 +1,7 @@
 //! The provider's promise that a receipt is in its log.
 
 use minicbor::{Decode, Encode};
-use satgrid_types::{Digest, NodeKey, ReceiptId, Statement, UnixMs};
+use satgrid_types::{Digest, NodeKey, ReceiptId, SessionId, Statement, UnixMs};
 
 /// The provider says: this receipt is the leaf at this index of my log.
 ///
@@ -14,13 +14,15 @@ pub struct InclusionPromise {
     #[n(1)]
     pub node: NodeKey,
     #[n(2)]
+    pub session: SessionId,
+    #[n(3)]
     pub receipt: ReceiptId,
     /// RFC 6962 leaf hash of the entry that holds the receipt.
-    #[n(3)]
-    pub leaf: Digest,
     #[n(4)]
-    pub index: u64,
+    pub leaf: Digest,
     #[n(5)]
+    pub index: u64,
+    #[n(6)]
     pub promised_at: UnixMs,
 }
 

@@ -200,7 +200,12 @@ fn is_private(ip: IpAddr) -> bool {
         IpAddr::V4(v4) => {
             let [a, b, ..] = v4.octets();
             let carrier_nat = a == 100 && (64..128).contains(&b);
-            v4.is_loopback() || v4.is_private() || v4.is_link_local() || v4.is_documentation() || carrier_nat || a >= 240
+            v4.is_loopback()
+                || v4.is_private()
+                || v4.is_link_local()
+                || v4.is_documentation()
+                || carrier_nat
+                || a >= 240
         }
         IpAddr::V6(v6) => {
             let documentation = v6.segments()[..2] == [0x2001, 0xdb8];
@@ -267,12 +272,21 @@ mod tests {
 
     #[test]
     fn strangers_cannot_send_us_anywhere() {
-        for address in ["0.0.0.0:1", "255.255.255.255:1", "224.0.0.1:1", "[::]:1", "[ff02::1]:1", "[::ffff:0.0.0.0]:1"] {
+        for address in ["0.0.0.0:1", "255.255.255.255:1", "224.0.0.1:1", "[::]:1", "[ff02::1]:1", "[::ffff:0.0.0.0]:1"]
+        {
             usable(address, Reach::Any, false);
         }
         for address in [
-            "127.0.0.1:1", "10.1.2.3:1", "192.168.1.1:1", "172.16.0.1:1", "169.254.1.1:1", "100.64.0.1:1", "[::1]:1",
-            "[fe80::1]:1", "[fd00::1]:1", "[::ffff:127.0.0.1]:1",
+            "127.0.0.1:1",
+            "10.1.2.3:1",
+            "192.168.1.1:1",
+            "172.16.0.1:1",
+            "169.254.1.1:1",
+            "100.64.0.1:1",
+            "[::1]:1",
+            "[fe80::1]:1",
+            "[fd00::1]:1",
+            "[::ffff:127.0.0.1]:1",
         ] {
             usable(address, Reach::Any, true);
             usable(address, Reach::Public, false);
@@ -283,9 +297,8 @@ mod tests {
 
     #[tokio::test]
     async fn families_alternate_and_the_number_is_bounded() {
-        let hints: Vec<AddressHint> = ["10.0.0.1:1", "10.0.0.2:1", "[fd00::1]:1", "10.0.0.1:1", "0.0.0.0:9"]
-            .map(|h| h.parse().unwrap())
-            .to_vec();
+        let hints: Vec<AddressHint> =
+            ["10.0.0.1:1", "10.0.0.2:1", "[fd00::1]:1", "10.0.0.1:1", "0.0.0.0:9"].map(|h| h.parse().unwrap()).to_vec();
         let found = resolve(&hints, Reach::Any, true).await.unwrap();
         let want: Vec<SocketAddr> = ["10.0.0.1:1", "[fd00::1]:1", "10.0.0.2:1"].map(|a| a.parse().unwrap()).to_vec();
         assert_eq!(found, want);

@@ -155,7 +155,10 @@ mod tests {
     #[test]
     fn each_source_and_the_whole_are_bounded() {
         let a = "10.0.0.1";
-        check((9, 2, 9), &[(a, true, "accept"), (a, true, "accept"), (a, true, "refuse"), ("10.0.0.2", true, "accept")]);
+        check(
+            (9, 2, 9),
+            &[(a, true, "accept"), (a, true, "accept"), (a, true, "refuse"), ("10.0.0.2", true, "accept")],
+        );
         check((2, 9, 9), &[(a, true, "accept"), ("10.0.0.2", true, "accept"), ("10.0.0.3", true, "refuse")]);
         check((9, 1, 9), &[("2001:db8::1", true, "accept"), ("2001:db8::2", true, "refuse")]);
         check((9, 1, 9), &[("2001:db8::1", true, "accept"), ("2001:db8:0:1::1", true, "accept")]);

@@ -81,11 +81,7 @@ pub(crate) const MAX_REASON_CHARS: usize = 256;
 
 /// A peer's text made fit for logs and terminals: UTF-8, no control characters, a bounded length.
 pub(crate) fn readable(text: &[u8]) -> String {
-    String::from_utf8_lossy(text)
-        .chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .take(MAX_REASON_CHARS)
-        .collect()
+    String::from_utf8_lossy(text).chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_REASON_CHARS).collect()
 }
 
 #[cfg(test)]

@@ -54,6 +54,10 @@ pub enum Waiting {
     Frame { received: usize, expected: usize },
     /// Room for one more stream on this connection.
     StreamSlot,
+    /// What the peer wants on a stream that it opened.
+    Request,
+    /// The peer to read what it asked for.
+    Reader,
     /// The peer's confirmation that it received everything.
     Delivery,
 }
@@ -64,6 +68,8 @@ impl core::fmt::Display for Waiting {
             Waiting::Peer => f.write_str("any sign of life"),
             Waiting::Frame { received, expected } => write!(f, "a frame ({received} of {expected} bytes came)"),
             Waiting::StreamSlot => f.write_str("room for one more stream"),
+            Waiting::Request => f.write_str("the request"),
+            Waiting::Reader => f.write_str("the peer to read"),
             Waiting::Delivery => f.write_str("confirmation of delivery"),
         }
     }

@@ -8,7 +8,6 @@
 //!
 //! Tickets, resumption and 0-RTT are off: every connection proves its keys anew and no byte can be replayed.
 
-use crate::limits::ALPN;
 use ed25519_dalek::{Signature, Signer as _, SigningKey, VerifyingKey};
 use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -19,9 +18,10 @@ use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{AlwaysResolvesServerRawPublicKeys, NoServerSessionStorage};
 use rustls::sign::CertifiedKey;
 use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, Error as TlsError, PeerIncompatible, SignatureAlgorithm,
-    SignatureScheme,
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error as TlsError, PeerIncompatible,
+    SignatureAlgorithm, SignatureScheme,
 };
+use satgrid_protocol::ALPN;
 use satgrid_types::{NodeKey, node_key};
 use std::sync::{Arc, Mutex, PoisonError};
 use thiserror::Error;
@@ -91,7 +91,7 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
-fn certified(key: SigningKey) -> Arc<CertifiedKey> {
+pub(crate) fn certified(key: SigningKey) -> Arc<CertifiedKey> {
     // rustls carries a raw public key where a certificate would be.
     let spki = CertificateDer::from(public_key_info(&node_key(&key)));
     Arc::new(CertifiedKey::new(vec![spki], Arc::new(NodeSigner(key))))

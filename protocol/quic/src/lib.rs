@@ -45,4 +45,4 @@ pub use queue::{FrameQueue, QueueError};
 pub use stream::{FrameReceiver, FrameSender, FrameStream};
 
 #[cfg(test)]
-mod sim;
+mod tests;

@@ -1,14 +1,12 @@
 //! Every bound of this room, in one place.
 
+use crate::Reach;
 use core::time::Duration;
 use quinn::{IdleTimeout, TransportConfig, VarInt};
+use satgrid_protocol::frame::MAX_FRAME;
 use std::sync::Arc;
 use thiserror::Error;
 
-/// ALPN of the connection: protocol name and major version.
-pub(crate) const ALPN: &[u8] = b"satgrid/1";
-/// Longest frame, in bytes.
-pub(crate) const MAX_FRAME_BYTES: usize = 1 << 20;
 /// A frame up to this size, in bytes, needs no share of [`Limits::large_frame_bytes`].
 pub(crate) const SMALL_FRAME_BYTES: usize = 64 * 1024;
 /// A frame is given [`Limits::frame_wait`] and one second more for each of these, in bytes.
@@ -37,6 +35,8 @@ pub struct Limits {
     pub send_window_bytes: u32,
     /// Per connection, frames of more than 64 KiB that are being received at one time.
     pub large_frame_bytes: usize,
+    /// Where connections of ours may go.
+    pub reach: Reach,
     /// A packet is sent at least this often.
     pub keep_alive: Duration,
     /// A connection on which nothing was heard for this long is over.
@@ -63,11 +63,12 @@ impl Default for Limits {
             connections_per_source: 64,
             handshakes: 64,
             streams: 32,
-            frame_bytes: MAX_FRAME_BYTES,
+            frame_bytes: MAX_FRAME,
             stream_window_bytes: 1 << 20,
             connection_window_bytes: 4 << 20,
             send_window_bytes: 4 << 20,
             large_frame_bytes: 4 << 20,
+            reach: Reach::Any,
             keep_alive: Duration::from_millis(400),
             idle: Duration::from_millis(1500),
             handshake: Duration::from_secs(5),
@@ -81,7 +82,9 @@ impl Default for Limits {
 /// Limits that contradict each other.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum LimitsError {
-    #[error("keep-alive every {keep_alive:?} and {idle:?} of silence allowed: a dead peer must show within {DEAD_PEER:?}, and one lost packet must not kill a link")]
+    #[error(
+        "keep-alive every {keep_alive:?} and {idle:?} of silence allowed: a dead peer must show within {DEAD_PEER:?}, and one lost packet must not kill a link"
+    )]
     DeadPeer { keep_alive: Duration, idle: Duration },
     #[error("{name} is zero")]
     Zero { name: &'static str },

@@ -1,5 +1,7 @@
 //! The requests of a session: reserved, acknowledged, and ended once, by a receipt or at the last acknowledgement.
 
+use crate::frame::MAX_OPEN_REQUESTS;
+
 use super::{LastAck, MAX_ENDED, SessionError, SessionState, hold_expiry};
 use satgrid_ledger::{
     entry::{Draft, Evidence},
@@ -79,6 +81,19 @@ impl SessionState {
     /// It was open once and is over: a late frame about it is not a new request.
     pub fn has_ended(&self, id: &RequestId) -> bool {
         self.ended.contains(id)
+    }
+
+    /// Requests that ended without a receipt, latest last, each with its last acknowledgement: what a resume shows.
+    pub fn abandoned_requests(&self) -> &[(RequestId, Option<BothSigned<Ack>>)] {
+        &self.abandoned
+    }
+    /// The last receipt with both signatures: what a resume shows.
+    pub fn last_receipt_signed(&self) -> Option<&BothSigned<Receipt>> {
+        self.last_receipt_signed.as_ref()
+    }
+    /// Numerators of all requests that ended: both sides must stand at the same figure to go on.
+    pub fn settled_numerators(&self) -> Numerators {
+        self.settled
     }
 
     /// A request begins, with a reservation. Whoever leaves before the first acknowledgement, nothing is owed.
@@ -249,13 +264,19 @@ impl SessionState {
         self.charged = receipt.cumulative_cost;
         self.receipts = receipt.seq.saturating_add(1);
         self.last_receipt = Some(receipt_id(both));
+        self.last_receipt_signed = Some(both.clone());
         self.receipted_paid = receipt.cumulative_paid;
         self.receipted_slices.extend(receipt.slices.iter().map(|s| s.k));
         Ok(())
     }
 
     pub(super) fn apply_abandoned(&mut self, id: RequestId, added: Numerators) -> Result<(), SessionError> {
+        let last_ack = self.requests.get(&id).and_then(|r| r.last_ack().cloned());
         self.end(&id)?;
+        self.abandoned.push((id, last_ack));
+        if self.abandoned.len() > MAX_OPEN_REQUESTS {
+            self.abandoned.remove(0);
+        }
         let cost = marginal_charge(self.settled, added)?;
         self.settled = self.settled.checked_add(added).ok_or(SessionError::Overflow)?;
         self.charged = self.charged.checked_add(cost).ok_or(SessionError::Overflow)?;

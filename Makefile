@@ -1,0 +1,42 @@
+# The front door. Each target installs what it lacks (tests/scripts/bootstrap.sh) and shows what it does.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help build demo test test-fast lint deny bench sim clean-cache
+
+ENV := . tests/scripts/env.sh;
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: ## build the shipped binaries, satgrid and satgrid-ledger
+	@tests/scripts/build.sh
+
+demo: build ## a whole market on this machine: chain, relay, two providers, a paid chat, the bill (KEEP=1 leaves it running)
+	@tests/scripts/model.sh >/dev/null
+	@$(ENV) exec "$$SATGRID_BIN" devnet demo $(if $(filter-out 0,$(KEEP)),--keep)
+
+test: ## everything that must hold; what CI runs
+	@tests/scripts/test.sh
+
+test-fast: ## format, clippy and tests of the light crates: seconds once built
+	@tests/scripts/test.sh fast
+
+lint: ## rustfmt and clippy, warnings are errors
+	@tests/scripts/bootstrap.sh build
+	@tests/scripts/lint.sh format
+	@tests/scripts/lint.sh light
+	@tests/scripts/lint.sh heavy
+
+deny: ## licences, banned crates, sources; advisories where reachable
+	@tests/scripts/deny.sh
+
+bench: build ## speed and memory, printed as ratios from one run
+	@tests/scripts/model.sh >/dev/null
+	@$(ENV) exec cargo test $$LOCKED -p satgrid-tests --test bench -- --ignored --test-threads 1 --nocapture
+
+sim: ## the whole market in virtual time (SEEDS=200, or SEED=n for one)
+	@$(ENV) SIM_SEEDS="$(or $(SEEDS),200)" SIM_SEED="$(SEED)" exec cargo test $$LOCKED -p satgrid-tests --test sim -- --nocapture
+
+clean-cache: ## remove the cache: tools, models, CI's target folder (not ./target)
+	rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}/satgrid"

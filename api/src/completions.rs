@@ -1,0 +1,233 @@
+//! `POST /v1/chat/completions` and `POST /v1/completions`: parse, admit, then one JSON object or a stream.
+//!
+//! The status stays open until the first text, the end, an error, or [`FIRST_EVENT_WAIT`]: so a refusal or a provider
+//! that fails at once is an HTTP error, and a long prefill shows life in time.
+
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+
+use axum::{
+    Extension, Json,
+    extract::{Request, State},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode},
+    response::{IntoResponse, Response},
+};
+use futures::{StreamExt, TryStreamExt, stream};
+use satgrid_types::{RequestId, TokenUsage};
+use sha2::{Digest, Sha256};
+use tokio::time::{Instant, timeout_at};
+
+use crate::{
+    body,
+    config::limits::{FIRST_EVENT_WAIT, MAX_IDEMPOTENCY_KEY_BYTES, MAX_REPLY_BYTES},
+    error::ApiError,
+    gate::Caller,
+    idempotency::{Identity, JoinError, Joined, RunKey},
+    reply::{Choice, Completion, Flavour, Head, MessageReply, Null, UsageReply, finish_word},
+    request::{self, Parsed},
+    router::Edge,
+    service::{Bill, CallContext, CompletionEvent, CompletionRequest, CompletionStream, ServiceError},
+    stream::{StreamJob, response},
+};
+
+const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+const IDEMPOTENT_REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
+const COST: HeaderName = HeaderName::from_static("x-satgrid-cost-msat");
+/// How long a client is told to wait when every slot is taken.
+const BUSY_RETRY: Duration = Duration::from_secs(2);
+
+pub(crate) async fn chat(
+    State(edge): State<Arc<Edge>>,
+    Extension(caller): Extension<Caller>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    complete(edge, caller, Flavour::Chat, request).await
+}
+
+pub(crate) async fn text(
+    State(edge): State<Arc<Edge>>,
+    Extension(caller): Extension<Caller>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    complete(edge, caller, Flavour::Text, request).await
+}
+
+async fn complete(edge: Arc<Edge>, caller: Caller, flavour: Flavour, request: Request) -> Result<Response, ApiError> {
+    if edge.closing.is_draining() {
+        return Err(ServiceError::closing().into());
+    }
+    // Before the body is read: parsed bodies are what a flood would fill the memory with.
+    let permit = Arc::clone(&edge.in_flight).try_acquire_owned().map_err(|_| busy())?;
+    let (parts, body) = request.into_parts();
+    let run_key = run_key(&parts.headers, &caller, flavour)?;
+    let body = body::read(&edge.config, body).await?;
+    let Parsed { request, stream, include_usage } = request::completion(flavour, &body, fresh_seed(&edge))?;
+    let run_key = run_key.map(|key| (key, Sha256::digest(&body).into()));
+    drop(body);
+
+    let deadline = Instant::now() + edge.config.max_request;
+    let model = request.model.clone();
+    let Joined { identity, mut events, replayed } = begin(&edge, caller, deadline, run_key, request)?;
+    tracing::info!(completion = %identity.request.short(), ?model, stream, replayed, "completion asked");
+    let mut head = Head {
+        flavour,
+        id: format!("{}{}", flavour.id_prefix(), identity.request),
+        created: identity.created,
+        model,
+        fingerprint: None,
+    };
+    let max_request = edge.config.max_request;
+    let mut closing = edge.closing.clone();
+    let work = async {
+        if !stream {
+            return whole(head, events).await;
+        }
+        let first = first_event(&mut head, &mut events).await?;
+        Ok(response(StreamJob {
+            head,
+            include_usage,
+            first,
+            events,
+            stalled_reader: edge.config.stalled_reader,
+            deadline,
+            max_request,
+            closing: edge.closing.clone(),
+            metrics: Arc::clone(&edge.metrics),
+            permit,
+        }))
+    };
+    let mut response = tokio::select! {
+        answered = work => answered?,
+        () = closing.aborted() => return Err(ServiceError::closing().into()),
+        () = tokio::time::sleep_until(deadline) => {
+            return Err(ServiceError::DeadlineExceeded { seconds: max_request.as_secs() }.into());
+        }
+    };
+    if replayed {
+        response.headers_mut().insert(IDEMPOTENT_REPLAYED, HeaderValue::from_static("true"));
+    }
+    Ok(response)
+}
+
+/// Starts the work, or joins it where the caller's key and body were seen before.
+fn begin(
+    edge: &Edge,
+    caller: Caller,
+    deadline: Instant,
+    run_key: Option<(RunKey, [u8; 32])>,
+    request: CompletionRequest,
+) -> Result<Joined, ApiError> {
+    let identity = Identity { request: RequestId((edge.config.entropy)()), created: (edge.config.clock)().as_secs() };
+    let Caller { trace, key } = caller;
+    let context = CallContext { request: identity.request, trace, key, deadline: Some(deadline) };
+    let service = Arc::clone(&edge.service);
+    let start = move || -> CompletionStream {
+        let events = stream::once(async move { service.complete(request, context).await }).try_flatten();
+        // Streams run in tasks of their own, where a panic would be a silence: nobody after it would answer.
+        let caught = AssertUnwindSafe(events).catch_unwind();
+        Box::pin(caught.map(|event| event.unwrap_or_else(|panic| Err(ServiceError::panicked(&*panic)))))
+    };
+    let Some((key, body)) = run_key else { return Ok(Joined { identity, events: start(), replayed: false }) };
+    edge.runs.join(key, body, identity, &edge.closing, start).map_err(|error| match error {
+        JoinError::OtherBody => ApiError::new(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "idempotency_key_reused",
+            "This Idempotency-Key was used with another body.",
+        ),
+        JoinError::Full => busy().into(),
+    })
+}
+
+const fn busy() -> ServiceError {
+    ServiceError::Busy { retry_after: BUSY_RETRY }
+}
+
+fn fresh_seed(edge: &Edge) -> u64 {
+    let [a, b, c, d, e, f, g, h, ..] = (edge.config.entropy)();
+    u64::from_le_bytes([a, b, c, d, e, f, g, h])
+}
+
+/// What decides the status: the first text, the end, or an error; `None` if neither came in time.
+async fn first_event(head: &mut Head, events: &mut CompletionStream) -> Result<Option<CompletionEvent>, ApiError> {
+    let limit = Instant::now() + FIRST_EVENT_WAIT;
+    loop {
+        match timeout_at(limit, events.next()).await {
+            Err(_) => return Ok(None),
+            Ok(Some(Ok(CompletionEvent::Started { model, fingerprint }))) => {
+                head.model = model;
+                head.fingerprint = fingerprint;
+            }
+            Ok(Some(Ok(CompletionEvent::Text { delta }))) if delta.is_empty() => {}
+            Ok(Some(Ok(event @ CompletionEvent::Text { .. }))) => return Ok(Some(event)),
+            Ok(Some(Ok(CompletionEvent::Finished { reason, bill }))) if finish_word(reason).is_none() => {
+                return Err(ServiceError::cut_short(bill).into());
+            }
+            Ok(Some(Ok(event @ CompletionEvent::Finished { .. }))) => return Ok(Some(event)),
+            Ok(Some(Err(error))) => return Err(error.into()),
+            Ok(None) => return Err(ServiceError::no_result().into()),
+        }
+    }
+}
+
+/// The reply as one JSON object.
+async fn whole(mut head: Head, mut events: CompletionStream) -> Result<Response, ApiError> {
+    let mut text = String::new();
+    loop {
+        match events.next().await {
+            Some(Ok(CompletionEvent::Started { model, fingerprint })) => {
+                head.model = model;
+                head.fingerprint = fingerprint;
+            }
+            Some(Ok(CompletionEvent::Text { delta })) => {
+                if text.len().saturating_add(delta.len()) > MAX_REPLY_BYTES {
+                    return Err(ServiceError::reply_too_large().into());
+                }
+                text.push_str(&delta);
+            }
+            Some(Ok(CompletionEvent::Finished { reason, bill })) => {
+                let word = finish_word(reason).ok_or_else(|| ServiceError::cut_short(bill.clone()))?;
+                return Ok(object(&head, &text, word, &bill));
+            }
+            Some(Err(error)) => return Err(error.into()),
+            None => return Err(ServiceError::no_result().into()),
+        }
+    }
+}
+
+fn object(head: &Head, text: &str, finish_reason: &'static str, bill: &Bill) -> Response {
+    log_end(finish_reason, bill);
+    let (object, choice) = match head.flavour {
+        Flavour::Chat => {
+            let message = MessageReply { role: "assistant", content: text, refusal: Null, annotations: [] };
+            ("chat.completion", Choice::Message { index: 0, message, logprobs: Null, finish_reason })
+        }
+        Flavour::Text => {
+            let finish_reason = Some(finish_reason);
+            ("text_completion", Choice::Text { text, index: 0, logprobs: Null, finish_reason })
+        }
+    };
+    let usage = Some(Some(UsageReply::of(bill)));
+    let mut response = Json(Completion::new(head, object, vec![choice], usage)).into_response();
+    response.headers_mut().insert(COST, HeaderValue::from(bill.cost.0));
+    response
+}
+
+/// Counts and money, never text.
+pub(crate) fn log_end(finish_reason: &'static str, bill: &Bill) {
+    let TokenUsage { prompt, cached_prompt, completion, .. } = bill.usage;
+    tracing::info!(finish_reason, prompt, cached_prompt, completion, cost_msat = bill.cost.0, "completion ended");
+}
+
+/// The client's `Idempotency-Key`, bound to who sent it and where.
+fn run_key(headers: &HeaderMap, caller: &Caller, flavour: Flavour) -> Result<Option<RunKey>, ApiError> {
+    let Some(value) = headers.get(IDEMPOTENCY_KEY) else { return Ok(None) };
+    if value.is_empty() || value.len() > MAX_IDEMPOTENCY_KEY_BYTES {
+        let message = format!("`Idempotency-Key` must have 1 to {MAX_IDEMPOTENCY_KEY_BYTES} bytes.");
+        return Err(ApiError::new(StatusCode::BAD_REQUEST, "invalid_value", message));
+    }
+    let mut hash = Sha256::new();
+    // Each part but the last is of fixed length, so no two triples run together.
+    hash.update(Sha256::digest(caller.key.as_deref().unwrap_or_default().as_bytes()));
+    hash.update([u8::from(caller.key.is_some()), u8::from(flavour == Flavour::Chat)]);
+    hash.update(value.as_bytes());
+    Ok(Some(hash.finalize().into()))
+}

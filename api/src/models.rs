@@ -1,0 +1,80 @@
+//! The small endpoints: models, tokens, health, and those that only say what this node does not do.
+
+use std::sync::Arc;
+
+use axum::{
+    Json,
+    extract::{OriginalUri, Path, Request, State},
+    http::{Method, StatusCode},
+    response::{IntoResponse, Response},
+};
+
+use crate::{
+    body,
+    error::ApiError,
+    reply::{DetokenizeReply, HealthReply, ModelList, ModelReply, TokenizeReply},
+    request,
+    router::Edge,
+    service::{Service, ServiceError},
+};
+
+pub(crate) async fn list(State(edge): State<Arc<Edge>>) -> Response {
+    let data = edge.service.models().await.into_iter().map(ModelReply::from).collect();
+    Json(ModelList { object: "list", data }).into_response()
+}
+
+pub(crate) async fn one(State(edge): State<Arc<Edge>>, Path(id): Path<String>) -> Result<Response, ApiError> {
+    let found = edge.service.models().await.into_iter().find(|model| model.id == id);
+    let model = found.ok_or(ServiceError::UnknownModel { model: id })?;
+    Ok(Json(ModelReply::from(model)).into_response())
+}
+
+pub(crate) async fn tokenize(State(edge): State<Arc<Edge>>, request: Request) -> Result<Response, ApiError> {
+    let body = body::read(&edge.config, request.into_body()).await?;
+    let reply = edge.service.tokenize(request::tokenize(&body)?).await?;
+    let reply = TokenizeReply { count: reply.tokens.len(), max_model_len: reply.context_length, tokens: reply.tokens };
+    Ok(Json(reply).into_response())
+}
+
+pub(crate) async fn detokenize(State(edge): State<Arc<Edge>>, request: Request) -> Result<Response, ApiError> {
+    let body = body::read(&edge.config, request.into_body()).await?;
+    let (model, tokens) = request::detokenize(&body)?;
+    let prompt = edge.service.detokenize(model, tokens).await?;
+    Ok(Json(DetokenizeReply { prompt }).into_response())
+}
+
+/// Known to clients, so the answer names the model rather than the path: no model sold today makes embeddings.
+pub(crate) async fn embeddings(State(edge): State<Arc<Edge>>, request: Request) -> Result<Response, ApiError> {
+    let body = body::read(&edge.config, request.into_body()).await?;
+    let model = request::model_only(&body)?;
+    if edge.service.models().await.iter().all(|known| known.id != model) {
+        return Err(ServiceError::UnknownModel { model }.into());
+    }
+    Err(ApiError::bad("unsupported_model", "model", format!("`{model}` does not make embeddings.")))
+}
+
+pub(crate) async fn health(State(edge): State<Arc<Edge>>) -> Response {
+    health_of(&*edge.service, edge.closing.is_draining()).await
+}
+
+/// 200 `ok` or 503 `unavailable`, with the reasons in both.
+pub(crate) async fn health_of(service: &dyn Service, draining: bool) -> Response {
+    let mut readiness = service.ready().await;
+    if draining {
+        readiness.ready = false;
+        readiness.reasons.push("shutting down".to_owned());
+    }
+    let (code, status) = match readiness.ready {
+        true => (StatusCode::OK, "ok"),
+        false => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
+    };
+    (code, Json(HealthReply { status, reasons: readiness.reasons })).into_response()
+}
+
+pub(crate) async fn unknown_path(OriginalUri(uri): OriginalUri) -> ApiError {
+    ApiError::unknown_path(uri.path())
+}
+
+pub(crate) async fn wrong_method(method: Method, OriginalUri(uri): OriginalUri) -> ApiError {
+    ApiError::wrong_method(method.as_str(), uri.path())
+}

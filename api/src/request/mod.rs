@@ -1,0 +1,176 @@
+//! From a request's bytes to the port's types, or to a complaint that names line and column, or the parameter.
+//!
+//! Pure: no service, no clock, no socket. The seed for those who name none is an argument.
+
+mod fields;
+mod messages;
+mod routing;
+mod sampling;
+#[cfg(test)]
+mod tests;
+
+use axum::http::StatusCode;
+use serde_json::Value;
+
+use self::fields::Fields;
+use crate::{
+    config::limits,
+    error::ApiError,
+    reply::Flavour,
+    service::{CompletionRequest, Prompt, TokenizeRequest},
+};
+
+/// A completion request and how its reply is to be shaped.
+#[derive(Debug)]
+pub(crate) struct Parsed {
+    pub(crate) request: CompletionRequest,
+    pub(crate) stream: bool,
+    /// `stream_options.include_usage`
+    pub(crate) include_usage: bool,
+}
+
+pub(crate) fn json(body: &[u8]) -> Result<Value, ApiError> {
+    serde_json::from_slice(body).map_err(|error| {
+        let what = if body.is_empty() {
+            "the body is empty".to_owned()
+        } else {
+            let text = error.to_string();
+            // serde_json ends with " at line L column C"; say it once, in a fixed form.
+            let reason = text.split(" at line ").next().unwrap_or_default();
+            format!("{reason} at line {}, column {}", error.line(), error.column())
+        };
+        ApiError::new(StatusCode::BAD_REQUEST, "invalid_json", format!("We could not parse the JSON body: {what}."))
+    })
+}
+
+pub(crate) fn completion(flavour: Flavour, body: &[u8], fresh_seed: u64) -> Result<Parsed, ApiError> {
+    let value = json(body)?;
+    let top = Fields::of(&value, "")?;
+    refuse_unsupported(flavour, &top)?;
+    let (model, fallback_models) = models(&top)?;
+    let (prompt, default_length) = match flavour {
+        Flavour::Chat => (Prompt::Messages(messages::messages(&top)?), None),
+        Flavour::Text => (messages::prompt(&top)?, Some(limits::TEXT_COMPLETION_MAX_TOKENS)),
+    };
+    let stream = top.flag("stream")?.unwrap_or(false);
+    let include_usage = match top.object("stream_options")? {
+        Some(_) if !stream => {
+            return Err(top.invalid("stream_options", "`stream_options` is only allowed when `stream` is true."));
+        }
+        Some(options) => options.flag("include_usage")?.unwrap_or(false),
+        None => false,
+    };
+    let request = CompletionRequest {
+        model,
+        fallback_models,
+        prompt,
+        sampling: sampling::sampling(&top, fresh_seed)?,
+        stop: sampling::stop(&top)?,
+        max_tokens: sampling::max_tokens(&top)?.or(default_length),
+        routing: routing::routing(&top)?,
+    };
+    Ok(Parsed { request, stream, include_usage })
+}
+
+pub(crate) fn tokenize(body: &[u8]) -> Result<TokenizeRequest, ApiError> {
+    let value = json(body)?;
+    let top = Fields::of(&value, "")?;
+    let model = model(&top)?;
+    let prompt = if top.get("messages").is_some() {
+        Prompt::Messages(messages::messages(&top)?)
+    } else {
+        let text = top.string("prompt")?.or(top.string("content")?);
+        Prompt::Text(top.required("prompt", text)?.to_owned())
+    };
+    Ok(TokenizeRequest {
+        model,
+        prompt,
+        add_special_tokens: top.flag("add_special_tokens")?.unwrap_or(true),
+        add_generation_prompt: top.flag("add_generation_prompt")?.unwrap_or(true),
+    })
+}
+
+/// Model and token ids.
+pub(crate) fn detokenize(body: &[u8]) -> Result<(String, Vec<u32>), ApiError> {
+    let value = json(body)?;
+    let top = Fields::of(&value, "")?;
+    let list = top.required("tokens", top.list("tokens")?)?;
+    Ok((model(&top)?, messages::token_ids("tokens", list)?))
+}
+
+/// Only the model's name, for endpoints that refuse by model.
+pub(crate) fn model_only(body: &[u8]) -> Result<String, ApiError> {
+    let value = json(body)?;
+    model(&Fields::of(&value, "")?)
+}
+
+fn model(top: &Fields<'_>) -> Result<String, ApiError> {
+    let name = top.required("model", top.string("model")?)?;
+    if name.is_empty() || name.len() > limits::MAX_MODEL_NAME_BYTES {
+        return Err(top.invalid("model", format!("`model` must have 1 to {} bytes.", limits::MAX_MODEL_NAME_BYTES)));
+    }
+    Ok(name.to_owned())
+}
+
+/// `model`, then those of `models` that are not it. OpenRouter lets `models` stand alone.
+fn models(top: &Fields<'_>) -> Result<(String, Vec<String>), ApiError> {
+    let mut list = top.names("models", limits::MAX_FALLBACK_MODELS, limits::MAX_MODEL_NAME_BYTES)?;
+    let first = if top.get("model").is_none() && !list.is_empty() { list.remove(0) } else { model(top)? };
+    list.retain(|name| *name != first);
+    Ok((first, list))
+}
+
+/// Parameters whose silent loss would change what the caller gets.
+fn refuse_unsupported(flavour: Flavour, top: &Fields<'_>) -> Result<(), ApiError> {
+    for field in ["n", "best_of"] {
+        if top.integer_u32(field, 1..=128)?.is_some_and(|n| n > 1) {
+            return Err(top.unsupported(field, "more than one choice"));
+        }
+    }
+    // Chat says true or false, the legacy endpoint a count, of which 0 still asks for the chosen token's.
+    if top.get("logprobs").is_some_and(|v| v.as_bool() != Some(false)) {
+        return Err(top.unsupported("logprobs", "log probabilities"));
+    }
+    if top.integer_u32("top_logprobs", 0..=20)?.is_some_and(|n| n > 0) {
+        return Err(top.unsupported("top_logprobs", "log probabilities"));
+    }
+    for field in ["tools", "functions"] {
+        if top.list(field)?.is_some_and(|tools| !tools.is_empty()) {
+            return Err(top.unsupported(field, "tool calling"));
+        }
+    }
+    for field in ["tool_choice", "function_call"] {
+        let harmless = |v: &Value| matches!(v.as_str(), Some("none" | "auto"));
+        if top.get(field).is_some_and(|v| !harmless(v)) {
+            return Err(top.unsupported(field, "tool calling"));
+        }
+    }
+    if let Some(format) = top.object("response_format")? {
+        let kind = format.required("type", format.string("type")?)?;
+        if kind != "text" {
+            return Err(top.unsupported("response_format", "a format other than text"));
+        }
+    }
+    for field in ["grammar", "json_schema", "structured_outputs", "guided_json", "guided_regex", "guided_grammar"] {
+        if top.get(field).is_some() {
+            return Err(top.unsupported(field, "a constrained format"));
+        }
+    }
+    if top.list("modalities")?.is_some_and(|list| list.iter().any(|m| m.as_str() != Some("text"))) {
+        return Err(top.unsupported("modalities", "a modality other than text"));
+    }
+    for field in ["audio", "web_search_options"] {
+        if top.get(field).is_some() {
+            return Err(top.unsupported(field, "it"));
+        }
+    }
+    if flavour == Flavour::Text {
+        if top.flag("echo")? == Some(true) {
+            return Err(top.unsupported("echo", "repeating the prompt"));
+        }
+        if top.string("suffix")?.is_some_and(|suffix| !suffix.is_empty()) {
+            return Err(top.unsupported("suffix", "filling in before a suffix"));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,331 @@
+//! The port behind the edge: what an HTTP front must be able to ask of a node, and nothing else.
+//!
+//! The daemon implements [`Service`] over the consumer role. This file knows no HTTP and no JSON: parsing and its errors
+//! live in `request`, shapes on the wire in `reply`, statuses in `error`.
+//!
+//! One completion is one [`CompletionStream`]:
+//!
+//! | event | how often | meaning |
+//! |---|---|---|
+//! | `Started` | at most once, first | which model and build answer; optional |
+//! | `Text` | any number | the next piece of the reply, valid UTF-8, no stop string in it |
+//! | `Finished` | once, last | why it ended and what it cost |
+//! | `Err` | instead of `Finished` | nothing more will come; a bill if anything was charged |
+//!
+//! Dropping the stream cancels the work. The edge reads one event at a time and stops reading while its client is slow,
+//! so an implementation must send through a bounded channel and let that channel hold the work back.
+
+use std::{pin::Pin, time::Duration};
+
+use async_trait::async_trait;
+use futures::Stream;
+use satgrid_types::{
+    FinishReason, ModelRoot, Msat, MsatPerMtok, NodeKey, PaymentHash, RateCard, ReceiptId, RequestId, Sampling,
+    TokenUsage, UnixMs,
+};
+use thiserror::Error;
+use tokio::time::Instant;
+
+/// What a node does for its API clients.
+#[async_trait]
+pub trait Service: Send + Sync + 'static {
+    /// Whether a request sent now has a chance; the reasons are shown to whoever asks `/health`.
+    async fn ready(&self) -> Readiness;
+
+    /// Every model that can be asked for now, sorted by id.
+    async fn models(&self) -> Vec<ModelInfo>;
+
+    /// Starts one completion. Returns once it is admitted (model known, provider found, money reserved) or refused;
+    /// the edge maps errors from here, and those before the first text, to HTTP statuses.
+    async fn complete(
+        &self,
+        request: CompletionRequest,
+        context: CallContext,
+    ) -> Result<CompletionStream, ServiceError>;
+
+    /// Token ids of a text or of messages after the model's template. Costs nothing.
+    async fn tokenize(&self, request: TokenizeRequest) -> Result<Tokenized, ServiceError>;
+
+    /// The text of token ids. Bytes that are no UTF-8 come as U+FFFD.
+    async fn detokenize(&self, model: String, tokens: Vec<u32>) -> Result<String, ServiceError>;
+}
+
+/// Events of one completion, in order. See the module's table.
+pub type CompletionStream = Pin<Box<dyn Stream<Item = Result<CompletionEvent, ServiceError>> + Send>>;
+
+/// Whether the node can take work.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Readiness {
+    pub ready: bool,
+    /// What is missing, one sentence each; may also warn while ready.
+    pub reasons: Vec<String>,
+}
+
+/// A model that the market sells now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelInfo {
+    /// The name that requests use; may hold slashes.
+    pub id: String,
+    pub created: UnixMs,
+    pub root: Option<ModelRoot>,
+    pub context_length: u32,
+    /// The cheapest live offer that the default routing would take.
+    pub rates: RateCard,
+    /// How many providers sell it now.
+    pub sellers: u32,
+    /// Sorted, each once: `Q4_K_M`, `F16`.
+    pub quantisations: Vec<String>,
+}
+
+/// Who asks and how long they wait.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CallContext {
+    /// Chosen by the edge, unique: reserve and settle by this. The completion's id on the wire is derived from it.
+    pub request: RequestId,
+    /// `x-request-id`: for logs only. A client may choose it, so it is not unique.
+    pub trace: String,
+    /// Name of the configured key that was shown; `None` for a keyless caller on this machine.
+    pub key: Option<String>,
+    /// When the edge will stop waiting.
+    pub deadline: Option<Instant>,
+}
+
+/// A request after its JSON was checked. Every field is within its limit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CompletionRequest {
+    pub model: String,
+    /// Tried in this order if `model` cannot be served.
+    pub fallback_models: Vec<String>,
+    pub prompt: Prompt,
+    pub sampling: Sampling,
+    /// At most [`crate::limits::MAX_STOPS`]; none is empty.
+    pub stop: Vec<String>,
+    /// `None`: until the model stops or its context ends.
+    pub max_tokens: Option<u32>,
+    pub routing: Routing,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Prompt {
+    /// To be rendered by the model's chat template.
+    Messages(Vec<Message>),
+    /// To be tokenised as it is.
+    Text(String),
+    /// To be evaluated as it is.
+    Tokens(Vec<u32>),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Message {
+    pub role: Role,
+    pub content: String,
+    pub name: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    System,
+    /// OpenAI's newer word for `system`; templates that do not know it get `system`.
+    Developer,
+    User,
+    Assistant,
+}
+
+impl Role {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Role::System => "system",
+            Role::Developer => "developer",
+            Role::User => "user",
+            Role::Assistant => "assistant",
+        }
+    }
+}
+
+/// Which providers may serve, in OpenRouter's words.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Routing {
+    /// Tried first, in this order.
+    pub order: Vec<String>,
+    /// If not empty, nobody else.
+    pub only: Vec<String>,
+    pub ignore: Vec<String>,
+    /// `false`: never anyone beyond `order`, and no second provider after a failure.
+    pub allow_fallbacks: bool,
+    pub sort: Option<RoutingSort>,
+    pub max_price: MaxPrice,
+    /// If not empty, only these quantisations.
+    pub quantisations: Vec<String>,
+}
+
+impl Default for Routing {
+    fn default() -> Self {
+        Routing {
+            order: Vec::new(),
+            only: Vec::new(),
+            ignore: Vec::new(),
+            allow_fallbacks: true,
+            sort: None,
+            max_price: MaxPrice::default(),
+            quantisations: Vec::new(),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RoutingSort {
+    Price,
+    Throughput,
+    Latency,
+}
+
+/// Rates that the caller will not exceed; `None` does not limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct MaxPrice {
+    pub prompt: Option<MsatPerMtok>,
+    pub completion: Option<MsatPerMtok>,
+    pub request: Option<Msat>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CompletionEvent {
+    Started {
+        /// The model that answers: the requested one or one of its fallbacks.
+        model: String,
+        /// Names the engine build and weights; OpenAI's `system_fingerprint`.
+        fingerprint: Option<String>,
+    },
+    Text {
+        delta: String,
+    },
+    /// `reason` is `Stop` or `Length`; a run that was cancelled or broke ends in `Err`.
+    Finished {
+        reason: FinishReason,
+        bill: Bill,
+    },
+}
+
+/// What a request cost, each token counted once even if two providers worked on it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Bill {
+    pub usage: TokenUsage,
+    /// Authoritative; the sum over `legs`.
+    pub cost: Msat,
+    /// Lightning fees of slices that this request caused; not part of `cost`.
+    pub routing_fees: Msat,
+    /// One for each provider that worked, in order.
+    pub legs: Vec<Leg>,
+}
+
+/// One provider's part of a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Leg {
+    pub provider: NodeKey,
+    /// `None` where the provider left before it signed; the last ack pair is the claim then.
+    pub receipt: Option<ReceiptId>,
+    /// What this provider was paid for; a prefix taken over from another is input here.
+    pub usage: TokenUsage,
+    pub rates: RateCard,
+    pub cost: Msat,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenizeRequest {
+    pub model: String,
+    pub prompt: Prompt,
+    /// Begin-of-text and the like, for `Prompt::Text`.
+    pub add_special_tokens: bool,
+    /// Open the assistant's turn, for `Prompt::Messages`.
+    pub add_generation_prompt: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tokenized {
+    pub tokens: Vec<u32>,
+    pub context_length: u32,
+}
+
+/// Why a request was refused or broke off. Sorted by fault: the caller's, the caller's purse, the market's, ours.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum ServiceError {
+    #[error("The model `{model}` does not exist on this market or you do not have access to it.")]
+    UnknownModel { model: String },
+    #[error(
+        "This model's maximum context length is {context_length} tokens. However, your messages resulted in \
+         {prompt_tokens} tokens. Please reduce the length of the messages."
+    )]
+    ContextLength { prompt_tokens: u32, context_length: u32 },
+    #[error("{message}")]
+    InvalidRequest { param: String, message: String },
+    #[error(
+        "This request needs {} msat and {} msat are available ({}).",
+        .0.required.0, .0.available.0, .0.limit.as_str()
+    )]
+    InsufficientFunds(Box<Shortfall>),
+    #[error("Nobody sells `{model}` within `provider.max_price`; {cheapest}.")]
+    MaxPriceExceeded {
+        model: String,
+        /// What would have been needed, as a clause: "the cheapest asks 12,000 msat per million output tokens".
+        cheapest: String,
+    },
+    #[error("No provider can serve `{model}` now: {}", .why.join("; "))]
+    NoProvider {
+        model: String,
+        /// One reason for each provider or filter, never empty.
+        why: Vec<String>,
+    },
+    #[error("The provider failed and no other took over: {reason}")]
+    ProviderFailed {
+        reason: String,
+        /// What was charged up to the last ack that both signed.
+        bill: Option<Box<Bill>>,
+    },
+    /// The edge gave up waiting; what was charged by then is in the ledger, not known here.
+    #[error("The request took longer than the {seconds} s that this node allows.")]
+    DeadlineExceeded { seconds: u64 },
+    #[error("This node has no room for another request now; try again in {} s.", .retry_after.as_secs())]
+    Busy { retry_after: Duration },
+    #[error("This node is not ready: {}", .reasons.join("; "))]
+    NotReady { reasons: Vec<String> },
+    /// The detail goes to the log, not to the client.
+    #[error("This node failed; the log names the cause under this request's id.")]
+    Internal { detail: String },
+}
+
+/// Money that is missing, and how to bring it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shortfall {
+    pub required: Msat,
+    pub available: Msat,
+    pub limit: LimitSource,
+    pub topup: Option<TopUp>,
+}
+
+/// Which limit was too low.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LimitSource {
+    /// The wallet cannot send that much.
+    Wallet,
+    /// The API key's own limit.
+    Key,
+    /// The node's configured spending limit.
+    Node,
+}
+
+impl LimitSource {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            LimitSource::Wallet => "wallet",
+            LimitSource::Key => "key",
+            LimitSource::Node => "node",
+        }
+    }
+}
+
+/// An invoice that lifts the shortage when paid.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TopUp {
+    pub bolt11: String,
+    pub payment_hash: PaymentHash,
+    pub expires_at: UnixMs,
+}

@@ -1,0 +1,226 @@
+//! A completion as server-sent events.
+//!
+//! One task per stream pulls the work, one event at a time, and hands frames to the connection over a short channel.
+//! A slow reader fills the channel and the pull stops; a reader that is gone, or takes nothing for the stall limit,
+//! ends the task, which drops the work and so cancels it.
+//!
+//! Layout: an opening chunk with the role (chat), one chunk per delta, a chunk with `finish_reason`, one with usage if it
+//! was asked for, `[DONE]`. An error is a `data: {"error": ...}` in place of the rest, with no `[DONE]` after it:
+//! `[DONE]` means that the reply is whole.
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use axum::{
+    body::{Body, Bytes},
+    http::{HeaderValue, header},
+    response::Response,
+};
+use futures::StreamExt;
+use serde::Serialize;
+use tokio::{sync::mpsc, time::Instant};
+use tokio_stream::wrappers::ReceiverStream;
+use tracing::Instrument;
+
+use crate::{
+    completions::log_end,
+    config::limits::{KEEP_ALIVE, MAX_REPLY_BYTES, STREAM_FRAMES},
+    error::{ApiError, Envelope},
+    metrics::ApiMetrics,
+    reply::{Choice, Completion, Delta, Flavour, Head, Null, UsageReply, finish_word},
+    service::{CompletionEvent, CompletionStream, ServiceError},
+    shutdown::Closing,
+};
+
+const COMMENT: &[u8] = b": keep-alive\n\n";
+
+/// What a stream needs beside its events.
+pub(crate) struct StreamJob {
+    pub(crate) head: Head,
+    pub(crate) include_usage: bool,
+    /// Event that was read while the status was still open; `None` if the wait for it ran out.
+    pub(crate) first: Option<CompletionEvent>,
+    pub(crate) events: CompletionStream,
+    pub(crate) stalled_reader: Duration,
+    pub(crate) deadline: Instant,
+    /// The wait that `deadline` came from.
+    pub(crate) max_request: Duration,
+    pub(crate) closing: Closing,
+    pub(crate) metrics: Arc<ApiMetrics>,
+    /// Held while the stream lives.
+    pub(crate) permit: tokio::sync::OwnedSemaphorePermit,
+}
+
+pub(crate) fn response(job: StreamJob) -> Response {
+    let (tx, rx) = mpsc::channel(STREAM_FRAMES);
+    tokio::spawn(pump(job, tx).in_current_span());
+    let mut response = Response::new(Body::from_stream(ReceiverStream::new(rx).map(Ok::<Bytes, Infallible>)));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    // nginx would otherwise collect the stream before passing it on.
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    response
+}
+
+async fn pump(mut job: StreamJob, tx: mpsc::Sender<Bytes>) {
+    let _open = job.metrics.stream_opened();
+    let _permit = job.permit;
+    let mut writer = ChunkWriter { head: job.head, include_usage: job.include_usage, opened: false, text_bytes: 0 };
+    let mut silent_since = Instant::now();
+    let mut next = job.first.map(Ok);
+    if next.is_none() && !send(&tx, Bytes::from_static(COMMENT), job.stalled_reader).await {
+        return;
+    }
+    loop {
+        let event = match next.take() {
+            Some(event) => Some(event),
+            None => tokio::select! {
+                biased;
+                () = tx.closed() => {
+                    job.metrics.client_left();
+                    return;
+                }
+                () = job.closing.aborted() => Some(Err(ServiceError::closing())),
+                () = tokio::time::sleep_until(job.deadline) => Some(Err(ServiceError::DeadlineExceeded { seconds: job.max_request.as_secs() })),
+                event = job.events.next() => event,
+                () = tokio::time::sleep_until(silent_since + KEEP_ALIVE) => {
+                    if !send(&tx, Bytes::from_static(COMMENT), job.stalled_reader).await {
+                        job.metrics.client_left();
+                        return;
+                    }
+                    silent_since = Instant::now();
+                    continue;
+                }
+            },
+        };
+        let written = writer.write(event);
+        if !written.bytes.is_empty() {
+            if !send(&tx, written.bytes, job.stalled_reader).await {
+                job.metrics.client_left();
+                return;
+            }
+            silent_since = Instant::now();
+        }
+        if written.last {
+            return;
+        }
+    }
+}
+
+/// Whether the reader took it in time.
+async fn send(tx: &mpsc::Sender<Bytes>, bytes: Bytes, stalled_reader: Duration) -> bool {
+    matches!(tokio::time::timeout(stalled_reader, tx.send(bytes)).await, Ok(Ok(())))
+}
+
+struct ChunkWriter {
+    head: Head,
+    include_usage: bool,
+    opened: bool,
+    text_bytes: usize,
+}
+
+struct Written {
+    bytes: Bytes,
+    last: bool,
+}
+
+impl ChunkWriter {
+    /// All frames of one event, as one write.
+    fn write(&mut self, event: Option<Result<CompletionEvent, ServiceError>>) -> Written {
+        let mut out = Vec::new();
+        let result = match event {
+            Some(Ok(event)) => self.event(event, &mut out),
+            Some(Err(error)) => Err(error),
+            None => Err(ServiceError::no_result()),
+        };
+        let last = result.unwrap_or_else(|error| {
+            let error = ApiError::from(error);
+            tracing::warn!(status = error.status.as_u16(), message = error.body.message, "stream ended in an error");
+            frame(&Envelope { error: &error.body }, &mut out);
+            true
+        });
+        Written { bytes: Bytes::from(out), last }
+    }
+
+    /// Whether it was the last event.
+    fn event(&mut self, event: CompletionEvent, out: &mut Vec<u8>) -> Result<bool, ServiceError> {
+        match event {
+            CompletionEvent::Started { model, fingerprint } => {
+                // Every chunk carries the same head, so what comes late is not used.
+                if !self.opened {
+                    self.head.model = model;
+                    self.head.fingerprint = fingerprint;
+                }
+                Ok(false)
+            }
+            CompletionEvent::Text { delta } if delta.is_empty() => Ok(false),
+            CompletionEvent::Text { delta } => {
+                self.text_bytes = self.text_bytes.saturating_add(delta.len());
+                if self.text_bytes > MAX_REPLY_BYTES {
+                    return Err(ServiceError::reply_too_large());
+                }
+                self.open(out);
+                self.chunk(Some(&delta), None, out);
+                Ok(false)
+            }
+            CompletionEvent::Finished { reason, bill } => {
+                let Some(word) = finish_word(reason) else {
+                    return Err(ServiceError::cut_short(bill));
+                };
+                log_end(word, &bill);
+                self.open(out);
+                self.chunk(None, Some(word), out);
+                if self.include_usage {
+                    let usage = Some(Some(UsageReply::of(&bill)));
+                    frame(&Completion::<Choice<'_>>::new(&self.head, self.object(), Vec::new(), usage), out);
+                }
+                out.extend_from_slice(b"data: [DONE]\n\n");
+                Ok(true)
+            }
+        }
+    }
+
+    /// Chat streams begin with the role.
+    fn open(&mut self, out: &mut Vec<u8>) {
+        let opening = Delta::Opening { role: "assistant", content: "", refusal: Null };
+        if !self.opened && self.head.flavour == Flavour::Chat {
+            let choice = Choice::Delta { index: 0, delta: opening, logprobs: Null, finish_reason: None };
+            self.choice(choice, out);
+        }
+        self.opened = true;
+    }
+
+    fn chunk(&self, text: Option<&str>, finish_reason: Option<&'static str>, out: &mut Vec<u8>) {
+        let choice = match self.head.flavour {
+            Flavour::Chat => {
+                let delta = text.map_or(Delta::Closing {}, |content| Delta::Content { content });
+                Choice::Delta { index: 0, delta, logprobs: Null, finish_reason }
+            }
+            Flavour::Text => Choice::Text { text: text.unwrap_or_default(), index: 0, logprobs: Null, finish_reason },
+        };
+        self.choice(choice, out);
+    }
+
+    fn choice(&self, choice: Choice<'_>, out: &mut Vec<u8>) {
+        // OpenAI: `usage` is null in every chunk but the last when it was asked for, and absent when not.
+        let usage = self.include_usage.then_some(None);
+        frame(&Completion::new(&self.head, self.object(), vec![choice], usage), out);
+    }
+
+    const fn object(&self) -> &'static str {
+        match self.head.flavour {
+            Flavour::Chat => "chat.completion.chunk",
+            Flavour::Text => "text_completion",
+        }
+    }
+}
+
+/// `data: JSON` and an empty line. JSON has no raw line break, so one line is enough.
+fn frame(object: &impl Serialize, out: &mut Vec<u8>) {
+    out.extend_from_slice(b"data: ");
+    // Strings and integers into memory: this cannot fail.
+    if serde_json::to_writer(&mut *out, object).is_err() {
+        tracing::error!("a chunk could not be written as JSON");
+    }
+    out.extend_from_slice(b"\n\n");
+}

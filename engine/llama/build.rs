@@ -1,0 +1,34 @@
+//! Records how llama.cpp was compiled, for the build id: every flag that reached CMake, the C++ compiler, the target.
+
+use std::process::Command;
+
+fn main() {
+    let mut flags: Vec<String> = std::env::vars()
+        .filter(|(name, _)| name.starts_with("GGML_") || name.starts_with("CMAKE_"))
+        .filter(|(name, _)| name != "CMAKE_BUILD_PARALLEL_LEVEL")
+        .map(|(name, value)| format!("{name}={value}"))
+        .collect();
+    flags
+        .extend(std::env::var("CARGO_ENCODED_RUSTFLAGS").ok().map(|f| format!("rustflags={}", f.replace('\x1f', " "))));
+    flags.extend(std::env::var("CARGO_CFG_TARGET_FEATURE").ok().map(|f| format!("features={f}")));
+    flags.sort();
+    emit("SATGRID_ENGINE_FLAGS", &flags.join(";"));
+    emit("SATGRID_ENGINE_TARGET", &std::env::var("TARGET").unwrap_or_default());
+    emit("SATGRID_ENGINE_COMPILER", &compiler());
+    println!("cargo:rerun-if-changed=build.rs");
+    for name in ["GGML_LLAMAFILE", "GGML_NATIVE", "GGML_BACKEND_DL", "CXX", "CXXFLAGS", "CFLAGS"] {
+        println!("cargo:rerun-if-env-changed={name}");
+    }
+}
+
+/// The first line of the C++ compiler's own `--version`: name, packaging and version.
+fn compiler() -> String {
+    let name = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
+    let output = Command::new(&name).arg("--version").output();
+    let text = output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
+    text.lines().next().unwrap_or("unknown compiler").to_owned()
+}
+
+fn emit(name: &str, value: &str) {
+    println!("cargo:rustc-env={name}={}", value.replace(['\n', '\r'], " "));
+}

@@ -1,0 +1,183 @@
+//! A model in memory as the scheduler's backend: loading, checks of the settings against the model, and the calls.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use satgrid_engine::port::Profile;
+
+use crate::crowd::{Governor, SAMPLE, time_in_run_queue};
+use crate::ffi::{BatchRow, Context, ContextConfig, DecodeError, LoadError, Model, ModelConfig};
+use crate::scheduler::{Backend, Scheduler, Shape};
+use crate::settings::{BATCH, DEFAULT_CONTEXT, EngineSettings, MAX_SLOTS, TILED_PRODUCT};
+
+/// How long the prompts of others may hold up running streams, in one piece.
+const STALL_MS: u64 = 250;
+/// Bounds of a prompt's piece beside running streams, in positions.
+const MIN_PREFILL_BESIDE_STREAMS: u64 = 16;
+
+/// Why a model does not run with these settings.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum OpenError {
+    #[error("{0}")]
+    Load(#[from] LoadError),
+    #[error("{slots} slots: 1 to {MAX_SLOTS} are possible")]
+    Slots { slots: u32 },
+    #[error("a context of {asked} is longer than the {trained} that the model was trained for")]
+    ContextTooLong { asked: u32, trained: u32 },
+    #[error("no memory for {slots} slots of {context} positions")]
+    NoMemory { slots: u32, context: u32 },
+    #[error("the exact profile needs {TILED_PRODUCT}=0 in the environment from the start of the process")]
+    TiledProduct,
+    #[error("writing the model of the known answer to the temporary folder: {0}")]
+    KnownAnswer(std::io::Error),
+    #[error("this build needs a processor with {feature}")]
+    Processor { feature: &'static str },
+}
+
+/// One context over one model.
+pub(crate) struct LlamaBackend {
+    context: Context,
+    eog: Vec<u32>,
+    governor: Governor,
+    /// Batch time since the last look at the run queue, and what it said then.
+    batch_time: Duration,
+    queued: Option<Duration>,
+}
+
+impl LlamaBackend {
+    /// Loads the model and takes the context's memory. `progress` hears thousandths of the load.
+    pub(crate) fn open(settings: &EngineSettings, mut progress: impl FnMut(u32)) -> Result<(Self, Shape), OpenError> {
+        check_processor()?;
+        if settings.profile == Profile::Exact && std::env::var_os(TILED_PRODUCT).is_none_or(|value| value != "0") {
+            return Err(OpenError::TiledProduct);
+        }
+        if settings.slots == 0 || settings.slots > MAX_SLOTS {
+            return Err(OpenError::Slots { slots: settings.slots });
+        }
+        let exact = settings.profile == Profile::Exact;
+        let mut told = None;
+        let config = ModelConfig { path: &settings.model, vocab_only: false, repack: !exact };
+        let model = Model::load(&config, |fraction| {
+            let permille = (fraction.clamp(0.0, 1.0) * 1000.0) as u32;
+            if told.is_none_or(|told| permille >= told + 10) {
+                told = Some(permille);
+                progress(permille);
+            }
+            true
+        })?;
+        let trained = model.trained_context();
+        let context = match settings.context {
+            0 => trained.clamp(1, DEFAULT_CONTEXT),
+            asked if asked > trained => return Err(OpenError::ContextTooLong { asked, trained }),
+            asked => asked,
+        };
+        let shape = Shape {
+            profile: settings.profile,
+            slots: settings.slots,
+            context,
+            vocab: model.vocab_size(),
+            batch: BATCH,
+            prefill_beside_streams: BATCH / 4,
+        };
+        // Each sequence ends a batch with one row at most whose logits are drawn from.
+        Ok((Self::new(Arc::new(model), &shape, shape.slots, settings.threads)?, shape))
+    }
+
+    /// A context of this shape over a model that is loaded, for batches with at most `outputs` rows of logits.
+    pub(crate) fn new(model: Arc<Model>, shape: &Shape, outputs: u32, threads: u32) -> Result<Self, OpenError> {
+        let exact = shape.profile == Profile::Exact;
+        let config = ContextConfig {
+            slots: shape.slots,
+            context: shape.context,
+            batch: shape.batch,
+            outputs,
+            threads,
+            unified: !exact,
+            flash: !exact,
+        };
+        let no_memory = OpenError::NoMemory { slots: shape.slots, context: shape.context };
+        let eog = (0..model.vocab_size()).filter(|&token| model.is_eog(token)).collect();
+        match Context::new(model, &config) {
+            Some(context) if context.positions_per_slot() >= shape.context => {
+                let (governor, batch_time, queued) = (Governor::new(threads), Duration::ZERO, time_in_run_queue());
+                Ok(Self { context, eog, governor, batch_time, queued })
+            }
+            Some(_) | None => Err(no_memory),
+        }
+    }
+}
+
+impl LlamaBackend {
+    /// After a batch: looks now and then whether our threads had to wait for others, and takes fewer or more.
+    fn mind_the_crowd(&mut self, batch_time: Duration) {
+        self.batch_time += batch_time;
+        if self.batch_time < SAMPLE {
+            return;
+        }
+        let (Some(before), Some(now)) = (self.queued, time_in_run_queue()) else { return };
+        let threads = self.governor.threads();
+        self.governor.sample(self.batch_time, now.saturating_sub(before));
+        if self.governor.threads() != threads {
+            self.context.set_threads(self.governor.threads());
+            tracing::debug!(threads = self.governor.threads(), "computing with another number of threads");
+        }
+        (self.batch_time, self.queued) = (Duration::ZERO, Some(now));
+    }
+}
+
+/// A shape whose prompts do not hold up streams for longer than [`STALL_MS`] at the measured speed.
+pub(crate) fn paced(shape: Shape, prefill_millitokens_per_s: u64) -> Shape {
+    let positions = prefill_millitokens_per_s.saturating_mul(STALL_MS) / 1_000_000;
+    let positions = positions.clamp(MIN_PREFILL_BESIDE_STREAMS, u64::from(shape.batch));
+    Shape { prefill_beside_streams: u32::try_from(positions).unwrap_or(shape.batch), ..shape }
+}
+
+/// The scheduler over a shape.
+pub(crate) fn scheduler(shape: Shape) -> Scheduler {
+    Scheduler::new(shape)
+}
+
+impl Backend for LlamaBackend {
+    fn evaluate(&mut self, rows: &[BatchRow]) -> Result<(), DecodeError> {
+        let begin = Instant::now();
+        let result = self.context.decode(rows);
+        self.mind_the_crowd(begin.elapsed());
+        result
+    }
+
+    fn logits(&mut self, row: usize) -> Result<&[f32], DecodeError> {
+        self.context.logits(row)
+    }
+
+    fn truncate(&mut self, slot: u32, from: u32) -> bool {
+        self.context.truncate(slot, from)
+    }
+
+    fn is_eog(&self, token: u32) -> bool {
+        self.eog.binary_search(&token).is_ok()
+    }
+
+    fn eog(&self) -> &[u32] {
+        &self.eog
+    }
+
+    fn piece(&self, token: u32) -> Vec<u8> {
+        self.context.model().piece(token, false).unwrap_or_default()
+    }
+}
+
+/// Refuses to start where the first product would be an illegal instruction.
+fn check_processor() -> Result<(), OpenError> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let built_with = crate::ffi::system_info();
+        let missing = |name: &str, present: bool| built_with.contains(&format!("{name} = 1")) && !present;
+        if missing("AVX2", std::is_x86_feature_detected!("avx2")) {
+            return Err(OpenError::Processor { feature: "AVX2" });
+        }
+        if missing("AVX512", std::is_x86_feature_detected!("avx512f")) {
+            return Err(OpenError::Processor { feature: "AVX-512" });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,224 @@
+//! A context: the KV cache of several sequences, and the thread pool that computes over it.
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use llama_cpp_sys_2 as sys;
+
+use super::Model;
+
+/// How a context is laid out.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ContextConfig {
+    /// Sequences held at once.
+    pub(crate) slots: u32,
+    /// Positions of each.
+    pub(crate) context: u32,
+    /// Most rows in one batch.
+    pub(crate) batch: u32,
+    /// Most rows of one batch whose logits are wanted; at least `slots`. Memory is taken for so many.
+    pub(crate) outputs: u32,
+    pub(crate) threads: u32,
+    /// One cell pool for all sequences, which allows any mix of rows; else one stream each.
+    pub(crate) unified: bool,
+    /// Let llama.cpp choose flash attention; else never.
+    pub(crate) flash: bool,
+}
+
+/// One position to compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct BatchRow {
+    pub(crate) slot: u32,
+    pub(crate) position: u32,
+    pub(crate) token: u32,
+    /// Its logits are wanted.
+    pub(crate) output: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum DecodeError {
+    #[error("a batch of {rows} rows is over the limit of {limit}")]
+    TooManyRows { rows: usize, limit: usize },
+    #[error("no room in the cache for the batch")]
+    NoRoom,
+    #[error("llama.cpp failed with code {code}")]
+    Failed { code: i32 },
+    #[error("no logits for row {row}")]
+    NoLogits { row: usize },
+}
+
+/// A context and the model that it runs. Used by one thread; may move to it.
+pub(crate) struct Context {
+    context: NonNull<sys::llama_context>,
+    pool: NonNull<sys::ggml_threadpool>,
+    model: Arc<Model>,
+    vocab: usize,
+    rows: Rows,
+}
+
+// SAFETY: a context may be used from any one thread at a time; `Context` is not `Sync` and every call takes `&mut self`
+// or reads memory that only such calls change.
+unsafe impl Send for Context {}
+
+/// The arrays of a batch, kept for reuse. `Vec`s of the batch limit; `pointers` point into `sequence`.
+struct Rows {
+    token: Vec<i32>,
+    position: Vec<i32>,
+    sequences: Vec<i32>,
+    sequence: Vec<i32>,
+    pointers: Vec<*mut i32>,
+    output: Vec<i8>,
+}
+
+impl Context {
+    /// Makes a context; `None` if the library refuses, in practice for want of memory.
+    pub(crate) fn new(model: Arc<Model>, config: &ContextConfig) -> Option<Self> {
+        let threads = i32::try_from(config.threads).ok()?.max(1);
+        // SAFETY: the parameters come from the library's own defaults and are passed by value; the model outlives the context,
+        // which holds an `Arc` of it.
+        let context = unsafe {
+            let mut params = sys::llama_context_default_params();
+            params.n_ctx = config.slots.checked_mul(config.context)?;
+            params.n_seq_max = config.slots;
+            params.n_batch = config.batch;
+            params.n_ubatch = config.batch;
+            params.n_outputs_max = config.outputs.max(config.slots);
+            params.n_threads = threads;
+            params.n_threads_batch = threads;
+            params.kv_unified = config.unified;
+            // The full cache for windowed layers: a session's prefix can be cut back at any position.
+            params.swa_full = true;
+            params.flash_attn_type =
+                if config.flash { sys::LLAMA_FLASH_ATTN_TYPE_AUTO } else { sys::LLAMA_FLASH_ATTN_TYPE_DISABLED };
+            params.no_perf = true;
+            sys::llama_init_from_model(model.as_ptr(), params)
+        };
+        let context = NonNull::new(context)?;
+        // A pool of our own, since the library else starts and joins its threads for every batch. Between batches they sleep
+        // (poll 0); within one they spin at barriers only.
+        // SAFETY: the parameters are made by the library for this number of threads; the pool is freed in `drop` after the
+        // context that uses it.
+        let pool = unsafe {
+            let mut params = sys::ggml_threadpool_params_default(threads);
+            params.poll = 0;
+            sys::ggml_threadpool_new(&raw mut params)
+        };
+        let Some(pool) = NonNull::new(pool) else {
+            // SAFETY: the context was just made and nothing else refers to it.
+            unsafe { sys::llama_free(context.as_ptr()) };
+            return None;
+        };
+        // SAFETY: both are valid; the context keeps the pointer until it is freed, before the pool.
+        unsafe { sys::llama_attach_threadpool(context.as_ptr(), pool.as_ptr(), pool.as_ptr()) };
+        let vocab = usize::try_from(model.vocab_size()).ok()?;
+        let rows = Rows::new(usize::try_from(config.batch).ok()?);
+        Some(Self { context, pool, model, vocab, rows })
+    }
+
+    pub(crate) fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// Positions that each sequence can hold: what was asked, rounded up by the library.
+    pub(crate) fn positions_per_slot(&self) -> u32 {
+        // SAFETY: the context is valid.
+        unsafe { sys::llama_n_ctx_seq(self.context.as_ptr()) }
+    }
+
+    /// Computes with this many threads from the next batch on; no more than the context was made with.
+    pub(crate) fn set_threads(&mut self, threads: u32) {
+        let threads = i32::try_from(threads).unwrap_or(1);
+        // SAFETY: the context is valid; the pool has at least as many threads, and the library takes fewer if not.
+        unsafe { sys::llama_set_n_threads(self.context.as_ptr(), threads, threads) }
+    }
+
+    /// Computes the rows. On an error the cache may hold some of them: the caller cuts the sequences back.
+    pub(crate) fn decode(&mut self, rows: &[BatchRow]) -> Result<(), DecodeError> {
+        self.rows.fill(rows)?;
+        let batch = sys::llama_batch {
+            n_tokens: i32::try_from(rows.len()).unwrap_or(0),
+            token: self.rows.token.as_mut_ptr(),
+            embd: std::ptr::null_mut(),
+            pos: self.rows.position.as_mut_ptr(),
+            n_seq_id: self.rows.sequences.as_mut_ptr(),
+            seq_id: self.rows.pointers.as_mut_ptr(),
+            logits: self.rows.output.as_mut_ptr(),
+        };
+        // SAFETY: every array of the batch has at least `n_tokens` elements and lives in `self` during the call; each entry of
+        // `seq_id` points at one sequence id, as `n_seq_id` says. The library checks the ids against its limits.
+        let code = unsafe { sys::llama_decode(self.context.as_ptr(), batch) };
+        match code {
+            0 => {
+                // SAFETY: the context is valid.
+                unsafe { sys::llama_synchronize(self.context.as_ptr()) };
+                Ok(())
+            }
+            1 => Err(DecodeError::NoRoom),
+            code => Err(DecodeError::Failed { code }),
+        }
+    }
+
+    /// The logits of a row of the last batch that asked for them, one per token id.
+    pub(crate) fn logits(&mut self, row: usize) -> Result<&[f32], DecodeError> {
+        if self.rows.output.get(row) != Some(&1) {
+            return Err(DecodeError::NoLogits { row });
+        }
+        let index = i32::try_from(row).map_err(|_| DecodeError::NoLogits { row })?;
+        // SAFETY: the row was in the last batch and asked for output; the answer is null or points at `vocab` floats that stay
+        // until the next call on the context, which the borrow of `self` forbids.
+        unsafe {
+            let logits = sys::llama_get_logits_ith(self.context.as_ptr(), index);
+            if logits.is_null() {
+                return Err(DecodeError::NoLogits { row });
+            }
+            Ok(std::slice::from_raw_parts(logits, self.vocab))
+        }
+    }
+
+    /// Drops what a sequence holds at `from` and beyond. False if this memory cannot be cut there (a recurrent model): then
+    /// nothing changed, and only `from = 0` is possible.
+    pub(crate) fn truncate(&mut self, slot: u32, from: u32) -> bool {
+        let (Ok(slot), Ok(from)) = (i32::try_from(slot), i32::try_from(from)) else { return false };
+        // SAFETY: the context is valid and slots are below `n_seq_max`; a negative end means "to the end".
+        unsafe { sys::llama_memory_seq_rm(sys::llama_get_memory(self.context.as_ptr()), slot, from, -1) }
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: `self` owns both; the context, which uses the pool, goes first.
+        unsafe {
+            sys::llama_free(self.context.as_ptr());
+            sys::ggml_threadpool_free(self.pool.as_ptr());
+        }
+    }
+}
+
+impl Rows {
+    fn new(limit: usize) -> Self {
+        let zeros = || vec![0; limit];
+        let pointers = vec![std::ptr::null_mut(); limit];
+        let (token, position, sequence) = (zeros(), zeros(), zeros());
+        Self { token, position, sequences: vec![1; limit], sequence, pointers, output: vec![0; limit] }
+    }
+
+    fn fill(&mut self, rows: &[BatchRow]) -> Result<(), DecodeError> {
+        let limit = self.token.len();
+        if rows.is_empty() || rows.len() > limit {
+            return Err(DecodeError::TooManyRows { rows: rows.len(), limit });
+        }
+        self.output.fill(0);
+        for (i, row) in rows.iter().enumerate() {
+            let signed = |value: u32| i32::try_from(value).map_err(|_| DecodeError::Failed { code: -1 });
+            self.token[i] = signed(row.token)?;
+            self.position[i] = signed(row.position)?;
+            self.sequence[i] = signed(row.slot)?;
+            self.output[i] = i8::from(row.output);
+        }
+        let ids = self.sequence.as_mut_ptr();
+        for (i, pointer) in self.pointers.iter_mut().enumerate() {
+            *pointer = ids.wrapping_add(i);
+        }
+        Ok(())
+    }
+}

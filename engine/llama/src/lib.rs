@@ -1,0 +1,39 @@
+//! llama.cpp behind satgrid's engine port, in a child process.
+//!
+//! llama.cpp may abort, run out of memory or choke on a hostile file. So the node never links its fate to it: it starts its own
+//! binary again as a worker, speaks CBOR with it over a socket pair, and when the worker dies the node reports `Down`,
+//! starts it again and reports `Up`. Wallet, ledger and API live in the node and notice nothing else.
+//!
+//! | in the node                                   | in the child                                                     |
+//! |-----------------------------------------------|------------------------------------------------------------------|
+//! | [`LlamaEngine`]: the `Engine` port             | `worker`: load, serve, exit with the parent                      |
+//! | [`LlamaTokenizer`]: the `Tokenizer` port       | `scheduler` and `plan`: continuous batching, pure and tested alone |
+//! | `child`: start, hear, end a process           | `backend` and `ffi`: llama.cpp; the product's only `unsafe`      |
+//!
+//! `wire` is what they say to each other, [`WorkerArgs`] how a child is told its task, [`bare`] the yardstick for benchmarks.
+//!
+//! This crate never sees money, peers or the network, writes no prompt to any log, and opens no file but those that its
+//! settings name (and a temporary one of its own for the known answer in the build id).
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod backend;
+pub mod bare;
+mod child;
+mod crowd;
+mod engine;
+mod facts;
+mod ffi;
+mod model_file;
+mod plan;
+mod scheduler;
+mod settings;
+mod tokenizer;
+mod wire;
+mod worker;
+
+pub use child::{SpawnError, WorkerProgram};
+pub use engine::{EngineConfig, LlamaEngine};
+pub use settings::{ArgsError, BATCH, DEFAULT_CONTEXT, EngineSettings, MAX_SLOTS, WorkerArgs, default_threads};
+pub use tokenizer::{LlamaTokenizer, MAX_TEXT, TokenizerConfig};
+pub use worker::worker_main;

@@ -1,0 +1,206 @@
+//! What the next batch computes: a pure function of how far each running job is and may go.
+//!
+//! Streams come first and prompts fill the gaps. While any stream is decoding, a prompt gets at most
+//! [`Limits::prefill_beside_streams`] positions between two steps of the streams, so a long prompt slows them but never
+//! stops them; alone it gets a whole batch. Prompts take turns, the one served longest ago first.
+//!
+//! | profile | a batch is                                                                        |
+//! |---------|-----------------------------------------------------------------------------------|
+//! | exact   | one position of each of n sequences, or n positions of one; steps and chunks take turns |
+//! | fast    | one position of every stream, and prompt positions of any sequences beside them    |
+//!
+//! This module computes nothing and holds no state; the scheduler passes what it needs and acts on the answer.
+
+use satgrid_engine::port::Profile;
+
+/// How far one running job is. Positions count from 0 through prompt and output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Progress {
+    pub(crate) slot: u32,
+    /// Positions already in the cache; the next to compute.
+    pub(crate) at: u32,
+    /// Positions of the prompt.
+    pub(crate) prompt: u32,
+    /// Positions below this may be computed now: their token is known and the grant covers them.
+    pub(crate) upto: u32,
+    /// The batch number in which the job last got prompt positions; 0 for never.
+    pub(crate) served: u64,
+}
+
+/// The bounds of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Limits {
+    pub(crate) profile: Profile,
+    /// Most positions in one batch.
+    pub(crate) batch: u32,
+    /// Most prompt positions in or between two steps of running streams.
+    pub(crate) prefill_beside_streams: u32,
+}
+
+/// A run of positions `from..upto` of one sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Chunk {
+    pub(crate) slot: u32,
+    pub(crate) from: u32,
+    pub(crate) upto: u32,
+}
+
+impl Progress {
+    fn ready(&self) -> u32 {
+        self.upto.saturating_sub(self.at)
+    }
+
+    fn is_prefilling(&self) -> bool {
+        self.at < self.prompt
+    }
+
+    fn next(&self, positions: u32) -> Chunk {
+        Chunk { slot: self.slot, from: self.at, upto: self.at + self.ready().min(positions) }
+    }
+}
+
+/// The next batch, by rising slot; empty when no job may go on. `after_prefill`: the batch before this one held prompt
+/// positions beyond single ones, so streams that wait are next.
+pub(crate) fn plan_batch(jobs: &[Progress], limits: &Limits, after_prefill: bool) -> Vec<Chunk> {
+    let batch = limits.batch.max(1);
+    let mut ready: Vec<&Progress> = jobs.iter().filter(|job| job.ready() > 0).collect();
+    ready.sort_by_key(|job| job.slot);
+    let streams = ready.iter().filter(|job| !job.is_prefilling()).count();
+    let mut prompts: Vec<&Progress> = ready.iter().copied().filter(|job| job.is_prefilling()).collect();
+    prompts.sort_by_key(|job| (job.served, job.slot));
+    let prefill = if streams > 0 { limits.prefill_beside_streams.clamp(1, batch) } else { batch };
+
+    let mut chunks = match limits.profile {
+        Profile::Exact => {
+            // A prompt's lone position looks like a step of a stream and goes with them.
+            let singles = ready.iter().filter(|job| !job.is_prefilling() || job.ready() == 1);
+            let steps: Vec<Chunk> = singles.take(batch as usize).map(|job| job.next(1)).collect();
+            let long = prompts.iter().find(|job| job.ready() > 1);
+            match long {
+                Some(job) if steps.is_empty() || !after_prefill => vec![job.next(prefill)],
+                Some(_) | None => steps,
+            }
+        }
+        Profile::Fast => {
+            let steps = ready.iter().filter(|job| !job.is_prefilling()).take(batch as usize);
+            let mut chunks: Vec<Chunk> = steps.map(|job| job.next(1)).collect();
+            let mut room = prefill.min(batch - u32::try_from(chunks.len()).unwrap_or(batch).min(batch));
+            for job in prompts {
+                let chunk = job.next(room);
+                room -= chunk.upto - chunk.from;
+                if chunk.upto > chunk.from {
+                    chunks.push(chunk);
+                }
+            }
+            chunks
+        }
+    };
+    chunks.sort_by_key(|chunk| chunk.slot);
+    chunks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A job in words: `p3/10` is prefilling, 3 of 10 done and all granted; `p3/10<5` is granted below 5;
+    /// `s12` decodes position 12; `s12!` waits for a grant.
+    fn job(slot: usize, text: &str) -> Progress {
+        let slot = u32::try_from(slot).unwrap();
+        if let Some(rest) = text.strip_prefix('s') {
+            let at = rest.trim_end_matches('!').parse().unwrap();
+            return Progress { slot, at, prompt: at - 1, upto: at + u32::from(!rest.ends_with('!')), served: 0 };
+        }
+        let (at, rest) = text.strip_prefix('p').unwrap().split_once('/').unwrap();
+        let (prompt, upto) = rest.split_once('<').unwrap_or((rest, rest));
+        Progress {
+            slot,
+            at: at.parse().unwrap(),
+            prompt: prompt.parse().unwrap(),
+            upto: upto.parse().unwrap(),
+            served: 0,
+        }
+    }
+
+    fn check(profile: Profile, jobs: &[&str], after_prefill: bool, expect: &str) {
+        let jobs: Vec<Progress> = jobs.iter().enumerate().map(|(slot, text)| job(slot, text)).collect();
+        let limits = Limits { profile, batch: 512, prefill_beside_streams: 64 };
+        let plan = plan_batch(&jobs, &limits, after_prefill);
+        let text: Vec<String> = plan.iter().map(|c| format!("{}:{}..{}", c.slot, c.from, c.upto)).collect();
+        assert_eq!(text.join(" "), expect, "{jobs:?}");
+        let rows: u32 = plan.iter().map(|c| c.upto - c.from).sum();
+        assert!(rows <= limits.batch);
+        if profile == Profile::Exact {
+            assert!(plan.len() <= 1 || plan.iter().all(|c| c.upto - c.from == 1), "not an exact batch: {plan:?}");
+        }
+    }
+
+    #[test]
+    fn exact_batches_are_one_row_of_many_or_many_of_one() {
+        let exact = |jobs: &[&str], after, expect| check(Profile::Exact, jobs, after, expect);
+        exact(&[], false, "");
+        exact(&["s5!", "p0/10<0"], false, "");
+        exact(&["s5", "s9", "s7!"], false, "0:5..6 1:9..10");
+        exact(&["p0/2000"], false, "0:0..512");
+        exact(&["p0/2000"], true, "0:0..512");
+        exact(&["p1536/2000<1600"], false, "0:1536..1600");
+        // A stream beside a long prompt: chunk, step, chunk, step, and small chunks.
+        exact(&["s5", "p0/2000"], false, "1:0..64");
+        exact(&["s5", "p64/2000"], true, "0:5..6");
+        // A lone position joins the streams.
+        exact(&["s5", "p9/10", "p3/10<4"], false, "0:5..6 1:9..10 2:3..4");
+        exact(&["p9/10", "p0/10"], false, "1:0..10");
+        exact(&["p9/10", "p0/10"], true, "0:9..10");
+    }
+
+    #[test]
+    fn fast_batches_mix_streams_and_prompts() {
+        let fast = |jobs: &[&str], expect| check(Profile::Fast, jobs, true, expect);
+        fast(&[], "");
+        fast(&["s5", "p0/2000", "s9"], "0:5..6 1:0..64 2:9..10");
+        fast(&["p0/300", "p0/300", "p0/10<0"], "0:0..300 1:0..212");
+        fast(&["s5", "p0/10<5", "p0/200"], "0:5..6 1:0..5 2:0..59");
+    }
+
+    #[test]
+    fn prompts_take_turns() {
+        let limits = Limits { profile: Profile::Exact, batch: 100, prefill_beside_streams: 10 };
+        let mut jobs: Vec<Progress> = (0..3).map(|slot| job(slot, "p0/250")).collect();
+        let mut order = Vec::new();
+        for number in 1.. {
+            let plan = plan_batch(&jobs, &limits, true);
+            let Some(chunk) = plan.first() else { break };
+            order.push(chunk.slot);
+            jobs[chunk.slot as usize].at = chunk.upto;
+            jobs[chunk.slot as usize].served = number;
+        }
+        assert_eq!(order, [0, 1, 2, 0, 1, 2, 0, 1, 2]);
+    }
+
+    /// Whatever the mix, no stream waits for more than one small chunk, and every granted position is computed.
+    #[test]
+    fn streams_are_never_starved() {
+        for profile in [Profile::Exact, Profile::Fast] {
+            let limits = Limits { profile, batch: 512, prefill_beside_streams: 64 };
+            let mut jobs = vec![job(0, "s10"), job(1, "p0/1000"), job(2, "p0/700"), job(3, "s20")];
+            let (mut after, mut waited) = (false, 0);
+            for number in 1..200 {
+                let plan = plan_batch(&jobs, &limits, after);
+                after = plan.iter().any(|c| c.upto - c.from > 1);
+                waited = if plan.iter().any(|c| c.slot == 0) { 0 } else { waited + 1 };
+                assert!(waited <= 1, "{profile:?}: the stream waits at batch {number}");
+                for chunk in plan {
+                    let job = &mut jobs[chunk.slot as usize];
+                    assert_eq!(job.at, chunk.from);
+                    job.at = chunk.upto;
+                    if job.at > job.prompt {
+                        job.upto = job.at + 1;
+                    } else {
+                        job.served = number;
+                    }
+                }
+            }
+            assert!(jobs.iter().all(|job| job.at >= job.prompt), "{profile:?}: {jobs:?}");
+        }
+    }
+}

@@ -1,0 +1,431 @@
+//! Continuous batching: which job sits in which sequence of the context, what it has computed, drawn and told.
+//!
+//! The scheduler is a state machine without a clock, thread or model: commands go in by [`Scheduler::handle`], one batch at a
+//! time is computed by [`Scheduler::step`] over a [`Backend`], events come out of [`Scheduler::take_events`]. One thread
+//! drives it. It never computes a position beyond a job's grants, and never shows one session another's cache.
+//!
+//! | a slot is | its sequence holds                    | leaves with                                               |
+//! |-----------|---------------------------------------|-----------------------------------------------------------|
+//! | empty     | nothing                               | a job is seated                                           |
+//! | running   | the job's first `at` tokens           | the job's end: idle; a failed batch: empty                |
+//! | idle      | the tokens of its session's last job  | a job of the session with a common start: cut back to it; any other job, longest unused slot first: emptied; `ForgetSession`: emptied |
+//!
+//! A job is seated when its first grant is in and a slot is free of running jobs; until then it queues.
+
+use std::collections::VecDeque;
+
+use satgrid_engine::port::{Command, EngineEvent, FinishReason, Job, JobError, JobId, Profile};
+use satgrid_engine::sampling::draw;
+use satgrid_engine::stop::StopMatcher;
+
+use crate::ffi::{BatchRow, DecodeError};
+use crate::plan::{Limits, Progress, plan_batch};
+
+/// Jobs that wait for a slot or a grant; more are refused as busy.
+pub(crate) const MAX_QUEUED: usize = 256;
+
+/// What the scheduler needs of a model in memory.
+pub(crate) trait Backend {
+    /// Computes the rows, of rising slot and rising position.
+    fn evaluate(&mut self, rows: &[BatchRow]) -> Result<(), DecodeError>;
+    /// Logits of a row of the last batch that asked for them.
+    fn logits(&mut self, row: usize) -> Result<&[f32], DecodeError>;
+    /// Drops a sequence's positions at `from` and beyond; false if that is not possible there.
+    fn truncate(&mut self, slot: u32, from: u32) -> bool;
+    fn is_eog(&self, token: u32) -> bool;
+    /// Every end-of-generation token.
+    fn eog(&self) -> &[u32];
+    fn piece(&self, token: u32) -> Vec<u8>;
+}
+
+/// The shape of the context that the scheduler fills.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Shape {
+    pub(crate) profile: Profile,
+    pub(crate) slots: u32,
+    /// Positions of prompt and output that one job may hold.
+    pub(crate) context: u32,
+    pub(crate) vocab: u32,
+    pub(crate) batch: u32,
+    pub(crate) prefill_beside_streams: u32,
+}
+
+pub(crate) struct Scheduler {
+    shape: Shape,
+    slots: Vec<Slot>,
+    queue: VecDeque<Waiting>,
+    events: Vec<EngineEvent>,
+    /// Batches planned so far; orders prompts' turns and slots' last use.
+    batches: u64,
+    after_prefill: bool,
+}
+
+#[derive(Default)]
+struct Slot {
+    running: Option<Running>,
+    /// Tokens in the sequence while no job runs.
+    idle: Vec<u32>,
+    session: Option<[u8; 32]>,
+    used: u64,
+}
+
+struct Waiting {
+    job: Job,
+    grant: Grant,
+}
+
+/// Granted positions of the prompt and granted output tokens.
+#[derive(Debug, Clone, Copy, Default)]
+struct Grant {
+    prompt: u32,
+    output: u32,
+}
+
+struct Running {
+    job: Job,
+    grant: Grant,
+    /// Prompt, then every token drawn.
+    tokens: Vec<u32>,
+    prompt: u32,
+    /// Positions in the cache.
+    at: u32,
+    /// Positions that were there before.
+    cached: u32,
+    /// Covered and cached positions last told.
+    told: (u32, u32),
+    /// Output tokens told.
+    emitted: u32,
+    /// Output tokens at which the job ends.
+    limit: u32,
+    stop: StopMatcher,
+    served: u64,
+    /// False once the session is forgotten: nothing stays after the job.
+    keep: bool,
+}
+
+impl Scheduler {
+    pub(crate) fn new(shape: Shape) -> Self {
+        let slots = (0..shape.slots).map(|_| Slot::default()).collect();
+        Self { shape, slots, queue: VecDeque::new(), events: Vec::new(), batches: 0, after_prefill: false }
+    }
+
+    /// The events since the last call, in order.
+    pub(crate) fn take_events(&mut self) -> Vec<EngineEvent> {
+        std::mem::take(&mut self.events)
+    }
+
+    pub(crate) fn handle(&mut self, command: Command, backend: &mut impl Backend) {
+        match command {
+            Command::Start(job) => self.start(job),
+            Command::Grant { job, prompt_upto, output_upto } => {
+                self.grant(job, Grant { prompt: prompt_upto, output: output_upto }, backend);
+            }
+            Command::Cancel { job } => self.cancel(job),
+            Command::ForgetSession { session } => self.forget(session, backend),
+        }
+    }
+
+    /// Seats waiting jobs and computes one batch. False if there was nothing to compute.
+    pub(crate) fn step(&mut self, backend: &mut impl Backend) -> bool {
+        self.seat_waiting(backend);
+        let limits = Limits {
+            profile: self.shape.profile,
+            batch: self.shape.batch,
+            prefill_beside_streams: self.shape.prefill_beside_streams,
+        };
+        let jobs: Vec<Progress> = (0_u32..).zip(&self.slots).filter_map(|(slot, s)| s.progress(slot)).collect();
+        let chunks = plan_batch(&jobs, &limits, self.after_prefill);
+        if chunks.is_empty() {
+            return false;
+        }
+        self.batches += 1;
+        self.after_prefill = chunks.iter().any(|chunk| chunk.upto - chunk.from > 1);
+
+        let mut rows = Vec::new();
+        // Of each slot with a chunk: the positions it then holds, and the row of its last one.
+        let mut ends = Vec::new();
+        for chunk in &chunks {
+            let Some(running) = self.slots.get(chunk.slot as usize).and_then(|slot| slot.running.as_ref()) else {
+                continue;
+            };
+            for position in chunk.from..chunk.upto {
+                let Some(&token) = running.tokens.get(position as usize) else { continue };
+                let output = position + 1 == chunk.upto && chunk.upto >= running.prompt && running.limit > 0;
+                rows.push(BatchRow { slot: chunk.slot, position, token, output });
+            }
+            ends.push((chunk.slot, chunk.upto, rows.len().saturating_sub(1)));
+        }
+        match backend.evaluate(&rows) {
+            Ok(()) => {
+                for (slot, at, row) in ends {
+                    self.advance(slot, at, row, backend);
+                }
+            }
+            Err(error) => {
+                let reason = error.to_string();
+                for (slot, ..) in ends {
+                    self.fail(slot, &reason, backend);
+                }
+            }
+        }
+        true
+    }
+
+    /// No job is seated or waits.
+    #[cfg(test)]
+    fn is_idle(&self) -> bool {
+        self.queue.is_empty() && self.slots.iter().all(|slot| slot.running.is_none())
+    }
+
+    fn start(&mut self, job: Job) {
+        let id = job.id;
+        let refused = if self.find(id).is_some() || self.queue.iter().any(|waiting| waiting.job.id == id) {
+            Some(JobError::DuplicateJob)
+        } else if self.queue.len() >= MAX_QUEUED {
+            Some(JobError::Busy)
+        } else {
+            job.check(self.shape.context, self.shape.vocab).err()
+        };
+        match refused {
+            Some(error) => self.events.push(EngineEvent::Failed { job: id, error }),
+            None => self.queue.push_back(Waiting { job, grant: Grant::default() }),
+        }
+    }
+
+    fn grant(&mut self, id: JobId, grant: Grant, backend: &mut impl Backend) {
+        if let Some(waiting) = self.queue.iter_mut().find(|waiting| waiting.job.id == id) {
+            waiting.grant.raise(grant);
+        } else if let Some(slot) = self.find(id) {
+            if let Some(running) = self.slots[slot].running.as_mut() {
+                running.grant.raise(grant);
+            }
+            self.tell_prefilled(slot);
+            self.emit(slot, backend);
+        }
+    }
+
+    fn cancel(&mut self, id: JobId) {
+        if let Some(at) = self.queue.iter().position(|waiting| waiting.job.id == id) {
+            self.queue.remove(at);
+            self.events.push(EngineEvent::Finished { job: id, reason: FinishReason::Cancelled, evaluated: 0 });
+        } else if let Some(slot) = self.find(id) {
+            self.finish(slot, FinishReason::Cancelled);
+        }
+    }
+
+    fn forget(&mut self, session: [u8; 32], backend: &mut impl Backend) {
+        for (number, slot) in (0_u32..).zip(&mut self.slots).filter(|(_, slot)| slot.session == Some(session)) {
+            match slot.running.as_mut() {
+                Some(running) => running.keep = false,
+                None => {
+                    slot.clear();
+                    backend.truncate(number, 0);
+                }
+            }
+        }
+    }
+
+    /// Gives slots to waiting jobs that have a grant, first come first served.
+    fn seat_waiting(&mut self, backend: &mut impl Backend) {
+        while let Some(at) = self.queue.iter().position(|waiting| waiting.grant.prompt > 0) {
+            let Some(number) = self.choose_slot(&self.queue[at].job) else { return };
+            let Some(waiting) = self.queue.remove(at) else { return };
+            self.seat(number, waiting, backend);
+        }
+    }
+
+    /// The slot for a job: its session's with the longest common start, else an empty one, else the longest unused.
+    fn choose_slot(&self, job: &Job) -> Option<usize> {
+        let free = || self.slots.iter().enumerate().filter(|(_, slot)| slot.running.is_none());
+        let empty = free().find(|(_, slot)| slot.idle.is_empty()).map(|(number, _)| number);
+        let own = free()
+            .filter(|(_, slot)| slot.session == Some(job.session))
+            .map(|(number, slot)| (common_start(&slot.idle, &job.prompt), number, slot.idle.len()))
+            .max_by_key(|&(common, number, _)| (common, std::cmp::Reverse(number)));
+        if let Some((common, number, held)) = own {
+            // Another conversation of the same session may share no more than its first tokens: leave it if there is room.
+            let worth = common * 2 >= held.min(job.prompt.len());
+            if common > 0 && (worth || empty.is_none()) {
+                return Some(number);
+            }
+        }
+        empty.or_else(|| free().min_by_key(|(_, slot)| slot.used).map(|(number, _)| number))
+    }
+
+    fn seat(&mut self, number: usize, waiting: Waiting, backend: &mut impl Backend) {
+        let Waiting { job, grant } = waiting;
+        let slot = &mut self.slots[number];
+        let prompt = to_u32(job.prompt.len());
+        let common = if slot.session == Some(job.session) { common_start(&slot.idle, &job.prompt) } else { 0 };
+        // The last position is always computed, since its logits are not kept.
+        let mut cached = to_u32(common).min(prompt.saturating_sub(1));
+        let kept = cached > 0 && backend.truncate(to_u32(number), cached);
+        if !kept {
+            cached = 0;
+            if !slot.idle.is_empty() {
+                backend.truncate(to_u32(number), 0);
+            }
+        }
+        slot.idle.clear();
+        slot.session = Some(job.session);
+        slot.used = self.batches;
+        let limit = job.max_output.min(self.shape.context.saturating_sub(prompt));
+        slot.running = Some(Running::new(job, grant, cached, limit, backend));
+        self.tell_prefilled(number);
+    }
+
+    /// Books a computed chunk: the slot holds `at` positions, and `row` of the batch has the last one's logits.
+    fn advance(&mut self, slot: u32, at: u32, row: usize, backend: &mut impl Backend) {
+        let number = slot as usize;
+        let Some(running) = self.slots[number].running.as_mut() else { return };
+        let was_prefilling = running.at < running.prompt;
+        running.at = at;
+        if was_prefilling {
+            running.served = self.batches;
+        }
+        if at < running.prompt {
+            self.tell_prefilled(number);
+            return;
+        }
+        let drawn = if running.limit == 0 { Ok(None) } else { running.draw(row, backend).map(Some) };
+        match drawn {
+            Ok(token) => {
+                running.tokens.extend(token);
+                if was_prefilling {
+                    self.tell_prefilled(number);
+                }
+                self.emit(number, backend);
+            }
+            Err(reason) => self.fail(slot, &reason, backend),
+        }
+    }
+
+    /// Tells how far the prompt is covered, if that is news and granted.
+    fn tell_prefilled(&mut self, number: usize) {
+        let Some(running) = self.slots[number].running.as_mut() else { return };
+        let upto = running.at.min(running.prompt).min(running.grant.prompt);
+        let now = (upto, running.cached.min(upto));
+        if now.0 > running.told.0 {
+            running.told = now;
+            self.events.push(EngineEvent::Prefilled { job: running.job.id, upto: now.0, cached: now.1 });
+        }
+    }
+
+    /// Tells the tokens that are drawn and granted, and ends the job where one of them does.
+    fn emit(&mut self, number: usize, backend: &impl Backend) {
+        let Some(running) = self.slots[number].running.as_mut() else { return };
+        if running.at < running.prompt {
+            return;
+        }
+        let mut ended = (running.limit == 0).then_some(FinishReason::Length);
+        while ended.is_none() && running.emitted < running.grant.output {
+            let Some(&token) = running.tokens.get((running.prompt + running.emitted) as usize) else { break };
+            self.events.push(EngineEvent::Tokens { job: running.job.id, first: running.emitted, ids: vec![token] });
+            running.emitted += 1;
+            if backend.is_eog(token) || running.stops_at(token, backend) {
+                ended = Some(FinishReason::Stop);
+            } else if running.emitted >= running.limit {
+                ended = Some(FinishReason::Length);
+            }
+        }
+        if let Some(reason) = ended {
+            self.finish(number, reason);
+        }
+    }
+
+    /// Ends a job in good order; its tokens stay in the slot for the session's next one.
+    fn finish(&mut self, number: usize, reason: FinishReason) {
+        let slot = &mut self.slots[number];
+        let Some(running) = slot.running.take() else { return };
+        let evaluated = running.at.saturating_sub(running.cached);
+        slot.used = self.batches;
+        slot.idle = running.tokens;
+        slot.idle.truncate(running.at as usize);
+        if !running.keep {
+            // The cells are freed when the slot is next seated; without an owner no job can match them.
+            slot.session = None;
+        }
+        self.events.push(EngineEvent::Finished { job: running.job.id, reason, evaluated });
+    }
+
+    fn fail(&mut self, slot: u32, reason: &str, backend: &mut impl Backend) {
+        let number = slot as usize;
+        let Some(running) = self.slots[number].running.take() else { return };
+        self.slots[number].clear();
+        backend.truncate(slot, 0);
+        let error = JobError::Backend { reason: reason.to_owned() };
+        self.events.push(EngineEvent::Failed { job: running.job.id, error });
+    }
+
+    fn find(&self, id: JobId) -> Option<usize> {
+        self.slots.iter().position(|slot| slot.running.as_ref().is_some_and(|running| running.job.id == id))
+    }
+}
+
+impl Slot {
+    fn clear(&mut self) {
+        self.idle.clear();
+        self.session = None;
+    }
+
+    fn progress(&self, slot: u32) -> Option<Progress> {
+        let running = self.running.as_ref()?;
+        let upto = if running.at < running.prompt {
+            running.prompt.min(running.grant.prompt)
+        } else {
+            // Position p yields output p - prompt + 1, which must be granted; the tokens must be known.
+            let granted = running.prompt.saturating_add(running.grant.output).saturating_sub(1);
+            granted.min(to_u32(running.tokens.len()))
+        };
+        Some(Progress { slot, at: running.at, prompt: running.prompt, upto, served: running.served })
+    }
+}
+
+impl Grant {
+    fn raise(&mut self, other: Self) {
+        self.prompt = self.prompt.max(other.prompt);
+        self.output = self.output.max(other.output);
+    }
+}
+
+impl Running {
+    fn new(mut job: Job, grant: Grant, cached: u32, limit: u32, backend: &impl Backend) -> Self {
+        let prompt = to_u32(job.prompt.len());
+        if job.ignore_eos {
+            job.sampling.forbid(backend.eog().iter().copied());
+        }
+        let mut stop = StopMatcher::new(&job.stop);
+        let resumed = job.prompt.len().saturating_sub(job.resumed as usize);
+        for &token in job.prompt.iter().skip(resumed) {
+            stop.push(&backend.piece(token));
+        }
+        let tokens = job.prompt.clone();
+        let (told, emitted, served) = ((0, 0), 0, 0);
+        Self { job, grant, tokens, prompt, at: cached, cached, told, emitted, limit, stop, served, keep: true }
+    }
+
+    /// Draws the next token from the logits of a row.
+    fn draw(&self, row: usize, backend: &mut impl Backend) -> Result<u32, String> {
+        let index = to_u32(self.tokens.len()).saturating_sub(self.prompt);
+        let logits = backend.logits(row).map_err(|error| error.to_string())?;
+        let position = self.job.resumed.saturating_add(index);
+        draw(logits, &self.tokens, &self.job.sampling, position).ok_or_else(|| "no token is possible".to_owned())
+    }
+
+    /// Feeds a told token to the stop strings; true once one is complete.
+    fn stops_at(&mut self, token: u32, backend: &impl Backend) -> bool {
+        self.stop.push(&backend.piece(token));
+        self.stop.stopped()
+    }
+}
+
+fn common_start(held: &[u32], prompt: &[u32]) -> usize {
+    held.iter().zip(prompt).take_while(|(a, b)| a == b).count()
+}
+
+fn to_u32(length: usize) -> u32 {
+    u32::try_from(length).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests;

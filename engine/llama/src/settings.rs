@@ -1,0 +1,193 @@
+//! How one engine is run: the settings that the node gives its child process, and their form on a command line.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use satgrid_engine::port::Profile;
+
+/// Most sequences that llama.cpp can hold in one context.
+pub const MAX_SLOTS: u32 = 256;
+/// Most positions in one batch: llama.cpp cannot stop inside one, so this bounds how long a cancellation waits.
+pub const BATCH: u32 = 512;
+
+/// A model to run and the shape of its context.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EngineSettings {
+    /// A GGUF file with weights.
+    pub model: PathBuf,
+    pub profile: Profile,
+    /// Computing threads. See [`default_threads`].
+    pub threads: u32,
+    /// Jobs that run at once. 1 to [`MAX_SLOTS`].
+    pub slots: u32,
+    /// Positions of prompt and output that one job may hold; memory is taken for `slots` times this. 0 means the
+    /// model's own context, but no more than [`DEFAULT_CONTEXT`].
+    pub context: u32,
+}
+
+/// Positions for each job where the settings name none.
+pub const DEFAULT_CONTEXT: u32 = 4096;
+
+/// What the child process is to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum WorkerArgs {
+    /// Run a model.
+    Engine(EngineSettings),
+    /// Tokenise with the vocabulary of this file; weights, if it has any, are not loaded.
+    Tokenizer { artefact: PathBuf },
+    /// Measure the bare engine, without a socket, and print a line of figures (see [`crate::bare`]).
+    Bare(EngineSettings, crate::bare::Load),
+}
+
+/// A command line that is not the node's own.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ArgsError {
+    #[error("no value for {0}")]
+    NoValue(String),
+    #[error("{value:?} is no value for {name}")]
+    BadValue { name: String, value: String },
+    #[error("unknown argument {0:?}")]
+    Unknown(String),
+    #[error("one of --model and --tokenizer is needed")]
+    NoFile,
+}
+
+impl WorkerArgs {
+    /// The arguments that [`WorkerArgs::parse`] reads back.
+    pub fn to_args(&self) -> Vec<OsString> {
+        let mut args: Vec<OsString> = Vec::new();
+        let mut add = |name: &str, value: OsString| args.extend([OsString::from(name), value]);
+        let engine = match self {
+            Self::Tokenizer { artefact } => {
+                add("--tokenizer", artefact.into());
+                return args;
+            }
+            Self::Engine(engine) => engine,
+            Self::Bare(engine, load) => {
+                add("--bare-streams", load.streams.to_string().into());
+                add("--bare-prompt", load.prompt.to_string().into());
+                add("--bare-output", load.output.to_string().into());
+                engine
+            }
+        };
+        add("--model", engine.model.clone().into());
+        add("--profile", engine.profile.name().into());
+        add("--threads", engine.threads.to_string().into());
+        add("--slots", engine.slots.to_string().into());
+        add("--context", engine.context.to_string().into());
+        args
+    }
+
+    /// Reads what [`WorkerArgs::to_args`] wrote, without the program's and the subcommand's name.
+    pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Self, ArgsError> {
+        let mut engine = EngineSettings {
+            model: PathBuf::new(),
+            profile: Profile::Exact,
+            threads: default_threads(),
+            slots: 1,
+            context: 0,
+        };
+        let mut artefact = None;
+        let mut load = crate::bare::Load { streams: 0, prompt: 0, output: 0 };
+        let mut args = args.into_iter();
+        while let Some(name) = args.next() {
+            let name = name.to_string_lossy().into_owned();
+            let value = args.next().ok_or_else(|| ArgsError::NoValue(name.clone()))?;
+            let bad = || ArgsError::BadValue { name: name.clone(), value: value.to_string_lossy().into_owned() };
+            let number = || value.to_str().and_then(|text| text.parse::<u32>().ok()).ok_or_else(bad);
+            match name.as_str() {
+                "--tokenizer" => artefact = Some(PathBuf::from(&value)),
+                "--model" => engine.model = PathBuf::from(&value),
+                "--profile" => {
+                    let named = |profile: &Profile| value.to_str() == Some(profile.name());
+                    engine.profile = [Profile::Exact, Profile::Fast].into_iter().find(named).ok_or_else(bad)?;
+                }
+                "--threads" => engine.threads = number()?,
+                "--slots" => engine.slots = number()?,
+                "--context" => engine.context = number()?,
+                "--bare-streams" => load.streams = number()?,
+                "--bare-prompt" => load.prompt = number()?,
+                "--bare-output" => load.output = number()?,
+                _ => return Err(ArgsError::Unknown(name)),
+            }
+        }
+        match artefact {
+            Some(artefact) => Ok(Self::Tokenizer { artefact }),
+            None if engine.model.as_os_str().is_empty() => Err(ArgsError::NoFile),
+            None if load.streams > 0 => Ok(Self::Bare(engine, load)),
+            None => Ok(Self::Engine(engine)),
+        }
+    }
+}
+
+/// Environment that ggml reads once, early, and so only from the process's start.
+pub(crate) fn environment(args: &WorkerArgs) -> Vec<(&'static str, &'static str)> {
+    let profile = match args {
+        WorkerArgs::Engine(engine) | WorkerArgs::Bare(engine, _) => engine.profile,
+        WorkerArgs::Tokenizer { .. } => return Vec::new(),
+    };
+    match profile {
+        // The tiled product rounds differently from the row by row one, and is chosen by the number of rows.
+        Profile::Exact => vec![(TILED_PRODUCT, "0")],
+        Profile::Fast => Vec::new(),
+    }
+}
+
+/// ggml's switch for its tiled matrix product.
+pub(crate) const TILED_PRODUCT: &str = "GGML_CPU_TILED_MM";
+
+/// Threads where the settings name none: one for each physical core that this process may use. More only contend, since
+/// llama.cpp's threads wait for each other at every matrix product.
+pub fn default_threads() -> u32 {
+    let available = std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
+    physical_cores().map_or(available, |cores| cores.min(available)).max(1)
+}
+
+/// Physical cores of this machine, where the system tells.
+fn physical_cores() -> Option<u32> {
+    let mut cores = std::collections::BTreeSet::new();
+    for entry in std::fs::read_dir("/sys/devices/system/cpu").ok()?.flatten() {
+        let siblings = entry.path().join("topology/thread_siblings_list");
+        cores.extend(std::fs::read_to_string(siblings).ok());
+    }
+    u32::try_from(cores.len()).ok().filter(|&cores| cores > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_line_reads_back() {
+        let engine = EngineSettings {
+            model: "/models/a b.gguf".into(),
+            profile: Profile::Fast,
+            threads: 3,
+            slots: 16,
+            context: 2048,
+        };
+        let load = crate::bare::Load { streams: 16, prompt: 64, output: 128 };
+        for args in [
+            WorkerArgs::Engine(engine.clone()),
+            WorkerArgs::Tokenizer { artefact: "t.gguf".into() },
+            WorkerArgs::Bare(engine, load),
+        ] {
+            assert_eq!(WorkerArgs::parse(args.to_args()), Ok(args));
+        }
+    }
+
+    #[test]
+    fn bad_command_lines_name_the_fault() {
+        let rows = [
+            ("", "needed"),
+            ("--model", "no value"),
+            ("--model x --slots many", "many"),
+            ("--model x --profile quick", "quick"),
+            ("--socket x", "--socket"),
+        ];
+        for (line, expect) in rows {
+            let error = WorkerArgs::parse(line.split_whitespace().map(OsString::from)).unwrap_err().to_string();
+            assert!(error.contains(expect), "{line}: {error}");
+        }
+    }
+}

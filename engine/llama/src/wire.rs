@@ -1,0 +1,220 @@
+//! What the node and its engine process say to each other over a local socket.
+//!
+//! A frame is a length (4 bytes, big endian, at most [`MAX_FRAME`]) and one CBOR value. The process connects, tells how its
+//! load goes, and then either `Ready` or `LoadFailed`; after `Ready` both sides speak when they like. End of file from
+//! either side is the other's sign to go.
+
+use std::io::{self, Read, Write};
+
+use minicbor::{Decode, Encode};
+use satgrid_engine::port::{Command, EngineEvent, EngineFacts, SpecialTokens, TokenizerError};
+use tokio::io::{AsyncRead, AsyncReadExt};
+
+/// Most bytes in one frame. The longest is a vocabulary's table of pieces, or a prompt of a very long context.
+pub(crate) const MAX_FRAME: u32 = 64 * 1024 * 1024;
+/// Both ends come from one binary; this catches a worker of another version.
+pub(crate) const VERSION: u32 = 1;
+
+/// From the node to the process.
+#[derive(Debug, Encode, Decode)]
+pub(crate) enum ToWorker {
+    #[n(0)]
+    Command(#[n(0)] Command),
+    #[n(1)]
+    Tokenize {
+        #[n(0)]
+        text: String,
+        #[n(1)]
+        add_special: bool,
+        #[n(2)]
+        parse_special: bool,
+    },
+    /// The names of tokens, control tokens too. Plain pieces are in the table that came with `Ready`.
+    #[n(2)]
+    Names {
+        #[n(0)]
+        ids: Vec<u32>,
+    },
+}
+
+/// From the process to the node.
+#[derive(Debug, Encode, Decode)]
+pub(crate) enum FromWorker {
+    /// The load has come this far, in thousandths.
+    #[n(0)]
+    Loading {
+        #[n(0)]
+        permille: u32,
+    },
+    #[n(1)]
+    LoadFailed {
+        #[n(0)]
+        reason: String,
+    },
+    #[n(2)]
+    EngineReady(#[n(0)] Box<EngineFacts>),
+    #[n(3)]
+    TokenizerReady(#[n(0)] Box<VocabFacts>),
+    /// Events of one batch, in order.
+    #[n(4)]
+    Events(#[n(0)] Vec<EngineEvent>),
+    #[n(5)]
+    Tokenized(#[n(0)] Result<Vec<u32>, TokenizerError>),
+    #[n(6)]
+    Named(#[n(0)] Result<Vec<PieceBytes>, TokenizerError>),
+}
+
+/// What a tokenizer process reads from its file once.
+#[derive(Debug, Encode, Decode)]
+pub(crate) struct VocabFacts {
+    #[n(0)]
+    pub(crate) version: u32,
+    #[n(1)]
+    pub(crate) special: SpecialTokens,
+    #[n(2)]
+    pub(crate) chat_template: Option<String>,
+    #[n(3)]
+    pub(crate) pieces: PieceTable,
+}
+
+/// The bytes of one token.
+#[derive(Debug, Encode, Decode)]
+#[cbor(transparent)]
+pub(crate) struct PieceBytes(#[cbor(n(0), with = "minicbor::bytes")] pub(crate) Vec<u8>);
+
+/// The plain pieces of a whole vocabulary: all bytes in a row, and where each piece ends. For 262,144 tokens about 3 MB.
+#[derive(Debug, Default, Encode, Decode)]
+pub(crate) struct PieceTable {
+    #[cbor(n(0), with = "minicbor::bytes")]
+    bytes: Vec<u8>,
+    /// Ends, as 4 bytes each in little endian.
+    #[cbor(n(1), with = "minicbor::bytes")]
+    ends: Vec<u8>,
+}
+
+impl PieceTable {
+    pub(crate) fn push(&mut self, piece: &[u8]) {
+        self.bytes.extend_from_slice(piece);
+        let end = u32::try_from(self.bytes.len()).unwrap_or(u32::MAX);
+        self.ends.extend_from_slice(&end.to_le_bytes());
+    }
+
+    /// Number of tokens.
+    pub(crate) fn len(&self) -> u32 {
+        u32::try_from(self.ends.len() / 4).unwrap_or(u32::MAX)
+    }
+
+    /// The bytes of a token; `None` outside the vocabulary (and in a table that contradicts itself).
+    pub(crate) fn get(&self, token: u32) -> Option<&[u8]> {
+        let end = |index: usize| -> Option<usize> {
+            let bytes = self.ends.get(index * 4..index * 4 + 4)?;
+            usize::try_from(u32::from_le_bytes(bytes.try_into().ok()?)).ok()
+        };
+        let index = usize::try_from(token).ok()?;
+        let from = if index == 0 { 0 } else { end(index - 1)? };
+        self.bytes.get(from..end(index)?)
+    }
+}
+
+/// A message as the bytes of a frame.
+pub(crate) fn encode<T: Encode<()>>(message: &T) -> io::Result<Vec<u8>> {
+    let mut frame = vec![0_u8; 4];
+    minicbor::encode(message, &mut frame).map_err(|error| io::Error::other(error.to_string()))?;
+    let length = u32::try_from(frame.len() - 4).ok().filter(|&length| length <= MAX_FRAME);
+    let length = length.ok_or_else(|| io::Error::other(format!("a message of {} bytes is too long", frame.len())))?;
+    frame[..4].copy_from_slice(&length.to_be_bytes());
+    Ok(frame)
+}
+
+/// Writes a message at once.
+pub(crate) fn write<T: Encode<()>>(to: &mut impl Write, message: &T) -> io::Result<()> {
+    to.write_all(&encode(message)?)
+}
+
+/// Reads a message; `None` at the end of the stream.
+pub(crate) fn read<T: for<'b> Decode<'b, ()>>(from: &mut impl Read) -> io::Result<Option<T>> {
+    let mut length = [0_u8; 4];
+    match from.read_exact(&mut length) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        Err(error) => return Err(error),
+    }
+    let mut body = vec![0_u8; check_length(length)?];
+    from.read_exact(&mut body)?;
+    decode(&body).map(Some)
+}
+
+/// As [`read`], for the node's side. Not safe to cancel in the middle of a frame.
+pub(crate) async fn read_async<T: for<'b> Decode<'b, ()>>(
+    from: &mut (impl AsyncRead + Unpin),
+) -> io::Result<Option<T>> {
+    let mut length = [0_u8; 4];
+    match from.read_exact(&mut length).await {
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        Err(error) => return Err(error),
+    }
+    let mut body = vec![0_u8; check_length(length)?];
+    from.read_exact(&mut body).await?;
+    decode(&body).map(Some)
+}
+
+fn check_length(length: [u8; 4]) -> io::Result<usize> {
+    let length = u32::from_be_bytes(length);
+    if length > MAX_FRAME {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("a frame of {length} bytes is over {MAX_FRAME}"),
+        ));
+    }
+    usize::try_from(length).map_err(io::Error::other)
+}
+
+fn decode<T: for<'b> Decode<'b, ()>>(body: &[u8]) -> io::Result<T> {
+    minicbor::decode(body).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use satgrid_engine::port::JobId;
+
+    use super::*;
+
+    #[test]
+    fn a_frame_reads_back() {
+        let mut bytes = Vec::new();
+        write(&mut bytes, &ToWorker::Command(Command::Cancel { job: JobId(7) })).unwrap();
+        write(&mut bytes, &ToWorker::Names { ids: vec![1, 2, 300] }).unwrap();
+        let mut from = bytes.as_slice();
+        let first: ToWorker = read(&mut from).unwrap().unwrap();
+        assert!(matches!(first, ToWorker::Command(Command::Cancel { job: JobId(7) })));
+        let second: ToWorker = read(&mut from).unwrap().unwrap();
+        assert!(matches!(second, ToWorker::Names { ids } if ids == [1, 2, 300]));
+        assert!(read::<ToWorker>(&mut from).unwrap().is_none());
+    }
+
+    #[test]
+    fn bad_frames_are_errors() {
+        let long = (MAX_FRAME + 1).to_be_bytes();
+        let rows: [(&[u8], &str); 4] =
+            [(&long, "over"), (&[0, 0, 0, 9, 1], "fill whole buffer"), (&[0, 0, 0, 1, 0xff], ""), (&[0, 0, 0, 0], "")];
+        for (bytes, expect) in rows {
+            let error = read::<ToWorker>(&mut { bytes }).unwrap_err().to_string();
+            assert!(error.contains(expect), "{bytes:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_piece_table_gives_back_what_was_pushed() {
+        let mut table = PieceTable::default();
+        let pieces: [&[u8]; 4] = [b"", b"one", b"\xe2\x82", b""];
+        pieces.iter().for_each(|piece| table.push(piece));
+        assert_eq!(table.len(), 4);
+        for (token, piece) in (0..).zip(pieces) {
+            assert_eq!(table.get(token), Some(piece));
+        }
+        assert_eq!(table.get(4), None);
+        let torn = PieceTable { bytes: vec![1, 2], ends: vec![9, 0, 0, 0, 1, 0, 0, 0] };
+        assert_eq!((torn.get(0), torn.get(1)), (None, None));
+    }
+}

@@ -1,0 +1,257 @@
+//! The child process: it loads one file, says what it is, and serves until its parent goes.
+//!
+//! Its standard input is one end of a socket pair that the node made, so it has no address that anything else could connect
+//! to. Its standard error is the node's log. The end of the socket is the sign to exit, whatever the process is doing: an
+//! engine never outlives its node. It opens no file but the one it was told, and no network connection.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+
+use rustix::process::{Resource, Rlimit, setrlimit};
+use satgrid_engine::port::{EngineFacts, SpecialTokens, TokenizerError};
+
+use crate::backend::{LlamaBackend, paced, scheduler};
+use crate::bare;
+use crate::facts;
+use crate::ffi::{Model, ModelConfig};
+use crate::model_file;
+use crate::scheduler::Scheduler;
+use crate::settings::{BATCH, EngineSettings, WorkerArgs};
+use crate::wire::{self, FromWorker, PieceBytes, PieceTable, ToWorker, VERSION, VocabFacts};
+
+/// Exit codes: the parent went, or all is well; the file did not load; the process was not started by a node.
+const GONE: u8 = 0;
+const NOT_LOADED: u8 = 2;
+const MISUSED: u8 = 64;
+
+/// Most tokens and most bytes of pieces in a vocabulary; a file that claims more is refused.
+const MAX_VOCAB: u32 = 2_000_000;
+const MAX_PIECES: usize = 32 * 1024 * 1024;
+/// Address space of a tokenizer's process, which maps no weights: far more than the largest vocabulary takes.
+const MAX_TOKENIZER_MEMORY: u64 = 4 << 30;
+
+/// Runs the process; returns its exit code. The binary that holds the node calls it for its worker subcommand.
+pub fn worker_main(args: WorkerArgs) -> u8 {
+    match args {
+        WorkerArgs::Bare(settings, load) => match bare::run(&settings, load) {
+            Ok(report) => {
+                println!("{}", report.to_line());
+                GONE
+            }
+            Err(error) => {
+                tracing::error!("{error}");
+                NOT_LOADED
+            }
+        },
+        WorkerArgs::Engine(settings) => {
+            limit(None);
+            serve(|link| run_engine(&settings, link))
+        }
+        WorkerArgs::Tokenizer { artefact } => {
+            limit(Some(MAX_TOKENIZER_MEMORY));
+            serve(|link| run_tokenizer(&artefact, link))
+        }
+    }
+}
+
+/// The socket, split into a writer and a thread that reads.
+struct Link {
+    writer: UnixStream,
+    requests: Receiver<ToWorker>,
+}
+
+impl Link {
+    fn send(&mut self, message: &FromWorker) -> io::Result<()> {
+        wire::write(&mut self.writer, message)
+    }
+
+    /// That the parent may be gone is the reading thread's to notice.
+    fn tell_load(&mut self, permille: u32) {
+        let _ = self.send(&FromWorker::Loading { permille });
+    }
+}
+
+/// Why a worker stops. A parent that went is the ordinary end.
+enum Stop {
+    ParentGone,
+    LoadFailed(String),
+}
+
+impl From<io::Error> for Stop {
+    fn from(_: io::Error) -> Self {
+        Self::ParentGone
+    }
+}
+
+/// No core dumps: they would hold prompts. For strangers' files also a bound on memory.
+fn limit(memory: Option<u64>) {
+    let set = |resource, most: u64| {
+        // A system that refuses leaves the process as it was; the other walls stand.
+        if let Err(error) = setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) }) {
+            tracing::debug!(%error, "a resource limit was not set");
+        }
+    };
+    set(Resource::Core, 0);
+    if let Some(memory) = memory {
+        set(Resource::As, memory);
+    }
+}
+
+fn serve(run: impl FnOnce(&mut Link) -> Result<(), Stop>) -> u8 {
+    let mut link = match link() {
+        Ok(link) => link,
+        Err(error) => {
+            tracing::error!("an engine worker is started by the node, with a socket as its standard input: {error}");
+            return MISUSED;
+        }
+    };
+    match run(&mut link) {
+        Ok(()) | Err(Stop::ParentGone) => GONE,
+        Err(Stop::LoadFailed(reason)) => {
+            // If that cannot be written the parent is gone and nobody is left to tell.
+            let _ = link.send(&FromWorker::LoadFailed { reason });
+            NOT_LOADED
+        }
+    }
+}
+
+fn link() -> io::Result<Link> {
+    let writer = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    // Tells a socket from a terminal or a pipe.
+    writer.local_addr()?;
+    let reader = writer.try_clone()?;
+    let (to_main, requests) = channel();
+    std::thread::Builder::new().name("engine-requests".into()).spawn(move || read_requests(reader, &to_main))?;
+    Ok(Link { writer, requests })
+}
+
+/// Hands requests to the main thread, and ends the process when the parent is gone: the main thread may be in the middle of a
+/// load or a batch.
+fn read_requests(mut reader: UnixStream, to_main: &Sender<ToWorker>) {
+    loop {
+        match wire::read::<ToWorker>(&mut reader) {
+            Ok(Some(request)) => {
+                if to_main.send(request).is_err() {
+                    return;
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                tracing::error!("the node's words do not parse: {error}");
+                std::process::exit(MISUSED.into());
+            }
+            // A node that died with our words unread shows as a reset connection.
+            Ok(None) | Err(_) => std::process::exit(GONE.into()),
+        }
+    }
+}
+
+fn run_engine(settings: &EngineSettings, link: &mut Link) -> Result<(), Stop> {
+    link.send(&FromWorker::Loading { permille: 0 })?;
+    let failed = |reason: &dyn std::fmt::Display| Stop::LoadFailed(reason.to_string());
+    // The file's own table first: a bad file is told in words before llama.cpp sees it.
+    let read = model_file::read(&settings.model, |permille| link.tell_load(permille / 2));
+    let file = read.map_err(|reason| failed(&reason))?;
+    let known_answer = facts::known_answer().map_err(|error| failed(&error))?;
+    let opened = LlamaBackend::open(settings, |permille| link.tell_load(500 + permille / 2));
+    let (mut backend, shape) = opened.map_err(|error| failed(&error))?;
+    let speed = facts::measure(&mut backend, &shape);
+    let facts = EngineFacts {
+        model: file.facts,
+        model_root: file.root,
+        tokenizer_hash: file.tokenizer_hash,
+        profile: settings.profile,
+        build_id: facts::build_id(&known_answer),
+        instruction_set: facts::instruction_set(),
+        slots: shape.slots,
+        context: shape.context,
+        batch: BATCH,
+        speed,
+    };
+    link.send(&FromWorker::EngineReady(Box::new(facts)))?;
+    let shape = paced(shape, speed.map_or(0, |speed| speed.prefill_millitokens_per_s));
+    drive(&mut scheduler(shape), &mut backend, link)
+}
+
+/// The engine's one thread: commands between batches, then a batch, then its events.
+fn drive(scheduler: &mut Scheduler, backend: &mut LlamaBackend, link: &mut Link) -> Result<(), Stop> {
+    let mut idle = false;
+    loop {
+        let request = if idle {
+            Some(link.requests.recv().map_err(|_| Stop::ParentGone)?)
+        } else {
+            match link.requests.try_recv() {
+                Ok(request) => Some(request),
+                Err(TryRecvError::Empty) => None,
+                Err(TryRecvError::Disconnected) => return Err(Stop::ParentGone),
+            }
+        };
+        match request {
+            Some(ToWorker::Command(command)) => {
+                scheduler.handle(command, backend);
+                idle = false;
+                // More commands may wait; a batch is long, so all are heard before it.
+                continue;
+            }
+            Some(ToWorker::Tokenize { .. } | ToWorker::Names { .. }) => {
+                tracing::error!("an engine was asked to tokenise");
+                continue;
+            }
+            None => idle = !scheduler.step(backend),
+        }
+        let events = scheduler.take_events();
+        if !events.is_empty() {
+            link.send(&FromWorker::Events(events))?;
+        }
+    }
+}
+
+fn run_tokenizer(artefact: &Path, link: &mut Link) -> Result<(), Stop> {
+    link.send(&FromWorker::Loading { permille: 0 })?;
+    let config = ModelConfig { path: artefact, vocab_only: true, repack: false };
+    let model = Model::load(&config, |_| true).map_err(|error| Stop::LoadFailed(error.to_string()))?;
+    let facts = vocab_facts(&model).map_err(Stop::LoadFailed)?;
+    link.send(&FromWorker::TokenizerReady(Box::new(facts)))?;
+    loop {
+        match link.requests.recv().map_err(|_| Stop::ParentGone)? {
+            ToWorker::Tokenize { text, add_special, parse_special } => {
+                let ids = model.tokenize(&text, add_special, parse_special);
+                let reason = || TokenizerError::Backend { reason: "the text cannot be tokenised".into() };
+                link.send(&FromWorker::Tokenized(ids.ok_or_else(reason)))?;
+            }
+            ToWorker::Names { ids } => {
+                let vocab = model.vocab_size();
+                let name = |token| match model.piece(token, true) {
+                    Some(bytes) => Ok(PieceBytes(bytes)),
+                    None => Err(TokenizerError::UnknownToken { token, vocab }),
+                };
+                link.send(&FromWorker::Named(ids.into_iter().map(name).collect()))?;
+            }
+            ToWorker::Command(_) => tracing::error!("a tokenizer was asked to run a job"),
+        }
+    }
+}
+
+fn vocab_facts(model: &Model) -> Result<VocabFacts, String> {
+    let vocab = model.vocab_size();
+    if !model.has_tokenizer() {
+        return Err("the file brings no tokenizer".into());
+    }
+    if vocab > MAX_VOCAB {
+        return Err(format!("a vocabulary of {vocab} tokens is over the limit of {MAX_VOCAB}"));
+    }
+    let (mut pieces, mut bytes) = (PieceTable::default(), 0);
+    for token in 0..vocab {
+        let piece = model.piece(token, false).unwrap_or_default();
+        bytes += piece.len();
+        if bytes > MAX_PIECES {
+            return Err(format!("the vocabulary's text is over the limit of {MAX_PIECES} bytes"));
+        }
+        pieces.push(&piece);
+    }
+    let eog = (0..vocab).filter(|&token| model.is_eog(token)).collect();
+    let special = SpecialTokens { bos: model.bos(), eos: model.eos(), eog, add_bos: model.adds_bos() };
+    Ok(VocabFacts { version: VERSION, special, chat_template: model.chat_template(), pieces })
+}

@@ -1,0 +1,30 @@
+//! Running a model, seen from outside: the `Engine` port, and every decision about inference that needs
+//! no weights in memory.
+//!
+//! - [`port`]: the commands, events and traits that the node speaks; `conformance` (a feature) is the suite that
+//!   every engine passes.
+//! - [`sampling`], [`stop`], [`utf8`], [`template`]: from logits to a token, from tokens to text, from messages to a
+//!   prompt.
+//! - [`gguf`], [`facts`], [`root`], [`tokenizer_artefact`]: what a model file says, and the hashes that name it.
+//! - [`tiny`]: a seeded random model for tests. `toy` (a feature): a deterministic engine without weights, for tests
+//!   and simulation.
+//!
+//! This crate never opens a file or socket, reads no clock and no random source: bytes, seeds, dates and
+//! limits are arguments. The adapters below this folder (`llama`, `openai`) do the running.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+#[cfg(feature = "conformance")]
+pub mod conformance;
+pub mod facts;
+pub mod gguf;
+pub mod port;
+pub mod root;
+pub mod sampling;
+pub mod stop;
+pub mod template;
+pub mod tiny;
+pub mod tokenizer_artefact;
+#[cfg(feature = "toy")]
+pub mod toy;
+pub mod utf8;

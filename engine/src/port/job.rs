@@ -1,0 +1,131 @@
+//! A job: what it holds, what is wrong with it before it starts, and how it fails.
+
+use minicbor::{Decode, Encode};
+
+use crate::sampling::{Sampling, SamplingError};
+
+/// Most stop strings in one job, and most bytes in one of them.
+pub const MAX_STOPS: usize = 16;
+pub const MAX_STOP_BYTES: usize = 256;
+
+/// Names a job between the node and one engine. The node chooses it and never uses one twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
+#[cbor(transparent)]
+pub struct JobId(#[n(0)] pub u64);
+
+/// One prompt to continue.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub struct Job {
+    #[n(0)]
+    pub id: JobId,
+    /// Whose prefix cache may be used: a session never sees, nor gains time from, another session's prompts.
+    #[cbor(n(1), with = "minicbor::bytes")]
+    pub session: [u8; 32],
+    /// Token ids, at least one, fewer than the context.
+    #[n(2)]
+    pub prompt: Vec<u32>,
+    #[n(3)]
+    pub sampling: Sampling,
+    /// The job ends with `Length` at this many output tokens, or earlier where the context is full.
+    #[n(4)]
+    pub max_output: u32,
+    /// The job ends with `Stop` at the token that completes one of these. At most [`MAX_STOPS`], none empty.
+    #[n(5)]
+    pub stop: Vec<String>,
+    /// End-of-generation tokens are never drawn.
+    #[n(6)]
+    pub ignore_eos: bool,
+    /// After a failover the prompt ends with output of an earlier run of the same request: this many tokens. Draws,
+    /// penalties and stop strings go on from there; output indices, `max_output` and usage start at 0 as ever.
+    /// Otherwise 0.
+    #[n(7)]
+    pub resumed: u32,
+}
+
+impl Job {
+    /// The position by which output token `index` is drawn: the output of earlier runs counts.
+    pub fn draw_position(&self, index: u32) -> u32 {
+        self.resumed.saturating_add(index)
+    }
+
+    /// The tokens that an earlier run already sent; they prime the stop matcher.
+    pub fn resumed_tokens(&self) -> &[u32] {
+        let at = self.prompt.len().saturating_sub(self.resumed as usize);
+        &self.prompt[at..]
+    }
+
+    /// The checks that every engine makes before it takes a job in.
+    pub fn check(&self, context: u32, vocab: u32) -> Result<(), JobError> {
+        let prompt = u32::try_from(self.prompt.len()).unwrap_or(u32::MAX);
+        if prompt == 0 {
+            return Err(JobError::PromptEmpty);
+        }
+        if prompt >= context {
+            return Err(JobError::PromptTooLong { prompt, context });
+        }
+        if let Some(&token) = self.prompt.iter().find(|&&token| token >= vocab) {
+            return Err(JobError::UnknownToken { token, vocab });
+        }
+        if self.resumed > prompt {
+            return Err(JobError::BadResume { resumed: self.resumed, prompt });
+        }
+        let bad = |stop: &String| stop.is_empty() || stop.len() > MAX_STOP_BYTES;
+        if self.stop.len() > MAX_STOPS || self.stop.iter().any(bad) {
+            return Err(JobError::BadStop);
+        }
+        self.sampling.check().map_err(JobError::Sampling)
+    }
+}
+
+/// Why a job was refused or broke off. All but the last two are the asker's fault and come before any work.
+#[derive(Debug, Clone, PartialEq, thiserror::Error, Encode, Decode)]
+pub enum JobError {
+    #[error("the prompt is empty")]
+    #[n(0)]
+    PromptEmpty,
+    #[error("a prompt of {prompt} tokens leaves no room in a context of {context}")]
+    #[n(1)]
+    PromptTooLong {
+        #[n(0)]
+        prompt: u32,
+        #[n(1)]
+        context: u32,
+    },
+    #[error("token id {token} is outside the vocabulary of {vocab}")]
+    #[n(2)]
+    UnknownToken {
+        #[n(0)]
+        token: u32,
+        #[n(1)]
+        vocab: u32,
+    },
+    #[error("sampling: {0}")]
+    #[n(3)]
+    Sampling(#[n(0)] SamplingError),
+    #[error("stop strings: at most {MAX_STOPS}, each of 1 to {MAX_STOP_BYTES} bytes")]
+    #[n(4)]
+    BadStop,
+    /// A second `Start` under the id of a job that is not over; that one goes on. A bug of the asker.
+    #[error("a job of this id is not over yet")]
+    #[n(5)]
+    DuplicateJob,
+    #[error("{resumed} resumed tokens in a prompt of {prompt}")]
+    #[n(6)]
+    BadResume {
+        #[n(0)]
+        resumed: u32,
+        #[n(1)]
+        prompt: u32,
+    },
+    /// More jobs than the engine queues.
+    #[error("the engine has no room for another job")]
+    #[n(8)]
+    Busy,
+    /// The model's computation failed, for example for want of memory.
+    #[error("the engine failed: {reason}")]
+    #[n(7)]
+    Backend {
+        #[n(0)]
+        reason: String,
+    },
+}

@@ -1,0 +1,29 @@
+//! The audit: a fold over a bundle that trusts nothing in it.
+//!
+//! Every signature is verified strictly, every charge, chain, root and sum is recomputed, and every transfer is held
+//! against the evidence beside it. What breaks a rule becomes a [`Finding`] and the fold goes on, so one report names
+//! everything. Memory grows with open sessions, payment hashes and the ids of sessions that are over, not with entries.
+//!
+//! | part | checks |
+//! |---|---|
+//! | `fold` | the file, canonical bytes, sequence, chain, Merkle log, checkpoint, listings, quotes |
+//! | `session` | one session: requests, acknowledgements, receipts, close |
+//! | `payments` | invoices, slices, refunds |
+//! | `flows` | two-phase rules, double entry, transfers against evidence |
+//! | `cross` | both parties' exports of the same sessions |
+
+mod cross;
+mod finding;
+mod flows;
+mod fold;
+mod invoice;
+mod payments;
+mod session;
+
+pub use cross::cross_check;
+pub use finding::*;
+pub use fold::{Auditor, Detail, audit};
+pub use invoice::{InvoiceFacts, read_invoice};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,201 @@
+//! Which entries a partial export holds: whole sessions, the quotes and listings that they stand on, and the genesis.
+//!
+//! A session is known only once it was opened, and its quote and listing come before that: so the journal is read
+//! twice, first by [`Selector::observe`], then by [`Selection::wants`].
+
+use super::Filter;
+use crate::{
+    entry::{Entry, Evidence},
+    statements::SessionOpen,
+    transfer::TransferOp,
+};
+use lightning_invoice::SignedRawBolt11Invoice;
+use satgrid_types::{ListingId, NodeKey, NostrEvent, PaymentHash, SessionId, TransferId, statement_id};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What one entry belongs to.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Subjects {
+    pub sessions: BTreeSet<SessionId>,
+    /// The session key that a quote is for.
+    pub quoted: Option<NodeKey>,
+    pub listing: Option<ListingId>,
+}
+
+/// Which session a payment or a reservation belongs to, learned entry by entry.
+#[derive(Debug, Default, Clone)]
+pub struct Subjected {
+    payments: BTreeMap<PaymentHash, SessionId>,
+    holds: BTreeMap<TransferId, SessionId>,
+}
+
+impl Subjected {
+    /// What the entry belongs to. Unreadable statements belong to nothing.
+    pub fn of(&mut self, entry: &Entry) -> Subjects {
+        let mut subjects = Subjects::default();
+        for transfer in &entry.transfers {
+            match transfer.op {
+                TransferOp::Post { debit, credit, .. } => {
+                    subjects.sessions.extend(debit.session().or(credit.session()));
+                }
+                TransferOp::Pending { debit, credit, .. } => {
+                    if let Some(session) = debit.session().or(credit.session()) {
+                        self.holds.insert(transfer.id, session);
+                        subjects.sessions.insert(session);
+                    }
+                }
+                TransferOp::PostPending { pending, .. }
+                | TransferOp::VoidPending { pending }
+                | TransferOp::ExpirePending { pending } => {
+                    subjects.sessions.extend(self.holds.remove(&pending));
+                }
+            }
+        }
+        let Some(evidence) = &entry.evidence else { return subjects };
+        let session = match evidence {
+            Evidence::Listing { event_json } => {
+                subjects.listing = NostrEvent::from_json(event_json).ok().map(|event| event.id);
+                None
+            }
+            Evidence::Quote(quote) => {
+                subjects.quoted = quote.peek().ok().map(|quote| quote.consumer);
+                None
+            }
+            Evidence::Open(open) => {
+                Some(SessionId(statement_id::<SessionOpen>(open.body())))
+            }
+            Evidence::Invoice { session, bolt11, .. } => {
+                if let Some(hash) = payment_hash(bolt11) {
+                    self.payments.insert(hash, *session);
+                }
+                Some(*session)
+            }
+            Evidence::PaymentAttempted { session, payment_hash, .. }
+            | Evidence::RefundAttempted { session, payment_hash, .. }
+            | Evidence::RefundSettled { session, payment_hash, .. }
+            | Evidence::RefundReceived { session, payment_hash, .. } => {
+                self.payments.insert(*payment_hash, *session);
+                Some(*session)
+            }
+            Evidence::PaymentSettled { payment_hash, .. }
+            | Evidence::PaymentFailed { payment_hash, .. }
+            | Evidence::PaymentReceived { payment_hash, .. } => self.payments.get(payment_hash).copied(),
+            Evidence::Request(request) => request.peek().ok().map(|request| request.session),
+            Evidence::Ack(ack) => ack.peek().ok().map(|ack| ack.session),
+            Evidence::Receipt { receipt, .. } => receipt.peek().ok().map(|receipt| receipt.session),
+            Evidence::Abandoned { session, .. } => Some(*session),
+            Evidence::Close(close) => close.peek().ok().map(|close| close.session),
+            Evidence::CreditNote(note) => note.peek().ok().map(|note| note.session),
+            Evidence::Genesis { .. }
+            | Evidence::ChannelClosed { .. }
+            | Evidence::Misbehaviour { .. }
+            | Evidence::WalletSnapshot { .. }
+            | Evidence::Checkpoint { .. } => None,
+            Evidence::Promise(promise) => promise.peek().ok().map(|promise| promise.session),
+        };
+        subjects.sessions.extend(session);
+        subjects
+    }
+}
+
+/// The payment hash in a BOLT 11 text, its signature not judged.
+fn payment_hash(bolt11: &str) -> Option<PaymentHash> {
+    let invoice: SignedRawBolt11Invoice = bolt11.parse().ok()?;
+    invoice.payment_hash().map(|hash| PaymentHash(*AsRef::<[u8; 32]>::as_ref(&hash.0)))
+}
+
+/// First pass: finds the sessions.
+#[derive(Debug, Clone)]
+pub struct Selector {
+    filter: Filter,
+    subjected: Subjected,
+    /// By session key, the listings that its quotes name.
+    quoted: BTreeMap<NodeKey, BTreeSet<ListingId>>,
+    /// Sessions opened, with their provider and session key.
+    opened: BTreeMap<SessionId, (NodeKey, NodeKey)>,
+    selection: Selection,
+}
+
+/// Second pass: tells which entries belong to them.
+#[derive(Debug, Clone, Default)]
+pub struct Selection {
+    whole: bool,
+    sessions: BTreeSet<SessionId>,
+    keys: BTreeSet<NodeKey>,
+    listings: BTreeSet<ListingId>,
+    subjected: Subjected,
+}
+
+impl Selector {
+    pub fn new(filter: Filter) -> Selector {
+        let whole = matches!(filter, Filter::All);
+        Selector {
+            filter,
+            subjected: Subjected::default(),
+            quoted: BTreeMap::new(),
+            opened: BTreeMap::new(),
+            selection: Selection { whole, ..Selection::default() },
+        }
+    }
+    pub fn observe(&mut self, entry: &Entry) {
+        if self.selection.whole {
+            return;
+        }
+        let subjects = self.subjected.of(entry);
+        match &entry.evidence {
+            Some(Evidence::Quote(quote)) => {
+                if let Ok(quote) = quote.peek() {
+                    self.quoted.entry(quote.consumer).or_default().insert(quote.listing);
+                }
+            }
+            Some(Evidence::Open(open)) => {
+                if let (Some(session), Ok(open)) = (subjects.sessions.first(), open.peek()) {
+                    self.opened.insert(*session, (open.provider, open.consumer));
+                }
+            }
+            _ => {}
+        }
+        if let Filter::Time(from, to) = self.filter
+            && from <= entry.at
+            && entry.at < to
+        {
+            self.selection.sessions.extend(subjects.sessions);
+        }
+    }
+    /// Ends the first pass.
+    pub fn select(mut self) -> Selection {
+        let selection = &mut self.selection;
+        match self.filter {
+            Filter::Peer(key) => {
+                let of_peer = self.opened.iter().filter(|(_, (provider, consumer))| *provider == key || *consumer == key);
+                selection.sessions.extend(of_peer.map(|(session, _)| *session));
+            }
+            Filter::Session(session) => {
+                selection.sessions.extend(self.opened.contains_key(&session).then_some(session));
+            }
+            Filter::All | Filter::Time(..) => {}
+        }
+        let keys = selection.sessions.iter().filter_map(|session| self.opened.get(session));
+        selection.keys = keys.map(|(_, consumer)| *consumer).collect();
+        let listings = selection.keys.iter().filter_map(|key| self.quoted.get(key));
+        selection.listings = listings.flatten().copied().collect();
+        self.selection
+    }
+}
+
+impl Selection {
+    /// Sessions that were found; not meaningful for a whole export.
+    pub fn sessions(&self) -> &BTreeSet<SessionId> {
+        &self.sessions
+    }
+    /// Whether the export holds this entry. Called for every entry, in order.
+    pub fn wants(&mut self, entry: &Entry) -> bool {
+        if self.whole || entry.seq == 0 {
+            return true;
+        }
+        let subjects = self.subjected.of(entry);
+        subjects.sessions.iter().any(|session| self.sessions.contains(session))
+            || subjects.quoted.is_some_and(|key| self.keys.contains(&key))
+            || subjects.listing.is_some_and(|listing| self.listings.contains(&listing))
+    }
+}

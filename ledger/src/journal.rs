@@ -1,0 +1,123 @@
+//! The journal port: append-only, durable, numbered and chained.
+//!
+//! An entry is durable when `append` returns, and nothing that it authorises may begin before. One journal has one
+//! writer. The conformance suite in [`crate::conformance`] is what every implementation passes.
+
+use crate::entry::{Draft, Entry, Head};
+use core::{future::Future, pin::Pin};
+use satgrid_types::UnixMs;
+use std::sync::{Arc, Mutex, PoisonError};
+use thiserror::Error;
+
+/// No append holds more drafts.
+pub const MAX_APPEND: usize = 4_096;
+
+/// No read returns more entries.
+pub const MAX_READ: usize = 4_096;
+
+/// Why the journal did not do as asked. After any error of `append`, nothing of that append is in the journal.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum JournalError {
+    /// The world's fault: stop taking work until there is room.
+    #[error("the disk is full; nothing was written")]
+    Full,
+    /// The world's fault: the journal cannot be written or read. Stop taking work.
+    #[error("the journal's storage failed: {0}")]
+    Storage(String),
+    /// What is stored is not what was written.
+    #[error("entry {seq} of the journal is damaged: {what}")]
+    Damaged { seq: u64, what: String },
+    /// Ours: the draft breaks a limit.
+    #[error("{what}: {given}, the limit is {limit}")]
+    Limit { what: &'static str, given: usize, limit: usize },
+    #[error("the journal was closed")]
+    Closed,
+}
+
+/// A boxed future, so that the port can be a trait object.
+pub type JournalFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, JournalError>> + Send + 'a>>;
+
+/// Where entries are kept.
+pub trait Journal: Send + Sync {
+    /// Appends all drafts or none, in order; durable when it returns. `at` is the time of the entries, held at that of
+    /// the last entry if it lies before.
+    fn append(&self, at: UnixMs, drafts: Vec<Draft>) -> JournalFuture<'_, Vec<Entry>>;
+    /// Entries from number `from` on, at most `limit` and at most [`MAX_READ`]; empty at the end.
+    fn read(&self, from: u64, limit: usize) -> JournalFuture<'_, Vec<Entry>>;
+    /// The durable head.
+    fn head(&self) -> JournalFuture<'_, Head>;
+}
+
+/// Limits of a draft that hold for every journal.
+pub fn check_limits(drafts: &[Draft]) -> Result<(), JournalError> {
+    if drafts.len() > MAX_APPEND {
+        return Err(JournalError::Limit { what: "drafts in one append", given: drafts.len(), limit: MAX_APPEND });
+    }
+    Ok(())
+}
+
+/// Chains drafts onto `head`: the entries, with their canonical bytes.
+pub fn chain(mut head: Head, at: UnixMs, drafts: Vec<Draft>) -> Result<Vec<(Entry, Vec<u8>)>, JournalError> {
+    check_limits(&drafts)?;
+    let mut out = Vec::with_capacity(drafts.len());
+    for draft in drafts {
+        let entry = Entry::chain(&head, at, draft);
+        let bytes = entry.bytes();
+        if bytes.len() > crate::entry::MAX_ENTRY_LEN {
+            return Err(JournalError::Limit {
+                what: "bytes in one entry",
+                given: bytes.len(),
+                limit: crate::entry::MAX_ENTRY_LEN,
+            });
+        }
+        head =
+            Head { len: head.len.saturating_add(1), last: crate::log::leaf_hash(&bytes), at: entry.at };
+        out.push((entry, bytes));
+    }
+    Ok(out)
+}
+
+/// A journal in memory: for simulations, tests and tools. Clones share the same entries.
+#[derive(Debug, Clone, Default)]
+pub struct MemoryJournal {
+    entries: Arc<Mutex<Vec<Entry>>>,
+}
+
+impl MemoryJournal {
+    pub fn new() -> MemoryJournal {
+        MemoryJournal::default()
+    }
+    /// The entries so far.
+    pub fn entries(&self) -> Vec<Entry> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+    /// As [`Journal::append`], without a future.
+    pub fn append_now(&self, at: UnixMs, drafts: Vec<Draft>) -> Result<Vec<Entry>, JournalError> {
+        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let head = entries.last().map_or(Head::EMPTY, Entry::head);
+        let added: Vec<Entry> = chain(head, at, drafts)?.into_iter().map(|(entry, _)| entry).collect();
+        entries.extend(added.iter().cloned());
+        Ok(added)
+    }
+    /// Drops every entry from number `len` on: what a crash before the disk was reached looks like.
+    pub fn tear(&self, len: u64) {
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner).truncate(len);
+    }
+}
+
+impl Journal for MemoryJournal {
+    fn append(&self, at: UnixMs, drafts: Vec<Draft>) -> JournalFuture<'_, Vec<Entry>> {
+        Box::pin(core::future::ready(self.append_now(at, drafts)))
+    }
+    fn read(&self, from: u64, limit: usize) -> JournalFuture<'_, Vec<Entry>> {
+        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let from = usize::try_from(from).unwrap_or(usize::MAX);
+        let read = entries.iter().skip(from).take(limit.min(MAX_READ)).cloned().collect();
+        Box::pin(core::future::ready(Ok(read)))
+    }
+    fn head(&self) -> JournalFuture<'_, Head> {
+        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        Box::pin(core::future::ready(Ok(entries.last().map_or(Head::EMPTY, Entry::head))))
+    }
+}

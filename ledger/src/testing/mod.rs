@@ -1,0 +1,10 @@
+//! A small, valid world for tests, vectors and benches: two parties with real keys, a listing, sessions with real signed
+//! invoices, acknowledgements, receipts and refunds, journalled on both sides as the roles journal them.
+//!
+//! Deterministic: the same calls give the same bytes. Not for production: keys are derived from small numbers.
+
+mod bundles;
+mod world;
+
+pub use bundles::*;
+pub use world::*;

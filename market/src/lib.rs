@@ -1,0 +1,26 @@
+//! Who sells what, and who is chosen.
+//!
+//! - [`book`]: the verified listings that are live, and how a newer one replaces an older.
+//! - [`catalogue`]: which model root a name stands for.
+//! - [`demand`]: what one request needs, and at what price.
+//! - [`planner`]: the choice, its failover order, and a reason for every listing that was not chosen.
+//! - [`reputation`]: what this node itself has settled with a provider, and what it holds against it.
+//!
+//! What this room never does: believe a listing that nobody verified, listen to what others say of a provider, or look at
+//! a clock. Receipts between strangers weigh nothing here, because paying oneself is free.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+#![forbid(unsafe_code)]
+
+pub mod book;
+pub mod catalogue;
+pub mod demand;
+pub mod planner;
+pub mod reputation;
+#[cfg(test)]
+mod testing;
+
+pub use book::{Applied, Book, BookLimits, BookRefusal};
+pub use catalogue::{Catalogue, CatalogueError, Model, UnknownModel};
+pub use demand::{Demand, MaxPrice, ProviderPattern, Sort, Wanted};
+pub use planner::{Choice, Considered, NoPlan, Plan, Stage, Verdict, WhyNot, explain, plan};
+pub use reputation::{Fault, Record, Reputation};

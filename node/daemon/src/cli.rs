@@ -1,0 +1,201 @@
+//! The command line: what can be said, not what is done. Doing is in [`crate::commands`].
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use crate::config::{self, Loaded, LogFormat, Network, Overrides};
+use crate::failure::{HintExt, Unusable};
+use crate::telemetry;
+
+/// Sell and buy AI inference for sats: a local OpenAI-compatible endpoint, paid in small Lightning slices.
+#[derive(Debug, Parser)]
+#[command(name = "satgrid", version, propagate_version = true, disable_help_subcommand = true)]
+#[command(
+    after_help = "Exit codes: 0 done, 1 failed or something was found, 2 unusable command line or configuration."
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub globals: Globals,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What every command understands.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Globals {
+    /// Configuration file [default: ~/.config/satgrid/satgrid.toml]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Folder of this node's state (node.dir)
+    #[arg(long, global = true, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+    /// Bitcoin network (node.network)
+    #[arg(long, global = true, value_enum)]
+    pub network: Option<Network>,
+    /// Any other setting, such as --set api.listen=127.0.0.1:9000; may be repeated
+    #[arg(long, global = true, value_name = "KEY=VALUE", value_parser = parse_setting)]
+    pub set: Vec<(String, String)>,
+    /// How data is printed on standard output
+    #[arg(long, global = true, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+    /// How much is logged on standard error (log.level)
+    #[arg(long, global = true, value_name = "LEVEL")]
+    pub log_level: Option<String>,
+    /// How it is logged (log.format)
+    #[arg(long, global = true, value_enum)]
+    pub log_format: Option<LogFormat>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Make a configuration file, a data folder and a seed
+    Init(InitArgs),
+    /// Look at the configuration
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Fetch, list and check model files
+    #[command(subcommand)]
+    Models(ModelsCommand),
+    /// Say what is missing on this machine
+    Doctor,
+    /// Parts of a market on this machine, for the demo and for tests
+    #[command(subcommand, hide = true)]
+    Devnet(DevnetCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DevnetCommand {
+    /// A regtest chain: Esplora and bitcoind's JSON-RPC on one port; prints the address once it listens
+    Chain {
+        #[arg(long, default_value = "127.0.0.1:0")]
+        listen: SocketAddr,
+    },
+    /// A Nostr relay; prints its address once it listens
+    Relay {
+        #[arg(long, default_value = "127.0.0.1:0")]
+        listen: SocketAddr,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InitArgs {
+    /// This node sells
+    #[arg(long)]
+    pub provider: bool,
+    /// This node buys (the default)
+    #[arg(long)]
+    pub consumer: bool,
+    /// Read the 24 words of an existing seed from standard input
+    #[arg(long)]
+    pub restore: bool,
+    /// Do not show the words of a new seed
+    #[arg(long)]
+    pub hide_words: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// Print every setting that will be used, where it came from, and what is wrong
+    Check,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ModelsCommand {
+    /// Bring a model into the store; prints its path
+    Pull {
+        /// A name of the catalogue, hf:ORG/REPO/FILE.gguf[@REVISION][#sha256=HEX], or a path
+        reference: String,
+        /// Keep it under this name
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// List what is in the store and what the catalogue knows
+    List,
+    /// Describe a model, by name or path
+    Show { model: String },
+    /// Read the files again and compare their SHA-256; all of them where none is named
+    Verify { models: Vec<String> },
+}
+
+fn parse_setting(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("write KEY=VALUE")?;
+    Ok((key.trim().to_owned(), value.trim().to_owned()))
+}
+
+impl Globals {
+    /// The flags as the configuration sees them. Named flags win over `--set`.
+    pub(crate) fn overrides(&self) -> Overrides {
+        let mut overrides = Overrides { file: self.config.clone(), values: Vec::new() };
+        for (key, value) in &self.set {
+            overrides.set("--set", key, Some(value));
+        }
+        overrides.set("--dir", "node.dir", self.dir.as_ref().map(|dir| dir.display()));
+        overrides.set("--network", "node.network", self.network.map(Network::name));
+        overrides.set("--log-level", "log.level", self.log_level.as_ref());
+        let format = self.log_format.map(|format| match format {
+            LogFormat::Text => "text",
+            LogFormat::Json => "json",
+        });
+        overrides.set("--log-format", "log.format", format);
+        overrides
+    }
+
+    /// Logging by flags alone, for commands that need no configuration.
+    pub(crate) fn start_logging(&self) -> anyhow::Result<()> {
+        let level = self.log_level.as_deref().unwrap_or("info");
+        Ok(telemetry::init(level, self.log_format.unwrap_or(LogFormat::Text))?)
+    }
+
+    /// The merged configuration, and logging as it says; warnings go to standard error.
+    pub(crate) fn load(&self) -> anyhow::Result<Loaded> {
+        let env: BTreeMap<String, String> = std::env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+            .collect();
+        let loaded = config::load(&self.overrides(), &env).map_err(|error| {
+            let hint = error.hint();
+            let error = anyhow::Error::new(error);
+            let error = match hint {
+                Some(hint) => Err::<(), _>(error).hint(hint).err().unwrap_or_else(|| anyhow::anyhow!("unreadable")),
+                None => error,
+            };
+            anyhow::Error::new(Unusable(error))
+        })?;
+        let log = &loaded.config.log;
+        if let Err(error) = telemetry::init(&log.level, log.format) {
+            eprintln!("warning: log.level: {error}; logging at info");
+            telemetry::init("info", log.format)?;
+        }
+        for warning in &loaded.warnings {
+            eprintln!("warning: {warning}");
+        }
+        Ok(loaded)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn named_flags_win_over_set() {
+        let cli =
+            Cli::parse_from(["satgrid", "config", "check", "--set", "node.network=signet", "--network", "testnet"]);
+        let values = cli.globals.overrides().values;
+        assert_eq!(values.last().unwrap().2, "testnet");
+        assert!(Cli::try_parse_from(["satgrid", "doctor", "--set", "nonsense"]).is_err());
+    }
+}

@@ -1,0 +1,162 @@
+//! `satgrid models pull|list|show|verify`.
+
+use serde_json::json;
+use std::path::Path;
+
+use super::print;
+use crate::cli::{Format, Globals, ModelsCommand};
+use crate::config::Models;
+use crate::failure::{Findings, HintExt};
+use crate::models::{
+    CATALOGUE, CHUNK_BYTES, HubOptions, PullError, Record, Reference, Store, identify, pull, sha256_of,
+};
+use crate::progress::{Bytes, megabytes};
+
+pub(super) fn run(globals: &Globals, command: &ModelsCommand) -> anyhow::Result<()> {
+    let config = globals.load()?.config.models;
+    let store = Store::new(&config.dir);
+    match command {
+        ModelsCommand::Pull { reference, name } => fetch(globals, &config, &store, reference, name.as_deref()),
+        ModelsCommand::List => list(globals, &store),
+        ModelsCommand::Show { model } => show(globals, &store, model),
+        ModelsCommand::Verify { models } => verify(globals, &store, models),
+    }
+}
+
+fn hinted<T>(result: Result<T, PullError>) -> anyhow::Result<T> {
+    result.or_else(|error| match error.hint() {
+        Some(hint) => Err(error).hint(hint),
+        None => Err(error.into()),
+    })
+}
+
+fn fetch(globals: &Globals, config: &Models, store: &Store, reference: &str, name: Option<&str>) -> anyhow::Result<()> {
+    let reference = match Reference::parse(reference) {
+        Ok(reference) => reference,
+        Err(error) => {
+            let hint = error.hint();
+            return Err(error).hint(hint);
+        }
+    };
+    let token = config.hub_token.as_ref().map(|secret| secret.read()).transpose()?;
+    let hub = HubOptions { chunk_bytes: CHUNK_BYTES, endpoint: config.hub_endpoint.clone(), token };
+    let pulled = hinted(pull(store, &reference, name, &hub, Bytes::new))?;
+    match globals.format {
+        Format::Text => {
+            eprintln!("{} {}", pulled.record.name, if pulled.cached { "is there and right" } else { "is ready" });
+            print::out(&pulled.path.to_string_lossy())
+        }
+        Format::Json => print::json(&json!({
+            "name": pulled.record.name, "path": pulled.path, "bytes": pulled.record.bytes,
+            "sha256": pulled.record.sha256, "source": pulled.record.source, "cached": pulled.cached,
+        })),
+    }
+}
+
+fn list(globals: &Globals, store: &Store) -> anyhow::Result<()> {
+    let records = store.list();
+    let absent: Vec<_> = CATALOGUE.iter().filter(|entry| store.find(entry.name).is_none()).collect();
+    if globals.format == Format::Json {
+        let absent: Vec<_> = absent
+            .iter()
+            .map(|entry| json!({ "name": entry.name, "bytes": entry.bytes, "sha256": entry.sha256 }))
+            .collect();
+        return print::json(&json!({ "dir": store.dir(), "models": records, "catalogue": absent }));
+    }
+    let row = |name: &str, bytes: u64, sha256: &str, source: &str| {
+        vec![name.to_owned(), megabytes(bytes), sha256.chars().take(16).collect(), source.to_owned()]
+    };
+    let mut rows: Vec<_> = records.iter().map(|r| row(&r.name, r.bytes, &r.sha256, &r.source)).collect();
+    rows.extend(absent.iter().map(|e| row(e.name, e.bytes, e.sha256, "not here: `satgrid models pull` fetches it")));
+    print::out(&print::table(&["name", "size", "sha256", "from"], rows))
+}
+
+fn show(globals: &Globals, store: &Store, model: &str) -> anyhow::Result<()> {
+    let path = match store.find(model) {
+        Some(record) => store.path(&record),
+        None if Path::new(model).exists() => model.into(),
+        None => {
+            return Err(anyhow::anyhow!("no model {model:?} in {}", store.dir().display())).hint("satgrid models list");
+        }
+    };
+    let identified = match identify(store, &path, Bytes::new) {
+        Ok(identified) => identified,
+        Err(fault) => {
+            let hint = fault.hint();
+            return Err(anyhow::Error::new(fault).context(format!("{} cannot be used", path.display()))).hint(hint);
+        }
+    };
+    let facts = &identified.inspected.facts;
+    let (root, tokenizer) = (hex::encode(identified.root), hex::encode(identified.inspected.tokenizer.hash));
+    let template = identified.inspected.has_template;
+    if globals.format == Format::Json {
+        return print::json(&json!({
+            "path": path, "root": root, "tokenizer": tokenizer, "architecture": facts.architecture,
+            "name": facts.name, "quantisation": facts.quantisation, "parameters": facts.parameters,
+            "layers": facts.layers, "n_embd": facts.n_embd, "context": facts.context, "vocab": facts.vocab,
+            "experts": facts.experts, "experts_used": facts.experts_used, "tensor_bytes": facts.tensor_bytes,
+            "chat_template": template,
+        }));
+    }
+    let experts = match facts.experts {
+        0 => "none (dense)".to_owned(),
+        all => format!("{all}, {} used per token", facts.experts_used),
+    };
+    let rows = [
+        ("path", path.display().to_string()),
+        ("claims to be", facts.name.clone().unwrap_or_else(|| "nothing".to_owned())),
+        ("root", root),
+        ("tokenizer", tokenizer),
+        ("architecture", format!("{}, {} layers, width {}", facts.architecture, facts.layers, facts.n_embd)),
+        (
+            "parameters",
+            format!(
+                "{} million, {}, {}",
+                facts.parameters / 1_000_000,
+                facts.quantisation,
+                megabytes(facts.tensor_bytes)
+            ),
+        ),
+        ("context", format!("{} tokens, vocabulary of {}", facts.context, facts.vocab)),
+        ("experts", experts),
+        ("chat template", if template { "yes" } else { "none: a base model, it continues text" }.to_owned()),
+    ];
+    print::out(&print::table(&["", ""], rows.into_iter().map(|(what, is)| vec![what.to_owned(), is]).collect()))
+}
+
+fn verify(globals: &Globals, store: &Store, names: &[String]) -> anyhow::Result<()> {
+    let records = if names.is_empty() { store.list() } else { named(store, names)? };
+    let mut verdicts = Vec::new();
+    for record in &records {
+        verdicts.push((record, verdict(store, record)));
+    }
+    match globals.format {
+        Format::Text => {
+            let rows = verdicts.iter().map(|(record, verdict)| {
+                vec![record.name.clone(), verdict.clone().err().unwrap_or_else(|| "right".to_owned())]
+            });
+            print::out(&print::table(&["name", "verdict"], rows.collect()))?;
+        }
+        Format::Json => {
+            let rows: Vec<_> = verdicts
+                .iter()
+                .map(|(record, verdict)| json!({ "name": record.name, "right": verdict.is_ok(), "fault": verdict.as_ref().err() }))
+                .collect();
+            print::json(&rows)?;
+        }
+    }
+    if verdicts.iter().all(|(_, verdict)| verdict.is_ok()) { Ok(()) } else { Err(Findings.into()) }
+}
+
+fn named(store: &Store, names: &[String]) -> anyhow::Result<Vec<Record>> {
+    let find = |name: &String| store.find(name).ok_or_else(|| anyhow::anyhow!("no model {name:?} in the store"));
+    names.iter().map(find).collect::<anyhow::Result<_>>().hint("satgrid models list")
+}
+
+fn verdict(store: &Store, record: &Record) -> Result<(), String> {
+    let path = store.path(record);
+    let progress = Bytes::new(&format!("checking {}", record.name), record.bytes);
+    let found = sha256_of(&path, &progress).map_err(|error| error.to_string())?;
+    progress.finish();
+    if found == record.sha256 { Ok(()) } else { Err(format!("wrong: SHA-256 {found} instead of {}", record.sha256)) }
+}

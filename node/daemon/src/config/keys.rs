@@ -1,0 +1,272 @@
+//! Every key of the configuration file in one table: its kind, its default and what it means.
+//!
+//! The table drives the merge (flag over environment over file over default), the names of the environment
+//! variables, the did-you-mean hints, the commented file that `satgrid init` writes and what `config check` prints.
+//! The typed structs in [`super::types`] hold no defaults of their own, so a default is written down once, here.
+
+/// What a key holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Text,
+    /// A file or folder: `~/` is the home folder; relative to the file that says it, else to the working folder.
+    Path,
+    /// `env:NAME` or `file:PATH`.
+    Secret,
+    Number,
+    Switch,
+    /// A list of strings; in the environment, separated by commas.
+    Texts,
+    /// A list of tables (`[[section.key]]`); only a file can hold it.
+    Tables(&'static [&'static str]),
+}
+
+/// Where the value comes from when nobody sets it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Preset {
+    /// This, as TOML text.
+    Value(&'static str),
+    /// Worked out from other values; the text says how.
+    Derived(&'static str),
+    /// Nothing: the key may stay unset.
+    Unset,
+}
+
+/// One key.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Key {
+    /// `section.name`
+    pub path: &'static str,
+    pub kind: Kind,
+    pub preset: Preset,
+    pub help: &'static str,
+}
+
+impl Key {
+    pub(crate) fn section(&self) -> &'static str {
+        self.path.split_once('.').map_or(self.path, |(section, _)| section)
+    }
+
+    pub(crate) fn name(&self) -> &'static str {
+        self.path.split_once('.').map_or(self.path, |(_, name)| name)
+    }
+
+    /// `api.listen` is `SATGRID_API_LISTEN`.
+    pub(crate) fn env_name(&self) -> String {
+        format!("{ENV_PREFIX}{}", self.path.to_uppercase().replace('.', "_"))
+    }
+}
+
+pub(super) const ENV_PREFIX: &str = "SATGRID_";
+
+/// Variables with our prefix that are no configuration key: they point scripts and tests at things.
+pub(super) const ENV_OTHER: &[&str] = &["SATGRID_CONFIG", "SATGRID_BIN", "SATGRID_TEST_MODEL"];
+
+/// Keys of one `[[provider.models]]` table.
+pub(super) const MODEL_KEYS: &[&str] = &[
+    "path",
+    "name",
+    "alias",
+    "price_in_msat_per_mtok",
+    "price_cached_msat_per_mtok",
+    "price_out_msat_per_mtok",
+    "per_request_msat",
+    "profile",
+    "slots",
+    "context",
+    "threads",
+];
+
+/// Keys of one `[[api.keys]]` table.
+pub(super) const API_KEY_KEYS: &[&str] = &["name", "secret", "limit_msat", "models"];
+
+const fn key(path: &'static str, kind: Kind, preset: Preset, help: &'static str) -> Key {
+    Key { path, kind, preset, help }
+}
+
+use Kind::{Number, Path, Secret, Switch, Tables, Text, Texts};
+use Preset::{Derived, Unset, Value};
+
+/// Sections in the order in which they are printed, with what each is for.
+pub(crate) const SECTIONS: &[(&str, &str)] = &[
+    ("node", "Who this node is."),
+    ("api", "The OpenAI-compatible endpoint for clients on this machine."),
+    ("session", "How both roles meter and settle (docs/money.md says why these figures)."),
+    ("provider", "Selling inference."),
+    ("consumer", "Buying inference."),
+    ("market", "Where listings are published and read."),
+    ("wallet", "The embedded Lightning node."),
+    ("ledger", "The journal of every msat."),
+    ("models", "Where model files are kept."),
+    ("log", "What is written to standard error. Prompts and completions never are."),
+];
+
+/// The table.
+pub(super) const KEYS: &[Key] = &[
+    key("node.network", Text, Value("\"regtest\""), "regtest, signet, testnet or mainnet; mainnet only ever by name"),
+    key("node.dir", Path, Derived("the data folder, one per network"), "state of this node: seed, wallet, ledger"),
+    key("node.roles", Texts, Value("[\"consumer\"]"), "provider, consumer or both"),
+    key("api.listen", Text, Value("\"127.0.0.1:8402\""), "address of the OpenAI-compatible endpoint"),
+    key("api.admin", Text, Value("\"127.0.0.1:8403\""), "address of metrics and administration, loopback only"),
+    key(
+        "api.keys",
+        Tables(API_KEY_KEYS),
+        Value("[]"),
+        "client keys; none means that no key is asked for (loopback only)",
+    ),
+    key("session.ack_tokens", Number, Value("128"), "both sides sign after so many tokens ..."),
+    key("session.ack_ms", Number, Value("1000"), "... or after so many milliseconds"),
+    key("session.window_tokens", Number, Value("256"), "a provider pauses when so much work is not yet acknowledged"),
+    key("session.chunk_tokens", Number, Value("32"), "most tokens in one chunk of a stream"),
+    key("session.invoices_ahead", Number, Value("2"), "slice invoices that a provider issues ahead"),
+    key("session.invoice_expiry_s", Number, Value("120"), "life of a slice invoice"),
+    key("session.quote_validity_s", Number, Value("600"), "life of a quote"),
+    key("session.stream_hold_s", Number, Value("60"), "how long a broken stream can be taken up again"),
+    key("session.idle_close_s", Number, Value("300"), "an idle session is closed and its remainder refunded"),
+    key("session.refund_dust_sat", Number, Value("10"), "remainders below this become a credit note at once"),
+    key("provider.quic_listen", Text, Value("\"0.0.0.0:8404\""), "UDP address for consumers"),
+    key("provider.public_addresses", Texts, Value("[]"), "host:port under which consumers reach it; published"),
+    key("provider.region", Text, Unset, "region hint for the listing, such as eu-central"),
+    key("provider.listing_expiry_s", Number, Value("1800"), "life of a listing; it is published anew at half of it"),
+    key("provider.slice_min_sat", Number, Value("10"), "smallest slice that it accepts"),
+    key("provider.slice_max_sat", Number, Value("5000"), "largest slice that it accepts"),
+    key(
+        "provider.credit_window_msat",
+        Number,
+        Value("0"),
+        "work given on credit before the first payment, over all peers",
+    ),
+    key("provider.requests_per_peer", Number, Value("16"), "open requests of one consumer"),
+    key("provider.models", Tables(MODEL_KEYS), Value("[]"), "what is for sale"),
+    key("consumer.slice_first_sat", Number, Value("250"), "first slice to a provider over a route"),
+    key(
+        "consumer.slice_first_direct_sat",
+        Number,
+        Value("10"),
+        "first slice over a direct channel, or where fees are at most 1 %",
+    ),
+    key("consumer.slice_max_sat", Number, Value("5000"), "largest slice that it pays"),
+    key("consumer.slice_growth", Number, Value("2"), "a slice is at most so many times the one before ..."),
+    key(
+        "consumer.slice_share_percent",
+        Number,
+        Value("10"),
+        "... and this share of what was settled and audited clean with that provider",
+    ),
+    key(
+        "consumer.low_water_permille",
+        Number,
+        Value("1500"),
+        "pay the next slice below this many thousandths of what is spent during one payment",
+    ),
+    key("consumer.max_session_sat", Number, Value("10000"), "most that one session may spend"),
+    key("consumer.max_exposure_sat", Number, Value("20000"), "most that may be prepaid and unused over all providers"),
+    key(
+        "consumer.max_fee_permille",
+        Number,
+        Value("10"),
+        "routing fee, in thousandths of a slice, above which a provider is not used",
+    ),
+    key(
+        "consumer.allow_unverified_names",
+        Switch,
+        Value("false"),
+        "buy by name even where the catalogue has no root for it",
+    ),
+    key("consumer.prefer", Texts, Value("[]"), "provider keys to prefer at equal price, in this order"),
+    key("consumer.only", Texts, Value("[]"), "use no provider but these"),
+    key("market.relays", Texts, Value("[]"), "Nostr relays, ws:// or wss://"),
+    key("market.catalogue", Path, Unset, "your own catalogue of model names and roots, beside the built-in one"),
+    key("wallet.chain", Text, Unset, "esplora:URL, electrum:HOST:PORT or bitcoind:USER@HOST:PORT"),
+    key("wallet.chain_password", Secret, Unset, "password of bitcoind's RPC, as env:NAME or file:PATH"),
+    key("wallet.seed", Secret, Derived("file:seed in node.dir"), "the 24 words, as env:NAME or file:PATH"),
+    key("wallet.listen", Text, Value("\"127.0.0.1:9735\""), "TCP address for Lightning peers"),
+    key("wallet.alias", Text, Unset, "name in the Lightning graph"),
+    key("wallet.max_balance_sat", Number, Value("100000"), "above this it takes no more money in"),
+    key("wallet.channel_sat", Number, Value("50000"), "size of a channel that a consumer opens to a provider"),
+    key("wallet.trusted_0conf", Texts, Value("[]"), "Lightning node ids whose channels are used unconfirmed"),
+    key("ledger.path", Path, Derived("ledger.sqlite in node.dir"), "the journal, an SQLite file"),
+    key("models.dir", Path, Derived("models in the cache folder"), "downloaded and linked model files"),
+    key("models.hub_endpoint", Text, Unset, "another hub than the public one, for hf: references"),
+    key("models.hub_token", Secret, Unset, "token for gated repositories, as env:NAME or file:PATH"),
+    key(
+        "log.level",
+        Text,
+        Value("\"info\""),
+        "error, warn, info, debug, trace, or a filter such as info,satgrid=debug",
+    ),
+    key("log.format", Text, Value("\"text\""), "text or json"),
+];
+
+/// The key with this path.
+pub(super) fn find(path: &str) -> Option<&'static Key> {
+    KEYS.iter().find(|key| key.path == path)
+}
+
+/// The candidate that `word` most likely meant: at most a third of its letters wrong, or its beginning.
+pub(super) fn did_you_mean<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    candidates
+        .into_iter()
+        .map(|candidate| (distance(word, candidate), candidate))
+        .filter(|(distance, candidate)| {
+            *distance <= word.len().max(candidate.len()).div_ceil(3) || (word.len() > 3 && candidate.starts_with(word))
+        })
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, candidate)| candidate)
+}
+
+/// Levenshtein distance over bytes; two letters swapped count as two.
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, left) in a.bytes().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, right) in b.bytes().enumerate() {
+            let substituted = diagonal + usize::from(left != right);
+            diagonal = row[j + 1];
+            row[j + 1] = substituted.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn table_is_consistent() {
+        let mut paths = BTreeSet::new();
+        let mut variables = BTreeSet::new();
+        for key in KEYS {
+            assert!(paths.insert(key.path), "{} twice", key.path);
+            assert!(variables.insert(key.env_name()), "{} twice", key.env_name());
+            assert!(SECTIONS.iter().any(|(name, _)| *name == key.section()), "{} has no section", key.path);
+            if let Preset::Value(text) = key.preset {
+                let parsed: toml::Table = toml::from_str(&format!("x = {text}")).unwrap();
+                let value = &parsed["x"];
+                let fits = match key.kind {
+                    Text | Path | Secret => value.is_str(),
+                    Number => value.is_integer(),
+                    Switch => value.is_bool(),
+                    Texts | Tables(_) => value.is_array(),
+                };
+                assert!(fits, "{}: {text} is not {:?}", key.path, key.kind);
+            }
+        }
+    }
+
+    #[test]
+    fn hints() {
+        let check = |word: &str, expect: Option<&str>| {
+            let names = KEYS.iter().filter(|key| key.section() == "provider").map(Key::name);
+            assert_eq!(did_you_mean(word, names), expect, "{word}");
+        };
+        check("quic_listn", Some("quic_listen"));
+        check("quik_listen", Some("quic_listen"));
+        check("slice_mx_sat", Some("slice_max_sat"));
+        check("model", Some("models"));
+        check("credit", Some("credit_window_msat"));
+        check("colour", None);
+    }
+}

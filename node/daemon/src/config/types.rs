@@ -1,0 +1,303 @@
+//! The configuration as types: what the drivers read. Filled by [`super::load`], which knows the defaults.
+
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use super::secret::Secret;
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Config {
+    pub node: Node,
+    pub api: Api,
+    pub session: Session,
+    pub provider: Provider,
+    pub consumer: Consumer,
+    pub market: Market,
+    pub wallet: Wallet,
+    pub ledger: Ledger,
+    pub models: Models,
+    pub log: Log,
+}
+
+impl Config {
+    pub(crate) fn is_provider(&self) -> bool {
+        self.node.roles.contains(&Role::Provider)
+    }
+
+    pub(crate) fn is_consumer(&self) -> bool {
+        self.node.roles.contains(&Role::Consumer)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Network {
+    Regtest,
+    Signet,
+    Testnet,
+    Mainnet,
+}
+
+impl Network {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Network::Regtest => "regtest",
+            Network::Signet => "signet",
+            Network::Testnet => "testnet",
+            Network::Mainnet => "mainnet",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Role {
+    Provider,
+    Consumer,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Node {
+    pub network: Network,
+    /// Absolute.
+    pub dir: PathBuf,
+    pub roles: Vec<Role>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Api {
+    pub listen: SocketAddr,
+    pub admin: SocketAddr,
+    pub keys: Vec<ApiKey>,
+}
+
+/// A key that a client of the endpoint presents.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ApiKey {
+    pub name: String,
+    pub secret: Secret,
+    /// Unset: no limit of its own.
+    pub limit_msat: Option<u64>,
+    /// Empty: every model.
+    #[serde(default)]
+    pub models: Vec<String>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Session {
+    pub ack_tokens: u32,
+    pub ack_ms: u64,
+    pub window_tokens: u32,
+    pub chunk_tokens: u32,
+    pub invoices_ahead: u32,
+    pub invoice_expiry_s: u64,
+    pub quote_validity_s: u64,
+    pub stream_hold_s: u64,
+    pub idle_close_s: u64,
+    pub refund_dust_sat: u64,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Provider {
+    pub quic_listen: SocketAddr,
+    pub public_addresses: Vec<String>,
+    pub region: Option<String>,
+    pub listing_expiry_s: u64,
+    pub slice_min_sat: u64,
+    pub slice_max_sat: u64,
+    pub credit_window_msat: u64,
+    pub requests_per_peer: u32,
+    pub models: Vec<ModelForSale>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Profile {
+    /// Bit-identical under any batching; the default on CPU.
+    #[default]
+    Exact,
+    Fast,
+}
+
+/// One model that a provider sells: a file, or a name that `satgrid models pull` knows.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ModelForSale {
+    /// A GGUF file. Exactly one of `path` and `name`.
+    pub path: Option<PathBuf>,
+    /// A pulled model, as `satgrid models list` names it.
+    pub name: Option<String>,
+    /// The name in the listing; else `name`, or the file's stem.
+    pub alias: Option<String>,
+    pub price_in_msat_per_mtok: u64,
+    /// Unset: the price of input.
+    pub price_cached_msat_per_mtok: Option<u64>,
+    pub price_out_msat_per_mtok: u64,
+    #[serde(default)]
+    pub per_request_msat: u64,
+    #[serde(default)]
+    pub profile: Profile,
+    /// Sequences in one batch.
+    #[serde(default = "default_slots")]
+    pub slots: u32,
+    /// Tokens per sequence; unset: what the model was trained for, at most the engine's default.
+    pub context: Option<u32>,
+    /// Engine threads; unset: one for each physical core.
+    pub threads: Option<u32>,
+}
+
+fn default_slots() -> u32 {
+    16
+}
+
+impl ModelForSale {
+    /// The name that listings carry.
+    pub(crate) fn listed_name(&self) -> String {
+        let stem = || self.path.as_ref().and_then(|path| path.file_stem()).map(|s| s.to_string_lossy().into_owned());
+        self.alias.clone().or_else(|| self.name.clone()).or_else(stem).unwrap_or_default()
+    }
+
+    pub(crate) fn cached_price(&self) -> u64 {
+        self.price_cached_msat_per_mtok.unwrap_or(self.price_in_msat_per_mtok)
+    }
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Consumer {
+    pub slice_first_sat: u64,
+    pub slice_first_direct_sat: u64,
+    pub slice_max_sat: u64,
+    pub slice_growth: u32,
+    pub slice_share_percent: u32,
+    pub low_water_permille: u32,
+    pub max_session_sat: u64,
+    pub max_exposure_sat: u64,
+    pub max_fee_permille: u32,
+    pub allow_unverified_names: bool,
+    pub prefer: Vec<String>,
+    pub only: Vec<String>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Market {
+    pub relays: Vec<String>,
+    pub catalogue: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Wallet {
+    pub chain: Option<ChainSource>,
+    pub chain_password: Option<Secret>,
+    pub seed: Secret,
+    pub listen: SocketAddr,
+    pub alias: Option<String>,
+    pub max_balance_sat: u64,
+    pub channel_sat: u64,
+    pub trusted_0conf: Vec<String>,
+}
+
+/// Where the wallet reads the chain.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub(crate) enum ChainSource {
+    /// `esplora:http://host:port`
+    Esplora { url: String },
+    /// `electrum:host:port` or `electrum:ssl://host:port`
+    Electrum { server: String },
+    /// `bitcoind:user@host:port`; the password is `wallet.chain_password`.
+    Bitcoind { user: String, host: String, port: u16 },
+}
+
+impl TryFrom<String> for ChainSource {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let form = "write esplora:URL, electrum:HOST:PORT or bitcoind:USER@HOST:PORT";
+        let (kind, rest) = text.split_once(':').ok_or_else(|| format!("{text:?} names no chain source; {form}"))?;
+        match kind {
+            "esplora" if rest.starts_with("http://") || rest.starts_with("https://") => {
+                Ok(ChainSource::Esplora { url: rest.trim_end_matches('/').to_owned() })
+            }
+            "esplora" => Err(format!("{rest:?} is no URL; {form}")),
+            "electrum" if rest.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok()) => {
+                Ok(ChainSource::Electrum { server: rest.to_owned() })
+            }
+            "electrum" => Err(format!("{rest:?} has no port; {form}")),
+            "bitcoind" => {
+                let (user, server) = rest.rsplit_once('@').ok_or_else(|| format!("{rest:?} names no user; {form}"))?;
+                if user.contains(':') {
+                    return Err("a password has no place here; put it in wallet.chain_password as env: or file:".into());
+                }
+                let (host, port) = server.rsplit_once(':').ok_or_else(|| format!("{server:?} has no port; {form}"))?;
+                let port = port.parse().map_err(|_| format!("{port:?} is no port; {form}"))?;
+                Ok(ChainSource::Bitcoind { user: user.to_owned(), host: host.to_owned(), port })
+            }
+            other => Err(format!("{other:?} is no chain source; {form}")),
+        }
+    }
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Ledger {
+    /// Absolute.
+    pub path: PathBuf,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Models {
+    /// Absolute.
+    pub dir: PathBuf,
+    pub hub_endpoint: Option<String>,
+    pub hub_token: Option<Secret>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Log {
+    pub level: String,
+    pub format: LogFormat,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chain_sources() {
+        let check =
+            |text: &str, expect: Result<ChainSource, &str>| match (ChainSource::try_from(text.to_owned()), expect) {
+                (Ok(got), Ok(want)) => assert_eq!(got, want, "{text}"),
+                (Err(got), Err(part)) => assert!(got.contains(part), "{text}: {got}"),
+                (got, want) => panic!("{text}: {got:?}, wanted {want:?}"),
+            };
+        check("esplora:http://127.0.0.1:3002/", Ok(ChainSource::Esplora { url: "http://127.0.0.1:3002".into() }));
+        check("electrum:ssl://host:50002", Ok(ChainSource::Electrum { server: "ssl://host:50002".into() }));
+        let bitcoind = ChainSource::Bitcoind { user: "rpc".into(), host: "127.0.0.1".into(), port: 18443 };
+        check("bitcoind:rpc@127.0.0.1:18443", Ok(bitcoind));
+        check("bitcoind:rpc:secret@127.0.0.1:18443", Err("wallet.chain_password"));
+        check("bitcoind:127.0.0.1:18443", Err("names no user"));
+        check("esplora:ftp://x", Err("no URL"));
+        check("electrum:host", Err("no port"));
+        check("neutrino:peer", Err("no chain source"));
+        check("nothing", Err("names no chain source"));
+    }
+}

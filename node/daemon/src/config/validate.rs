@@ -1,0 +1,370 @@
+//! What cannot work, said before anything starts: each problem with its key, the fault and the remedy.
+
+use std::collections::BTreeSet;
+
+use satgrid_engine_llama::MAX_SLOTS;
+
+use super::types::{Config, ModelForSale, Network};
+
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub(crate) struct Problem {
+    pub key: &'static str,
+    pub fault: String,
+    pub remedy: String,
+}
+
+/// Everything that would keep `satgrid up` from working with this configuration; empty when it is sound.
+pub(crate) fn problems(config: &Config) -> Vec<Problem> {
+    let mut found = Found(Vec::new());
+    node(config, &mut found);
+    api(config, &mut found);
+    session(config, &mut found);
+    if config.is_provider() {
+        provider(config, &mut found);
+    }
+    if config.is_consumer() {
+        consumer(config, &mut found);
+    }
+    market(config, &mut found);
+    wallet(config, &mut found);
+    if let Err(error) = crate::telemetry::parse_filter(&config.log.level) {
+        found.add("log.level", error.to_string(), "use error, warn, info, debug, trace or TARGET=LEVEL,...");
+    }
+    found.0
+}
+
+struct Found(Vec<Problem>);
+
+impl Found {
+    fn add(&mut self, key: &'static str, fault: impl Into<String>, remedy: impl Into<String>) {
+        self.0.push(Problem { key, fault: fault.into(), remedy: remedy.into() });
+    }
+
+    fn check(&mut self, sound: bool, key: &'static str, fault: impl Into<String>, remedy: impl Into<String>) {
+        if !sound {
+            self.add(key, fault, remedy);
+        }
+    }
+}
+
+fn node(config: &Config, found: &mut Found) {
+    found.check(
+        !config.node.roles.is_empty(),
+        "node.roles",
+        "this node has no role",
+        "set roles = [\"consumer\"], [\"provider\"] or both",
+    );
+}
+
+fn api(config: &Config, found: &mut Found) {
+    let api = &config.api;
+    found.check(
+        api.listen.ip().is_loopback() || !api.keys.is_empty(),
+        "api.listen",
+        format!("{} is reachable from outside and no client key is set: anyone could spend this wallet", api.listen),
+        "listen on 127.0.0.1, or add [[api.keys]]",
+    );
+    found.check(
+        api.admin.ip().is_loopback(),
+        "api.admin",
+        format!("{} is reachable from outside", api.admin),
+        "listen on 127.0.0.1",
+    );
+    found.check(
+        api.listen != api.admin || api.listen.port() == 0,
+        "api.admin",
+        format!("{} is api.listen too", api.admin),
+        "choose another port",
+    );
+    let mut names = BTreeSet::new();
+    for key in &api.keys {
+        found.check(
+            names.insert(&key.name),
+            "api.keys",
+            format!("{:?} is there twice", key.name),
+            "name each key once",
+        );
+    }
+}
+
+fn session(config: &Config, found: &mut Found) {
+    let s = &config.session;
+    let counts = [
+        ("session.ack_tokens", u64::from(s.ack_tokens)),
+        ("session.ack_ms", s.ack_ms),
+        ("session.chunk_tokens", u64::from(s.chunk_tokens)),
+        ("session.invoices_ahead", u64::from(s.invoices_ahead)),
+        ("session.invoice_expiry_s", s.invoice_expiry_s),
+        ("session.quote_validity_s", s.quote_validity_s),
+        ("session.idle_close_s", s.idle_close_s),
+    ];
+    for (key, value) in counts {
+        found.check(value > 0, key, "0 would stop every stream", "leave it out for the default");
+    }
+    found.check(
+        s.window_tokens >= s.ack_tokens,
+        "session.window_tokens",
+        format!("{} is less than session.ack_tokens = {}: every stream would stall", s.window_tokens, s.ack_tokens),
+        "make it at least twice session.ack_tokens",
+    );
+    found.check(
+        s.chunk_tokens <= s.ack_tokens,
+        "session.chunk_tokens",
+        format!("{} is more than session.ack_tokens = {}", s.chunk_tokens, s.ack_tokens),
+        "make it at most session.ack_tokens",
+    );
+}
+
+fn provider(config: &Config, found: &mut Found) {
+    let p = &config.provider;
+    found.check(
+        !p.models.is_empty(),
+        "provider.models",
+        "a provider without a model has nothing to sell",
+        "add [[provider.models]] with a name or a path and prices, or remove \"provider\" from node.roles",
+    );
+    found.check(
+        0 < p.slice_min_sat && p.slice_min_sat <= p.slice_max_sat,
+        "provider.slice_min_sat",
+        format!("no slice lies between {} and {} sat", p.slice_min_sat, p.slice_max_sat),
+        "make it at least 1 and at most provider.slice_max_sat",
+    );
+    found.check(p.requests_per_peer > 0, "provider.requests_per_peer", "0 refuses everyone", "make it at least 1");
+    found.check(
+        (60..=86_400).contains(&p.listing_expiry_s),
+        "provider.listing_expiry_s",
+        format!("{} s is no sensible life of a listing", p.listing_expiry_s),
+        "choose 900 to 3600",
+    );
+    for address in &p.public_addresses {
+        found.check(
+            address.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok()),
+            "provider.public_addresses",
+            format!("{address:?} is not host:port"),
+            "write a name or address and a port, such as gpu.example.org:8404",
+        );
+    }
+    found.check(
+        !p.public_addresses.is_empty() || !p.quic_listen.ip().is_unspecified(),
+        "provider.public_addresses",
+        format!("nobody can tell from {} where to reach this provider", p.quic_listen),
+        "name the host:port that consumers use",
+    );
+    let mut names = BTreeSet::new();
+    for model in &p.models {
+        model_for_sale(model, found);
+        let name = model.listed_name();
+        found.check(
+            names.insert(name.clone()),
+            "provider.models",
+            format!("{name:?} is listed twice"),
+            "give one of them another alias",
+        );
+    }
+}
+
+fn model_for_sale(model: &ModelForSale, found: &mut Found) {
+    let name = model.listed_name();
+    found.check(
+        model.path.is_some() != model.name.is_some(),
+        "provider.models",
+        format!("model {name:?} has {} path and name", if model.path.is_some() { "both" } else { "neither" }),
+        "give exactly one: path = a GGUF file, or name = one of `satgrid models list`",
+    );
+    found.check(
+        (1..=MAX_SLOTS).contains(&model.slots),
+        "provider.models",
+        format!("model {name:?}: slots = {}", model.slots),
+        format!("choose 1 to {MAX_SLOTS}"),
+    );
+    found.check(
+        model.context.is_none_or(|context| context >= 64),
+        "provider.models",
+        format!("model {name:?}: a context of {} tokens holds no conversation", model.context.unwrap_or(0)),
+        "choose at least 64, or leave it out",
+    );
+    found.check(
+        model.threads != Some(0),
+        "provider.models",
+        format!("model {name:?}: threads = 0"),
+        "choose at least 1, or leave it out",
+    );
+    let cached = model.cached_price();
+    found.check(
+        cached <= model.price_in_msat_per_mtok,
+        "provider.models",
+        format!("model {name:?}: cached input at {cached} is dearer than input at {}", model.price_in_msat_per_mtok),
+        "make price_cached_msat_per_mtok at most price_in_msat_per_mtok",
+    );
+}
+
+fn consumer(config: &Config, found: &mut Found) {
+    let c = &config.consumer;
+    for (key, first) in
+        [("consumer.slice_first_sat", c.slice_first_sat), ("consumer.slice_first_direct_sat", c.slice_first_direct_sat)]
+    {
+        found.check(
+            0 < first && first <= c.slice_max_sat,
+            key,
+            format!("{first} sat is not between 1 and consumer.slice_max_sat = {}", c.slice_max_sat),
+            "choose a smaller first slice or a larger slice_max_sat",
+        );
+    }
+    found.check(c.slice_growth >= 1, "consumer.slice_growth", "slices would shrink to nothing", "make it at least 1");
+    found.check(
+        c.slice_share_percent <= 100,
+        "consumer.slice_share_percent",
+        format!("{} % is more than everything", c.slice_share_percent),
+        "choose 0 to 100",
+    );
+    found.check(
+        c.max_exposure_sat >= c.slice_first_direct_sat,
+        "consumer.max_exposure_sat",
+        format!("{} sat does not cover one first slice", c.max_exposure_sat),
+        "make it at least consumer.slice_max_sat",
+    );
+    found.check(
+        c.max_session_sat >= c.slice_first_direct_sat,
+        "consumer.max_session_sat",
+        format!("{} sat does not cover one first slice", c.max_session_sat),
+        "make it at least consumer.slice_max_sat",
+    );
+}
+
+fn market(config: &Config, found: &mut Found) {
+    found.check(
+        !config.market.relays.is_empty(),
+        "market.relays",
+        "without a relay this node neither sees nor is seen",
+        "name one or more: relays = [\"wss://...\"]",
+    );
+    for relay in &config.market.relays {
+        found.check(
+            relay.starts_with("ws://") || relay.starts_with("wss://"),
+            "market.relays",
+            format!("{relay:?} is no relay address"),
+            "write ws://host:port or wss://host",
+        );
+        found.check(
+            config.node.network != Network::Mainnet || !relay.starts_with("ws://") || relay.contains("127.0.0.1"),
+            "market.relays",
+            format!("{relay:?} is not encrypted, on mainnet"),
+            "use wss://",
+        );
+    }
+}
+
+/// What a first implementation may hold at most, whatever the configuration says: 0.1 BTC.
+const BALANCE_CEILING_SAT: u64 = 10_000_000;
+
+fn wallet(config: &Config, found: &mut Found) {
+    let w = &config.wallet;
+    match &w.chain {
+        None => found.add(
+            "wallet.chain",
+            "the wallet has no source for the chain",
+            "set chain = \"esplora:URL\", \"electrum:HOST:PORT\" or \"bitcoind:USER@HOST:PORT\"",
+        ),
+        Some(super::types::ChainSource::Bitcoind { .. }) => found.check(
+            w.chain_password.is_some(),
+            "wallet.chain_password",
+            "bitcoind asks for a password",
+            "set chain_password = \"env:NAME\" or \"file:PATH\"",
+        ),
+        Some(super::types::ChainSource::Esplora { .. } | super::types::ChainSource::Electrum { .. }) => {}
+    }
+    found.check(
+        config.node.network != Network::Mainnet || w.max_balance_sat <= BALANCE_CEILING_SAT,
+        "wallet.max_balance_sat",
+        format!("{} sat is a lot of money in a hot wallet", w.max_balance_sat),
+        format!("choose at most {BALANCE_CEILING_SAT}"),
+    );
+    found.check(
+        w.channel_sat >= 20_000,
+        "wallet.channel_sat",
+        format!("a channel of {} sat is mostly reserve", w.channel_sat),
+        "choose at least 20000",
+    );
+    for id in &w.trusted_0conf {
+        found.check(
+            id.len() == 66 && (id.starts_with("02") || id.starts_with("03")) && hex::decode(id).is_ok(),
+            "wallet.trusted_0conf",
+            format!("{id:?} is no Lightning node id"),
+            "write the 66 hex digits of the node's public key",
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Overrides, load};
+    use std::collections::BTreeMap;
+
+    const SOUND: &str = "[node]\nroles = [\"provider\", \"consumer\"]\n[provider]\n\
+        public_addresses = [\"127.0.0.1:8404\"]\n[[provider.models]]\nname = \"gemma-3-270m\"\n\
+        price_in_msat_per_mtok = 1000\nprice_out_msat_per_mtok = 2000\n[market]\nrelays = [\"ws://127.0.0.1:7\"]\n\
+        [wallet]\nchain = \"esplora:http://127.0.0.1:3\"\n";
+
+    fn keys_of(text: &str, flags: &[(&str, &str)]) -> Vec<&'static str> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("c.toml");
+        std::fs::write(&path, text).unwrap();
+        let mut overrides = Overrides { file: Some(path), values: Vec::new() };
+        for (key, value) in flags {
+            overrides.set("--set", key, Some(value));
+        }
+        let env = BTreeMap::from([("HOME".to_owned(), "/h".to_owned())]);
+        problems(&load(&overrides, &env).unwrap().config).into_iter().map(|problem| problem.key).collect()
+    }
+
+    #[test]
+    fn a_sound_configuration_has_no_problem() {
+        assert_eq!(keys_of(SOUND, &[]), Vec::<&str>::new());
+    }
+
+    #[test]
+    fn an_empty_one_lacks_a_relay_and_a_chain() {
+        assert_eq!(keys_of("", &[]), ["market.relays", "wallet.chain"]);
+    }
+
+    #[test]
+    fn each_fault_is_found() {
+        let check = |key: &str, value: &str, expect: &str| {
+            assert_eq!(keys_of(SOUND, &[(key, value)]), [expect], "{key} = {value}");
+        };
+        check("node.roles", "", "node.roles");
+        check("api.listen", "0.0.0.0:8402", "api.listen");
+        check("api.admin", "0.0.0.0:8403", "api.admin");
+        check("api.admin", "127.0.0.1:8402", "api.admin");
+        check("session.ack_ms", "0", "session.ack_ms");
+        check("session.window_tokens", "64", "session.window_tokens");
+        check("session.chunk_tokens", "129", "session.chunk_tokens");
+        check("provider.slice_min_sat", "6000", "provider.slice_min_sat");
+        check("provider.public_addresses", "nowhere", "provider.public_addresses");
+        check("provider.public_addresses", "", "provider.public_addresses");
+        check("provider.listing_expiry_s", "5", "provider.listing_expiry_s");
+        check("consumer.slice_first_sat", "9000", "consumer.slice_first_sat");
+        check("consumer.slice_share_percent", "101", "consumer.slice_share_percent");
+        check("consumer.max_exposure_sat", "1", "consumer.max_exposure_sat");
+        check("market.relays", "http://x", "market.relays");
+        check("wallet.chain", "bitcoind:rpc@127.0.0.1:1", "wallet.chain_password");
+        check("wallet.channel_sat", "1000", "wallet.channel_sat");
+        check("wallet.trusted_0conf", "02ab", "wallet.trusted_0conf");
+        check("log.level", "satgrid=loud", "log.level");
+    }
+
+    #[test]
+    fn models_for_sale() {
+        let check = |line: &str, count: usize| {
+            let text = SOUND.replace("name = \"gemma-3-270m\"", line);
+            assert_eq!(keys_of(&text, &[]), vec!["provider.models"; count], "{line}");
+        };
+        check("path = \"x.gguf\"", 0);
+        check("path = \"x.gguf\"\nname = \"x\"", 1);
+        check("alias = \"x\"", 1);
+        check("name = \"x\"\nslots = 0", 1);
+        check("name = \"x\"\nslots = 0\nthreads = 0\ncontext = 1", 3);
+        check("name = \"x\"\nprice_cached_msat_per_mtok = 1001", 1);
+    }
+}

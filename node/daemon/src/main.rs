@@ -1,0 +1,34 @@
+//! The node: one binary for provider, consumer and everything around them.
+//!
+//! This crate joins the pure roles to the world: it reads the configuration, opens the adapters and drives them. It
+//! decides nothing about money. Here the command line is taken, carried out, and its errors are told.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod cli;
+mod commands;
+mod config;
+mod failure;
+mod models;
+mod progress;
+mod signals;
+mod telemetry;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    // The child that runs llama.cpp is this same binary; nothing of the command line is its business.
+    let mut args = std::env::args_os().skip(1);
+    if args.next().is_some_and(|first| first == commands::engine_worker::NAME) {
+        return commands::engine_worker::run(args);
+    }
+    let cli = cli::Cli::parse();
+    match commands::run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprint!("{}", failure::report(&error));
+            ExitCode::from(failure::exit_code(&error))
+        }
+    }
+}

@@ -1,0 +1,300 @@
+//! The buyer: picks a provider, opens a session, pays slices while tokens flow, signs what it counted, fails over.
+//!
+//! # A call (one API request)
+//!
+//! | phase | awaits | leaves with |
+//! |---|---|---|
+//! | waiting | a session that is ready, funded and has room | its request is started |
+//! | streaming | chunks, acknowledgements, the receipt | finished, or failed over to the next provider with what was received |
+//!
+//! # A session at its consumer
+//!
+//! | phase | awaits | a crash here means |
+//! |---|---|---|
+//! | connecting | the link | nothing happened |
+//! | quoting | the provider's quote | nothing happened |
+//! | opening | `Opened`; quote and open are in the journal | an empty session |
+//! | ready | work | open requests end at their last ack; payments are resolved by hash; the balance is used when the provider is next met |
+//! | asleep | a reason to connect again | the same |
+//!
+//! The consumer counts the ids that it received and signs nothing else. A countersignature is durable before it is sent.
+
+mod calls;
+mod links;
+mod money;
+mod streams;
+mod types;
+
+pub use types::*;
+
+use crate::{LinkId, StreamId, gate::Gate};
+use ed25519_dalek::SigningKey;
+use rand_chacha::{
+    ChaCha20Rng,
+    rand_core::{RngCore, SeedableRng},
+};
+use satgrid_ledger::entry::{Draft, Evidence};
+use satgrid_protocol::{
+    frame::{ConsumerControl, reason},
+    session::SessionState,
+};
+use satgrid_types::{ModelRoot, Msat, NodeKey, PaymentHash, RequestId, SessionId, UnixMs, node_key};
+use sha2::{Digest as _, Sha256};
+use std::collections::{BTreeMap, VecDeque};
+
+/// Names one session of this consumer for its whole life: the index of its key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SessionIndex(pub u64);
+
+/// The consumer role. See the module's documentation.
+pub struct Consumer {
+    config: ConsumerConfig,
+    /// From which every session key is derived.
+    master: [u8; 32],
+    rng: ChaCha20Rng,
+    gate: Gate<ConsumerAction>,
+    actions: VecDeque<ConsumerAction>,
+    sessions: BTreeMap<SessionIndex, links::Session>,
+    next_session: u64,
+    links: BTreeMap<LinkId, SessionIndex>,
+    next_link: u64,
+    next_stream: u64,
+    calls: BTreeMap<CallId, calls::Call>,
+    by_payment: BTreeMap<PaymentHash, SessionIndex>,
+    /// Value settled by receipts that this node checked itself, by provider.
+    settled_with: BTreeMap<NodeKey, Msat>,
+    /// Providers that are not asked again before this time.
+    shunned: BTreeMap<NodeKey, (UnixMs, String)>,
+    payable: Option<Msat>,
+    counters: ConsumerCounters,
+}
+
+/// The key of one session: SHA-256 over `"satgrid-session-key-v1\0"`, the master secret and the index (u64, big-endian).
+pub fn session_key(master: &[u8; 32], index: SessionIndex) -> SigningKey {
+    let mut hasher = Sha256::new();
+    hasher.update(b"satgrid-session-key-v1\0");
+    hasher.update(master);
+    hasher.update(index.0.to_be_bytes());
+    SigningKey::from_bytes(&hasher.finalize().into())
+}
+
+impl Consumer {
+    /// A consumer with no sessions. `master` is secret and permanent; `seed` feeds request ids and salts and must never
+    /// be used twice.
+    pub fn new(config: ConsumerConfig, master: [u8; 32], seed: [u8; 32]) -> Consumer {
+        Consumer {
+            config,
+            master,
+            rng: ChaCha20Rng::from_seed(seed),
+            gate: Gate::default(),
+            actions: VecDeque::new(),
+            sessions: BTreeMap::new(),
+            next_session: 0,
+            links: BTreeMap::new(),
+            next_link: 0,
+            next_stream: 0,
+            calls: BTreeMap::new(),
+            by_payment: BTreeMap::new(),
+            settled_with: BTreeMap::new(),
+            shunned: BTreeMap::new(),
+            payable: None,
+            counters: ConsumerCounters::default(),
+        }
+    }
+
+    /// Takes up what the journal holds: sessions with a balance, requests that were open (they end at their last
+    /// acknowledgement: their clients are gone), payments whose fate the wallet must tell.
+    pub fn restore(&mut self, states: Vec<SessionState>, opened: u64, settled_with: BTreeMap<NodeKey, Msat>) {
+        self.next_session = opened;
+        self.settled_with = settled_with;
+        let keys: BTreeMap<NodeKey, SessionIndex> = (0..opened)
+            .map(SessionIndex)
+            .map(|index| (node_key(&session_key(&self.master, index)), index))
+            .collect();
+        for state in states {
+            let Some(&index) = keys.get(&state.consumer()) else { continue };
+            for (_, slice) in state.slices() {
+                if let Some(hash) = slice.payment_hash {
+                    self.by_payment.insert(hash, index);
+                }
+            }
+            let unresolved = state.attempted().map(|(_, slice)| slice.clone());
+            let open: Vec<RequestId> = state.requests().keys().copied().collect();
+            self.sessions.insert(index, links::Session::asleep(session_key(&self.master, index), state));
+            for request in open {
+                self.abandon(index, request);
+            }
+            if let Some(slice) = unresolved
+                && let Some(hash) = slice.payment_hash
+            {
+                let (bolt11, amount, max_fee) = (slice.bolt11, slice.amount, slice.max_fee);
+                self.actions.push_back(ConsumerAction::ResolvePayment { hash, bolt11, amount, max_fee });
+            }
+        }
+    }
+
+    // Getters.
+
+    pub fn counters(&self) -> &ConsumerCounters {
+        &self.counters
+    }
+    pub fn open_calls(&self) -> usize {
+        self.calls.len()
+    }
+    pub fn session_states(&self) -> impl Iterator<Item = &SessionState> {
+        self.sessions.values().filter_map(|s| s.state.as_ref())
+    }
+    /// "Most you can lose now", over all sessions.
+    pub fn exposure(&self) -> Msat {
+        self.session_states().fold(Msat::ZERO, |sum, s| sum.saturating_add(s.consumer_exposure().most()))
+    }
+    /// Providers that are avoided now, and why.
+    pub fn shunned(&self, now: UnixMs) -> impl Iterator<Item = (&NodeKey, &str)> {
+        self.shunned.iter().filter(move |(_, (until, _))| *until > now).map(|(key, (_, why))| (key, why.as_str()))
+    }
+    pub fn settled_with(&self, provider: &NodeKey) -> Msat {
+        self.settled_with.get(provider).copied().unwrap_or_default()
+    }
+
+    // What happened.
+
+    /// Takes in one event.
+    pub fn handle(&mut self, now: UnixMs, event: ConsumerEvent) {
+        match event {
+            ConsumerEvent::Submit(submit) => self.submit(now, *submit),
+            ConsumerEvent::Cancel { call } => self.cancel(call),
+            ConsumerEvent::CloseSession { session } => self.begin_close(now, session),
+            ConsumerEvent::CloseInvoice { session, result } => self.close_with(now, session, result),
+            ConsumerEvent::LinkUp { link } => self.link_up(link),
+            ConsumerEvent::LinkFailed { link, reason } => self.link_failed(now, link, &reason),
+            ConsumerEvent::LinkDown { link, reason } => self.link_down(now, link, &reason),
+            ConsumerEvent::Control { link, frame } => self.control(now, link, frame),
+            ConsumerEvent::Frame { link, stream, frame } => self.frame(now, link, stream, frame),
+            ConsumerEvent::StreamClosed { link, stream } => self.stream_closed(now, link, stream),
+            ConsumerEvent::PaymentSettled { hash, preimage, fee } => self.payment_settled(hash, preimage, fee),
+            ConsumerEvent::PaymentFailed { hash, reason } => self.payment_failed(now, hash, reason),
+            ConsumerEvent::PaymentReceived { hash, amount } => self.payment_received(hash, amount),
+            ConsumerEvent::Payable(payable) => self.payable = Some(payable),
+            ConsumerEvent::Durable(ticket) => {
+                let released = self.gate.durable(ticket);
+                self.actions.extend(released);
+            }
+            ConsumerEvent::JournalFailed { reason } => self.journal_failed(now, &reason),
+            ConsumerEvent::Tick => {}
+        }
+        self.tick(now);
+    }
+
+    /// The next thing to be done, until there is none.
+    pub fn poll_action(&mut self) -> Option<ConsumerAction> {
+        self.actions.pop_front()
+    }
+
+    /// When to send [`ConsumerEvent::Tick`] at the latest.
+    pub fn poll_timeout(&self) -> Option<UnixMs> {
+        let sessions = self.sessions.values().filter_map(|s| s.next_deadline(&self.config));
+        let calls = self.calls.values().filter_map(|c| c.next_deadline(&self.config));
+        sessions.chain(calls).min()
+    }
+
+    // Helpers that every part uses.
+
+    fn append(&mut self, drafts: Vec<Draft>, then: Vec<ConsumerAction>) {
+        if self.gate.is_broken() {
+            return;
+        }
+        let append = self.gate.append(drafts, then);
+        self.actions.push_back(ConsumerAction::Append(append));
+    }
+
+    /// Applies drafts to a session's state and asks for them to be made durable, with what they authorise.
+    fn record(&mut self, index: SessionIndex, drafts: Vec<Draft>, then: Vec<ConsumerAction>) -> bool {
+        let Some(state) = self.sessions.get_mut(&index).and_then(|s| s.state.as_mut()) else { return false };
+        for draft in &drafts {
+            if let Err(error) = state.apply(draft) {
+                // Every draft was built from this very state: if it does not fit, stop before money moves on it.
+                let reason = format!("a draft does not fit the state it was built from: {error}");
+                self.gate.fail();
+                self.actions.push_back(ConsumerAction::Halt { reason });
+                return false;
+            }
+        }
+        self.append(drafts, then);
+        true
+    }
+
+    fn say(&mut self, link: LinkId, frame: ConsumerControl) {
+        self.actions.push_back(ConsumerAction::Control { link, frame });
+    }
+
+    /// A provider broke a rule: the proof is kept, the link closed, and it is not asked again for a while.
+    fn misbehaved(&mut self, now: UnixMs, index: SessionIndex, rule: &str, text: &str, statement: Vec<u8>) {
+        self.counters.misbehaviour += 1;
+        let Some(session) = self.sessions.get(&index) else { return };
+        let peer = session.provider();
+        self.append(vec![Draft::of(Evidence::Misbehaviour { peer, rule: rule.to_owned(), statement })], Vec::new());
+        self.actions.push_back(ConsumerAction::Penalise { provider: peer, rule: rule.to_owned() });
+        self.shunned.insert(peer, (now.plus_ms(self.config.shun_ms), text.to_owned()));
+        self.drop_link(now, index, crate::CloseCode::Violation, text);
+    }
+
+    /// Closes a session's link from our side; what was open on it goes elsewhere.
+    fn drop_link(&mut self, now: UnixMs, index: SessionIndex, code: crate::CloseCode, text: &str) {
+        let Some(link) = self.sessions.get(&index).and_then(|s| s.link) else { return };
+        self.actions.push_back(ConsumerAction::CloseLink { link, code, reason: reason(text) });
+        self.link_down(now, link, text);
+    }
+
+    fn new_link(&mut self, index: SessionIndex) -> LinkId {
+        let link = LinkId(self.next_link);
+        self.next_link = self.next_link.wrapping_add(1);
+        self.links.insert(link, index);
+        link
+    }
+    fn new_stream(&mut self) -> StreamId {
+        let stream = StreamId(self.next_stream);
+        self.next_stream = self.next_stream.wrapping_add(1);
+        stream
+    }
+    fn random32(&mut self) -> [u8; 32] {
+        let mut bytes = [0; 32];
+        self.rng.fill_bytes(&mut bytes);
+        bytes
+    }
+    fn index_of(&self, id: SessionId) -> Option<SessionIndex> {
+        self.sessions.iter().find(|(_, s)| s.state.as_ref().is_some_and(|s| s.id() == id)).map(|(index, _)| *index)
+    }
+    /// A live session for this provider's model, if there is one.
+    fn session_for(&self, provider: &NodeKey, root: &ModelRoot) -> Option<SessionIndex> {
+        let fits = |s: &links::Session| s.provider() == *provider && s.model_root() == *root && s.is_usable();
+        self.sessions.iter().find(|(_, s)| fits(s)).map(|(index, _)| *index)
+    }
+
+    /// The journal cannot write: nothing more is signed or paid; every call ends with an error that says so.
+    fn journal_failed(&mut self, now: UnixMs, text: &str) {
+        self.gate.fail();
+        let calls: Vec<CallId> = self.calls.keys().copied().collect();
+        for call in calls {
+            self.fail_call(call, CallError::Journal { reason: text.to_owned() });
+        }
+        let sessions: Vec<SessionIndex> = self.sessions.keys().copied().collect();
+        for index in sessions {
+            self.drop_link(now, index, crate::CloseCode::Unavailable, "this node's ledger cannot be written");
+        }
+        self.actions.push_back(ConsumerAction::Halt { reason: text.to_owned() });
+    }
+
+    /// Everything that falls due with time, and everything that can go on now.
+    fn tick(&mut self, now: UnixMs) {
+        if self.gate.is_broken() {
+            return;
+        }
+        self.tick_calls(now);
+        let indices: Vec<SessionIndex> = self.sessions.keys().copied().collect();
+        for index in indices {
+            self.tick_session(now, index);
+            self.start_waiting(now, index);
+            self.top_up(now, index);
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! Calls: assigned to a provider, moved to the next one when that fails, ended once.
+
+use super::{
+    Bill, CallError, CallId, Consumer, ConsumerAction, ConsumerConfig, Emission, Leg, SessionIndex, Submit,
+};
+use crate::CloseCode;
+use satgrid_pricing::cost_alone;
+use satgrid_protocol::metering;
+use satgrid_types::{FinishReason, Msat, NodeKey, RequestId, UnixMs, VerifiedListing};
+use std::collections::VecDeque;
+
+/// How long a call may wait for a session that is ready and funded, in ms.
+const WAIT_MS: u64 = 60_000;
+
+/// One API request in hand.
+pub(super) struct Call {
+    submit: Submit,
+    candidates: VecDeque<VerifiedListing>,
+    /// Output so far, over all providers.
+    pub received: Vec<u32>,
+    pub place: Place,
+    pub bill: Bill,
+    attempts: usize,
+    last_failure: String,
+    pub cancelled: bool,
+    waiting_since: UnixMs,
+}
+
+/// Where a call stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    Nowhere,
+    Waiting(SessionIndex),
+    Streaming(SessionIndex, RequestId),
+}
+
+impl Call {
+    pub(super) fn next_deadline(&self, _config: &ConsumerConfig) -> Option<UnixMs> {
+        matches!(self.place, Place::Waiting(_)).then(|| self.waiting_since.plus_ms(WAIT_MS))
+    }
+    /// The prompt for the next provider: with what was received so far.
+    pub(super) fn prompt(&self) -> Vec<u32> {
+        let mut prompt = self.submit.prompt.clone();
+        prompt.extend_from_slice(&self.received);
+        prompt
+    }
+    pub(super) fn prompt_len(&self) -> u32 {
+        len(&self.submit.prompt).saturating_add(len(&self.received))
+    }
+    pub(super) fn output_left(&self) -> u32 {
+        self.submit.max_output.saturating_sub(len(&self.received))
+    }
+    pub(super) fn resumed(&self) -> u32 {
+        len(&self.received)
+    }
+    pub(super) fn submit(&self) -> &Submit {
+        &self.submit
+    }
+}
+
+pub(super) fn len(tokens: &[u32]) -> u32 {
+    u32::try_from(tokens.len()).unwrap_or(u32::MAX)
+}
+
+impl Consumer {
+    pub(super) fn submit(&mut self, now: UnixMs, submit: Submit) {
+        let id = submit.call;
+        self.counters.calls += 1;
+        let candidates = submit.candidates.iter().cloned().collect();
+        let call = Call {
+            submit,
+            candidates,
+            received: Vec::new(),
+            place: Place::Nowhere,
+            bill: Bill::default(),
+            attempts: 0,
+            last_failure: String::new(),
+            cancelled: false,
+            waiting_since: now,
+        };
+        self.calls.insert(id, call);
+        if self.gate.is_broken() {
+            return self.fail_call(id, CallError::Journal { reason: "an earlier write failed".into() });
+        }
+        if self.calls.len() > self.config.max_calls {
+            return self.fail_call(id, CallError::Busy);
+        }
+        self.assign(now, id);
+    }
+
+    /// Gives a call to the next candidate that is not avoided.
+    fn assign(&mut self, now: UnixMs, id: CallId) {
+        let max = self.config.max_attempts;
+        loop {
+            let Some(call) = self.calls.get_mut(&id) else { return };
+            let fallbacks = call.submit.allow_fallbacks || call.attempts == 0;
+            let next = if call.attempts < max && fallbacks { call.candidates.pop_front() } else { None };
+            let Some(listing) = next else {
+                let error = if call.last_failure.is_empty() {
+                    CallError::NoProvider { why: "no listing is left to try".into() }
+                } else {
+                    CallError::ProvidersFailed { reason: call.last_failure.clone() }
+                };
+                return self.fail_call(id, error);
+            };
+            if let Some((until, why)) = self.shunned.get(&listing.node_key)
+                && *until > now
+            {
+                call.last_failure = format!("provider {} is avoided for now: {why}", listing.node_key.short());
+                continue;
+            }
+            call.attempts += 1;
+            call.waiting_since = now;
+            let index = self.session_with(now, &listing);
+            return self.attach(id, index);
+        }
+    }
+
+    pub(super) fn attach(&mut self, id: CallId, index: SessionIndex) {
+        if let (Some(call), Some(session)) = (self.calls.get_mut(&id), self.sessions.get_mut(&index)) {
+            call.place = Place::Waiting(index);
+            session.waiting.push_back(id);
+        }
+    }
+
+    /// A call lost its provider: the next one goes on from what was received.
+    pub(super) fn reassign(&mut self, now: UnixMs, id: CallId, why: &str) {
+        let Some(call) = self.calls.get_mut(&id) else { return };
+        call.place = Place::Nowhere;
+        call.last_failure = why.to_owned();
+        if call.cancelled {
+            return self.fail_call(id, CallError::Cancelled);
+        }
+        if call.output_left() == 0 {
+            // Everything that was asked for was received before the provider went away.
+            let bill = call.bill.clone();
+            return self.finish_call(id, FinishReason::Length, bill);
+        }
+        if !call.received.is_empty() {
+            self.counters.failovers += 1;
+        }
+        self.assign(now, id);
+    }
+
+    pub(super) fn cancel(&mut self, id: CallId) {
+        let Some(call) = self.calls.get_mut(&id) else { return };
+        call.cancelled = true;
+        match call.place {
+            Place::Streaming(index, request) => self.cancel_request(index, &request),
+            Place::Waiting(index) => {
+                if let Some(session) = self.sessions.get_mut(&index) {
+                    session.waiting.retain(|c| *c != id);
+                }
+                self.fail_call(id, CallError::Cancelled);
+            }
+            Place::Nowhere => self.fail_call(id, CallError::Cancelled),
+        }
+    }
+
+    pub(super) fn fail_call(&mut self, id: CallId, error: CallError) {
+        let Some(call) = self.calls.remove(&id) else { return };
+        if let Place::Waiting(index) = call.place
+            && let Some(session) = self.sessions.get_mut(&index)
+        {
+            session.waiting.retain(|c| *c != id);
+        }
+        self.counters.failed += 1;
+        let emission = Emission::Failed { error, bill: call.bill };
+        self.actions.push_back(ConsumerAction::Emit { call: id, emission });
+    }
+
+    fn finish_call(&mut self, id: CallId, reason: FinishReason, bill: Bill) {
+        self.calls.remove(&id);
+        self.counters.finished += 1;
+        self.actions.push_back(ConsumerAction::Emit { call: id, emission: Emission::Finished { reason, bill } });
+    }
+
+    /// Ends a request at its last acknowledgement and adds the leg to its call's bill. Returns the call, if it lives.
+    pub(super) fn abandon(&mut self, index: SessionIndex, request: RequestId) -> Option<CallId> {
+        let session = self.sessions.get_mut(&index)?;
+        let live = session.requests.remove(&request);
+        session.streams.retain(|_, r| *r != request);
+        let state = session.state.as_ref()?;
+        let request_state = state.request_state(&request)?;
+        let (usage, rates, before) = (request_state.acked(), *request_state.rates(), state.charged());
+        let provider = state.provider();
+        let draft = state.abandoned(request).ok()?;
+        self.record(index, vec![draft], Vec::new());
+        let after = self.sessions.get(&index)?.state.as_ref()?.charged();
+        let call = live?.call;
+        let cost = after.saturating_sub(before);
+        let leg = Leg { provider, request, receipt: None, usage, rates, cost };
+        let held = self.calls.get_mut(&call)?;
+        if usage.prompt > 0 || usage.completion > 0 {
+            held.bill.legs.push(leg);
+        }
+        Some(call)
+    }
+
+    /// What a waiting call needs before its request can start.
+    pub(super) fn start_need(&self, index: SessionIndex, id: CallId) -> Option<Msat> {
+        let call = self.calls.get(&id)?;
+        let quote = self.sessions.get(&index)?.state.as_ref()?.quote();
+        metering::start_cost(call.prompt_len(), call.output_left(), &quote.rates, &quote.terms)
+    }
+
+    pub(super) fn tick_calls(&mut self, now: UnixMs) {
+        let late = |c: &Call| matches!(c.place, Place::Waiting(_)) && now.since(c.waiting_since) >= WAIT_MS;
+        let overdue: Vec<CallId> = self.calls.iter().filter(|(_, c)| late(c)).map(|(id, _)| *id).collect();
+        for id in overdue {
+            let Some(Place::Waiting(index)) = self.calls.get(&id).map(|c| c.place) else { continue };
+            if let Some(session) = self.sessions.get_mut(&index) {
+                session.waiting.retain(|c| *c != id);
+            }
+            self.reassign(now, id, "no session was ready and funded in time");
+        }
+    }
+
+    /// Calls that wait for this session cannot be paid for.
+    pub(super) fn fail_waiting(&mut self, index: SessionIndex, error: &CallError) {
+        let Some(session) = self.sessions.get_mut(&index) else { return };
+        let waiting: Vec<CallId> = session.waiting.drain(..).collect();
+        for call in waiting {
+            self.fail_call(call, error.clone());
+        }
+    }
+
+    /// The provider does not keep its side: its waiting calls go elsewhere.
+    pub(super) fn leave(&mut self, now: UnixMs, index: SessionIndex, provider: NodeKey, why: &str) {
+        self.shunned.insert(provider, (now.plus_ms(self.config.shun_ms), why.to_owned()));
+        self.drop_link(now, index, CloseCode::Done, why);
+    }
+
+    /// A rough figure for the bill so far and what runs: for display while a call is open.
+    pub fn running_cost(&self, id: CallId) -> Msat {
+        let Some(call) = self.calls.get(&id) else { return Msat::ZERO };
+        let open = match call.place {
+            Place::Streaming(index, request) => self
+                .sessions
+                .get(&index)
+                .and_then(|s| s.state.as_ref()?.request_state(&request).map(|r| (r.acked(), *r.rates())))
+                .and_then(|(usage, rates)| cost_alone(&usage, &rates).ok())
+                .unwrap_or_default(),
+            Place::Waiting(_) | Place::Nowhere => Msat::ZERO,
+        };
+        call.bill.cost().saturating_add(open)
+    }
+}

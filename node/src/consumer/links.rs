@@ -1,0 +1,422 @@
+//! A session's connection: hello, quote, open, resume.
+
+use super::{CallId, Consumer, ConsumerAction, ConsumerConfig, SessionIndex, session_key, streams::Live};
+use crate::{CloseCode, LinkId, StreamId};
+use ed25519_dalek::SigningKey;
+use satgrid_ledger::{
+    entry::{Draft, Evidence},
+    statements::{RefundTo, SessionOpen},
+};
+use satgrid_protocol::{
+    check,
+    frame::{ConsumerControl, Hello, OpenRequest, ProviderControl, Refusal},
+    session::{SessionState, Side, SliceStatus},
+};
+use satgrid_types::{
+    ModelRoot, Msat, NodeKey, Numerators, Quote, ReceiptId, RequestId, SessionId, Signed, UnixMs, VerifiedListing,
+    node_key,
+};
+use std::collections::{BTreeMap, VecDeque};
+
+/// Where a session's connection stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// No connection; the balance stays.
+    Asleep,
+    Connecting,
+    Greeting,
+    Quoting,
+    Opening,
+    Resuming,
+    Ready,
+    /// Closed, or the two sides' books cannot be brought together: never used again.
+    Over,
+}
+
+/// A quote is renewed when it has less than this left, in ms.
+const QUOTE_MARGIN_MS: u64 = 5_000;
+
+/// One session and what is alive of it.
+pub(super) struct Session {
+    pub key: SigningKey,
+    provider: NodeKey,
+    root: ModelRoot,
+    /// The listing by which it was found; none after a restart, until a call finds it again.
+    pub listing: Option<VerifiedListing>,
+    pub state: Option<SessionState>,
+    pub phase: Phase,
+    pub phase_since: UnixMs,
+    pub link: Option<LinkId>,
+    /// All slices that the provider says have arrived.
+    pub credited: Msat,
+    /// The invoice that was asked for, and when.
+    pub wanted_invoice: Option<(u32, Msat, UnixMs)>,
+    quote_wanted: Option<UnixMs>,
+    /// Since when a paid slice is not credited.
+    pub uncredited_since: Option<UnixMs>,
+    /// Payments that failed in a row.
+    pub failed_payments: u32,
+    pub waiting: VecDeque<CallId>,
+    pub streams: BTreeMap<StreamId, RequestId>,
+    pub requests: BTreeMap<RequestId, Live>,
+    pub idle_since: UnixMs,
+    /// The operator asked for the remainder.
+    pub closing: bool,
+    /// Money cannot be had for it: what stalls now is out of funds.
+    pub unfunded: bool,
+}
+
+impl Session {
+    fn new(key: SigningKey, provider: NodeKey, root: ModelRoot) -> Session {
+        Session {
+            key,
+            provider,
+            root,
+            listing: None,
+            state: None,
+            phase: Phase::Asleep,
+            phase_since: UnixMs(0),
+            link: None,
+            credited: Msat::ZERO,
+            wanted_invoice: None,
+            quote_wanted: None,
+            uncredited_since: None,
+            failed_payments: 0,
+            waiting: VecDeque::new(),
+            streams: BTreeMap::new(),
+            requests: BTreeMap::new(),
+            idle_since: UnixMs(0),
+            closing: false,
+            unfunded: false,
+        }
+    }
+
+    /// A session from the journal.
+    pub(super) fn asleep(key: SigningKey, state: SessionState) -> Session {
+        let mut session = Session::new(key, state.provider(), state.quote().model_root);
+        session.phase = if state.close_statement().is_some() { Phase::Over } else { Phase::Asleep };
+        session.state = Some(state);
+        session
+    }
+
+    pub(super) fn provider(&self) -> NodeKey {
+        self.provider
+    }
+    pub(super) fn model_root(&self) -> ModelRoot {
+        self.root
+    }
+    pub(super) fn is_usable(&self) -> bool {
+        self.phase != Phase::Over && !self.closing
+    }
+    pub(super) fn is_ready(&self) -> bool {
+        self.phase == Phase::Ready
+    }
+    /// Prepaid, known to both sides, and neither charged nor reserved.
+    pub(super) fn usable_balance(&self) -> Msat {
+        let Some(state) = &self.state else { return Msat::ZERO };
+        let unknown_to_provider = state.paid().saturating_sub(self.credited);
+        state.available().saturating_sub(unknown_to_provider)
+    }
+    fn is_setting_up(&self) -> bool {
+        matches!(
+            self.phase,
+            Phase::Connecting | Phase::Greeting | Phase::Quoting | Phase::Opening | Phase::Resuming
+        )
+    }
+    fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.requests.is_empty() && self.wanted_invoice.is_none() && !self.closing
+    }
+
+    pub(super) fn next_deadline(&self, config: &ConsumerConfig) -> Option<UnixMs> {
+        let setup = self.is_setting_up().then(|| self.phase_since.plus_ms(config.setup_ms));
+        let invoice = self.wanted_invoice.map(|(_, _, at)| at.plus_ms(config.setup_ms));
+        let quote = self.quote_wanted.map(|at| at.plus_ms(config.setup_ms));
+        let credit = self.uncredited_since.map(|at| at.plus_ms(config.credit_ms));
+        let idle = (self.is_ready() && self.is_idle()).then(|| self.idle_since.plus_ms(config.idle_ms));
+        let stall = self.requests.values().map(|r| r.stall_deadline(config, self.unfunded)).min();
+        [setup, invoice, quote, credit, idle, stall].into_iter().flatten().min()
+    }
+}
+
+impl Consumer {
+    /// The session that a call to this listing uses, new if there is none.
+    pub(super) fn session_with(&mut self, now: UnixMs, listing: &VerifiedListing) -> SessionIndex {
+        let index = self.session_for(&listing.node_key, &listing.model_root).unwrap_or_else(|| {
+            let index = SessionIndex(self.next_session);
+            self.next_session = self.next_session.wrapping_add(1);
+            let key = session_key(&self.master, index);
+            self.sessions.insert(index, Session::new(key, listing.node_key, listing.model_root));
+            index
+        });
+        if let Some(session) = self.sessions.get_mut(&index) {
+            session.listing = Some(listing.clone());
+        }
+        self.wake(now, index);
+        index
+    }
+
+    /// Connects a session that sleeps.
+    pub(super) fn wake(&mut self, now: UnixMs, index: SessionIndex) {
+        let Some(session) = self.sessions.get(&index).filter(|s| s.phase == Phase::Asleep) else { return };
+        let Some(listing) = &session.listing else { return };
+        let (provider, addresses) = (session.provider, listing.addresses.clone());
+        let link = self.new_link(index);
+        if let Some(session) = self.sessions.get_mut(&index) {
+            session.link = Some(link);
+            session.phase = Phase::Connecting;
+            session.phase_since = now;
+        }
+        self.actions.push_back(ConsumerAction::Connect { link, provider, addresses, session: index });
+    }
+
+    pub(super) fn link_up(&mut self, link: LinkId) {
+        if let Some(session) = self.links.get(&link).and_then(|i| self.sessions.get_mut(i)) {
+            session.phase = Phase::Greeting;
+            self.say(link, ConsumerControl::Hello(Hello::ours()));
+        }
+    }
+
+    pub(super) fn link_failed(&mut self, now: UnixMs, link: LinkId, text: &str) {
+        self.shun_briefly(now, link, text);
+        self.link_down(now, link, text);
+    }
+
+    fn shun_briefly(&mut self, now: UnixMs, link: LinkId, text: &str) {
+        /// A provider that could not be reached or went away is tried again after this long.
+        const BRIEF_MS: u64 = 15_000;
+        let Some(session) = self.links.get(&link).and_then(|i| self.sessions.get(i)) else { return };
+        let entry = self.shunned.entry(session.provider).or_insert((now, String::new()));
+        if entry.0 < now.plus_ms(BRIEF_MS) {
+            *entry = (now.plus_ms(BRIEF_MS), text.to_owned());
+        }
+    }
+
+    /// The link is gone: requests on it end at their last acknowledgement, and their calls go on elsewhere.
+    pub(super) fn link_down(&mut self, now: UnixMs, link: LinkId, text: &str) {
+        if self.links.get(&link).and_then(|i| self.sessions.get(i)).is_some_and(|s| !s.is_idle()) {
+            self.shun_briefly(now, link, text);
+        }
+        let Some(index) = self.links.remove(&link) else { return };
+        let Some(session) = self.sessions.get_mut(&index).filter(|s| s.link == Some(link)) else { return };
+        session.link = None;
+        session.wanted_invoice = None;
+        session.quote_wanted = None;
+        session.uncredited_since = None;
+        if session.phase != Phase::Over {
+            session.phase = Phase::Asleep;
+        }
+        session.streams.clear();
+        let waiting: Vec<CallId> = session.waiting.drain(..).collect();
+        let open: Vec<RequestId> = session.requests.keys().copied().collect();
+        let unopened = session.state.is_none();
+        let mut homeless = waiting;
+        for request in open {
+            homeless.extend(self.abandon(index, request));
+        }
+        if unopened {
+            // Nothing was ever agreed under this key.
+            self.sessions.remove(&index);
+        }
+        for call in homeless {
+            self.reassign(now, call, text);
+        }
+    }
+
+    pub(super) fn control(&mut self, now: UnixMs, link: LinkId, frame: ProviderControl) {
+        let Some(&index) = self.links.get(&link) else { return };
+        let Some(session) = self.sessions.get(&index) else { return };
+        match (session.phase, frame) {
+            (Phase::Greeting, ProviderControl::Hello(hello)) if hello.version == Hello::VERSION => {
+                self.greeted(now, index, link);
+            }
+            (Phase::Quoting | Phase::Ready, ProviderControl::Quote(signed)) => self.quoted(now, index, link, &signed),
+            (Phase::Opening, ProviderControl::Opened(id)) => self.opened(now, index, id),
+            (Phase::Resuming, ProviderControl::Resumed(id, paid, last, settled)) => {
+                self.resumed(now, index, id, paid, last, settled);
+            }
+            (Phase::Resuming, ProviderControl::Refused(_, text)) => self.not_resumable(now, index, &text),
+            (Phase::Ready, ProviderControl::Invoice(descriptor, bolt11)) => {
+                self.invoiced(now, index, descriptor, bolt11);
+            }
+            (Phase::Ready, ProviderControl::Credited(_, total)) => self.credited(index, total),
+            (Phase::Ready, ProviderControl::Refunding(..)) => {}
+            (_, ProviderControl::Owed(note)) => self.owed(index, &note),
+            (_, ProviderControl::Closed) => self.closed_by_provider(now, index),
+            (_, ProviderControl::Refused(refusal, text)) => self.refused(now, index, refusal, &text),
+            (
+                _,
+                ProviderControl::Hello(_)
+                | ProviderControl::Quote(_)
+                | ProviderControl::Opened(_)
+                | ProviderControl::Invoice(..)
+                | ProviderControl::Credited(..)
+                | ProviderControl::Resumed(..)
+                | ProviderControl::Refunding(..),
+            ) => self.drop_link(now, index, CloseCode::Violation, "a control frame out of its place"),
+        }
+    }
+
+    fn set_phase(&mut self, now: UnixMs, index: SessionIndex, phase: Phase) {
+        if let Some(session) = self.sessions.get_mut(&index) {
+            session.phase = phase;
+            session.phase_since = now;
+            session.idle_since = now;
+        }
+    }
+
+    fn greeted(&mut self, now: UnixMs, index: SessionIndex, link: LinkId) {
+        let Some(session) = self.sessions.get(&index) else { return };
+        if let Some(state) = &session.state {
+            let open = state.abandoned_requests().iter();
+            let open = open.map(|(request, ack)| OpenRequest { request: *request, last_ack: ack.clone() }).collect();
+            let resume = ConsumerControl::Resume(state.id(), open, state.last_receipt_signed().cloned());
+            self.set_phase(now, index, Phase::Resuming);
+            return self.say(link, resume);
+        }
+        self.set_phase(now, index, Phase::Quoting);
+        self.ask_quote(index, link);
+    }
+
+    fn ask_quote(&mut self, index: SessionIndex, link: LinkId) {
+        let listing = self.sessions.get(&index).and_then(|s| s.listing.as_ref());
+        if let Some((id, root)) = listing.map(|l| (l.id(), l.model_root)) {
+            self.say(link, ConsumerControl::WantQuote(id, root));
+        }
+    }
+
+    /// Whether the current quote serves; asks for a new one where it has run out.
+    pub(super) fn quote_is_fresh(&mut self, now: UnixMs, index: SessionIndex) -> bool {
+        let Some(session) = self.sessions.get_mut(&index) else { return false };
+        let (Some(state), Some(link)) = (&session.state, session.link) else { return false };
+        if now.plus_ms(QUOTE_MARGIN_MS) < state.quote().valid_until {
+            return true;
+        }
+        if session.quote_wanted.is_none() {
+            session.quote_wanted = Some(now);
+            self.ask_quote(index, link);
+        }
+        false
+    }
+
+    fn quoted(&mut self, now: UnixMs, index: SessionIndex, link: LinkId, signed: &Signed<Quote>) {
+        let Some(session) = self.sessions.get_mut(&index) else { return };
+        session.quote_wanted = None;
+        let Some(listing) = session.listing.clone() else { return };
+        let key = node_key(&session.key);
+        let quote = match signed.verify(&session.provider) {
+            Ok(quote) => quote,
+            Err(error) => return self.drop_link(now, index, CloseCode::Violation, &error.to_string()),
+        };
+        if let Err(fault) = check::quote(&quote, &listing, &key, now) {
+            self.counters.refused_quotes += 1;
+            let proof = satgrid_types::cbor::encode(signed);
+            return self.misbehaved(now, index, fault.rule(), &fault.to_string(), proof);
+        }
+        let evidence = Draft::of(Evidence::Listing { event_json: listing.event().to_json() });
+        if let Some(state) = &session.state {
+            let drafts = vec![evidence, state.requote(&quote)];
+            self.record(index, drafts, Vec::new());
+            return;
+        }
+        let open = SessionOpen {
+            version: SessionOpen::VERSION,
+            provider: session.provider,
+            consumer: key,
+            quote: quote.quote_id(),
+            refund_to: RefundTo::InvoiceAtClose,
+            spend_cap: self.config.session_cap,
+            opened_at: now,
+        };
+        let signed_open = Signed::sign(&open, &session.key);
+        let Ok(open) = signed_open.verify(&key) else { return };
+        session.state = Some(SessionState::new(Side::Consumer, &quote, &open));
+        let mut drafts = vec![evidence];
+        drafts.extend(SessionState::open_drafts(&quote, &open));
+        self.set_phase(now, index, Phase::Opening);
+        self.append(drafts, vec![ConsumerAction::Control { link, frame: ConsumerControl::Open(signed_open) }]);
+    }
+
+    fn opened(&mut self, now: UnixMs, index: SessionIndex, id: SessionId) {
+        let ours = self.sessions.get(&index).and_then(|s| s.state.as_ref()).is_some_and(|s| s.id() == id);
+        if !ours {
+            return self.drop_link(now, index, CloseCode::Violation, "another session was opened than was asked for");
+        }
+        self.set_phase(now, index, Phase::Ready);
+    }
+
+    fn resumed(
+        &mut self,
+        now: UnixMs,
+        index: SessionIndex,
+        id: SessionId,
+        paid: Msat,
+        last: Option<ReceiptId>,
+        settled: Numerators,
+    ) {
+        let Some(session) = self.sessions.get_mut(&index) else { return };
+        let Some(state) = &session.state else { return };
+        let same = state.id() == id && state.last_receipt() == last && state.settled_numerators() == settled;
+        if !same {
+            return self.not_resumable(now, index, "the two sides' books of this session differ");
+        }
+        session.credited = paid;
+        self.set_phase(now, index, Phase::Ready);
+    }
+
+    /// The session cannot go on: its balance is a claim, and calls get a new session.
+    fn not_resumable(&mut self, now: UnixMs, index: SessionIndex, text: &str) {
+        self.counters.lost_sessions += 1;
+        let waiting: Vec<CallId> = match self.sessions.get_mut(&index) {
+            Some(session) => {
+                session.phase = Phase::Over;
+                session.waiting.drain(..).collect()
+            }
+            None => return,
+        };
+        let listing = self.sessions.get(&index).and_then(|s| s.listing.clone());
+        self.drop_link(now, index, CloseCode::Done, text);
+        let Some(listing) = listing else {
+            return waiting.into_iter().for_each(|call| self.reassign(now, call, text));
+        };
+        for call in waiting {
+            let fresh = self.session_with(now, &listing);
+            self.attach(call, fresh);
+        }
+    }
+
+    fn refused(&mut self, now: UnixMs, index: SessionIndex, refusal: Refusal, text: &str) {
+        match refusal {
+            // The listing was replaced under our hands, or the quote ran out: a new quote mends it, once connected anew.
+            Refusal::Quote | Refusal::NotOffered | Refusal::Busy | Refusal::Unavailable | Refusal::Unknown => {
+                self.drop_link(now, index, CloseCode::Done, text);
+            }
+            Refusal::Funds | Refusal::Context | Refusal::Protocol => {
+                self.drop_link(now, index, CloseCode::Violation, text);
+            }
+        }
+    }
+
+    pub(super) fn tick_session(&mut self, now: UnixMs, index: SessionIndex) {
+        let Some(session) = self.sessions.get(&index) else { return };
+        let past = |at: Option<UnixMs>, ms: u64| at.is_some_and(|at| now.since(at) >= ms);
+        let setup = session.is_setting_up() && past(Some(session.phase_since), self.config.setup_ms);
+        let invoice = past(session.wanted_invoice.map(|(_, _, at)| at), self.config.setup_ms);
+        let quote = past(session.quote_wanted, self.config.setup_ms);
+        if setup || invoice || quote {
+            return self.drop_link(now, index, CloseCode::Done, "no answer in time");
+        }
+        if past(session.uncredited_since, self.config.credit_ms) {
+            let text = "a slice was paid and is not credited";
+            let paid = session.state.as_ref().and_then(|s| s.slices().values().rev().find(|s| s.status == SliceStatus::Paid));
+            // The invoice is the provider's signed promise; its preimage, in the entry of the payment, shows it was kept to.
+            let proof = paid.map(|slice| slice.bolt11.clone().into_bytes()).unwrap_or_default();
+            return self.misbehaved(now, index, "slice-not-credited", text, proof);
+        }
+        let idle = session.is_ready() && session.is_idle() && now.since(session.idle_since) >= self.config.idle_ms;
+        if idle {
+            return self.drop_link(now, index, CloseCode::Done, "idle");
+        }
+        self.watch_credit(now, index);
+        self.tick_streams(now, index);
+    }
+}

@@ -1,0 +1,284 @@
+//! Slices: asked for when the balance runs low, checked, paid once, credited; and the remainder asked back.
+
+use super::{CallError, Consumer, ConsumerAction, FundsLimit, SessionIndex, links::Phase};
+use satgrid_ledger::{
+    entry::{Draft, Evidence},
+    statements::{CreditNote, SessionClose, SliceDescriptor},
+};
+use satgrid_protocol::{
+    check,
+    frame::ConsumerControl,
+    session::SliceStatus,
+    slices::{self, SliceDemand},
+};
+use satgrid_types::{Msat, PaymentHash, Preimage, SessionId, Signed, UnixMs};
+use satgrid_wallet::invoice::{self, Expected, InvoiceMismatch};
+
+/// Payments to one session that may fail in a row before its calls go elsewhere.
+const MAX_FAILED_PAYMENTS: u32 = 3;
+
+impl Consumer {
+    /// Asks for the next slice's invoice where the balance falls under what waits and runs.
+    pub(super) fn top_up(&mut self, now: UnixMs, index: SessionIndex) {
+        let Some(session) = self.sessions.get(&index).filter(|s| s.is_ready() && !s.closing) else { return };
+        let (Some(state), Some(link)) = (&session.state, session.link) else { return };
+        let idle = session.waiting.is_empty() && session.requests.is_empty();
+        if idle || state.attempted().is_some() || session.wanted_invoice.is_some() {
+            return;
+        }
+        let quote = state.quote();
+        let running = u64::try_from(session.requests.len().max(1)).unwrap_or(1);
+        let low = Msat(slices::low_water(&self.config.slices, &quote.rates, &quote.terms).0.saturating_mul(running));
+        let waiting = session.waiting.iter().filter_map(|call| self.start_need(index, *call));
+        let needs = waiting.fold(Msat::ZERO, Msat::saturating_add);
+        // The need of the first in line alone decides whether nothing can be done without money.
+        let first = session.waiting.front().and_then(|call| self.start_need(index, *call)).unwrap_or_default();
+        let balance = session.usable_balance();
+        let shortfall = needs.saturating_add(low).saturating_sub(balance);
+        if shortfall.is_zero() {
+            return;
+        }
+        let demand = SliceDemand {
+            last: state.last_paid(),
+            settled_clean: self.settled_with(&session.provider()),
+            shortfall,
+            committed: state.paid().saturating_sub(state.refunded()),
+            spend_cap: self.config.session_cap,
+        };
+        let (terms, k) = (quote.terms, state.next_k());
+        let amount = slices::next_slice(&self.config.slices, &terms, &demand);
+        let exposed = self.exposure();
+        let room = self.config.exposure_cap.saturating_sub(exposed);
+        let payable = self.payable.unwrap_or(Msat::MAX);
+        let lacking = first.saturating_sub(balance).max(terms.min_slice);
+        let (amount, limit) = match amount {
+            None => (None, FundsLimit::SessionCap),
+            Some(amount) if room < amount => ((room >= lacking).then_some(room), FundsLimit::ExposureCap),
+            Some(amount) if payable < amount => ((payable >= lacking).then_some(payable), FundsLimit::Wallet),
+            Some(amount) => (Some(amount), FundsLimit::Wallet),
+        };
+        let Some(amount) = amount else {
+            let available = match limit {
+                FundsLimit::Wallet => payable,
+                FundsLimit::SessionCap => demand.spend_cap.saturating_sub(demand.committed),
+                FundsLimit::ExposureCap => room,
+            };
+            return self.cannot_fund(index, lacking, available, limit);
+        };
+        if !self.quote_is_fresh(now, index) {
+            return;
+        }
+        if let Some(session) = self.sessions.get_mut(&index) {
+            session.wanted_invoice = Some((k, amount, now));
+            session.unfunded = false;
+        }
+        self.say(link, ConsumerControl::WantInvoice(k, amount));
+    }
+
+    /// No money for it: what waits is told at once, what runs goes on with what is prepaid.
+    fn cannot_fund(&mut self, index: SessionIndex, required: Msat, available: Msat, limit: FundsLimit) {
+        let Some(session) = self.sessions.get_mut(&index) else { return };
+        session.unfunded = true;
+        let blocked = session.waiting.front().copied();
+        let Some(call) = blocked else { return };
+        let need = self.start_need(index, call).unwrap_or(Msat::MAX);
+        let covered = self.sessions.get(&index).is_some_and(|s| s.usable_balance() >= need);
+        let others = self.sessions.get(&index).is_some_and(|s| !s.requests.is_empty());
+        // While others run, their receipts may still free what they reserved.
+        if !covered && !others {
+            self.fail_waiting(index, &CallError::Funds { required, available, limit });
+        }
+    }
+
+    pub(super) fn invoiced(
+        &mut self,
+        now: UnixMs,
+        index: SessionIndex,
+        descriptor: SliceDescriptor,
+        bolt11: String,
+    ) {
+        let Some(session) = self.sessions.get_mut(&index) else { return };
+        let Some((k, amount, _)) = session.wanted_invoice.take() else {
+            return self.drop_link(now, index, crate::CloseCode::Violation, "an invoice that was not asked for");
+        };
+        let Some(state) = &session.state else { return };
+        let proof = bolt11.clone().into_bytes();
+        if let Err(fault) = check::descriptor(&descriptor, &state.descriptor(k, amount)) {
+            return self.misbehaved(now, index, "invoice-terms", &fault.to_string(), proof);
+        }
+        let expected = Expected {
+            amount,
+            description_hash: descriptor.description_hash(),
+            payee: state.quote().lightning_node,
+            network: self.config.network,
+        };
+        let checked = match invoice::check(&bolt11, &expected, now) {
+            Ok(checked) => checked,
+            Err(InvoiceMismatch::Expired { .. }) => return,
+            Err(mismatch) => {
+                let rule = match &mismatch {
+                    InvoiceMismatch::Amount { .. } => "invoice-amount",
+                    InvoiceMismatch::DescriptionHash { .. } => "invoice-description-hash",
+                    InvoiceMismatch::Payee { .. } => "invoice-payee",
+                    InvoiceMismatch::Network { .. } => "invoice-network",
+                    InvoiceMismatch::Malformed { .. }
+                    | InvoiceMismatch::TooLong { .. }
+                    | InvoiceMismatch::Expired { .. } => "invoice-malformed",
+                };
+                return self.misbehaved(now, index, rule, &mismatch.to_string(), proof);
+            }
+        };
+        let hash = checked.payment_hash();
+        if self.by_payment.contains_key(&hash) {
+            return self.misbehaved(now, index, "payment-hash-reuse", "an invoice with a payment hash seen before", proof);
+        }
+        let fee = Msat((amount.0 / 1_000).saturating_mul(self.config.fee_per_mille)).max(self.config.min_fee);
+        let draft = state.invoiced(descriptor, bolt11.clone());
+        if !self.record(index, vec![draft], Vec::new()) {
+            return;
+        }
+        let Some(state) = self.sessions.get(&index).and_then(|s| s.state.as_ref()) else { return };
+        let Ok(attempt) = state.attempt(k, hash, fee) else { return };
+        self.by_payment.insert(hash, index);
+        let pay = ConsumerAction::Pay { hash, bolt11, amount, max_fee: fee };
+        self.record(index, vec![attempt], vec![pay]);
+    }
+
+    pub(super) fn payment_settled(&mut self, hash: PaymentHash, preimage: Preimage, fee: Msat) {
+        let handled = ConsumerAction::WalletHandled { hash };
+        let index = self.by_payment.get(&hash).copied();
+        let state = index.and_then(|i| self.sessions.get(&i)?.state.as_ref().map(|s| (i, s)));
+        let Some((index, draft)) = state.and_then(|(i, s)| s.settled(hash, preimage, fee).ok().map(|d| (i, d))) else {
+            // Not a slice, or settled already: a payment is booked once.
+            return self.actions.push_back(handled);
+        };
+        self.counters.slices += 1;
+        if let Some(session) = self.sessions.get_mut(&index) {
+            session.failed_payments = 0;
+        }
+        self.record(index, vec![draft], vec![handled]);
+    }
+
+    pub(super) fn payment_failed(&mut self, now: UnixMs, hash: PaymentHash, reason: String) {
+        let handled = ConsumerAction::WalletHandled { hash };
+        let index = self.by_payment.get(&hash).copied();
+        let state = index.and_then(|i| self.sessions.get(&i)?.state.as_ref().map(|s| (i, s)));
+        let failed = state.and_then(|(i, s)| s.failed(hash, reason.clone()).ok().map(|d| (i, d)));
+        let Some((index, draft)) = failed else { return self.actions.push_back(handled) };
+        self.record(index, vec![draft], vec![handled]);
+        let Some(session) = self.sessions.get_mut(&index) else { return };
+        session.failed_payments = session.failed_payments.saturating_add(1);
+        let give_up = session.failed_payments >= MAX_FAILED_PAYMENTS;
+        let provider = session.provider();
+        if give_up {
+            session.failed_payments = 0;
+            self.leave(now, index, provider, &format!("paying it failed again and again: {reason}"));
+        }
+    }
+
+    pub(super) fn credited(&mut self, index: SessionIndex, total: Msat) {
+        if let Some(session) = self.sessions.get_mut(&index) {
+            session.credited = session.credited.max(total);
+        }
+    }
+
+    /// A refund arrived, on the invoice that the close named.
+    pub(super) fn payment_received(&mut self, hash: PaymentHash, amount: Msat) {
+        let handled = ConsumerAction::WalletHandled { hash };
+        let Some(&index) = self.by_payment.get(&hash) else { return self.actions.push_back(handled) };
+        let Some(state) = self.sessions.get(&index).and_then(|s| s.state.as_ref()) else { return };
+        if !state.refunded().is_zero() {
+            return self.actions.push_back(handled);
+        }
+        let draft = state.refund_received(hash, amount);
+        self.record(index, vec![draft], vec![handled]);
+    }
+
+    pub(super) fn begin_close(&mut self, now: UnixMs, id: SessionId) {
+        let Some(index) = self.index_of(id) else { return };
+        self.wake(now, index);
+        let Some(session) = self.sessions.get_mut(&index) else { return };
+        session.closing = true;
+        self.continue_close(index);
+    }
+
+    /// Asks for the invoice to be refunded to, once nothing is open any more.
+    fn continue_close(&mut self, index: SessionIndex) {
+        let Some(session) = self.sessions.get(&index).filter(|s| s.closing && s.is_ready()) else { return };
+        let Some(state) = &session.state else { return };
+        if !session.requests.is_empty() || state.attempted().is_some() || state.close_statement().is_some() {
+            return;
+        }
+        let (session, amount) = (state.id(), state.remainder());
+        self.actions.push_back(ConsumerAction::MakeCloseInvoice { session, amount });
+    }
+
+    pub(super) fn close_with(&mut self, now: UnixMs, id: SessionId, result: Result<String, String>) {
+        let Some(index) = self.index_of(id) else { return };
+        let Some(session) = self.sessions.get(&index) else { return };
+        let (Some(state), Some(link)) = (&session.state, session.link) else { return };
+        if state.close_statement().is_some() {
+            return;
+        }
+        let invoice = result.ok();
+        if let Some(hash) = invoice.as_deref().and_then(satgrid_protocol::session::invoice_hash) {
+            self.by_payment.insert(hash, index);
+        }
+        let close = SessionClose {
+            version: SessionClose::VERSION,
+            session: id,
+            last_receipt: state.last_receipt(),
+            remainder: state.remainder(),
+            invoice,
+            closed_at: now,
+        };
+        let signed = Signed::sign(&close, &session.key);
+        let draft = state.closed(&signed);
+        self.record(index, vec![draft], vec![ConsumerAction::Control { link, frame: ConsumerControl::Close(signed) }]);
+    }
+
+    /// The provider owes what it could not pay: its signed word is kept.
+    pub(super) fn owed(&mut self, index: SessionIndex, note: &Signed<CreditNote>) {
+        let Some(session) = self.sessions.get(&index) else { return };
+        let ours = session.state.as_ref().map(satgrid_protocol::session::SessionState::id);
+        let Ok(verified) = note.verify(&session.provider()) else { return };
+        if Some(verified.session) == ours {
+            self.append(vec![Draft::of(Evidence::CreditNote(note.clone()))], Vec::new());
+            self.end_session(index);
+        }
+    }
+
+    pub(super) fn closed_by_provider(&mut self, now: UnixMs, index: SessionIndex) {
+        self.end_session(index);
+        self.drop_link(now, index, crate::CloseCode::Done, "the session is closed");
+    }
+
+    fn end_session(&mut self, index: SessionIndex) {
+        if let Some(session) = self.sessions.get_mut(&index)
+            && session.state.as_ref().is_some_and(|s| s.close_statement().is_some())
+        {
+            session.phase = Phase::Over;
+            session.closing = false;
+        }
+    }
+
+    /// Watches that a slice which was paid is credited.
+    pub(super) fn watch_credit(&mut self, now: UnixMs, index: SessionIndex) {
+        let Some(session) = self.sessions.get_mut(&index) else { return };
+        let Some(state) = &session.state else { return };
+        let behind = session.is_ready() && state.paid() > session.credited;
+        let paid = state.slices().values().any(|s| s.status == SliceStatus::Paid);
+        session.uncredited_since = match (behind && paid, session.uncredited_since) {
+            (true, since) => since.or(Some(now)),
+            (false, _) => None,
+        };
+        self.continue_close_once(index);
+    }
+
+    fn continue_close_once(&mut self, index: SessionIndex) {
+        let waiting = self.sessions.get(&index).is_some_and(|s| s.closing && s.is_ready());
+        if waiting && !self.actions.iter().any(|a| matches!(a, ConsumerAction::MakeCloseInvoice { .. })) {
+            self.continue_close(index);
+        }
+    }
+}

@@ -1,0 +1,316 @@
+//! Running requests: started when covered, counted token by token, countersigned, finished.
+
+use super::{
+    CallError, CallId, Consumer, ConsumerAction, ConsumerConfig, Emission, FundsLimit, Leg, SessionIndex, calls::Place,
+};
+use crate::{LinkId, StreamId};
+use satgrid_ledger::statements::{
+    Ack, Receipt, ReceiptOpening, ReceiptPrivate, RequestOpen, RequestPrivate, RunningHash, receipt_id,
+};
+use satgrid_pricing::cost_alone;
+use satgrid_protocol::{
+    check::{self, Counted},
+    frame::{ConsumerFrame, MAX_CHUNK_TOKENS, ProviderFrame, Refusal, StartRequest},
+    metering::{self, Progress},
+};
+use satgrid_types::{
+    BothSigned, FinishReason, Msat, RequestId, Salt, Signed, TokenUsage, UnixMs, cbor, sign_body,
+};
+
+/// Without money for it, silence of this many ms ends a request.
+const UNFUNDED_STALL_MS: u64 = 2_000;
+
+/// What is alive of one request.
+pub(super) struct Live {
+    pub call: CallId,
+    stream: StreamId,
+    salt: Salt,
+    private: RequestPrivate,
+    received: u32,
+    running: RunningHash,
+    last_frame_at: UnixMs,
+}
+
+impl Live {
+    pub(super) fn stall_deadline(&self, config: &ConsumerConfig, unfunded: bool) -> UnixMs {
+        self.last_frame_at.plus_ms(if unfunded { UNFUNDED_STALL_MS } else { config.stall_ms })
+    }
+    fn counted(&self) -> Counted {
+        Counted { received: self.received, running_hash: self.running.value() }
+    }
+}
+
+impl Consumer {
+    /// Starts the requests of calls that wait for this session, as far as its balance covers them.
+    pub(super) fn start_waiting(&mut self, now: UnixMs, index: SessionIndex) {
+        loop {
+            let Some(session) = self.sessions.get(&index).filter(|s| s.is_ready() && !s.closing) else { return };
+            let Some(&call) = session.waiting.front() else { return };
+            let Some(need) = self.start_need(index, call) else { return };
+            if self.sessions.get(&index).is_none_or(|s| s.usable_balance() < need) || !self.quote_is_fresh(now, index) {
+                return;
+            }
+            if let Some(session) = self.sessions.get_mut(&index) {
+                session.waiting.pop_front();
+            }
+            self.start(now, index, call);
+        }
+    }
+
+    fn start(&mut self, now: UnixMs, index: SessionIndex, id: CallId) {
+        let (request, salt) = (RequestId(self.random32()), Salt(self.random32()));
+        let stream = self.new_stream();
+        let Some(session) = self.sessions.get(&index) else { return };
+        let (Some(state), Some(link), Some(call)) = (&session.state, session.link, self.calls.get(&id)) else { return };
+        let (prompt, max_output) = (call.prompt(), call.output_left());
+        let submit = call.submit();
+        let private =
+            RequestPrivate::new(&salt, &prompt, submit.sampling.clone(), submit.stop.clone(), call.resumed());
+        let open = RequestOpen {
+            version: RequestOpen::VERSION,
+            session: state.id(),
+            request,
+            quote: state.quote_id(),
+            prompt_tokens: call.prompt_len(),
+            max_output,
+            private_hash: private.commitment(&salt),
+            opened_at: now,
+        };
+        let signed = Signed::sign(&open, &session.key);
+        let quote = state.quote();
+        let grant = metering::grant(&Progress {
+            prompt_tokens: open.prompt_tokens,
+            max_output,
+            acked: TokenUsage::default(),
+            funds: session.usable_balance(),
+            rates: quote.rates,
+            terms: quote.terms,
+        });
+        let reserve = cost_alone(&grant.usage(), &quote.rates).unwrap_or(Msat::ZERO);
+        let draft = state.request(now, &signed, request, reserve);
+        let provider = state.provider();
+        let live = Live {
+            call: id,
+            stream,
+            salt,
+            private: private.clone(),
+            received: 0,
+            running: RunningHash::start(&salt, &request),
+            last_frame_at: now,
+        };
+        let start = StartRequest { open: signed, salt, prompt, private };
+        if let Some(session) = self.sessions.get_mut(&index) {
+            session.streams.insert(stream, request);
+            session.requests.insert(request, live);
+            session.unfunded = false;
+        }
+        if let Some(call) = self.calls.get_mut(&id) {
+            call.place = Place::Streaming(index, request);
+        }
+        let open = ConsumerAction::OpenStream { link, stream, frame: ConsumerFrame::Start(Box::new(start)) };
+        let started = ConsumerAction::Emit { call: id, emission: Emission::Started { provider, request } };
+        self.record(index, vec![draft], vec![open, started]);
+    }
+
+    pub(super) fn frame(&mut self, now: UnixMs, link: LinkId, stream: StreamId, frame: ProviderFrame) {
+        let Some(&index) = self.links.get(&link) else { return };
+        let Some(session) = self.sessions.get_mut(&index) else { return };
+        let Some(&request) = session.streams.get(&stream) else { return };
+        let Some(live) = session.requests.get_mut(&request) else { return };
+        live.last_frame_at = now;
+        match frame {
+            ProviderFrame::Chunk(first, ids) => self.chunk(now, index, request, first, ids),
+            ProviderFrame::Ack(signed) => self.ack(now, index, request, &signed),
+            ProviderFrame::Receipt(reason, signed) => self.receipt(now, index, request, reason, &signed),
+            ProviderFrame::Refused(refusal, text) => self.request_refused(now, index, request, refusal, &text),
+        }
+    }
+
+    fn chunk(&mut self, now: UnixMs, index: SessionIndex, request: RequestId, first: u32, ids: Vec<u32>) {
+        let Some(session) = self.sessions.get_mut(&index) else { return };
+        let max = session.state.as_ref().and_then(|s| s.request_state(&request)).map_or(0, |r| r.open().max_output);
+        let Some(live) = session.requests.get_mut(&request) else { return };
+        let after = live.received.saturating_add(super::calls::len(&ids));
+        if first != live.received || ids.is_empty() || ids.len() > MAX_CHUNK_TOKENS || after > max {
+            let text = "a chunk out of order, empty, too long, or beyond what was asked for";
+            return self.misbehaved(now, index, "chunk", text, cbor::encode(&ProviderFrame::Chunk(first, ids)));
+        }
+        live.received = after;
+        ids.iter().for_each(|token| live.running.push(*token));
+        let call = live.call;
+        if let Some(call) = self.calls.get_mut(&call) {
+            call.received.extend_from_slice(&ids);
+        }
+        self.actions.push_back(ConsumerAction::Emit { call, emission: Emission::Tokens { ids } });
+    }
+
+    fn ack(&mut self, now: UnixMs, index: SessionIndex, request: RequestId, signed: &Signed<Ack>) {
+        let Some(session) = self.sessions.get(&index) else { return };
+        let (Some(state), Some(link)) = (&session.state, session.link) else { return };
+        let Some(live) = session.requests.get(&request) else { return };
+        let Ok(offered) = signed.verify(&session.provider()) else {
+            return self.drop_link(now, index, crate::CloseCode::Violation, "an acknowledgement that its provider did not sign");
+        };
+        if let Err(fault) = check::ack(state, &request, &offered, &live.counted()) {
+            return self.misbehaved(now, index, fault.rule(), &fault.to_string(), cbor::encode(signed));
+        }
+        let both = BothSigned::countersign(signed, &session.key);
+        let Some(held) = state.request_state(&request) else { return };
+        // What the provider may do next on this signature is reserved with it.
+        let grant = metering::grant(&Progress {
+            prompt_tokens: held.open().prompt_tokens,
+            max_output: held.open().max_output,
+            acked: offered.usage,
+            funds: held.reserved().saturating_add(session.usable_balance()),
+            rates: *held.rates(),
+            terms: state.quote().terms,
+        });
+        let next = cost_alone(&grant.usage(), held.rates()).unwrap_or(Msat::ZERO);
+        let more = next.saturating_sub(held.reserved()).min(session.usable_balance());
+        let Ok(draft) = state.acked(now, &both, request, more) else { return };
+        let stream = live.stream;
+        let frame = ConsumerFrame::Ack(offered.seq, *both.consumer_signature());
+        self.record(index, vec![draft], vec![ConsumerAction::Send { link, stream, frame }]);
+    }
+
+    fn receipt(
+        &mut self,
+        now: UnixMs,
+        index: SessionIndex,
+        request: RequestId,
+        reason: FinishReason,
+        signed: &Signed<Receipt>,
+    ) {
+        let Some(session) = self.sessions.get(&index) else { return };
+        let (Some(state), Some(link)) = (&session.state, session.link) else { return };
+        let Some(live) = session.requests.get(&request) else { return };
+        let Ok(offered) = signed.verify(&session.provider()) else {
+            return self.drop_link(now, index, crate::CloseCode::Violation, "a receipt that its provider did not sign");
+        };
+        let private = ReceiptPrivate {
+            prompt_hash: live.private.prompt_hash,
+            running_hash: live.running.value(),
+            sampling: live.private.sampling.clone(),
+        };
+        let hash = private.commitment(&live.salt);
+        if let Err(fault) = check::receipt(state, &request, &offered, &live.counted(), hash) {
+            return self.misbehaved(now, index, fault.rule(), &fault.to_string(), cbor::encode(signed));
+        }
+        let signature = sign_body::<Receipt>(signed.body(), &session.key);
+        let both = BothSigned::from_parts(signed.body().to_vec(), *signed.signature(), signature);
+        let opening = ReceiptOpening { salt: live.salt, private };
+        let Ok(draft) = state.finished(&both, &offered, Some(opening)) else { return };
+        let (stream, id, provider) = (live.stream, live.call, session.provider());
+        let (receipt, rates) = (receipt_id(&both), offered.rates);
+        let leg = Leg { provider, request, receipt: Some(receipt), usage: offered.usage, rates, cost: offered.cost };
+        let cost = offered.cost;
+        let error = offered.error.clone();
+        self.counters.receipts += 1;
+        let settled = self.settled_with.entry(provider).or_default();
+        *settled = settled.saturating_add(cost);
+        if let Some(session) = self.sessions.get_mut(&index) {
+            session.requests.remove(&request);
+            session.idle_since = now;
+        }
+        let mut then = vec![
+            ConsumerAction::Send { link, stream, frame: ConsumerFrame::Receipt(signature) },
+            ConsumerAction::FinishStream { link, stream },
+            ConsumerAction::Settled { provider, amount: cost },
+        ];
+        let mut go_on = false;
+        if let Some(call) = self.calls.get_mut(&id) {
+            call.bill.legs.push(leg);
+            call.place = Place::Nowhere;
+            let done = matches!(reason, FinishReason::Stop | FinishReason::Length);
+            let out_of_funds = self.sessions.get(&index).is_some_and(|s| s.unfunded);
+            let emission = if done {
+                Some(Emission::Finished { reason, bill: call.bill.clone() })
+            } else if reason == FinishReason::Cancelled && out_of_funds && !call.cancelled {
+                let available = self.payable.unwrap_or_default();
+                let error = CallError::Funds { required: Msat(1), available, limit: FundsLimit::Wallet };
+                Some(Emission::Failed { error, bill: call.bill.clone() })
+            } else if call.cancelled || reason == FinishReason::Cancelled {
+                Some(Emission::Failed { error: CallError::Cancelled, bill: call.bill.clone() })
+            } else {
+                go_on = true;
+                None
+            };
+            if let Some(emission) = emission {
+                self.counters.finished += u64::from(done);
+                self.counters.failed += u64::from(!done);
+                self.calls.remove(&id);
+                then.push(ConsumerAction::Emit { call: id, emission });
+            }
+        }
+        self.record(index, vec![draft], then);
+        if go_on {
+            let text = error.unwrap_or_else(|| "the provider's engine failed".into());
+            self.reassign(now, id, &text);
+        }
+    }
+
+    fn request_refused(&mut self, now: UnixMs, index: SessionIndex, request: RequestId, refusal: Refusal, text: &str) {
+        let Some(session) = self.sessions.get(&index) else { return };
+        let (provider, link) = (session.provider(), session.link);
+        let stream = session.requests.get(&request).map(|live| live.stream);
+        let call = self.abandon(index, request);
+        if let (Some(link), Some(stream)) = (link, stream) {
+            self.actions.push_back(ConsumerAction::FinishStream { link, stream });
+        }
+        let text = format!("provider {} refused: {text}", provider.short());
+        match refusal {
+            Refusal::Protocol | Refusal::Funds => self.leave(now, index, provider, &text),
+            Refusal::NotOffered
+            | Refusal::Busy
+            | Refusal::Context
+            | Refusal::Quote
+            | Refusal::Unavailable
+            | Refusal::Unknown => {}
+        }
+        if let Some(call) = call {
+            self.reassign(now, call, &text);
+        }
+    }
+
+    pub(super) fn stream_closed(&mut self, now: UnixMs, link: LinkId, stream: StreamId) {
+        let Some(&index) = self.links.get(&link) else { return };
+        let Some(request) = self.sessions.get_mut(&index).and_then(|s| s.streams.remove(&stream)) else { return };
+        if self.sessions.get(&index).is_some_and(|s| s.requests.contains_key(&request))
+            && let Some(call) = self.abandon(index, request)
+        {
+            self.reassign(now, call, "the provider ended the stream without a receipt");
+        }
+    }
+
+    pub(super) fn cancel_request(&mut self, index: SessionIndex, request: &RequestId) {
+        let Some(session) = self.sessions.get(&index) else { return };
+        if let (Some(link), Some(live)) = (session.link, session.requests.get(request)) {
+            let stream = live.stream;
+            self.actions.push_back(ConsumerAction::Send { link, stream, frame: ConsumerFrame::Cancel });
+        }
+    }
+
+    /// Requests that went silent.
+    pub(super) fn tick_streams(&mut self, now: UnixMs, index: SessionIndex) {
+        let Some(session) = self.sessions.get(&index) else { return };
+        let unfunded = session.unfunded;
+        let silent = |r: &Live| now >= r.stall_deadline(&self.config, unfunded);
+        let stalled: Vec<(RequestId, StreamId)> =
+            session.requests.iter().filter(|(_, r)| silent(r)).map(|(id, r)| (*id, r.stream)).collect();
+        let Some(link) = session.link else { return };
+        for (request, stream) in stalled {
+            if unfunded {
+                // The provider waits for money that will not come: end in good order, with a receipt.
+                self.cancel_request(index, &request);
+                if let Some(live) = self.sessions.get_mut(&index).and_then(|s| s.requests.get_mut(&request)) {
+                    live.last_frame_at = now;
+                }
+                continue;
+            }
+            self.actions.push_back(ConsumerAction::ResetStream { link, stream });
+            if let Some(call) = self.abandon(index, request) {
+                self.reassign(now, call, "the provider went silent");
+            }
+        }
+    }
+}

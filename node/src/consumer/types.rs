@@ -1,0 +1,211 @@
+//! What the consumer role is told, and what it asks for.
+
+use super::SessionIndex;
+use crate::{Append, CloseCode, LinkId, StreamId, Ticket};
+use satgrid_protocol::{
+    frame::{ConsumerControl, ConsumerFrame, ProviderControl, ProviderFrame},
+    slices::SlicePolicy,
+};
+use satgrid_types::{
+    FinishReason, Msat, NodeKey, PaymentHash, Preimage, RateCard, ReceiptId, RequestId, Sampling, SessionId, TokenUsage,
+    VerifiedListing,
+};
+use satgrid_wallet::Network;
+use thiserror::Error;
+
+/// Names one call between the API and this role.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CallId(pub u64);
+
+/// The operator's settings and limits.
+#[derive(Debug, Clone)]
+pub struct ConsumerConfig {
+    pub slices: SlicePolicy,
+    /// The most that one session may cost.
+    pub session_cap: Msat,
+    /// The most that may be lost at one moment, over all sessions: no slice is paid that would go above it.
+    pub exposure_cap: Msat,
+    /// Routing fee limit of a slice: this part per thousand of it, and at least `min_fee`.
+    pub fee_per_mille: u64,
+    pub min_fee: Msat,
+    pub network: Network,
+    /// How long a provider that broke a rule or vanished is avoided, in ms.
+    pub shun_ms: u64,
+    /// How long hello, quote and open may take, in ms.
+    pub setup_ms: u64,
+    /// Silence in a running request after which it goes elsewhere, in ms.
+    pub stall_ms: u64,
+    /// How long a slice may take to be credited once it is paid, in ms.
+    pub credit_ms: u64,
+    /// A connection without work is closed after this long, in ms; the session's balance stays.
+    pub idle_ms: u64,
+    /// Calls that may wait or run.
+    pub max_calls: usize,
+    /// Providers that one call may try.
+    pub max_attempts: usize,
+}
+
+impl Default for ConsumerConfig {
+    fn default() -> Self {
+        ConsumerConfig {
+            slices: SlicePolicy::default(),
+            session_cap: Msat::sat(20_000),
+            exposure_cap: Msat::sat(20_000),
+            fee_per_mille: 10,
+            min_fee: Msat(1_000),
+            network: Network::Regtest,
+            shun_ms: 10 * 60 * 1_000,
+            setup_ms: 10_000,
+            stall_ms: 30_000,
+            credit_ms: 15_000,
+            idle_ms: 5 * 60 * 1_000,
+            max_calls: 256,
+            max_attempts: 4,
+        }
+    }
+}
+
+/// One call: a tokenised prompt and the providers that the planner chose, best first. All run the same model.
+#[derive(Debug, Clone)]
+pub struct Submit {
+    pub call: CallId,
+    pub candidates: Vec<VerifiedListing>,
+    pub prompt: Vec<u32>,
+    pub sampling: Sampling,
+    pub stop: Vec<String>,
+    pub max_output: u32,
+    /// Another provider may go on where one failed.
+    pub allow_fallbacks: bool,
+}
+
+/// What happened.
+#[derive(Debug, Clone)]
+pub enum ConsumerEvent {
+    Submit(Box<Submit>),
+    /// The client went away.
+    Cancel { call: CallId },
+    /// The operator wants the remainder back.
+    CloseSession { session: SessionId },
+    /// The invoice that [`ConsumerAction::MakeCloseInvoice`] asked for.
+    CloseInvoice { session: SessionId, result: Result<String, String> },
+    LinkUp { link: LinkId },
+    LinkFailed { link: LinkId, reason: String },
+    LinkDown { link: LinkId, reason: String },
+    Control { link: LinkId, frame: ProviderControl },
+    Frame { link: LinkId, stream: StreamId, frame: ProviderFrame },
+    StreamClosed { link: LinkId, stream: StreamId },
+    PaymentSettled { hash: PaymentHash, preimage: Preimage, fee: Msat },
+    /// Nothing was paid and nothing will be.
+    PaymentFailed { hash: PaymentHash, reason: String },
+    PaymentReceived { hash: PaymentHash, amount: Msat },
+    /// What the wallet can pay now.
+    Payable(Msat),
+    Durable(Ticket),
+    JournalFailed { reason: String },
+    Tick,
+}
+
+/// What the role asks of the world.
+#[derive(Debug, Clone)]
+pub enum ConsumerAction {
+    Append(Append),
+    Connect { link: LinkId, provider: NodeKey, addresses: Vec<String>, session: SessionIndex },
+    Control { link: LinkId, frame: ConsumerControl },
+    /// Opens a request stream whose first frame this is.
+    OpenStream { link: LinkId, stream: StreamId, frame: ConsumerFrame },
+    Send { link: LinkId, stream: StreamId, frame: ConsumerFrame },
+    /// This side has no more to say on the stream; it ends when the provider has finished too.
+    FinishStream { link: LinkId, stream: StreamId },
+    ResetStream { link: LinkId, stream: StreamId },
+    CloseLink { link: LinkId, code: CloseCode, reason: String },
+    Pay { hash: PaymentHash, bolt11: String, amount: Msat, max_fee: Msat },
+    /// After a restart: find out what became of this payment, and never pay it a second time.
+    ResolvePayment { hash: PaymentHash, bolt11: String, amount: Msat, max_fee: Msat },
+    MakeCloseInvoice { session: SessionId, amount: Msat },
+    /// The journal has this wallet event: acknowledge it.
+    WalletHandled { hash: PaymentHash },
+    Emit { call: CallId, emission: Emission },
+    /// Tell the market room: this provider broke that rule.
+    Penalise { provider: NodeKey, rule: String },
+    /// Tell the market room: so much was settled with this provider.
+    Settled { provider: NodeKey, amount: Msat },
+    /// The journal is broken: take no work and tell the operator.
+    Halt { reason: String },
+}
+
+/// What a call hears.
+#[derive(Debug, Clone)]
+pub enum Emission {
+    /// A provider took the request (again, after a failover).
+    Started { provider: NodeKey, request: RequestId },
+    Tokens { ids: Vec<u32> },
+    Finished { reason: FinishReason, bill: Bill },
+    Failed { error: CallError, bill: Bill },
+}
+
+/// What a call cost, one leg per provider that worked on it.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Bill {
+    pub legs: Vec<Leg>,
+}
+
+/// One provider's part of a call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Leg {
+    pub provider: NodeKey,
+    pub request: RequestId,
+    /// Absent where the provider vanished: then the charge is that of the last acknowledgement.
+    pub receipt: Option<ReceiptId>,
+    pub usage: TokenUsage,
+    pub rates: RateCard,
+    pub cost: Msat,
+}
+
+impl Bill {
+    pub fn cost(&self) -> Msat {
+        self.legs.iter().fold(Msat::ZERO, |sum, leg| sum.saturating_add(leg.cost))
+    }
+}
+
+/// Why a call failed, by fault.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum CallError {
+    #[error("no provider could serve this: {why}")]
+    NoProvider { why: String },
+    #[error("{required} needed, {available} can be paid")]
+    Funds { required: Msat, available: Msat, limit: FundsLimit },
+    #[error("every provider that was tried failed; the last one: {reason}")]
+    ProvidersFailed { reason: String },
+    #[error("the call was cancelled")]
+    Cancelled,
+    #[error("too many calls wait already")]
+    Busy,
+    #[error("this node's ledger cannot be written: {reason}")]
+    Journal { reason: String },
+}
+
+/// Which limit money ran into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FundsLimit {
+    /// What the wallet can pay through its channels.
+    Wallet,
+    /// The operator's cap on one session.
+    SessionCap,
+    /// The operator's cap on what may be lost at one moment.
+    ExposureCap,
+}
+
+/// What the operator sees counted.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct ConsumerCounters {
+    pub calls: u64,
+    pub finished: u64,
+    pub failed: u64,
+    pub failovers: u64,
+    pub receipts: u64,
+    pub slices: u64,
+    pub misbehaviour: u64,
+    pub refused_quotes: u64,
+    /// Sessions that could not be resumed; what was left in them is a claim.
+    pub lost_sessions: u64,
+}

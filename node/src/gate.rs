@@ -1,0 +1,45 @@
+//! Effects that wait for their entry to become durable.
+
+use crate::{Append, Ticket};
+use satgrid_ledger::entry::Draft;
+use std::collections::BTreeMap;
+
+/// Holds back the actions that an append authorises until the journal has answered.
+#[derive(Debug)]
+pub struct Gate<A> {
+    next: u64,
+    waiting: BTreeMap<Ticket, Vec<A>>,
+    broken: bool,
+}
+
+impl<A> Default for Gate<A> {
+    fn default() -> Self {
+        Gate { next: 0, waiting: BTreeMap::new(), broken: false }
+    }
+}
+
+impl<A> Gate<A> {
+    /// Entries to append now, and the actions to release once they are durable.
+    pub fn append(&mut self, drafts: Vec<Draft>, then: Vec<A>) -> Append {
+        let ticket = Ticket(self.next);
+        self.next = self.next.wrapping_add(1);
+        self.waiting.insert(ticket, then);
+        Append { ticket, drafts }
+    }
+    /// The journal has it: the actions that were held back.
+    pub fn durable(&mut self, ticket: Ticket) -> Vec<A> {
+        self.waiting.remove(&ticket).unwrap_or_default()
+    }
+    /// The journal cannot write: what was authorised by nothing durable never happens.
+    pub fn fail(&mut self) {
+        self.broken = true;
+        self.waiting.clear();
+    }
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+    /// Appends that the journal has not answered.
+    pub fn backlog(&self) -> usize {
+        self.waiting.len()
+    }
+}

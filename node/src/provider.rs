@@ -1,0 +1,209 @@
+//! The seller: quotes, invoices, meters work against acknowledgements and prepaid money, signs receipts, refunds.
+//!
+//! # A request at its provider
+//!
+//! | phase | awaits | leaves with | a crash here means |
+//! |---|---|---|---|
+//! | running | engine events, countersigned acks | the engine is done | ended at the last ack when the consumer resumes, or after `resume_ms` |
+//! | finishing | the last ack, its turn in the receipt chain | the receipt is offered | the same |
+//! | offered | the countersigned receipt | the receipt is durable | the consumer shows the receipt when it resumes |
+//! | detached | the consumer's resume | the receipt or the last ack that the consumer shows, or `resume_ms` | the same |
+//!
+//! Nothing is evaluated that is not reserved from prepaid money, and no output runs further ahead of the consumer's
+//! signature than the terms' window.
+
+mod links;
+mod refunds;
+mod requests;
+mod sessions;
+mod types;
+
+pub use types::*;
+
+use crate::{LinkId, StreamId, gate::Gate};
+use ed25519_dalek::SigningKey;
+use rand_chacha::{
+    ChaCha20Rng,
+    rand_core::{RngCore, SeedableRng},
+};
+use satgrid_engine::port::JobId;
+use satgrid_ledger::entry::Draft;
+use satgrid_protocol::{
+    frame::{ProviderControl, ProviderFrame, Refusal, reason},
+    session::SessionState,
+};
+use satgrid_types::{ListingId, Msat, NodeKey, PaymentHash, RequestId, SessionId, UnixMs, node_key};
+use std::collections::{BTreeMap, VecDeque};
+
+/// The provider role. See the module's documentation.
+pub struct Provider {
+    config: ProviderConfig,
+    key: SigningKey,
+    rng: ChaCha20Rng,
+    gate: Gate<ProviderAction>,
+    actions: VecDeque<ProviderAction>,
+    offerings: BTreeMap<ListingId, Offering>,
+    links: BTreeMap<LinkId, links::Link>,
+    sessions: BTreeMap<SessionId, sessions::Session>,
+    jobs: BTreeMap<JobId, (SessionId, RequestId)>,
+    next_job: u64,
+    /// Invoices that the wallet is making: what they are for.
+    invoices: BTreeMap<InvoiceTicket, links::WantedInvoice>,
+    next_invoice: u64,
+    by_payment: BTreeMap<PaymentHash, SessionId>,
+    counters: ProviderCounters,
+}
+
+impl Provider {
+    /// A provider with no sessions. `seed` feeds nonces and must never be used twice.
+    pub fn new(config: ProviderConfig, key: SigningKey, seed: [u8; 32]) -> Provider {
+        Provider {
+            config,
+            key,
+            rng: ChaCha20Rng::from_seed(seed),
+            gate: Gate::default(),
+            actions: VecDeque::new(),
+            offerings: BTreeMap::new(),
+            links: BTreeMap::new(),
+            sessions: BTreeMap::new(),
+            jobs: BTreeMap::new(),
+            next_job: 0,
+            invoices: BTreeMap::new(),
+            next_invoice: 0,
+            by_payment: BTreeMap::new(),
+            counters: ProviderCounters::default(),
+        }
+    }
+
+    /// Takes up the sessions that the journal holds. Their open requests wait for the consumer to resume.
+    pub fn restore(&mut self, now: UnixMs, restored: Vec<SessionState>, refunds: Vec<PendingRefund>) {
+        for state in restored {
+            self.adopt(now, state);
+        }
+        for refund in refunds {
+            self.retry_refund(refund);
+        }
+    }
+
+    // Getters.
+
+    pub fn node_key(&self) -> NodeKey {
+        node_key(&self.key)
+    }
+    pub fn counters(&self) -> &ProviderCounters {
+        &self.counters
+    }
+    pub fn open_requests(&self) -> usize {
+        self.jobs.len()
+    }
+    pub fn session_states(&self) -> impl Iterator<Item = &SessionState> {
+        self.sessions.values().map(|s| &s.state)
+    }
+    /// "Most you can lose now", over all sessions.
+    pub fn exposure(&self) -> Msat {
+        self.sessions.values().fold(Msat::ZERO, |sum, s| sum.saturating_add(s.exposure().most()))
+    }
+
+    // What happened.
+
+    /// Takes in one event.
+    pub fn handle(&mut self, now: UnixMs, event: ProviderEvent) {
+        match event {
+            ProviderEvent::Offer(offering) => {
+                let root = offering.listing.model_root;
+                self.offerings.retain(|_, old| old.listing.model_root != root || old.engine != offering.engine || old.is_live(now));
+                self.offerings.insert(offering.listing.id(), *offering);
+            }
+            ProviderEvent::LinkUp { link, peer } => self.link_up(link, peer),
+            ProviderEvent::LinkDown { link } => self.link_down(now, link),
+            ProviderEvent::Control { link, frame } => self.control(now, link, frame),
+            ProviderEvent::Request { link, stream, frame } => self.request_frame(now, link, stream, frame),
+            ProviderEvent::StreamClosed { link, stream } => self.stream_closed(now, link, stream),
+            ProviderEvent::Engine { engine, event } => self.engine_event(now, engine, event),
+            ProviderEvent::InvoiceMade { ticket, result } => self.invoice_made(ticket, result),
+            ProviderEvent::PaymentReceived { hash, amount } => self.payment_received(now, hash, amount),
+            ProviderEvent::RefundSettled { hash, amount, preimage, fee } => {
+                self.refund_settled(hash, amount, preimage, fee);
+            }
+            ProviderEvent::RefundFailed { hash, reason } => self.refund_failed(now, hash, reason),
+            ProviderEvent::Durable(ticket) => {
+                let released = self.gate.durable(ticket);
+                self.actions.extend(released);
+            }
+            ProviderEvent::JournalFailed { reason } => self.journal_failed(&reason),
+            ProviderEvent::Tick => {}
+        }
+        self.tick(now);
+    }
+
+    /// The next thing to be done, until there is none.
+    pub fn poll_action(&mut self) -> Option<ProviderAction> {
+        self.actions.pop_front()
+    }
+
+    /// When to send [`ProviderEvent::Tick`] at the latest.
+    pub fn poll_timeout(&self) -> Option<UnixMs> {
+        self.sessions.values().filter_map(sessions::Session::next_deadline).min()
+    }
+
+    // Helpers that every part uses.
+
+    fn append(&mut self, drafts: Vec<Draft>, then: Vec<ProviderAction>) {
+        if self.gate.is_broken() {
+            return;
+        }
+        let append = self.gate.append(drafts, then);
+        self.actions.push_back(ProviderAction::Append(append));
+    }
+
+    /// Applies drafts to a session's state and asks for them to be made durable, with what they authorise.
+    fn record(&mut self, session: SessionId, drafts: Vec<Draft>, then: Vec<ProviderAction>) {
+        let Some(live) = self.sessions.get_mut(&session) else { return };
+        for draft in &drafts {
+            if let Err(error) = live.state.apply(draft) {
+                // Every draft was built from this very state: if it does not fit, stop before money moves on it.
+                let text = format!("a draft does not fit the state it was built from: {error}");
+                self.journal_failed(&text);
+                return;
+            }
+        }
+        self.append(drafts, then);
+    }
+
+    fn say(&mut self, link: LinkId, frame: ProviderControl) {
+        self.actions.push_back(ProviderAction::Control { link, frame });
+    }
+    fn refuse(&mut self, link: LinkId, refusal: Refusal, text: impl Into<String>) {
+        self.say(link, ProviderControl::Refused(refusal, reason(text)));
+    }
+    fn send(&mut self, link: LinkId, stream: StreamId, frame: ProviderFrame) {
+        self.actions.push_back(ProviderAction::Send { link, stream, frame });
+    }
+    fn refuse_request(&mut self, link: LinkId, stream: StreamId, refusal: Refusal, text: impl Into<String>) {
+        self.counters.requests_refused += 1;
+        self.send(link, stream, ProviderFrame::Refused(refusal, reason(text)));
+        self.actions.push_back(ProviderAction::FinishStream { link, stream });
+    }
+    fn violation(&mut self, link: LinkId, text: impl Into<String>) {
+        self.counters.violations += 1;
+        self.actions.push_back(ProviderAction::CloseLink {
+            link,
+            code: crate::CloseCode::Violation,
+            reason: reason(text),
+        });
+    }
+    fn nonce(&mut self) -> u64 {
+        self.rng.next_u64()
+    }
+
+    /// The journal cannot write: take no work, stop what runs, tell the peers.
+    fn journal_failed(&mut self, text: &str) {
+        self.gate.fail();
+        let links: Vec<LinkId> = self.links.keys().copied().collect();
+        for link in links {
+            let code = crate::CloseCode::Unavailable;
+            self.actions.push_back(ProviderAction::CloseLink { link, code, reason: reason("this node's ledger cannot be written") });
+        }
+        self.actions.push_back(ProviderAction::Halt { reason: text.to_owned() });
+    }
+}

@@ -1,0 +1,235 @@
+//! The control stream: hello, quote, open, invoices.
+
+use super::{EngineId, InvoiceTicket, Provider, ProviderAction, sessions::Session};
+use crate::LinkId;
+use satgrid_ledger::{
+    entry::{Draft, Evidence},
+    statements::{SessionOpen, SliceDescriptor},
+};
+use satgrid_protocol::{
+    frame::{ConsumerControl, Hello, MAX_OPEN_REQUESTS, ProviderControl, Refusal},
+    session::{SessionState, Side, SliceStatus, invoice_hash},
+};
+use satgrid_types::{
+    ListingId, ModelRoot, Msat, NodeKey, PaymentHash, Quote, SessionId, Signed, UnixMs, Verified, node_key,
+};
+
+/// Invoices that a session may have issued and unpaid.
+const MAX_UNPAID_INVOICES: usize = 2;
+/// How long after its expiry a quote may still open what was begun under it, in ms.
+const QUOTE_GRACE_MS: u64 = 30_000;
+
+/// One connection: its peer, whether it has said hello, and the session that it carries.
+pub(super) struct Link {
+    pub peer: NodeKey,
+    greeted: bool,
+    quote: Option<(Verified<Quote>, EngineId, String)>,
+    pub session: Option<SessionId>,
+}
+
+/// What an invoice that the wallet is making is for.
+pub(super) struct WantedInvoice {
+    link: LinkId,
+    session: SessionId,
+    descriptor: SliceDescriptor,
+}
+
+impl Provider {
+    pub(super) fn link_up(&mut self, link: LinkId, peer: NodeKey) {
+        if self.links.len() >= self.config.max_links || self.gate.is_broken() {
+            let (code, reason) = (crate::CloseCode::Unavailable, "no room for another connection".into());
+            self.actions.push_back(ProviderAction::CloseLink { link, code, reason });
+            return;
+        }
+        self.links.insert(link, Link { peer, greeted: false, quote: None, session: None });
+    }
+
+    pub(super) fn control(&mut self, now: UnixMs, link: LinkId, frame: ConsumerControl) {
+        let Some(held) = self.links.get_mut(&link) else { return };
+        if !held.greeted {
+            return match frame {
+                ConsumerControl::Hello(hello) if hello.version == Hello::VERSION => {
+                    held.greeted = true;
+                    self.say(link, ProviderControl::Hello(Hello::ours()));
+                }
+                ConsumerControl::Hello(hello) => {
+                    self.violation(link, format!("version {} is not spoken here, only {}", hello.version, Hello::VERSION));
+                }
+                ConsumerControl::WantQuote(..)
+                | ConsumerControl::Open(_)
+                | ConsumerControl::WantInvoice(..)
+                | ConsumerControl::Resume(..)
+                | ConsumerControl::Close(_) => self.violation(link, "the first frame is a hello"),
+            };
+        }
+        match frame {
+            ConsumerControl::Hello(_) => self.violation(link, "a second hello"),
+            ConsumerControl::WantQuote(listing, root) => self.want_quote(now, link, listing, root),
+            ConsumerControl::Open(open) => self.open(now, link, &open),
+            ConsumerControl::WantInvoice(k, amount) => self.want_invoice(now, link, k, amount),
+            ConsumerControl::Resume(_, open, _) if open.len() > MAX_OPEN_REQUESTS => {
+                self.violation(link, "too many open requests in a resume");
+            }
+            ConsumerControl::Resume(session, open, receipt) => self.resume(now, link, session, open, receipt),
+            ConsumerControl::Close(close) => self.close(now, link, &close),
+        }
+    }
+
+    fn want_quote(&mut self, now: UnixMs, link: LinkId, listing: ListingId, root: ModelRoot) {
+        let Some(peer) = self.links.get(&link).map(|l| l.peer) else { return };
+        // A listing that was replaced is quoted under its successor, which the consumer checks against what it knows.
+        let offering = self.offerings.get(&listing).filter(|o| o.listing.model_root == root && o.is_live(now)).cloned();
+        let Some(offering) = offering else {
+            return self.refuse(link, Refusal::NotOffered, "this listing is not (or no longer) offered here");
+        };
+        let listed = &offering.listing;
+        let quote = Quote {
+            version: Quote::VERSION,
+            provider: node_key(&self.key),
+            lightning_node: listed.lightning_node,
+            consumer: peer,
+            listing: listed.id(),
+            model_root: listed.model_root,
+            tokenizer: listed.tokenizer,
+            quantisation: listed.quantisation.clone(),
+            profile: offering.profile,
+            build: offering.build,
+            instruction_set: listed.instruction_set.clone(),
+            context_length: listed.context_length,
+            rates: offering.rates,
+            terms: self.config.terms,
+            issued_at: now,
+            valid_until: now.plus_ms(self.config.quote_validity_ms),
+            nonce: self.nonce(),
+        };
+        let signed = Signed::sign(&quote, &self.key);
+        let Ok(verified) = signed.verify(&node_key(&self.key)) else { return };
+        let session = self.links.get(&link).and_then(|l| l.session);
+        match session.and_then(|id| self.sessions.get_mut(&id).map(|s| (id, s))) {
+            Some((id, session)) => {
+                session.engine = Some(offering.engine);
+                let drafts = vec![listing_draft(&offering.listing), session.state.requote(&verified)];
+                let then = vec![ProviderAction::Control { link, frame: ProviderControl::Quote(signed) }];
+                self.record(id, drafts, then);
+            }
+            None => {
+                if let Some(held) = self.links.get_mut(&link) {
+                    held.quote = Some((verified, offering.engine, event_json(&offering.listing)));
+                }
+                self.say(link, ProviderControl::Quote(signed));
+            }
+        }
+    }
+
+    fn open(&mut self, now: UnixMs, link: LinkId, signed: &Signed<SessionOpen>) {
+        let Some(held) = self.links.get_mut(&link) else { return };
+        if held.session.is_some() {
+            return self.violation(link, "one session per connection");
+        }
+        let Ok(open) = signed.verify(&held.peer) else {
+            return self.violation(link, "the open statement is not signed by this connection's key");
+        };
+        let Some((quote, engine, event_json)) = held.quote.take() else {
+            return self.refuse(link, Refusal::Quote, "ask for a quote first");
+        };
+        let ours = node_key(&self.key);
+        let fits = open.version == SessionOpen::VERSION
+            && open.provider == ours
+            && open.consumer == quote.consumer
+            && open.quote == quote.quote_id();
+        if !fits || now > quote.valid_until.plus_ms(QUOTE_GRACE_MS) {
+            return self.refuse(link, Refusal::Quote, "the open statement does not accept the quote given here");
+        }
+        let state = SessionState::new(Side::Provider, &quote, &open);
+        let id = state.id();
+        held.session = Some(id);
+        self.sessions.insert(id, Session::new(state, Some(link), Some(engine)));
+        let mut drafts = vec![Draft::of(Evidence::Listing { event_json })];
+        drafts.extend(SessionState::open_drafts(&quote, &open));
+        let opened = ProviderAction::Control { link, frame: ProviderControl::Opened(id) };
+        self.append(drafts, vec![opened]);
+    }
+
+    fn want_invoice(&mut self, now: UnixMs, link: LinkId, k: u32, amount: Msat) {
+        let Some(id) = self.links.get(&link).and_then(|l| l.session) else {
+            return self.refuse(link, Refusal::Unknown, "no session on this connection");
+        };
+        let Some(session) = self.sessions.get(&id) else { return };
+        let state = &session.state;
+        let terms = &state.quote().terms;
+        if now > state.quote().valid_until {
+            return self.refuse(link, Refusal::Quote, "the quote has expired: ask for a new one");
+        }
+        if amount < terms.min_slice || amount > terms.max_slice {
+            let text = format!("a slice is between {} and {}", terms.min_slice, terms.max_slice);
+            return self.refuse(link, Refusal::Protocol, text);
+        }
+        let taken = state.slices().get(&k).is_some_and(|s| s.status == SliceStatus::Paid);
+        let reissue = state.slices().get(&k).is_some();
+        if taken || state.close_statement().is_some() {
+            return self.refuse(link, Refusal::Protocol, format!("slice {k} is settled, or the session is closed"));
+        }
+        if !reissue && (k != state.next_k().max(slices_issued(state)) || state.unpaid_invoices() >= MAX_UNPAID_INVOICES) {
+            return self.refuse(link, Refusal::Protocol, format!("slice {k} is not the next one, or two invoices are unpaid"));
+        }
+        let descriptor = state.descriptor(k, amount);
+        let ticket = InvoiceTicket(self.next_invoice);
+        self.next_invoice = self.next_invoice.wrapping_add(1);
+        let (description_hash, expiry_secs) = (descriptor.description_hash(), terms.invoice_expiry_secs);
+        self.invoices.insert(ticket, WantedInvoice { link, session: id, descriptor });
+        self.actions.push_back(ProviderAction::MakeInvoice { ticket, amount, description_hash, expiry_secs });
+    }
+
+    pub(super) fn invoice_made(&mut self, ticket: InvoiceTicket, result: Result<String, String>) {
+        let Some(WantedInvoice { link, session, descriptor }) = self.invoices.remove(&ticket) else { return };
+        let bolt11 = match result {
+            Ok(bolt11) => bolt11,
+            Err(error) => return self.refuse(link, Refusal::Unavailable, format!("no invoice could be made: {error}")),
+        };
+        let Some(live) = self.sessions.get(&session) else { return };
+        if let Some(hash) = invoice_hash(&bolt11) {
+            self.by_payment.insert(hash, session);
+        }
+        let draft = live.state.invoiced(descriptor.clone(), bolt11.clone());
+        let then = vec![ProviderAction::Control { link, frame: ProviderControl::Invoice(descriptor, bolt11) }];
+        self.record(session, vec![draft], then);
+    }
+
+    pub(super) fn payment_received(&mut self, now: UnixMs, hash: PaymentHash, amount: Msat) {
+        let handled = ProviderAction::WalletHandled { hash };
+        let known = self.by_payment.get(&hash).copied();
+        let session = known.and_then(|id| self.sessions.get(&id).map(|s| (id, s)));
+        let Some((id, session)) = session else {
+            // Somebody paid an invoice that is not a slice of ours: the wallet's affair, counted and left alone.
+            self.counters.payments_unknown += 1;
+            return self.actions.push_back(handled);
+        };
+        let Ok(draft) = session.state.received(hash, amount) else {
+            // Told twice: a payment hash credits once.
+            return self.actions.push_back(handled);
+        };
+        self.counters.slices += 1;
+        let k = session.state.slice_by_hash(&hash).map_or(0, |(k, _)| k);
+        let link = session.link;
+        let paid = session.state.slices().get(&k).map_or(Msat::ZERO, |s| s.amount).saturating_add(session.state.paid());
+        let mut then = vec![handled];
+        if let Some(link) = link {
+            then.push(ProviderAction::Control { link, frame: ProviderControl::Credited(k, paid) });
+        }
+        self.record(id, vec![draft], then);
+        self.funds_arrived(now, id);
+    }
+}
+
+fn slices_issued(state: &SessionState) -> u32 {
+    state.slices().last_key_value().map_or(0, |(k, _)| k.saturating_add(1))
+}
+
+/// A listing's signed event as JSON, for the journal.
+pub(crate) fn event_json(listing: &satgrid_types::VerifiedListing) -> String {
+    listing.event().to_json()
+}
+
+fn listing_draft(listing: &satgrid_types::VerifiedListing) -> Draft {
+    Draft::of(Evidence::Listing { event_json: event_json(listing) })
+}

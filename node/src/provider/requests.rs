@@ -1,0 +1,551 @@
+//! A request's run: started, metered, acknowledged, receipted.
+
+use super::{EngineId, Provider, ProviderAction};
+use crate::{LinkId, StreamId};
+use satgrid_engine::port::{Command, EngineEvent, FinishReason as EngineFinish, Job, JobError, JobId};
+use satgrid_ledger::statements::{
+    Ack, Receipt, ReceiptOpening, ReceiptPrivate, RequestOpen, RunningHash, prompt_hash,
+};
+use satgrid_pricing::{charge, cost_alone, numerators};
+use satgrid_protocol::{
+    frame::{ConsumerFrame, MAX_CHUNK_TOKENS, MAX_PROMPT_TOKENS, MAX_STOPS, ProviderFrame, Refusal, StartRequest},
+    metering::{self, Grant, Progress},
+    session::{REQUEST_DEADLINE_MS, ReceiptFacts, SessionState},
+};
+use satgrid_types::{
+    BothSigned, Digest, FinishReason, Msat, RequestId, Salt, Sampling, SessionId, Signature, Signed, Terms, TokenUsage,
+    UnixMs, Verified,
+};
+
+/// What is alive of one request.
+pub(super) struct Request {
+    pub stream: (LinkId, StreamId),
+    pub job: JobId,
+    pub done: TokenUsage,
+    prompt_tokens: u32,
+    max_output: u32,
+    salt: Salt,
+    prompt_hash: Digest,
+    sampling: Sampling,
+    running: RunningHash,
+    granted: Grant,
+    ack: AckState,
+    phase: Phase,
+    started_at: UnixMs,
+    first_token_at: Option<UnixMs>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Phase {
+    Running,
+    /// The run is over; its receipt waits for the last acknowledgement and for its turn.
+    Finishing { reason: FinishReason, error: Option<String>, at: UnixMs },
+    /// The receipt is with the consumer since `at`.
+    Offered { body: Box<Receipt>, signed: Signed<Receipt>, at: UnixMs },
+}
+
+/// The acknowledgement that is out, and when and for what the last one was offered.
+struct AckState {
+    out: Option<(Ack, Signed<Ack>)>,
+    offered: TokenUsage,
+    offered_at: UnixMs,
+}
+
+impl Request {
+    pub(super) fn is_running(&self) -> bool {
+        self.phase == Phase::Running
+    }
+
+    pub(super) fn next_deadline(&self, terms: &Terms) -> Option<UnixMs> {
+        const SIGNATURE_CHECK_MS: u64 = 1_000;
+        match (&self.phase, &self.ack.out) {
+            (Phase::Offered { at, .. }, _) => Some(at.plus_ms(SIGNATURE_CHECK_MS)),
+            (_, Some(_)) => Some(self.ack.offered_at.plus_ms(SIGNATURE_CHECK_MS)),
+            (Phase::Running, None) if self.done != self.ack.offered => {
+                Some(self.ack.offered_at.plus_ms(u64::from(terms.ack_interval_ms)))
+            }
+            (Phase::Running, None) => Some(self.started_at.plus_ms(REQUEST_DEADLINE_MS)),
+            (Phase::Finishing { .. }, None) => None,
+        }
+    }
+}
+
+impl Provider {
+    pub(super) fn request_frame(&mut self, now: UnixMs, link: LinkId, stream: StreamId, frame: ConsumerFrame) {
+        let Some(id) = self.links.get(&link).and_then(|l| l.session) else {
+            return self.violation(link, "a request before a session");
+        };
+        match frame {
+            ConsumerFrame::Start(start) => self.start(now, link, stream, id, *start),
+            ConsumerFrame::Ack(seq, signature) => {
+                if let Some(request) = self.request_on(id, link, stream) {
+                    self.ack_signed(now, id, request, seq, &signature);
+                }
+            }
+            ConsumerFrame::Cancel => {
+                if let Some(request) = self.request_on(id, link, stream) {
+                    self.cancel(id, request);
+                }
+            }
+            ConsumerFrame::Receipt(signature) => {
+                if let Some(request) = self.request_on(id, link, stream) {
+                    self.receipt_signed(now, id, request, signature);
+                }
+            }
+        }
+    }
+
+    fn request_on(&self, id: SessionId, link: LinkId, stream: StreamId) -> Option<RequestId> {
+        let session = self.sessions.get(&id)?;
+        session.requests.iter().find(|(_, r)| r.stream == (link, stream)).map(|(id, _)| *id)
+    }
+
+    fn start(&mut self, now: UnixMs, link: LinkId, stream: StreamId, id: SessionId, start: StartRequest) {
+        if self.gate.is_broken() {
+            return self.refuse_request(link, stream, Refusal::Unavailable, "this node's ledger cannot be written");
+        }
+        let engine = self.engine_for(id);
+        let Some(session) = self.sessions.get(&id) else { return };
+        let open = match check_start(&session.state, &start) {
+            Ok(open) => open,
+            Err(text) => return self.violation(link, text),
+        };
+        let state = &session.state;
+        if state.request_state(&open.request).is_some() || state.has_ended(&open.request) {
+            return self.refuse_request(link, stream, Refusal::Protocol, "this request id was used before");
+        }
+        let quote = match state.quote_of(&open.quote) {
+            Some(quote) if now <= quote.valid_until && state.close_statement().is_none() => quote,
+            Some(_) => return self.refuse_request(link, stream, Refusal::Quote, "the quote has expired: ask for a new one"),
+            None => return self.refuse_request(link, stream, Refusal::Quote, "no such quote in this session"),
+        };
+        let Some(engine) = engine else {
+            return self.refuse_request(link, stream, Refusal::Unavailable, "the engine for this model is not running");
+        };
+        if session.requests.len() >= self.config.max_requests_per_session || self.jobs.len() >= self.config.max_requests {
+            return self.refuse_request(link, stream, Refusal::Busy, "all slots and places in the queue are taken");
+        }
+        let room = quote.context_length.saturating_sub(open.prompt_tokens);
+        if room == 0 {
+            let text = format!("a prompt of {} tokens leaves no room in a context of {}", open.prompt_tokens, quote.context_length);
+            return self.refuse_request(link, stream, Refusal::Context, text);
+        }
+        let max_output = open.max_output.min(room).max(1);
+        let granted = metering::grant(&Progress {
+            prompt_tokens: open.prompt_tokens,
+            max_output,
+            acked: TokenUsage::default(),
+            funds: state.available(),
+            rates: quote.rates,
+            terms: quote.terms,
+        });
+        if granted == Grant::default() {
+            let needed = metering::start_cost(open.prompt_tokens, max_output, &quote.rates, &quote.terms);
+            let text = format!("{} available, {} needed to start", state.available(), needed.unwrap_or(Msat::MAX));
+            return self.refuse_request(link, stream, Refusal::Funds, text);
+        }
+        let Ok(reserve) = cost_alone(&granted.usage(), &quote.rates) else {
+            return self.refuse_request(link, stream, Refusal::Protocol, "the price of this request does not fit 64 bits");
+        };
+        let draft = state.request(now, open.evidence(), open.request, reserve);
+        let job = JobId(self.next_job);
+        self.next_job = self.next_job.wrapping_add(1);
+        let work = Job {
+            id: job,
+            session: id.0,
+            sampling: engine_sampling(&start.private.sampling),
+            max_output,
+            stop: start.private.stop.clone(),
+            ignore_eos: false,
+            resumed: start.private.resumed,
+            prompt: start.prompt,
+        };
+        let live = Request {
+            stream: (link, stream),
+            job,
+            done: TokenUsage::default(),
+            prompt_tokens: open.prompt_tokens,
+            max_output,
+            salt: start.salt,
+            prompt_hash: start.private.prompt_hash,
+            sampling: start.private.sampling,
+            running: RunningHash::start(&start.salt, &open.request),
+            granted,
+            ack: AckState { out: None, offered: TokenUsage::default(), offered_at: now },
+            phase: Phase::Running,
+            started_at: now,
+            first_token_at: None,
+        };
+        let request = open.request;
+        self.jobs.insert(job, (id, request));
+        self.counters.requests_started += 1;
+        if let Some(session) = self.sessions.get_mut(&id) {
+            session.requests.insert(request, live);
+        }
+        let grant = grant_command(job, granted);
+        let begin = ProviderAction::Engine { engine, command: Command::Start(work) };
+        self.record(id, vec![draft], vec![begin, ProviderAction::Engine { engine, command: grant }]);
+    }
+
+    /// The session's engine; after a restart, the one that serves its quote's model now.
+    fn engine_for(&mut self, id: SessionId) -> Option<EngineId> {
+        let session = self.sessions.get_mut(&id)?;
+        let (root, build) = (session.state.quote().model_root, session.state.quote().build);
+        let serving = self.offerings.values().find(|o| o.listing.model_root == root && o.build == build)?.engine;
+        session.engine = Some(serving);
+        Some(serving)
+    }
+
+    pub(super) fn engine_event(&mut self, now: UnixMs, engine: EngineId, event: EngineEvent) {
+        let Some(job) = event.job() else {
+            if let EngineEvent::Down { reason } = event {
+                self.engine_down(now, engine, &reason);
+            }
+            return;
+        };
+        let Some(&(id, request)) = self.jobs.get(&job) else { return };
+        match event {
+            EngineEvent::Prefilled { upto, cached, .. } => {
+                let Some(live) = self.live(id, &request) else { return };
+                live.done.prompt = upto.min(live.prompt_tokens);
+                live.done.cached_prompt = cached.min(live.done.prompt);
+                self.offer_ack_if_due(now, id, request);
+            }
+            EngineEvent::Tokens { first, ids, .. } => self.tokens(now, id, request, first, &ids),
+            EngineEvent::Finished { reason, .. } => {
+                let reason = match reason {
+                    EngineFinish::Stop => FinishReason::Stop,
+                    EngineFinish::Length => FinishReason::Length,
+                    EngineFinish::Cancelled => FinishReason::Cancelled,
+                };
+                self.run_over(now, id, request, reason, None);
+            }
+            EngineEvent::Failed { error, .. } => {
+                let text = match &error {
+                    JobError::Backend { reason } => format!("the engine failed: {reason}"),
+                    other => other.to_string(),
+                };
+                self.run_over(now, id, request, FinishReason::Error, Some(text));
+            }
+            EngineEvent::Down { .. } | EngineEvent::Up => {}
+        }
+    }
+
+    fn engine_down(&mut self, now: UnixMs, engine: EngineId, reason: &str) {
+        let hit: Vec<(SessionId, RequestId)> = self
+            .jobs
+            .values()
+            .filter(|(id, _)| self.sessions.get(id).is_some_and(|s| s.engine == Some(engine)))
+            .copied()
+            .collect();
+        for (id, request) in hit {
+            self.run_over(now, id, request, FinishReason::Error, Some(format!("the engine process died: {reason}")));
+        }
+    }
+
+    fn live(&mut self, id: SessionId, request: &RequestId) -> Option<&mut Request> {
+        self.sessions.get_mut(&id)?.requests.get_mut(request)
+    }
+
+    fn tokens(&mut self, now: UnixMs, id: SessionId, request: RequestId, first: u32, ids: &[u32]) {
+        let Some(live) = self.live(id, &request) else { return };
+        if !live.is_running() || first != live.done.completion {
+            return;
+        }
+        live.first_token_at.get_or_insert(now);
+        let (link, stream) = live.stream;
+        let mut chunks = Vec::new();
+        for chunk in ids.chunks(MAX_CHUNK_TOKENS) {
+            let at = live.done.completion;
+            chunk.iter().for_each(|token| live.running.push(*token));
+            live.done.completion = at.saturating_add(u32::try_from(chunk.len()).unwrap_or(u32::MAX));
+            chunks.push(ProviderFrame::Chunk(at, chunk.to_vec()));
+        }
+        for chunk in chunks {
+            self.send(link, stream, chunk);
+        }
+        self.offer_ack_if_due(now, id, request);
+    }
+
+    fn offer_ack_if_due(&mut self, now: UnixMs, id: SessionId, request: RequestId) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        let Some(state) = session.state.request_state(&request) else { return };
+        let (rates, seq) = (*state.rates(), state.acked_seq());
+        let terms = session.state.quote().terms;
+        let Some(live) = session.requests.get_mut(&request) else { return };
+        let waited = now.since(live.ack.offered_at);
+        let due = live.is_running() && live.ack.out.is_none();
+        if !due || !metering::ack_due(&live.done, &live.ack.offered, waited, &terms) {
+            return;
+        }
+        let Ok(numerators) = numerators(&live.done, &rates) else { return };
+        let ack = Ack {
+            version: Ack::VERSION,
+            session: id,
+            request,
+            seq: seq.saturating_add(1),
+            usage: live.done,
+            numerators,
+            cost: charge(numerators),
+            running_hash: live.running.value(),
+        };
+        let signed = Signed::sign(&ack, &self.key);
+        live.ack = AckState { out: Some((ack, signed.clone())), offered: live.done, offered_at: now };
+        let (link, stream) = live.stream;
+        self.send(link, stream, ProviderFrame::Ack(signed));
+    }
+
+    fn ack_signed(&mut self, now: UnixMs, id: SessionId, request: RequestId, seq: u32, signature: &Signature) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        let consumer = session.state.consumer();
+        let Some(live) = session.requests.get_mut(&request) else { return };
+        let link = live.stream.0;
+        let Some((ack, signed)) = live.ack.out.take_if(|(ack, _)| ack.seq == seq) else {
+            return self.violation(link, "a signature for an acknowledgement that was not offered");
+        };
+        let both: BothSigned<Ack> = BothSigned::from_parts(signed.body().to_vec(), *signed.signature(), *signature);
+        if both.verify(&session.state.provider(), &consumer).is_err() {
+            return self.violation(link, "the acknowledgement's countersignature does not verify");
+        }
+        let Ok((drafts, then)) = self.with_grant(now, id, request, Some((ack, both))) else { return };
+        self.record(id, drafts, then);
+        self.offer_ack_if_due(now, id, request);
+        self.offer_next_receipt(id);
+    }
+
+    /// The largest grant that is covered now, as drafts (the acknowledgement, if any, with the further reservation) and the
+    /// engine command that they authorise.
+    fn with_grant(
+        &mut self,
+        now: UnixMs,
+        id: SessionId,
+        request: RequestId,
+        ack: Option<(Ack, BothSigned<Ack>)>,
+    ) -> Result<(Vec<satgrid_ledger::entry::Draft>, Vec<ProviderAction>), satgrid_protocol::session::SessionError> {
+        use satgrid_protocol::session::SessionError;
+        let unknown = || SessionError::UnknownRequest(request);
+        let session = self.sessions.get_mut(&id).ok_or_else(unknown)?;
+        let state = session.state.request_state(&request).ok_or_else(unknown)?;
+        let acked = ack.as_ref().map_or_else(|| state.acked(), |(ack, _)| ack.usage);
+        let rates = *state.rates();
+        let reserved = state.reserved();
+        let live = session.requests.get(&request).ok_or_else(unknown)?;
+        let next = metering::grant(&Progress {
+            prompt_tokens: live.prompt_tokens,
+            max_output: live.max_output,
+            acked,
+            funds: reserved.saturating_add(session.state.available()),
+            rates,
+            terms: session.state.quote_of(&state.open().quote).map_or_else(Terms::default, |q| q.terms),
+        });
+        let grows = next.prompt_upto > live.granted.prompt_upto || next.output_upto > live.granted.output_upto;
+        let next = Grant {
+            prompt_upto: next.prompt_upto.max(live.granted.prompt_upto),
+            output_upto: next.output_upto.max(live.granted.output_upto),
+        };
+        let running = live.is_running();
+        let more = cost_alone(&next.usage(), &rates)?.saturating_sub(reserved);
+        let more = if running { more.min(session.state.available()) } else { Msat::ZERO };
+        let draft = match &ack {
+            Some((_, both)) => Some(session.state.acked(now, both, request, more)?),
+            None if more.is_zero() => None,
+            None => Some(session.state.reserve(now, request, more)?),
+        };
+        let mut then = Vec::new();
+        if grows && running
+            && let Some(engine) = session.engine
+            && let Some(live) = session.requests.get_mut(&request)
+        {
+            live.granted = next;
+            then.push(ProviderAction::Engine { engine, command: grant_command(live.job, next) });
+        }
+        Ok((draft.into_iter().collect(), then))
+    }
+
+    /// A slice arrived: work that waited for money goes on.
+    pub(super) fn funds_arrived(&mut self, now: UnixMs, id: SessionId) {
+        let Some(session) = self.sessions.get(&id) else { return };
+        let waiting: Vec<RequestId> = session.requests.iter().filter(|(_, r)| r.is_running()).map(|(id, _)| *id).collect();
+        for request in waiting {
+            if let Ok((drafts, then)) = self.with_grant(now, id, request, None)
+                && !(drafts.is_empty() && then.is_empty())
+            {
+                self.record(id, drafts, then);
+            }
+        }
+    }
+
+    fn cancel(&mut self, id: SessionId, request: RequestId) {
+        let Some(session) = self.sessions.get(&id) else { return };
+        if let (Some(live), Some(engine)) = (session.requests.get(&request), session.engine)
+            && live.is_running()
+        {
+            let command = Command::Cancel { job: live.job };
+            self.actions.push_back(ProviderAction::Engine { engine, command });
+        }
+    }
+
+    fn run_over(&mut self, now: UnixMs, id: SessionId, request: RequestId, reason: FinishReason, error: Option<String>) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        let Some(live) = session.requests.get_mut(&request) else { return };
+        self.jobs.remove(&live.job);
+        if !live.is_running() {
+            return;
+        }
+        let error = error.map(satgrid_protocol::frame::reason);
+        live.phase = Phase::Finishing { reason, error, at: now };
+        session.finishing.push_back(request);
+        self.offer_next_receipt(id);
+    }
+
+    /// Offers the receipt whose turn it is, once its last acknowledgement is back.
+    pub(super) fn offer_next_receipt(&mut self, id: SessionId) {
+        let engine_name = self.config.engine_name.clone();
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        let Some(&request) = session.finishing.front() else { return };
+        if session.link.is_none() {
+            return;
+        }
+        let Some(live) = session.requests.get_mut(&request) else { return };
+        let Phase::Finishing { reason, error, at } = &live.phase else { return };
+        if live.ack.out.is_some() {
+            return;
+        }
+        let (reason, at) = (*reason, *at);
+        let model = session.state.request_state(&request).and_then(|r| session.state.quote_of(&r.open().quote));
+        let model = model.and_then(|q| self.offerings.values().find(|o| o.listing.model_root == q.model_root));
+        let facts = ReceiptFacts {
+            model: model.map_or_else(String::new, |o| o.listing.model.clone()),
+            engine: engine_name,
+            usage: live.done,
+            finish: reason,
+            started_at: live.started_at,
+            first_token_ms: live.first_token_at.map(|t| small(t.since(live.started_at))),
+            duration_ms: small(at.since(live.started_at)),
+            private_hash: private(live).commitment(&live.salt),
+            error: error.clone(),
+            slices: session.state.unreceipted().into_iter().take(Receipt::MAX_SLICES).collect(),
+        };
+        let (link, stream) = live.stream;
+        let Ok(body) = session.state.receipt(&request, facts) else {
+            // Figures that do not fit 64 bits: nothing can be billed for it.
+            return self.abandon(id, request);
+        };
+        let signed = Signed::sign(&body, &self.key);
+        if let Some(live) = session.requests.get_mut(&request) {
+            live.phase = Phase::Offered { body: Box::new(body), signed: signed.clone(), at };
+        }
+        self.send(link, stream, ProviderFrame::Receipt(reason, signed));
+    }
+
+    fn receipt_signed(&mut self, now: UnixMs, id: SessionId, request: RequestId, signature: Signature) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        let Some(live) = session.requests.get(&request) else { return };
+        let (link, stream) = live.stream;
+        let Phase::Offered { body, signed, .. } = &live.phase else {
+            return self.violation(link, "a signature for a receipt that was not offered");
+        };
+        let both: BothSigned<Receipt> = BothSigned::from_parts(signed.body().to_vec(), *signed.signature(), signature);
+        if both.verify(&session.state.provider(), &session.state.consumer()).is_err() {
+            return self.violation(link, "the receipt's countersignature does not verify");
+        }
+        let opening = ReceiptOpening { salt: live.salt, private: private(live) };
+        let draft = session.state.finished(&both, body, Some(opening));
+        self.forget(id, &request);
+        if let Ok(draft) = draft {
+            self.counters.receipts += 1;
+            self.record(id, vec![draft], vec![ProviderAction::FinishStream { link, stream }]);
+        }
+        // What this receipt did not use is free for the others.
+        self.funds_arrived(now, id);
+        self.offer_next_receipt(id);
+    }
+
+    pub(super) fn stream_closed(&mut self, _now: UnixMs, link: LinkId, stream: StreamId) {
+        let Some(id) = self.links.get(&link).and_then(|l| l.session) else { return };
+        if let Some(request) = self.request_on(id, link, stream) {
+            // The consumer reset the stream without a countersignature: charged at its last acknowledgement.
+            self.abandon(id, request);
+        }
+    }
+
+    /// Acknowledgements that fall due with time, and signatures that do not come.
+    pub(super) fn tick_requests(&mut self, now: UnixMs, id: SessionId) {
+        let timeout = self.config.signature_timeout_ms;
+        let Some(session) = self.sessions.get(&id) else { return };
+        let Some(link) = session.link else { return };
+        let late = session.requests.values().any(|r| {
+            let ack = r.ack.out.is_some() && now.since(r.ack.offered_at) > timeout;
+            let receipt = matches!(&r.phase, Phase::Offered { at, .. } if now.since(*at) > timeout);
+            ack || receipt
+        });
+        if late {
+            return self.violation(link, "a statement was offered and not countersigned in time");
+        }
+        let open: Vec<RequestId> = session.requests.keys().copied().collect();
+        let over = |r: &Request| r.is_running() && now.since(r.started_at) >= REQUEST_DEADLINE_MS;
+        let overdue: Vec<RequestId> = session.requests.iter().filter(|(_, r)| over(r)).map(|(id, _)| *id).collect();
+        for request in open {
+            self.offer_ack_if_due(now, id, request);
+        }
+        for request in overdue {
+            self.cancel(id, request);
+        }
+    }
+}
+
+/// A start that a well-behaved consumer could have sent. What fails here is a violation.
+fn check_start(state: &SessionState, start: &StartRequest) -> Result<Verified<RequestOpen>, String> {
+    let open = start.open.verify(&state.consumer()).map_err(|e| e.to_string())?;
+    let private = &start.private;
+    let length = u32::try_from(start.prompt.len()).unwrap_or(u32::MAX);
+    if open.version != RequestOpen::VERSION || open.session != state.id() {
+        return Err("the request is for another session".into());
+    }
+    if start.prompt.is_empty() || start.prompt.len() > MAX_PROMPT_TOKENS || length != open.prompt_tokens {
+        return Err(format!("the prompt has {length} tokens, {} were signed for", open.prompt_tokens));
+    }
+    if open.max_output == 0 || private.stop.len() > MAX_STOPS || private.resumed > length {
+        return Err("no output asked for, too many stop strings, or more resumed than prompt tokens".into());
+    }
+    let committed = private.commitment(&start.salt) == open.private_hash;
+    if !committed || prompt_hash(&start.salt, &start.prompt) != private.prompt_hash {
+        return Err("the prompt or its parameters are not those that were signed for".into());
+    }
+    Ok(open)
+}
+
+fn private(live: &Request) -> ReceiptPrivate {
+    ReceiptPrivate {
+        prompt_hash: live.prompt_hash,
+        running_hash: live.running.value(),
+        sampling: live.sampling.clone(),
+    }
+}
+
+fn grant_command(job: JobId, grant: Grant) -> Command {
+    Command::Grant { job, prompt_upto: grant.prompt_upto, output_upto: grant.output_upto }
+}
+
+fn small(ms: u64) -> u32 {
+    u32::try_from(ms).unwrap_or(u32::MAX)
+}
+
+/// The wire's fixed-point parameters as the engine takes them.
+fn engine_sampling(s: &Sampling) -> satgrid_engine::sampling::Sampling {
+    const MICRO: f32 = 1_000_000.0;
+    #[allow(clippy::cast_precision_loss)]
+    let float = |micro: i64| micro as f32 / MICRO;
+    satgrid_engine::sampling::Sampling {
+        temperature: float(s.temperature_micro.into()),
+        top_p: float(s.top_p_micro.into()),
+        top_k: s.top_k,
+        min_p: float(s.min_p_micro.into()),
+        presence_penalty: float(s.presence_penalty_micro.into()),
+        frequency_penalty: float(s.frequency_penalty_micro.into()),
+        repeat_penalty: float(s.repeat_penalty_micro.into()),
+        logit_bias: s.logit_bias_micro.iter().map(|(id, bias)| (*id, float((*bias).into()))).collect(),
+        seed: s.seed,
+        ..satgrid_engine::sampling::Sampling::default()
+    }
+}

@@ -1,0 +1,125 @@
+//! What the provider role is told, and what it asks for.
+
+use crate::{Append, CloseCode, LinkId, StreamId, Ticket};
+use satgrid_engine::port::{Command, EngineEvent};
+use satgrid_protocol::frame::{ConsumerControl, ConsumerFrame, ProviderControl, ProviderFrame};
+use satgrid_types::{
+    BuildId, Digest, EngineProfile, Msat, NodeKey, PaymentHash, Preimage, RateCard, SessionId, Terms, UnixMs,
+    VerifiedListing,
+};
+
+/// Names one engine of this node; a node with several models runs several.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct EngineId(pub u32);
+
+/// Names one invoice that the wallet was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct InvoiceTicket(pub u64);
+
+/// The operator's settings and limits.
+#[derive(Debug, Clone)]
+pub struct ProviderConfig {
+    pub terms: Terms,
+    pub quote_validity_ms: u64,
+    /// Sessions with a live connection.
+    pub max_links: usize,
+    /// Requests that one session may have open.
+    pub max_requests_per_session: usize,
+    /// Requests open over all sessions; further ones are refused as busy.
+    pub max_requests: usize,
+    /// How long an acknowledgement or receipt may stay unsigned before the link is given up, in ms.
+    pub signature_timeout_ms: u64,
+    /// Name and version of the engine, for receipts.
+    pub engine_name: String,
+}
+
+impl Default for ProviderConfig {
+    fn default() -> Self {
+        ProviderConfig {
+            terms: Terms::default(),
+            quote_validity_ms: satgrid_types::Quote::VALIDITY_MS,
+            max_links: 256,
+            max_requests_per_session: 32,
+            max_requests: 64,
+            signature_timeout_ms: 20_000,
+            engine_name: "unnamed".into(),
+        }
+    }
+}
+
+/// One listing that is published, and the engine behind it.
+#[derive(Debug, Clone)]
+pub struct Offering {
+    pub listing: VerifiedListing,
+    pub engine: EngineId,
+    /// What is quoted: at most what is listed.
+    pub rates: RateCard,
+    pub profile: EngineProfile,
+    pub build: BuildId,
+}
+
+impl Offering {
+    pub(super) fn is_live(&self, now: UnixMs) -> bool {
+        self.listing.is_live(now)
+    }
+}
+
+/// A refund that was attempted before a restart and has no outcome.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PendingRefund {
+    pub session: SessionId,
+    pub hash: PaymentHash,
+    pub amount: Msat,
+    pub bolt11: String,
+}
+
+/// What happened.
+#[derive(Debug, Clone)]
+pub enum ProviderEvent {
+    /// A listing was published (again): quote under it from now on.
+    Offer(Box<Offering>),
+    LinkUp { link: LinkId, peer: NodeKey },
+    LinkDown { link: LinkId },
+    Control { link: LinkId, frame: ConsumerControl },
+    Request { link: LinkId, stream: StreamId, frame: ConsumerFrame },
+    StreamClosed { link: LinkId, stream: StreamId },
+    Engine { engine: EngineId, event: EngineEvent },
+    InvoiceMade { ticket: InvoiceTicket, result: Result<String, String> },
+    PaymentReceived { hash: PaymentHash, amount: Msat },
+    RefundSettled { hash: PaymentHash, amount: Msat, preimage: Option<Preimage>, fee: Msat },
+    /// Nothing was paid and nothing will be.
+    RefundFailed { hash: PaymentHash, reason: String },
+    Durable(Ticket),
+    JournalFailed { reason: String },
+    Tick,
+}
+
+/// What the role asks of the world.
+#[derive(Debug, Clone)]
+pub enum ProviderAction {
+    Append(Append),
+    Control { link: LinkId, frame: ProviderControl },
+    Send { link: LinkId, stream: StreamId, frame: ProviderFrame },
+    /// No more frames from us on this stream.
+    FinishStream { link: LinkId, stream: StreamId },
+    CloseLink { link: LinkId, code: CloseCode, reason: String },
+    MakeInvoice { ticket: InvoiceTicket, amount: Msat, description_hash: Digest, expiry_secs: u32 },
+    Engine { engine: EngineId, command: Command },
+    /// The journal has this wallet event: acknowledge it.
+    WalletHandled { hash: PaymentHash },
+    PayRefund { session: SessionId, hash: PaymentHash, bolt11: String, amount: Msat, max_fee: Msat },
+    /// The journal is broken: take no work and tell the operator.
+    Halt { reason: String },
+}
+
+/// What the operator sees counted.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct ProviderCounters {
+    pub requests_started: u64,
+    pub requests_refused: u64,
+    pub receipts: u64,
+    pub abandoned: u64,
+    pub violations: u64,
+    pub slices: u64,
+    pub payments_unknown: u64,
+}

@@ -1,0 +1,165 @@
+//! What the journal says after a restart: the sessions of each side, payments without an outcome, refunds under way.
+
+use crate::provider::PendingRefund;
+use satgrid_ledger::entry::{Entry, Evidence};
+use satgrid_protocol::session::{SessionState, Side, invoice_hash};
+use satgrid_types::{Msat, NodeKey, PaymentHash, Quote, QuoteId, SessionId, Verified};
+use std::collections::BTreeMap;
+
+/// Everything that the roles take up again.
+#[derive(Debug, Default)]
+pub struct Recovered {
+    pub provider_sessions: Vec<SessionState>,
+    pub consumer_sessions: Vec<SessionState>,
+    pub refunds: Vec<PendingRefund>,
+    /// Sessions that this node ever opened as a consumer: the next session key's index.
+    pub opened: u64,
+    /// The journal holds a genesis entry.
+    pub has_genesis: bool,
+    /// Value settled by receipts, by provider: what lets slices grow.
+    pub settled_with: BTreeMap<NodeKey, Msat>,
+}
+
+/// Folds the journal, in order.
+#[derive(Debug)]
+pub struct Fold {
+    ours: NodeKey,
+    quotes: BTreeMap<QuoteId, Verified<Quote>>,
+    sessions: BTreeMap<SessionId, SessionState>,
+    by_payment: BTreeMap<PaymentHash, SessionId>,
+    refunds: BTreeMap<PaymentHash, PendingRefund>,
+    out: Recovered,
+}
+
+impl Fold {
+    pub fn new(ours: NodeKey) -> Fold {
+        Fold {
+            ours,
+            quotes: BTreeMap::new(),
+            sessions: BTreeMap::new(),
+            by_payment: BTreeMap::new(),
+            refunds: BTreeMap::new(),
+            out: Recovered::default(),
+        }
+    }
+
+    /// Takes in the next entry.
+    pub fn entry(&mut self, entry: &Entry) {
+        let draft = entry.draft();
+        let Some(evidence) = &draft.evidence else {
+            for session in self.sessions.values_mut() {
+                // A reservation alone: only the session whose ids match takes it.
+                let _ = session.apply(&draft);
+            }
+            return;
+        };
+        match evidence {
+            Evidence::Genesis { .. } => self.out.has_genesis = true,
+            Evidence::Quote(signed) => {
+                if let Ok(quote) = signed.peek()
+                    && let Ok(quote) = signed.verify(&quote.provider)
+                {
+                    self.quotes.insert(quote.quote_id(), quote);
+                }
+                self.apply_to_all(&draft);
+            }
+            Evidence::Open(signed) => {
+                let Ok(open) = signed.peek() else { return };
+                let Ok(open) = signed.verify(&open.consumer) else { return };
+                let Some(quote) = self.quotes.get(&open.quote) else { return };
+                let side = if open.provider == self.ours { Side::Provider } else { Side::Consumer };
+                if side == Side::Consumer {
+                    self.out.opened = self.out.opened.saturating_add(1);
+                }
+                let state = SessionState::new(side, quote, &open);
+                self.sessions.insert(state.id(), state);
+            }
+            Evidence::Invoice { session, bolt11, .. } => {
+                if let Some(hash) = invoice_hash(bolt11) {
+                    self.by_payment.insert(hash, *session);
+                }
+                self.apply_to(*session, &draft);
+            }
+            Evidence::RefundAttempted { session, payment_hash, amount, .. } => {
+                let bolt11 = self.sessions.get(session).and_then(|s| s.close_statement()?.invoice.clone());
+                if let Some(bolt11) = bolt11 {
+                    let refund = PendingRefund { session: *session, hash: *payment_hash, amount: *amount, bolt11 };
+                    self.refunds.insert(*payment_hash, refund);
+                }
+                self.apply_to(*session, &draft);
+            }
+            Evidence::RefundSettled { session, payment_hash, .. } => {
+                self.refunds.remove(payment_hash);
+                self.apply_to(*session, &draft);
+            }
+            Evidence::PaymentFailed { payment_hash, .. } => {
+                self.refunds.remove(payment_hash);
+                self.apply_to_payment(payment_hash, &draft);
+            }
+            Evidence::PaymentSettled { payment_hash, .. } | Evidence::PaymentReceived { payment_hash, .. } => {
+                self.apply_to_payment(payment_hash, &draft);
+            }
+            Evidence::Receipt { receipt, .. } => {
+                if let Ok(body) = receipt.peek() {
+                    self.apply_to(body.session, &draft);
+                    let settled = self.out.settled_with.entry(body.provider).or_default();
+                    *settled = settled.saturating_add(body.cost);
+                }
+            }
+            Evidence::Request(signed) => {
+                if let Ok(open) = signed.peek() {
+                    self.apply_to(open.session, &draft);
+                }
+            }
+            Evidence::Ack(both) => {
+                if let Ok(ack) = both.peek() {
+                    self.apply_to(ack.session, &draft);
+                }
+            }
+            Evidence::Close(signed) => {
+                if let Ok(close) = signed.peek() {
+                    self.apply_to(close.session, &draft);
+                }
+            }
+            Evidence::PaymentAttempted { session, .. }
+            | Evidence::Abandoned { session, .. }
+            | Evidence::RefundReceived { session, .. } => self.apply_to(*session, &draft),
+            Evidence::Listing { .. }
+            | Evidence::CreditNote(_)
+            | Evidence::ChannelClosed { .. }
+            | Evidence::Misbehaviour { .. }
+            | Evidence::WalletSnapshot { .. }
+            | Evidence::Checkpoint { .. }
+            | Evidence::Promise(_) => {}
+        }
+    }
+
+    /// What the roles take up again.
+    pub fn finish(mut self) -> Recovered {
+        for state in self.sessions.into_values() {
+            match state.side() {
+                Side::Provider => self.out.provider_sessions.push(state),
+                Side::Consumer => self.out.consumer_sessions.push(state),
+            }
+        }
+        self.out.refunds = self.refunds.into_values().collect();
+        self.out
+    }
+
+    fn apply_to(&mut self, session: SessionId, draft: &satgrid_ledger::entry::Draft) {
+        if let Some(state) = self.sessions.get_mut(&session) {
+            // A journal that does not fold is the auditor's finding; the session stands where it last made sense.
+            let _ = state.apply(draft);
+        }
+    }
+    fn apply_to_payment(&mut self, hash: &PaymentHash, draft: &satgrid_ledger::entry::Draft) {
+        if let Some(session) = self.by_payment.get(hash).copied() {
+            self.apply_to(session, draft);
+        }
+    }
+    fn apply_to_all(&mut self, draft: &satgrid_ledger::entry::Draft) {
+        for state in self.sessions.values_mut() {
+            let _ = state.apply(draft);
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! A payer that is killed with -9 in mid-payment, again and again, and what its journal and the payee's wallet say.
+//!
+//! The payer is this test binary, run as a process of its own. It writes an attempt to its journal before it pays and an
+//! outcome before it acknowledges the event, and after a start it resolves what the journal leaves open by the rules of
+//! `satgrid_wallet::payment`. ldk-node 0.7.1 may force-close the channel at such a start; the payer then opens another.
+#![allow(clippy::unwrap_used)]
+
+mod world;
+
+use satgrid_types::{Digest, LightningKey, Msat, PaymentHash};
+use satgrid_wallet::{
+    Direction, InvoiceRequest, Lightning, OpenChannel, PaymentState, WalletEvent, invoice,
+    payment::{Action, Input, Intent, Outcome, Slices},
+};
+use satgrid_wallet_ldk::{ChainSource, LdkConfig, LdkWallet};
+use std::{
+    collections::BTreeMap,
+    env, fs,
+    fs::OpenOptions,
+    io::Write,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use world::{World, free_addr, unix_now};
+
+const SLICES: u32 = 24;
+const KILLS: u32 = 4;
+const CHANNEL_SAT: u64 = 400_000;
+const PATIENCE: Duration = Duration::from_secs(90);
+
+fn amount(slice: u32) -> Msat {
+    Msat(2_500 + u64::from(slice))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_payer_pays_every_slice_once() {
+    let world = Arc::new(World::new().await);
+    let payee = Arc::new(world.start("payee").await);
+    world.fund(&[&payee]).await;
+    let payer_dir = world.dir.path().join("payer");
+    fs::create_dir(&payer_dir).unwrap();
+    let mut invoices = String::new();
+    for slice in 0..SLICES {
+        let request = InvoiceRequest { amount: amount(slice), description_hash: Digest([1; 32]), expiry_secs: 3_600 };
+        invoices += &format!("{}\n", payee.create_invoice(request).await.unwrap().bolt11);
+    }
+    fs::write(payer_dir.join("invoices"), invoices).unwrap();
+
+    // The payee acknowledges what it hears, the chain grows, and both look at it.
+    let events = tokio::spawn({
+        let payee = payee.clone();
+        async move {
+            let mut forced = 0;
+            while let Ok(event) = payee.next_event().await {
+                forced += u32::from(matches!(event, WalletEvent::ChannelClosed { forced: true, .. }));
+                payee.event_handled().await.unwrap();
+            }
+            forced
+        }
+    });
+    let blocks = tokio::spawn({
+        let (world, payee) = (world.clone(), payee.clone());
+        async move {
+            while payee.sync().await.is_ok() {
+                world.mine(1);
+                tokio::time::sleep(Duration::from_millis(250)).await;
+            }
+        }
+    });
+
+    let since = Instant::now();
+    let mut funded = false;
+    for kill in 0..=KILLS {
+        let mut payer = Payer::spawn(&world, &payee, &payer_dir);
+        let goal = if kill < KILLS { (kill + 1) * SLICES / (KILLS + 2) } else { SLICES };
+        loop {
+            assert!(since.elapsed() < PATIENCE, "stuck before kill {kill}: {:?}", Journal::read(&payer_dir).summary());
+            if !funded && let Ok(address) = fs::read_to_string(payer_dir.join("address")) {
+                world.fund_address(&address);
+                funded = true;
+            }
+            if Journal::read(&payer_dir).settled() >= goal {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(15)).await;
+        }
+        // Somewhere in the payment after the last one that is in the journal.
+        tokio::time::sleep(Duration::from_millis(u64::from(kill) * 23)).await;
+        payer.0.kill().unwrap();
+        payer.0.wait().unwrap();
+    }
+
+    let journal = Journal::read(&payer_dir);
+    assert_eq!(journal.settled(), SLICES);
+    let received: Vec<_> = payee
+        .payments()
+        .await
+        .unwrap()
+        .into_iter()
+        .filter(|p| p.direction == Direction::Inbound && matches!(p.state, PaymentState::Settled { .. }))
+        .collect();
+    let sum: u64 = received.iter().map(|p| p.amount.0).sum();
+    assert_eq!(sum, (0..SLICES).map(|slice| amount(slice).0).sum::<u64>());
+    assert!(received.iter().all(|p| matches!(journal.0.get(&p.hash), Some((_, Some(Outcome::Settled { .. }))))));
+    payee.stop().await.unwrap();
+    blocks.await.unwrap();
+    let forced = events.await.unwrap();
+    eprintln!("{KILLS} kills in mid-payment, {forced} channels force-closed, {SLICES} slices paid once, {sum} msat");
+}
+
+/// The payer's process.
+struct Payer(Child);
+
+impl Payer {
+    fn spawn(world: &World, payee: &LdkWallet, dir: &Path) -> Payer {
+        let child = Command::new(env::current_exe().unwrap())
+            .args(["--exact", "payer_process", "--ignored", "--nocapture"])
+            .env("PAYER_DIR", dir)
+            .env("PAYER_CHAIN", world.server.url())
+            .env("PAYER_PEER", payee.node_id().to_string())
+            .env("PAYER_PEER_ADDR", payee.listen_addr().unwrap().to_string())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        Payer(child)
+    }
+}
+
+impl Drop for Payer {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// What was attempted and how it ended; appended to, never rewritten.
+struct Journal(BTreeMap<PaymentHash, (u32, Option<Outcome>)>);
+
+impl Journal {
+    fn read(dir: &Path) -> Journal {
+        let mut rows = BTreeMap::new();
+        for line in fs::read_to_string(dir.join("journal")).unwrap_or_default().lines() {
+            // A torn last line was never acted on.
+            let [what, slice, hash, preimage] = line.split(' ').collect::<Vec<_>>()[..] else { continue };
+            let outcome = match what {
+                "settled" => Some(Outcome::Settled { preimage: preimage.parse().unwrap(), fee: Msat(0) }),
+                "failed" => Some(Outcome::Failed { reason: satgrid_wallet::FailureReason::Other }),
+                _ => None,
+            };
+            let row = rows.entry(hash.parse().unwrap()).or_insert((slice.parse().unwrap(), None));
+            assert!(!matches!(row.1, Some(Outcome::Settled { .. })), "an entry after the payment settled: {line}");
+            row.1 = outcome;
+        }
+        Journal(rows)
+    }
+    fn append(dir: &Path, line: &str) {
+        let mut file = OpenOptions::new().append(true).create(true).open(dir.join("journal")).unwrap();
+        file.write_all(format!("{line}\n").as_bytes()).unwrap();
+        file.sync_data().unwrap();
+    }
+    fn settled(&self) -> u32 {
+        u32::try_from(self.0.values().filter(|row| matches!(row.1, Some(Outcome::Settled { .. }))).count()).unwrap()
+    }
+    fn summary(&self) -> (usize, u32) {
+        (self.0.len(), self.settled())
+    }
+}
+
+/// Not a test: the process that the test above starts and kills.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "started by the test above"]
+async fn payer_process() {
+    let Ok(dir) = env::var("PAYER_DIR").map(PathBuf::from) else { return };
+    let peer: LightningKey = env::var("PAYER_PEER").unwrap().parse().unwrap();
+    let addr: SocketAddr = env::var("PAYER_PEER_ADDR").unwrap().parse().unwrap();
+    let chain = ChainSource::Esplora { url: env::var("PAYER_CHAIN").unwrap() };
+    let seed = satgrid_wallet::keys::Phrase::from_entropy(&[42; 16]).unwrap().seed();
+    let config = LdkConfig { listen: vec![free_addr()], ..LdkConfig::new(dir.join("ldk"), seed, chain) };
+    let wallet = LdkWallet::start(config).await.unwrap();
+    if !dir.join("address").exists() {
+        let address = wallet.new_address().await.unwrap();
+        fs::write(dir.join("address.new"), address).unwrap();
+        fs::rename(dir.join("address.new"), dir.join("address")).unwrap();
+    }
+    let offers = fs::read_to_string(dir.join("invoices")).unwrap();
+    let intents: Vec<Intent> = offers
+        .lines()
+        .map(|bolt11| {
+            let facts = invoice::read(bolt11).unwrap();
+            let (amount, max_fee) = (facts.amount.unwrap(), Msat(0));
+            Intent { hash: facts.payment_hash, bolt11: bolt11.into(), amount, max_fee, expires_at: facts.expires_at }
+        })
+        .collect();
+    let mut slices: Slices<u32> = Slices::new(2);
+    for (hash, (slice, outcome)) in Journal::read(&dir).0 {
+        let intent = intents.iter().find(|i| i.hash == hash).unwrap().clone();
+        slices.recover(unix_now(), slice, intent, outcome);
+    }
+    let mut role = Role { wallet, dir, slices, intents };
+    loop {
+        role.keep_a_channel(peer, addr).await;
+        role.turn().await;
+    }
+}
+
+struct Role {
+    wallet: LdkWallet,
+    dir: PathBuf,
+    slices: Slices<u32>,
+    intents: Vec<Intent>,
+}
+
+impl Role {
+    async fn keep_a_channel(&self, peer: LightningKey, addr: SocketAddr) {
+        let channels = self.wallet.channels().await.unwrap();
+        if channels.iter().any(|c| c.usable) {
+            return;
+        }
+        let _ = self.wallet.connect(peer, addr).await;
+        let _ = self.wallet.sync().await;
+        if channels.is_empty() {
+            let open = OpenChannel { node: peer, addr, capacity_sat: CHANNEL_SAT, push: Msat::ZERO };
+            let _ = self.wallet.open_channel(open).await;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+
+    /// Events first, then what the machines ask, then new slices.
+    async fn turn(&mut self) {
+        while let Ok(event) = tokio::time::timeout(Duration::from_millis(5), self.wallet.next_event()).await {
+            match event.unwrap() {
+                WalletEvent::PaymentSettled { hash, preimage, fee } => {
+                    self.tell(hash, Input::Settled { preimage, fee })
+                }
+                WalletEvent::PaymentFailed { hash, reason } => self.tell(hash, Input::Failed { reason }),
+                _ => {}
+            }
+            self.wallet.event_handled().await.unwrap();
+        }
+        self.slices.handle_timeout(unix_now());
+        while let Some((hash, action)) = self.slices.poll_action() {
+            let input = match action {
+                Action::Pay { bolt11, max_fee } => match self.wallet.pay(&bolt11, max_fee).await {
+                    Ok(()) => Input::Accepted,
+                    Err(error) => Input::Refused(error),
+                },
+                Action::Look { hash } => Input::Looked(self.wallet.lookup(hash).await.unwrap()),
+                Action::Observe => Input::Observed {
+                    usable: self.wallet.channels().await.unwrap().iter().any(|c| c.usable),
+                    outbound_in_flight: self.wallet.balance().await.unwrap().outbound_in_flight,
+                },
+            };
+            self.tell(hash, input);
+        }
+        if !self.wallet.channels().await.unwrap().iter().any(|c| c.usable) {
+            return;
+        }
+        for (slice, intent) in (0u32..).zip(&self.intents) {
+            if self.slices.may_start(&slice, intent.hash).is_ok() {
+                Journal::append(&self.dir, &format!("attempt {slice} {} -", intent.hash));
+                self.slices.start(unix_now(), slice, intent.clone()).unwrap();
+            }
+        }
+    }
+
+    fn tell(&mut self, hash: PaymentHash, input: Input) {
+        match self.slices.handle(unix_now(), hash, input).unwrap() {
+            Some((slice, Outcome::Settled { preimage, .. })) => {
+                Journal::append(&self.dir, &format!("settled {slice} {hash} {preimage}"));
+            }
+            Some((slice, Outcome::Failed { .. })) => Journal::append(&self.dir, &format!("failed {slice} {hash} -")),
+            None => {}
+        }
+    }
+}

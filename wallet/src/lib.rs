@@ -1,0 +1,33 @@
+//! Lightning as satgrid needs it: what an invoice must say, how a payment lives and dies, and the [`Lightning`] port
+//! that any wallet stands behind.
+//!
+//! This room is pure: no clock, socket, file or random source is named here; time, entropy and limits are arguments.
+//! It never decides *whether* to pay (that is the node's business) and never holds the books (the ledger's); it
+//! decides only whether a payment that was started may be started again, which is where money is lost.
+//!
+//! - [`port`]: the trait, its records and its errors;
+//! - [`invoice`]: reading a BOLT 11 invoice against what was agreed;
+//! - [`payment`]: the life cycle of one payment, and never two payments for one slice;
+//! - [`keys`]: every key of a node from one BIP-39 phrase;
+//! - [`message`]: signatures by a Lightning node key over a text, as other Lightning implementations make them;
+//! - `fake` (feature): wallets that fail by script, for the simulator;
+//! - `conformance` (feature): the suite that the fake and every adapter pass.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+#![forbid(unsafe_code)]
+
+#[cfg(feature = "conformance")]
+pub mod conformance;
+#[cfg(feature = "fake")]
+pub mod fake;
+pub mod invoice;
+pub mod keys;
+pub mod message;
+mod network;
+pub mod payment;
+pub mod port;
+
+pub use network::{Network, UnknownNetwork};
+pub use port::{
+    Balance, Channel, ChannelError, ChannelId, Direction, FailureReason, Invoice, InvoiceError, InvoiceRequest,
+    Lightning, OpenChannel, PayError, PaymentRecord, PaymentState, WalletError, WalletEvent,
+};
