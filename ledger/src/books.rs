@@ -57,13 +57,8 @@ pub struct Hold {
     pub expires_at: Option<UnixMs>,
     /// When it was reserved.
     pub since: UnixMs,
-}
-
-impl Hold {
-    /// The session whose money is reserved, if it is a session's.
-    pub fn session(&self) -> Option<SessionId> {
-        self.debit.session().or(self.credit.session())
-    }
+    /// The session that it belongs to: by its accounts, else by those of the draft that made it.
+    pub session: Option<SessionId>,
 }
 
 /// One account's sums since the journal began, in msat.
@@ -160,7 +155,7 @@ impl Books {
         self.holds.iter()
     }
     pub fn holds_of(&self, session: SessionId) -> impl Iterator<Item = (&TransferId, &Hold)> {
-        self.holds.iter().filter(move |(_, hold)| hold.session() == Some(session))
+        self.holds.iter().filter(move |(_, hold)| hold.session == Some(session))
     }
     /// Holds whose timeout has passed at `now`.
     pub fn due(&self, now: UnixMs) -> Vec<TransferId> {
@@ -206,15 +201,17 @@ impl Books {
         step.check_overdrawn()?;
         let Step { sums, holds, known, .. } = step;
         self.sums.extend(sums);
+        // A routing fee names no session; it belongs to that of the payment beside it.
+        let shared = known.iter().find_map(|(.., session)| *session);
         for (id, fingerprint, session) in known {
             self.known.insert(id, fingerprint);
-            if let Some(session) = session {
+            if let Some(session) = session.or(shared) {
                 self.of_session.entry(session).or_default().push(id);
             }
         }
         for (id, hold) in holds {
             match hold {
-                Some(hold) => self.holds.insert(id, hold),
+                Some(hold) => self.holds.insert(id, Hold { session: hold.session.or(shared), ..hold }),
                 None => self.holds.remove(&id),
             };
         }
@@ -262,14 +259,7 @@ struct Step<'a> {
 
 impl<'a> Step<'a> {
     fn new(books: &'a Books, at: UnixMs) -> Step<'a> {
-        Step {
-            books,
-            at,
-            sums: BTreeMap::new(),
-            holds: BTreeMap::new(),
-            known: Vec::new(),
-            touched: BTreeSet::new(),
-        }
+        Step { books, at, sums: BTreeMap::new(), holds: BTreeMap::new(), known: Vec::new(), touched: BTreeSet::new() }
     }
 
     fn take(&mut self, transfer: &Transfer) -> Result<(), BooksError> {
@@ -293,10 +283,11 @@ impl<'a> Step<'a> {
             }
             TransferOp::Pending { debit, credit, amount, expires_at } => {
                 check_sides(id, debit, credit, amount)?;
-                let hold = Hold { debit, credit, amount, expires_at, since: self.at };
+                let session = debit.session().or(credit.session());
+                let hold = Hold { debit, credit, amount, expires_at, since: self.at, session };
                 self.reserve(&hold, true)?;
                 self.holds.insert(id, Some(hold));
-                hold.session()
+                session
             }
             TransferOp::PostPending { pending, amount } => {
                 let hold = self.end(id, pending)?;
@@ -307,13 +298,13 @@ impl<'a> Step<'a> {
                     return Err(BooksError::PostsMore { id, held: hold.amount, amount });
                 }
                 self.post(hold.debit, hold.credit, amount)?;
-                hold.session()
+                hold.session
             }
-            TransferOp::VoidPending { pending } => self.end(id, pending)?.session(),
+            TransferOp::VoidPending { pending } => self.end(id, pending)?.session,
             TransferOp::ExpirePending { pending } => {
                 let hold = self.end(id, pending)?;
                 match hold.expires_at {
-                    Some(expires_at) if expires_at <= self.at => hold.session(),
+                    Some(expires_at) if expires_at <= self.at => hold.session,
                     Some(expires_at) => return Err(BooksError::NotDue { id, at: self.at, expires_at }),
                     None => return Err(BooksError::NoTimeout { id, pending }),
                 }
@@ -333,11 +324,7 @@ impl<'a> Step<'a> {
         };
         let Some(hold) = hold else {
             let ended = self.books.known.contains_key(&pending) || self.touched.contains(&pending);
-            return Err(if ended {
-                BooksError::Ended { id, pending }
-            } else {
-                BooksError::NotPending { id, pending }
-            });
+            return Err(if ended { BooksError::Ended { id, pending } } else { BooksError::NotPending { id, pending } });
         };
         self.reserve(&hold, false)?;
         self.holds.insert(pending, None);
@@ -391,3 +378,6 @@ fn check_sides(id: TransferId, debit: Account, credit: Account, amount: Msat) ->
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

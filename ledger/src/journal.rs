@@ -1,11 +1,14 @@
 //! The journal port: append-only, durable, numbered and chained.
 //!
 //! An entry is durable when `append` returns, and nothing that it authorises may begin before. One journal has one
-//! writer. The conformance suite in [`crate::conformance`] is what every implementation passes.
+//! writer. The conformance suite in `testing` is what every implementation passes.
 
-use crate::entry::{Draft, Entry, Head};
+use crate::{
+    entry::{Draft, Entry, Head, MAX_ENTRY_LEN, MAX_OPENING_LEN},
+    log::leaf_hash,
+};
 use core::{future::Future, pin::Pin};
-use satgrid_types::UnixMs;
+use satgrid_types::{UnixMs, cbor};
 use std::sync::{Arc, Mutex, PoisonError};
 use thiserror::Error;
 
@@ -63,15 +66,16 @@ pub fn chain(mut head: Head, at: UnixMs, drafts: Vec<Draft>) -> Result<Vec<(Entr
     for draft in drafts {
         let entry = Entry::chain(&head, at, draft);
         let bytes = entry.bytes();
-        if bytes.len() > crate::entry::MAX_ENTRY_LEN {
-            return Err(JournalError::Limit {
-                what: "bytes in one entry",
-                given: bytes.len(),
-                limit: crate::entry::MAX_ENTRY_LEN,
-            });
+        if bytes.len() > MAX_ENTRY_LEN {
+            return Err(JournalError::Limit { what: "bytes in one entry", given: bytes.len(), limit: MAX_ENTRY_LEN });
         }
-        head =
-            Head { len: head.len.saturating_add(1), last: crate::log::leaf_hash(&bytes), at: entry.at };
+        if let Some(opening) = entry.opening() {
+            let given = cbor::encode(opening).len();
+            if given > MAX_OPENING_LEN {
+                return Err(JournalError::Limit { what: "bytes of private fields", given, limit: MAX_OPENING_LEN });
+            }
+        }
+        head = Head { len: head.len.saturating_add(1), last: leaf_hash(&bytes), at: entry.at };
         out.push((entry, bytes));
     }
     Ok(out)
@@ -90,6 +94,10 @@ impl MemoryJournal {
     /// The entries so far.
     pub fn entries(&self) -> Vec<Entry> {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+    /// The last entry.
+    pub fn last(&self) -> Option<Entry> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner).last().cloned()
     }
     /// As [`Journal::append`], without a future.
     pub fn append_now(&self, at: UnixMs, drafts: Vec<Draft>) -> Result<Vec<Entry>, JournalError> {
@@ -119,5 +127,23 @@ impl Journal for MemoryJournal {
     fn head(&self) -> JournalFuture<'_, Head> {
         let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         Box::pin(core::future::ready(Ok(entries.last().map_or(Head::EMPTY, Entry::head))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::conformance::CASES;
+    use std::task::{Context, Poll, Waker};
+
+    #[test]
+    fn the_memory_journal_conforms() {
+        for (name, case) in CASES {
+            let journal = MemoryJournal::new();
+            let mut future = case(&journal);
+            // Nothing in it ever waits, so one poll is the whole run.
+            let done = future.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+            assert_eq!(done, Poll::Ready(()), "{name}");
+        }
     }
 }

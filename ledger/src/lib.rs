@@ -17,6 +17,7 @@
 )]
 #![forbid(unsafe_code)]
 
+pub mod audit;
 pub mod books;
 pub mod bundle;
 pub mod entry;

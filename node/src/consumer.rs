@@ -36,9 +36,11 @@ use rand_chacha::{
 use satgrid_ledger::entry::{Draft, Evidence};
 use satgrid_protocol::{
     frame::{ConsumerControl, reason},
-    session::SessionState,
+    session::{SessionState, invoice_hash},
 };
-use satgrid_types::{ModelRoot, Msat, NodeKey, PaymentHash, RequestId, SessionId, UnixMs, node_key};
+use satgrid_types::{
+    ModelRoot, Msat, NodeKey, PaymentHash, RequestId, SessionId, UnixMs, VerifiedListing, node_key,
+};
 use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, VecDeque};
 
@@ -55,7 +57,6 @@ pub struct Consumer {
     gate: Gate<ConsumerAction>,
     actions: VecDeque<ConsumerAction>,
     sessions: BTreeMap<SessionIndex, links::Session>,
-    next_session: u64,
     links: BTreeMap<LinkId, SessionIndex>,
     next_link: u64,
     next_stream: u64,
@@ -68,6 +69,9 @@ pub struct Consumer {
     payable: Option<Msat>,
     counters: ConsumerCounters,
 }
+
+/// Sessions that may be setting up at once beside those that were opened: how far a restart looks for session keys.
+const MAX_KEY_GAP: u64 = 4_096;
 
 /// The key of one session: SHA-256 over `"satgrid-session-key-v1\0"`, the master secret and the index (u64, big-endian).
 pub fn session_key(master: &[u8; 32], index: SessionIndex) -> SigningKey {
@@ -89,7 +93,6 @@ impl Consumer {
             gate: Gate::default(),
             actions: VecDeque::new(),
             sessions: BTreeMap::new(),
-            next_session: 0,
             links: BTreeMap::new(),
             next_link: 0,
             next_stream: 0,
@@ -105,18 +108,23 @@ impl Consumer {
     /// Takes up what the journal holds: sessions with a balance, requests that were open (they end at their last
     /// acknowledgement: their clients are gone), payments whose fate the wallet must tell.
     pub fn restore(&mut self, states: Vec<SessionState>, opened: u64, settled_with: BTreeMap<NodeKey, Msat>) {
-        self.next_session = opened;
         self.settled_with = settled_with;
-        let keys: BTreeMap<NodeKey, SessionIndex> = (0..opened)
-            .map(SessionIndex)
-            .map(|index| (node_key(&session_key(&self.master, index)), index))
-            .collect();
-        for state in states {
-            let Some(&index) = keys.get(&state.consumer()) else { continue };
-            for (_, slice) in state.slices() {
-                if let Some(hash) = slice.payment_hash {
-                    self.by_payment.insert(hash, index);
-                }
+        let mut wanted: BTreeMap<NodeKey, SessionState> = states.into_iter().map(|s| (s.consumer(), s)).collect();
+        let mut found = Vec::with_capacity(wanted.len());
+        // The smallest free index is taken for a new session, so those that were opened lie close together.
+        for index in (0..opened.saturating_add(MAX_KEY_GAP)).map(SessionIndex) {
+            if wanted.is_empty() {
+                break;
+            }
+            if let Some(state) = wanted.remove(&node_key(&session_key(&self.master, index))) {
+                found.push((index, state));
+            }
+        }
+        for (index, state) in found {
+            let hashes = state.slices().values().filter_map(|slice| slice.payment_hash);
+            let refund = state.close_statement().and_then(|close| invoice_hash(close.invoice.as_deref()?));
+            for hash in hashes.chain(refund) {
+                self.by_payment.insert(hash, index);
             }
             let unresolved = state.attempted().map(|(_, slice)| slice.clone());
             let open: Vec<RequestId> = state.requests().keys().copied().collect();
@@ -130,6 +138,14 @@ impl Consumer {
                 let (bolt11, amount, max_fee) = (slice.bolt11, slice.amount, slice.max_fee);
                 self.actions.push_back(ConsumerAction::ResolvePayment { hash, bolt11, amount, max_fee });
             }
+        }
+    }
+
+    /// Tells where a provider can be reached now, for sessions that the journal brought back: a call finds that out by
+    /// itself, a close has to be told.
+    pub fn learn(&mut self, listing: &VerifiedListing) {
+        for session in self.sessions.values_mut() {
+            session.learn(listing);
         }
     }
 
@@ -160,6 +176,13 @@ impl Consumer {
 
     /// Takes in one event.
     pub fn handle(&mut self, now: UnixMs, event: ConsumerEvent) {
+        if self.gate.is_broken() {
+            // Nothing more is signed or paid; whoever calls is told.
+            if let ConsumerEvent::Submit(submit) = event {
+                self.submit(now, *submit);
+            }
+            return;
+        }
         match event {
             ConsumerEvent::Submit(submit) => self.submit(now, *submit),
             ConsumerEvent::Cancel { call } => self.cancel(call),
@@ -171,7 +194,7 @@ impl Consumer {
             ConsumerEvent::Control { link, frame } => self.control(now, link, frame),
             ConsumerEvent::Frame { link, stream, frame } => self.frame(now, link, stream, frame),
             ConsumerEvent::StreamClosed { link, stream } => self.stream_closed(now, link, stream),
-            ConsumerEvent::PaymentSettled { hash, preimage, fee } => self.payment_settled(hash, preimage, fee),
+            ConsumerEvent::PaymentSettled { hash, preimage, fee } => self.payment_settled(now, hash, preimage, fee),
             ConsumerEvent::PaymentFailed { hash, reason } => self.payment_failed(now, hash, reason),
             ConsumerEvent::PaymentReceived { hash, amount } => self.payment_received(hash, amount),
             ConsumerEvent::Payable(payable) => self.payable = Some(payable),
@@ -179,7 +202,7 @@ impl Consumer {
                 let released = self.gate.durable(ticket);
                 self.actions.extend(released);
             }
-            ConsumerEvent::JournalFailed { reason } => self.journal_failed(now, &reason),
+            ConsumerEvent::JournalFailed { reason } => self.journal_failed(&reason),
             ConsumerEvent::Tick => {}
         }
         self.tick(now);
@@ -192,6 +215,9 @@ impl Consumer {
 
     /// When to send [`ConsumerEvent::Tick`] at the latest.
     pub fn poll_timeout(&self) -> Option<UnixMs> {
+        if self.gate.is_broken() {
+            return None;
+        }
         let sessions = self.sessions.values().filter_map(|s| s.next_deadline(&self.config));
         let calls = self.calls.values().filter_map(|c| c.next_deadline(&self.config));
         sessions.chain(calls).min()
@@ -213,9 +239,8 @@ impl Consumer {
         for draft in &drafts {
             if let Err(error) = state.apply(draft) {
                 // Every draft was built from this very state: if it does not fit, stop before money moves on it.
-                let reason = format!("a draft does not fit the state it was built from: {error}");
-                self.gate.fail();
-                self.actions.push_back(ConsumerAction::Halt { reason });
+                let text = format!("a draft does not fit the state it was built from: {error}");
+                self.journal_failed(&text);
                 return false;
             }
         }
@@ -245,6 +270,11 @@ impl Consumer {
         self.link_down(now, link, text);
     }
 
+    /// The smallest index whose key no session has.
+    fn free_index(&self) -> SessionIndex {
+        let taken = self.sessions.keys().zip(0..).take_while(|(index, at)| index.0 == *at).count();
+        SessionIndex(u64::try_from(taken).unwrap_or(u64::MAX))
+    }
     fn new_link(&mut self, index: SessionIndex) -> LinkId {
         let link = LinkId(self.next_link);
         self.next_link = self.next_link.wrapping_add(1);
@@ -271,15 +301,22 @@ impl Consumer {
     }
 
     /// The journal cannot write: nothing more is signed or paid; every call ends with an error that says so.
-    fn journal_failed(&mut self, now: UnixMs, text: &str) {
+    fn journal_failed(&mut self, text: &str) {
+        if self.gate.is_broken() {
+            return;
+        }
         self.gate.fail();
-        let calls: Vec<CallId> = self.calls.keys().copied().collect();
-        for call in calls {
+        let calls: Vec<(CallId, calls::Place)> = self.calls.iter().map(|(id, call)| (*id, call.place)).collect();
+        for (call, place) in calls {
+            if let calls::Place::Streaming(index, request) = place {
+                // What was signed for so far belongs on the bill.
+                self.abandon(index, request);
+            }
             self.fail_call(call, CallError::Journal { reason: text.to_owned() });
         }
-        let sessions: Vec<SessionIndex> = self.sessions.keys().copied().collect();
-        for index in sessions {
-            self.drop_link(now, index, crate::CloseCode::Unavailable, "this node's ledger cannot be written");
+        for link in core::mem::take(&mut self.links).into_keys() {
+            let (code, reason) = (crate::CloseCode::Unavailable, reason("this node's ledger cannot be written"));
+            self.actions.push_back(ConsumerAction::CloseLink { link, code, reason });
         }
         self.actions.push_back(ConsumerAction::Halt { reason: text.to_owned() });
     }
@@ -295,6 +332,7 @@ impl Consumer {
             self.tick_session(now, index);
             self.start_waiting(now, index);
             self.top_up(now, index);
+            self.continue_close(index);
         }
     }
 }

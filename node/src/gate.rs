@@ -26,6 +26,17 @@ impl<A> Gate<A> {
         self.waiting.insert(ticket, then);
         Append { ticket, drafts }
     }
+    /// Actions that need nothing new, but must not overtake what was asked for before: released with the last append that
+    /// is not durable yet. Gives them back where there is none.
+    pub fn behind(&mut self, then: Vec<A>) -> Vec<A> {
+        match self.waiting.last_entry() {
+            Some(mut last) => {
+                last.get_mut().extend(then);
+                Vec::new()
+            }
+            None => then,
+        }
+    }
     /// The journal has it: the actions that were held back.
     pub fn durable(&mut self, ticket: Ticket) -> Vec<A> {
         self.waiting.remove(&ticket).unwrap_or_default()

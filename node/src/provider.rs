@@ -4,10 +4,10 @@
 //!
 //! | phase | awaits | leaves with | a crash here means |
 //! |---|---|---|---|
-//! | running | engine events, countersigned acks | the engine is done | ended at the last ack when the consumer resumes, or after `resume_ms` |
+//! | running | engine events, countersigned acks | the engine is done | ended at the last ack when the consumer resumes, or after `DETACHED_MS` |
 //! | finishing | the last ack, its turn in the receipt chain | the receipt is offered | the same |
 //! | offered | the countersigned receipt | the receipt is durable | the consumer shows the receipt when it resumes |
-//! | detached | the consumer's resume | the receipt or the last ack that the consumer shows, or `resume_ms` | the same |
+//! | detached | the consumer's resume | the receipt or the last ack that the consumer shows, or `DETACHED_MS` | the same |
 //!
 //! Nothing is evaluated that is not reserved from prepaid money, and no output runs further ahead of the consumer's
 //! signature than the terms' window.
@@ -26,14 +26,14 @@ use rand_chacha::{
     ChaCha20Rng,
     rand_core::{RngCore, SeedableRng},
 };
-use satgrid_engine::port::JobId;
+use satgrid_engine::port::{Command, JobId};
 use satgrid_ledger::entry::Draft;
 use satgrid_protocol::{
     frame::{ProviderControl, ProviderFrame, Refusal, reason},
     session::SessionState,
 };
 use satgrid_types::{ListingId, Msat, NodeKey, PaymentHash, RequestId, SessionId, UnixMs, node_key};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// The provider role. See the module's documentation.
 pub struct Provider {
@@ -51,6 +51,10 @@ pub struct Provider {
     invoices: BTreeMap<InvoiceTicket, links::WantedInvoice>,
     next_invoice: u64,
     by_payment: BTreeMap<PaymentHash, SessionId>,
+    /// Engines whose process is dead.
+    down: BTreeSet<EngineId>,
+    /// The time of the event in hand.
+    now: UnixMs,
     counters: ProviderCounters,
 }
 
@@ -71,12 +75,15 @@ impl Provider {
             invoices: BTreeMap::new(),
             next_invoice: 0,
             by_payment: BTreeMap::new(),
+            down: BTreeSet::new(),
+            now: UnixMs(0),
             counters: ProviderCounters::default(),
         }
     }
 
     /// Takes up the sessions that the journal holds. Their open requests wait for the consumer to resume.
     pub fn restore(&mut self, now: UnixMs, restored: Vec<SessionState>, refunds: Vec<PendingRefund>) {
+        self.now = now;
         for state in restored {
             self.adopt(now, state);
         }
@@ -108,6 +115,14 @@ impl Provider {
 
     /// Takes in one event.
     pub fn handle(&mut self, now: UnixMs, event: ProviderEvent) {
+        self.now = now;
+        if self.gate.is_broken() {
+            // Nothing more is promised, signed or paid; whoever comes is told.
+            if let ProviderEvent::LinkUp { link, peer } = event {
+                self.link_up(link, peer);
+            }
+            return;
+        }
         match event {
             ProviderEvent::Offer(offering) => {
                 let root = offering.listing.model_root;
@@ -122,9 +137,7 @@ impl Provider {
             ProviderEvent::Engine { engine, event } => self.engine_event(now, engine, event),
             ProviderEvent::InvoiceMade { ticket, result } => self.invoice_made(ticket, result),
             ProviderEvent::PaymentReceived { hash, amount } => self.payment_received(now, hash, amount),
-            ProviderEvent::RefundSettled { hash, amount, preimage, fee } => {
-                self.refund_settled(hash, amount, preimage, fee);
-            }
+            ProviderEvent::RefundSettled { hash, preimage, fee, .. } => self.refund_settled(hash, preimage, fee),
             ProviderEvent::RefundFailed { hash, reason } => self.refund_failed(now, hash, reason),
             ProviderEvent::Durable(ticket) => {
                 let released = self.gate.durable(ticket);
@@ -143,7 +156,10 @@ impl Provider {
 
     /// When to send [`ProviderEvent::Tick`] at the latest.
     pub fn poll_timeout(&self) -> Option<UnixMs> {
-        self.sessions.values().filter_map(sessions::Session::next_deadline).min()
+        if self.gate.is_broken() {
+            return None;
+        }
+        self.sessions.values().filter_map(|s| s.next_deadline(self.config.signature_timeout_ms)).min()
     }
 
     // Helpers that every part uses.
@@ -167,16 +183,34 @@ impl Provider {
                 return;
             }
         }
-        self.append(drafts, then);
+        if !drafts.is_empty() {
+            self.append(drafts, then);
+        } else {
+            self.behind(then);
+        }
+    }
+
+    /// Does something once everything that was appended so far is durable.
+    fn behind(&mut self, then: Vec<ProviderAction>) {
+        if !self.gate.is_broken() {
+            let free = self.gate.behind(then);
+            self.actions.extend(free);
+        }
     }
 
     fn say(&mut self, link: LinkId, frame: ProviderControl) {
+        if self.gate.is_broken() {
+            return;
+        }
         self.actions.push_back(ProviderAction::Control { link, frame });
     }
     fn refuse(&mut self, link: LinkId, refusal: Refusal, text: impl Into<String>) {
         self.say(link, ProviderControl::Refused(refusal, reason(text)));
     }
     fn send(&mut self, link: LinkId, stream: StreamId, frame: ProviderFrame) {
+        if self.gate.is_broken() || !self.links.contains_key(&link) {
+            return;
+        }
         self.actions.push_back(ProviderAction::Send { link, stream, frame });
     }
     fn refuse_request(&mut self, link: LinkId, stream: StreamId, refusal: Refusal, text: impl Into<String>) {
@@ -184,13 +218,12 @@ impl Provider {
         self.send(link, stream, ProviderFrame::Refused(refusal, reason(text)));
         self.actions.push_back(ProviderAction::FinishStream { link, stream });
     }
+    /// The peer broke a rule: nothing more is heard from this link.
     fn violation(&mut self, link: LinkId, text: impl Into<String>) {
         self.counters.violations += 1;
-        self.actions.push_back(ProviderAction::CloseLink {
-            link,
-            code: crate::CloseCode::Violation,
-            reason: reason(text),
-        });
+        let (code, reason) = (crate::CloseCode::Violation, reason(text));
+        self.actions.push_back(ProviderAction::CloseLink { link, code, reason });
+        self.link_down(self.now, link);
     }
     fn nonce(&mut self) -> u64 {
         self.rng.next_u64()
@@ -198,9 +231,18 @@ impl Provider {
 
     /// The journal cannot write: take no work, stop what runs, tell the peers.
     fn journal_failed(&mut self, text: &str) {
+        if self.gate.is_broken() {
+            return;
+        }
         self.gate.fail();
-        let links: Vec<LinkId> = self.links.keys().copied().collect();
-        for link in links {
+        let running: Vec<(JobId, SessionId)> = self.jobs.iter().map(|(job, (id, _))| (*job, *id)).collect();
+        for (job, id) in running {
+            if let Some(engine) = self.sessions.get(&id).and_then(|s| s.engine) {
+                self.actions.push_back(ProviderAction::Engine { engine, command: Command::Cancel { job } });
+            }
+        }
+        self.jobs.clear();
+        for link in core::mem::take(&mut self.links).into_keys() {
             let code = crate::CloseCode::Unavailable;
             self.actions.push_back(ProviderAction::CloseLink { link, code, reason: reason("this node's ledger cannot be written") });
         }

@@ -81,6 +81,7 @@ impl Fold {
                 self.apply_to(*session, &draft);
             }
             Evidence::RefundAttempted { session, payment_hash, amount, .. } => {
+                self.by_payment.insert(*payment_hash, *session);
                 let bolt11 = self.sessions.get(session).and_then(|s| s.close_statement()?.invoice.clone());
                 if let Some(bolt11) = bolt11 {
                     let refund = PendingRefund { session: *session, hash: *payment_hash, amount: *amount, bolt11 };

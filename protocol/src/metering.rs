@@ -49,11 +49,14 @@ pub fn grant(p: &Progress) -> Grant {
     Grant { prompt_upto, output_upto: affordable_output(p, prompt_upto, window) }
 }
 
-/// What must be available before a request starts: its first prompt piece, and output up to the first acknowledgement
-/// where the prompt is that short.
+/// Output that must be covered when a request starts; the next slice is paid while these tokens flow.
+const START_TOKENS: u32 = 8;
+
+/// What must be available before a request starts: its first prompt piece, and a few tokens of output where the prompt is
+/// that short.
 pub fn start_cost(prompt_tokens: u32, max_output: u32, rates: &RateCard, terms: &Terms) -> Option<Msat> {
     let piece = prompt_tokens.min(terms.prefill_piece.max(1));
-    let output = if piece == prompt_tokens { max_output.min(terms.ack_tokens) } else { 0 };
+    let output = if piece == prompt_tokens { max_output.min(START_TOKENS) } else { 0 };
     let usage = TokenUsage { prompt: piece, cached_prompt: 0, completion: output, reasoning: 0 };
     satgrid_pricing::cost_alone(&usage, rates).ok()
 }

@@ -30,8 +30,8 @@ use satgrid_ledger::{
 };
 use satgrid_pricing::ChargeError;
 use satgrid_types::{
-    AckId, BothSigned, Msat, NodeKey, Numerators, PaymentHash, Quote, QuoteId, ReceiptId, RequestId, SessionId, Signed, UnixMs,
-    Verified,
+    AckId, BothSigned, Msat, NodeKey, Numerators, PaymentHash, Preimage, Quote, QuoteId, ReceiptId, RequestId, SessionId, Signed,
+    TransferId, UnixMs, Verified,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use thiserror::Error;
@@ -96,6 +96,9 @@ pub struct SessionState {
     receipted_slices: BTreeSet<u32>,
     receipted_paid: Msat,
     close: Option<SessionClose>,
+    /// Provider: the refund whose fate is not known, and how many came to nothing before it.
+    refund: Option<(PaymentHash, Msat)>,
+    refunds_failed: u32,
 }
 
 /// Requests that ended and are remembered, so that a late frame about one is not a new request.
@@ -125,6 +128,8 @@ impl SessionState {
             receipted_slices: BTreeSet::new(),
             receipted_paid: Msat::ZERO,
             close: None,
+            refund: None,
+            refunds_failed: 0,
         }
     }
 
@@ -182,6 +187,10 @@ impl SessionState {
     pub fn close_statement(&self) -> Option<&SessionClose> {
         self.close.as_ref()
     }
+    /// Provider: the refund that was attempted and whose fate is not known.
+    pub fn refund_in_flight(&self) -> Option<(PaymentHash, Msat)> {
+        self.refund
+    }
     /// Reserved by open requests.
     pub fn reserved(&self) -> Msat {
         self.requests.values().fold(Msat::ZERO, |sum, r| sum.saturating_add(r.reserved()))
@@ -233,10 +242,42 @@ impl SessionState {
 
     /// Provider: about to pay the remainder back.
     pub fn refund_attempted(&self, payment_hash: PaymentHash, amount: Msat, max_fee: Msat) -> Draft {
-        let id = transfer_id(self.id, None, TransferKind::Refund, 0);
         let (debit, credit) = (Account::RefundsDue(self.id), Account::Lightning);
         Draft::of(Evidence::RefundAttempted { session: self.id, payment_hash, amount, max_fee })
-            .with([Transfer::pending(id, debit, credit, amount, None)])
+            .with([Transfer::pending(self.refund_transfer(), debit, credit, amount, None)])
+    }
+
+    /// Provider: the remainder went back. Told twice, it is an error: a refund is booked once.
+    pub fn refund_settled(
+        &self,
+        payment_hash: PaymentHash,
+        preimage: Option<Preimage>,
+        fee: Msat,
+    ) -> Result<Draft, SessionError> {
+        let amount = self.refund_of(&payment_hash)?;
+        let mut transfers = vec![Transfer::post_pending(self.refund_transfer(), amount)];
+        if !fee.is_zero() {
+            let id = transfer_id(self.id, None, TransferKind::RefundFee, self.refunds_failed);
+            transfers.push(Transfer::post(id, Account::RoutingFees, Account::Lightning, fee));
+        }
+        let evidence = Evidence::RefundSettled { session: self.id, payment_hash, amount, fee, preimage };
+        Ok(Draft::of(evidence).with(transfers))
+    }
+
+    /// Provider: the refund was not paid and will not be; the remainder is still owed.
+    pub fn refund_failed(&self, payment_hash: PaymentHash, reason: String) -> Result<Draft, SessionError> {
+        self.refund_of(&payment_hash)?;
+        let void = Transfer::void(self.refund_transfer());
+        Ok(Draft::of(Evidence::PaymentFailed { payment_hash, reason }).with([void]))
+    }
+
+    fn refund_of(&self, hash: &PaymentHash) -> Result<Msat, SessionError> {
+        let found = self.refund.filter(|(known, _)| known == hash);
+        found.map(|(_, amount)| amount).ok_or(SessionError::UnknownPayment(*hash))
+    }
+
+    fn refund_transfer(&self) -> TransferId {
+        transfer_id(self.id, None, TransferKind::Refund, self.refunds_failed)
     }
 
     /// Consumer: the remainder came back.
@@ -264,7 +305,14 @@ impl SessionState {
                 self.apply_attempt(*k, payment_hash, *max_fee)
             }
             Evidence::PaymentSettled { payment_hash, .. } => self.apply_settled(payment_hash),
-            Evidence::PaymentFailed { payment_hash, .. } => self.apply_failed(payment_hash),
+            Evidence::PaymentFailed { payment_hash, .. } => {
+                if self.refund_of(payment_hash).is_ok() {
+                    self.refund = None;
+                    self.refunds_failed = self.refunds_failed.saturating_add(1);
+                    return Ok(());
+                }
+                self.apply_failed(payment_hash)
+            }
             Evidence::PaymentReceived { payment_hash, .. } => self.apply_received(payment_hash),
             Evidence::Request(signed) => self.apply_request(signed, &draft.transfers),
             Evidence::Ack(both) => self.apply_ack(both, &draft.transfers),
@@ -273,9 +321,14 @@ impl SessionState {
                 self.apply_abandoned(*request, *numerators)
             }
             Evidence::Close(signed) => self.apply_close(signed),
+            Evidence::RefundAttempted { session, payment_hash, amount, .. } if *session == self.id => {
+                self.refund = Some((*payment_hash, *amount));
+                Ok(())
+            }
             Evidence::RefundSettled { session, amount, .. } | Evidence::RefundReceived { session, amount, .. }
                 if *session == self.id =>
             {
+                self.refund = None;
                 self.refunded = self.refunded.checked_add(*amount).ok_or(SessionError::Overflow)?;
                 Ok(())
             }
@@ -298,11 +351,13 @@ impl SessionState {
     }
 
     fn apply_quote(&mut self, signed: &Signed<Quote>) -> Result<(), SessionError> {
-        // A quote for somebody else, or one whose signature does not hold, is not ours to fold.
-        let Ok(quote) = signed.verify(&self.open.provider) else { return Ok(()) };
-        if quote.consumer != self.open.consumer {
+        // A quote for somebody else, or one whose signature does not hold, is not ours to fold. Cheap checks first: a
+        // journal that is folded shows every session every quote.
+        let ours = |q: &Quote| q.consumer == self.open.consumer && q.provider == self.open.provider;
+        if !signed.peek().is_ok_and(|quote| ours(&quote)) {
             return Ok(());
         }
+        let Ok(quote) = signed.verify(&self.open.provider) else { return Ok(()) };
         let id = quote.quote_id();
         self.quotes.insert(id, quote.into_statement());
         self.current_quote = id;
@@ -337,7 +392,10 @@ impl SessionState {
 pub const HOLD_TIMEOUT_MS: u64 = 60 * 60 * 1_000;
 /// A request is ended by its provider after this long, in ms.
 pub const REQUEST_DEADLINE_MS: u64 = 30 * 60 * 1_000;
-const _: () = assert!(REQUEST_DEADLINE_MS < HOLD_TIMEOUT_MS, "a hold never expires under a live stream");
+/// How long a provider keeps requests open whose consumer is gone, in ms. Only their bookkeeping: nothing runs. A consumer
+/// that comes back shows an acknowledgement whose frame was lost, and both sides stand at the same figure again.
+pub const DETACHED_MS: u64 = 25 * 60 * 1_000;
+const _: () = assert!(REQUEST_DEADLINE_MS + DETACHED_MS < HOLD_TIMEOUT_MS, "a hold never expires under an open request");
 
 fn hold_expiry(now: UnixMs) -> Option<UnixMs> {
     Some(now.plus_ms(HOLD_TIMEOUT_MS))

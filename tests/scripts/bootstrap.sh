@@ -10,6 +10,9 @@ cd "$(dirname "$0")/../.."
 # shellcheck source=tests/scripts/env.sh
 . tests/scripts/env.sh
 
+# pip warns root of what `--target` avoids anyway.
+export PIP_ROOT_USER_ACTION=ignore
+
 say() { printf 'bootstrap: %s\n' "$*" >&2; }
 die() {
     printf 'error: %s\n' "$1" >&2

@@ -14,6 +14,7 @@
 //! - `conformance` (feature): the suite that the fake and every adapter pass.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 #![forbid(unsafe_code)]
+#![warn(clippy::float_arithmetic, clippy::cast_possible_truncation)]
 
 #[cfg(feature = "conformance")]
 pub mod conformance;

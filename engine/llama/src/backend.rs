@@ -7,13 +7,13 @@ use satgrid_engine::port::Profile;
 
 use crate::crowd::{Governor, SAMPLE, time_in_run_queue};
 use crate::ffi::{BatchRow, Context, ContextConfig, DecodeError, LoadError, Model, ModelConfig};
-use crate::scheduler::{Backend, Scheduler, Shape};
+use crate::scheduler::{Backend, Shape};
 use crate::settings::{BATCH, DEFAULT_CONTEXT, EngineSettings, MAX_SLOTS, TILED_PRODUCT};
 
-/// How long the prompts of others may hold up running streams, in one piece.
-const STALL_MS: u64 = 250;
-/// Bounds of a prompt's piece beside running streams, in positions.
-const MIN_PREFILL_BESIDE_STREAMS: u64 = 16;
+/// How long the prompts of others may hold up running streams, between two of their tokens.
+const STALL_MS: u64 = 400;
+/// Least positions of a prompt's piece beside running streams; also the shortest piece whose speed tells anything.
+const LEAST_PIECE: u32 = 16;
 
 /// Why a model does not run with these settings.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +42,8 @@ pub(crate) struct LlamaBackend {
     /// Batch time since the last look at the run queue, and what it said then.
     batch_time: Duration,
     queued: Option<Duration>,
+    /// Running mean of a prompt's positions per second.
+    prefill_per_s: Option<f64>,
 }
 
 impl LlamaBackend {
@@ -100,7 +102,7 @@ impl LlamaBackend {
         match Context::new(model, &config) {
             Some(context) if context.positions_per_slot() >= shape.context => {
                 let (governor, batch_time, queued) = (Governor::new(threads), Duration::ZERO, time_in_run_queue());
-                Ok(Self { context, eog, governor, batch_time, queued })
+                Ok(Self { context, eog, governor, batch_time, queued, prefill_per_s: None })
             }
             Some(_) | None => Err(no_memory),
         }
@@ -108,6 +110,22 @@ impl LlamaBackend {
 }
 
 impl LlamaBackend {
+    /// How many positions of a prompt may stand between two steps of running streams, so that these do not stall for longer
+    /// than [`STALL_MS`]; `None` before the first prompt.
+    pub(crate) fn piece_beside_streams(&self) -> Option<u32> {
+        // A float too large or not a number becomes the nearest bound.
+        let positions = (self.prefill_per_s? * STALL_MS as f64 / 1000.0) as u32;
+        Some(positions.clamp(LEAST_PIECE, BATCH))
+    }
+
+    fn mind_the_pace(&mut self, rows: &[BatchRow], took: Duration) {
+        let one_prompt = rows.first().map(|row| row.slot) == rows.last().map(|row| row.slot);
+        if one_prompt && rows.len() >= LEAST_PIECE as usize {
+            let now = rows.len() as f64 / took.as_secs_f64().max(1e-6);
+            self.prefill_per_s = Some(self.prefill_per_s.map_or(now, |mean| mean * 0.75 + now * 0.25));
+        }
+    }
+
     /// After a batch: looks now and then whether our threads had to wait for others, and takes fewer or more.
     fn mind_the_crowd(&mut self, batch_time: Duration) {
         self.batch_time += batch_time;
@@ -125,23 +143,13 @@ impl LlamaBackend {
     }
 }
 
-/// A shape whose prompts do not hold up streams for longer than [`STALL_MS`] at the measured speed.
-pub(crate) fn paced(shape: Shape, prefill_millitokens_per_s: u64) -> Shape {
-    let positions = prefill_millitokens_per_s.saturating_mul(STALL_MS) / 1_000_000;
-    let positions = positions.clamp(MIN_PREFILL_BESIDE_STREAMS, u64::from(shape.batch));
-    Shape { prefill_beside_streams: u32::try_from(positions).unwrap_or(shape.batch), ..shape }
-}
-
-/// The scheduler over a shape.
-pub(crate) fn scheduler(shape: Shape) -> Scheduler {
-    Scheduler::new(shape)
-}
-
 impl Backend for LlamaBackend {
     fn evaluate(&mut self, rows: &[BatchRow]) -> Result<(), DecodeError> {
         let begin = Instant::now();
         let result = self.context.decode(rows);
-        self.mind_the_crowd(begin.elapsed());
+        let took = begin.elapsed();
+        self.mind_the_crowd(took);
+        self.mind_the_pace(rows, took);
         result
     }
 

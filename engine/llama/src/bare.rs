@@ -9,7 +9,8 @@ use std::time::Instant;
 use satgrid_engine::port::{Command, EngineEvent, Job, JobId};
 use satgrid_engine::sampling::Sampling;
 
-use crate::backend::{LlamaBackend, scheduler};
+use crate::backend::LlamaBackend;
+use crate::scheduler::Scheduler;
 use crate::settings::{EngineSettings, WorkerArgs, environment};
 
 /// Equal jobs that start at once.
@@ -60,7 +61,7 @@ pub fn measure(exe: &Path, subcommand: &[&str], settings: &EngineSettings, load:
 pub fn run(settings: &EngineSettings, load: Load) -> Result<Report, BareError> {
     let (mut backend, shape) =
         LlamaBackend::open(settings, |_| {}).map_err(|error| BareError::Open(error.to_string()))?;
-    let mut scheduler = scheduler(shape);
+    let mut scheduler = Scheduler::new(shape);
     let begin = Instant::now();
     for stream in 0..load.streams {
         let job = job(stream, load, shape.vocab);
@@ -71,6 +72,9 @@ pub fn run(settings: &EngineSettings, load: Load) -> Result<Report, BareError> {
     }
     let (mut first_token_ms, mut tokens, mut since_prompts) = (Vec::new(), 0_u64, None);
     while scheduler.step(&mut backend) {
+        if let Some(positions) = backend.piece_beside_streams() {
+            scheduler.set_prefill_beside_streams(positions);
+        }
         let now = begin.elapsed().as_secs_f64();
         for event in scheduler.take_events() {
             match event {

@@ -180,8 +180,12 @@ impl Keeper {
                     // None once the engine is shut down, which the other arm tells too.
                     let Some(command) = command else { break false };
                     match wire::encode(&ToWorker::Command(command)) {
-                        // An error shows as the end of the inbox, after the child's last words.
-                        Ok(frame) => { let _ = writer.write_all(&frame).await; }
+                        Ok(frame) => tokio::select! {
+                            // An error shows as the end of the inbox, after the child's last words.
+                            _ = writer.write_all(&frame) => {}
+                            // A child that hangs reads nothing.
+                            _ = self.stop.changed() => break false,
+                        },
                         Err(error) => tracing::error!(%error, "a command that does not fit a frame"),
                     }
                 },

@@ -29,6 +29,7 @@ mod plan;
 mod scheduler;
 mod settings;
 mod tokenizer;
+mod watchdog;
 mod wire;
 mod worker;
 

@@ -1,8 +1,8 @@
 //! What the next batch computes: a pure function of how far each running job is and may go.
 //!
-//! Streams come first and prompts fill the gaps. While any stream is decoding, a prompt gets at most
-//! [`Limits::prefill_beside_streams`] positions between two steps of the streams, so a long prompt slows them but never
-//! stops them; alone it gets a whole batch. Prompts take turns, the one served longest ago first.
+//! While any stream is decoding, prompts together get at most [`Limits::prefill_beside_streams`] positions between two
+//! steps of the streams, so they slow these but never stop them; alone they get whole batches. Up to that bound prompts
+//! go first: the sooner they are streams, the more of them share each step. They take turns, the one served longest ago first.
 //!
 //! | profile | a batch is                                                                        |
 //! |---------|-----------------------------------------------------------------------------------|
@@ -12,6 +12,9 @@
 //! This module computes nothing and holds no state; the scheduler passes what it needs and acts on the answer.
 
 use satgrid_engine::port::Profile;
+
+/// A shorter piece of a prompt is not worth a batch of its own.
+const LEAST_CHUNK: u32 = 8;
 
 /// How far one running job is. Positions count from 0 through prompt and output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,9 +62,9 @@ impl Progress {
     }
 }
 
-/// The next batch, by rising slot; empty when no job may go on. `after_prefill`: the batch before this one held prompt
-/// positions beyond single ones, so streams that wait are next.
-pub(crate) fn plan_batch(jobs: &[Progress], limits: &Limits, after_prefill: bool) -> Vec<Chunk> {
+/// The next batch, by rising slot; empty when no job may go on. `since_step` counts the positions in batches that were a
+/// prompt's alone since streams were last served.
+pub(crate) fn plan_batch(jobs: &[Progress], limits: &Limits, since_step: u32) -> Vec<Chunk> {
     let batch = limits.batch.max(1);
     let mut ready: Vec<&Progress> = jobs.iter().filter(|job| job.ready() > 0).collect();
     ready.sort_by_key(|job| job.slot);
@@ -75,11 +78,9 @@ pub(crate) fn plan_batch(jobs: &[Progress], limits: &Limits, after_prefill: bool
             // A prompt's lone position looks like a step of a stream and goes with them.
             let singles = ready.iter().filter(|job| !job.is_prefilling() || job.ready() == 1);
             let steps: Vec<Chunk> = singles.take(batch as usize).map(|job| job.next(1)).collect();
-            let long = prompts.iter().find(|job| job.ready() > 1);
-            match long {
-                Some(job) if steps.is_empty() || !after_prefill => vec![job.next(prefill)],
-                Some(_) | None => steps,
-            }
+            let room = if steps.is_empty() { batch } else { prefill.saturating_sub(since_step) };
+            let long = prompts.iter().find(|job| job.ready() > 1 && room >= LEAST_CHUNK.min(job.ready()));
+            long.map_or(steps, |job| vec![job.next(room)])
         }
         Profile::Fast => {
             let steps = ready.iter().filter(|job| !job.is_prefilling()).take(batch as usize);
@@ -122,10 +123,10 @@ mod tests {
         }
     }
 
-    fn check(profile: Profile, jobs: &[&str], after_prefill: bool, expect: &str) {
+    fn check(profile: Profile, jobs: &[&str], since_step: u32, expect: &str) {
         let jobs: Vec<Progress> = jobs.iter().enumerate().map(|(slot, text)| job(slot, text)).collect();
         let limits = Limits { profile, batch: 512, prefill_beside_streams: 64 };
-        let plan = plan_batch(&jobs, &limits, after_prefill);
+        let plan = plan_batch(&jobs, &limits, since_step);
         let text: Vec<String> = plan.iter().map(|c| format!("{}:{}..{}", c.slot, c.from, c.upto)).collect();
         assert_eq!(text.join(" "), expect, "{jobs:?}");
         let rows: u32 = plan.iter().map(|c| c.upto - c.from).sum();
@@ -137,25 +138,30 @@ mod tests {
 
     #[test]
     fn exact_batches_are_one_row_of_many_or_many_of_one() {
-        let exact = |jobs: &[&str], after, expect| check(Profile::Exact, jobs, after, expect);
-        exact(&[], false, "");
-        exact(&["s5!", "p0/10<0"], false, "");
-        exact(&["s5", "s9", "s7!"], false, "0:5..6 1:9..10");
-        exact(&["p0/2000"], false, "0:0..512");
-        exact(&["p0/2000"], true, "0:0..512");
-        exact(&["p1536/2000<1600"], false, "0:1536..1600");
+        let exact = |jobs: &[&str], since_step, expect| check(Profile::Exact, jobs, since_step, expect);
+        exact(&[], 0, "");
+        exact(&["s5!", "p0/10<0"], 0, "");
+        exact(&["s5", "s9", "s7!"], 0, "0:5..6 1:9..10");
+        exact(&["p0/2000"], 0, "0:0..512");
+        exact(&["p0/2000"], 64, "0:0..512");
+        exact(&["p1536/2000<1600"], 0, "0:1536..1600");
         // A stream beside a long prompt: chunk, step, chunk, step, and small chunks.
-        exact(&["s5", "p0/2000"], false, "1:0..64");
-        exact(&["s5", "p64/2000"], true, "0:5..6");
+        exact(&["s5", "p0/2000"], 0, "1:0..64");
+        exact(&["s5", "p64/2000"], 64, "0:5..6");
+        exact(&["s5", "p60/2000"], 60, "0:5..6");
+        // Short prompts share what is allowed between two steps.
+        exact(&["s5", "p0/32", "p0/32"], 0, "1:0..32");
+        exact(&["s5", "s33", "p0/32"], 32, "2:0..32");
+        exact(&["s5", "s33", "p0/62"], 32, "2:0..32");
         // A lone position joins the streams.
-        exact(&["s5", "p9/10", "p3/10<4"], false, "0:5..6 1:9..10 2:3..4");
-        exact(&["p9/10", "p0/10"], false, "1:0..10");
-        exact(&["p9/10", "p0/10"], true, "0:9..10");
+        exact(&["s5", "p9/10", "p3/10<4"], 0, "0:5..6 1:9..10 2:3..4");
+        exact(&["p9/10", "p0/10"], 0, "1:0..10");
+        exact(&["p9/10", "p0/10"], 512, "0:9..10");
     }
 
     #[test]
     fn fast_batches_mix_streams_and_prompts() {
-        let fast = |jobs: &[&str], expect| check(Profile::Fast, jobs, true, expect);
+        let fast = |jobs: &[&str], expect| check(Profile::Fast, jobs, 0, expect);
         fast(&[], "");
         fast(&["s5", "p0/2000", "s9"], "0:5..6 1:0..64 2:9..10");
         fast(&["p0/300", "p0/300", "p0/10<0"], "0:0..300 1:0..212");
@@ -168,7 +174,7 @@ mod tests {
         let mut jobs: Vec<Progress> = (0..3).map(|slot| job(slot, "p0/250")).collect();
         let mut order = Vec::new();
         for number in 1.. {
-            let plan = plan_batch(&jobs, &limits, true);
+            let plan = plan_batch(&jobs, &limits, 0);
             let Some(chunk) = plan.first() else { break };
             order.push(chunk.slot);
             jobs[chunk.slot as usize].at = chunk.upto;
@@ -177,18 +183,18 @@ mod tests {
         assert_eq!(order, [0, 1, 2, 0, 1, 2, 0, 1, 2]);
     }
 
-    /// Whatever the mix, no stream waits for more than one small chunk, and every granted position is computed.
+    /// Whatever the mix, no stream waits for more than the allowed positions, and every granted position is computed.
     #[test]
     fn streams_are_never_starved() {
         for profile in [Profile::Exact, Profile::Fast] {
             let limits = Limits { profile, batch: 512, prefill_beside_streams: 64 };
             let mut jobs = vec![job(0, "s10"), job(1, "p0/1000"), job(2, "p0/700"), job(3, "s20")];
-            let (mut after, mut waited) = (false, 0);
+            let mut waited = 0;
             for number in 1..200 {
-                let plan = plan_batch(&jobs, &limits, after);
-                after = plan.iter().any(|c| c.upto - c.from > 1);
-                waited = if plan.iter().any(|c| c.slot == 0) { 0 } else { waited + 1 };
-                assert!(waited <= 1, "{profile:?}: the stream waits at batch {number}");
+                let plan = plan_batch(&jobs, &limits, waited);
+                let rows: u32 = plan.iter().map(|c| c.upto - c.from).sum();
+                waited = if plan.iter().any(|c| c.slot == 0) { 0 } else { waited + rows };
+                assert!(waited <= 64, "{profile:?}: the stream waits at batch {number}");
                 for chunk in plan {
                     let job = &mut jobs[chunk.slot as usize];
                     assert_eq!(job.at, chunk.from);

@@ -12,14 +12,15 @@
 //!
 //! A job is seated when its first grant is in and a slot is free of running jobs; until then it queues.
 
+mod slot;
+
 use std::collections::VecDeque;
 
 use satgrid_engine::port::{Command, EngineEvent, FinishReason, Job, JobError, JobId, Profile};
-use satgrid_engine::sampling::draw;
-use satgrid_engine::stop::StopMatcher;
 
 use crate::ffi::{BatchRow, DecodeError};
 use crate::plan::{Limits, Progress, plan_batch};
+use slot::{Grant, Running, Slot, Waiting};
 
 /// Jobs that wait for a slot or a grant; more are refused as busy.
 pub(crate) const MAX_QUEUED: usize = 256;
@@ -57,56 +58,14 @@ pub(crate) struct Scheduler {
     events: Vec<EngineEvent>,
     /// Batches planned so far; orders prompts' turns and slots' last use.
     batches: u64,
-    after_prefill: bool,
-}
-
-#[derive(Default)]
-struct Slot {
-    running: Option<Running>,
-    /// Tokens in the sequence while no job runs.
-    idle: Vec<u32>,
-    session: Option<[u8; 32]>,
-    used: u64,
-}
-
-struct Waiting {
-    job: Job,
-    grant: Grant,
-}
-
-/// Granted positions of the prompt and granted output tokens.
-#[derive(Debug, Clone, Copy, Default)]
-struct Grant {
-    prompt: u32,
-    output: u32,
-}
-
-struct Running {
-    job: Job,
-    grant: Grant,
-    /// Prompt, then every token drawn.
-    tokens: Vec<u32>,
-    prompt: u32,
-    /// Positions in the cache.
-    at: u32,
-    /// Positions that were there before.
-    cached: u32,
-    /// Covered and cached positions last told.
-    told: (u32, u32),
-    /// Output tokens told.
-    emitted: u32,
-    /// Output tokens at which the job ends.
-    limit: u32,
-    stop: StopMatcher,
-    served: u64,
-    /// False once the session is forgotten: nothing stays after the job.
-    keep: bool,
+    /// Positions in batches that were a prompt's alone, since the last batch that was not.
+    since_step: u32,
 }
 
 impl Scheduler {
     pub(crate) fn new(shape: Shape) -> Self {
         let slots = (0..shape.slots).map(|_| Slot::default()).collect();
-        Self { shape, slots, queue: VecDeque::new(), events: Vec::new(), batches: 0, after_prefill: false }
+        Self { shape, slots, queue: VecDeque::new(), events: Vec::new(), batches: 0, since_step: 0 }
     }
 
     /// The events since the last call, in order.
@@ -125,6 +84,11 @@ impl Scheduler {
         }
     }
 
+    /// Sets how many positions of a prompt may stand between two steps of running streams.
+    pub(crate) fn set_prefill_beside_streams(&mut self, positions: u32) {
+        self.shape.prefill_beside_streams = positions;
+    }
+
     /// Seats waiting jobs and computes one batch. False if there was nothing to compute.
     pub(crate) fn step(&mut self, backend: &mut impl Backend) -> bool {
         self.seat_waiting(backend);
@@ -134,12 +98,15 @@ impl Scheduler {
             prefill_beside_streams: self.shape.prefill_beside_streams,
         };
         let jobs: Vec<Progress> = (0_u32..).zip(&self.slots).filter_map(|(slot, s)| s.progress(slot)).collect();
-        let chunks = plan_batch(&jobs, &limits, self.after_prefill);
+        let chunks = plan_batch(&jobs, &limits, self.since_step);
         if chunks.is_empty() {
             return false;
         }
         self.batches += 1;
-        self.after_prefill = chunks.iter().any(|chunk| chunk.upto - chunk.from > 1);
+        self.since_step = match chunks.as_slice() {
+            [alone] if alone.upto - alone.from > 1 => self.since_step.saturating_add(alone.upto - alone.from),
+            _ => 0,
+        };
 
         let mut rows = Vec::new();
         // Of each slot with a chunk: the positions it then holds, and the row of its last one.
@@ -359,63 +326,6 @@ impl Scheduler {
 
     fn find(&self, id: JobId) -> Option<usize> {
         self.slots.iter().position(|slot| slot.running.as_ref().is_some_and(|running| running.job.id == id))
-    }
-}
-
-impl Slot {
-    fn clear(&mut self) {
-        self.idle.clear();
-        self.session = None;
-    }
-
-    fn progress(&self, slot: u32) -> Option<Progress> {
-        let running = self.running.as_ref()?;
-        let upto = if running.at < running.prompt {
-            running.prompt.min(running.grant.prompt)
-        } else {
-            // Position p yields output p - prompt + 1, which must be granted; the tokens must be known.
-            let granted = running.prompt.saturating_add(running.grant.output).saturating_sub(1);
-            granted.min(to_u32(running.tokens.len()))
-        };
-        Some(Progress { slot, at: running.at, prompt: running.prompt, upto, served: running.served })
-    }
-}
-
-impl Grant {
-    fn raise(&mut self, other: Self) {
-        self.prompt = self.prompt.max(other.prompt);
-        self.output = self.output.max(other.output);
-    }
-}
-
-impl Running {
-    fn new(mut job: Job, grant: Grant, cached: u32, limit: u32, backend: &impl Backend) -> Self {
-        let prompt = to_u32(job.prompt.len());
-        if job.ignore_eos {
-            job.sampling.forbid(backend.eog().iter().copied());
-        }
-        let mut stop = StopMatcher::new(&job.stop);
-        let resumed = job.prompt.len().saturating_sub(job.resumed as usize);
-        for &token in job.prompt.iter().skip(resumed) {
-            stop.push(&backend.piece(token));
-        }
-        let tokens = job.prompt.clone();
-        let (told, emitted, served) = ((0, 0), 0, 0);
-        Self { job, grant, tokens, prompt, at: cached, cached, told, emitted, limit, stop, served, keep: true }
-    }
-
-    /// Draws the next token from the logits of a row.
-    fn draw(&self, row: usize, backend: &mut impl Backend) -> Result<u32, String> {
-        let index = to_u32(self.tokens.len()).saturating_sub(self.prompt);
-        let logits = backend.logits(row).map_err(|error| error.to_string())?;
-        let position = self.job.resumed.saturating_add(index);
-        draw(logits, &self.tokens, &self.job.sampling, position).ok_or_else(|| "no token is possible".to_owned())
-    }
-
-    /// Feeds a told token to the stop strings; true once one is complete.
-    fn stops_at(&mut self, token: u32, backend: &impl Backend) -> bool {
-        self.stop.push(&backend.piece(token));
-        self.stop.stopped()
     }
 }
 

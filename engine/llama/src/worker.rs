@@ -8,18 +8,20 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Rlimit, setrlimit};
-use satgrid_engine::port::{EngineFacts, SpecialTokens, TokenizerError};
+use satgrid_engine::port::{Command, EngineFacts, SpecialTokens, TokenizerError};
 
-use crate::backend::{LlamaBackend, paced, scheduler};
+use crate::backend::LlamaBackend;
 use crate::bare;
 use crate::facts;
 use crate::ffi::{Model, ModelConfig};
 use crate::model_file;
 use crate::scheduler::Scheduler;
 use crate::settings::{BATCH, EngineSettings, WorkerArgs};
+use crate::watchdog::Watchdog;
 use crate::wire::{self, FromWorker, PieceBytes, PieceTable, ToWorker, VERSION, VocabFacts};
 
 /// Exit codes: the parent went, or all is well; the file did not load; the process was not started by a node.
@@ -27,6 +29,8 @@ const GONE: u8 = 0;
 const NOT_LOADED: u8 = 2;
 const MISUSED: u8 = 64;
 
+/// An idle engine waits this long for more jobs before it begins with the first: those that come together share batches.
+const GATHER: Duration = Duration::from_millis(2);
 /// Most tokens and most bytes of pieces in a vocabulary; a file that claims more is refused.
 const MAX_VOCAB: u32 = 2_000_000;
 const MAX_PIECES: usize = 32 * 1024 * 1024;
@@ -86,7 +90,8 @@ impl From<io::Error> for Stop {
     }
 }
 
-/// No core dumps: they would hold prompts. For strangers' files also a bound on memory.
+/// No core dumps: they would hold prompts. Where memory runs out this process is the one to go, never the node with its
+/// wallet. For strangers' files also a bound on memory.
 fn limit(memory: Option<u64>) {
     let set = |resource, most: u64| {
         // A system that refuses leaves the process as it was; the other walls stand.
@@ -95,6 +100,9 @@ fn limit(memory: Option<u64>) {
         }
     };
     set(Resource::Core, 0);
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "1000") {
+        tracing::debug!(%error, "the system was not told whom to end first");
+    }
     if let Some(memory) = memory {
         set(Resource::As, memory);
     }
@@ -171,25 +179,29 @@ fn run_engine(settings: &EngineSettings, link: &mut Link) -> Result<(), Stop> {
         speed,
     };
     link.send(&FromWorker::EngineReady(Box::new(facts)))?;
-    let shape = paced(shape, speed.map_or(0, |speed| speed.prefill_millitokens_per_s));
-    drive(&mut scheduler(shape), &mut backend, link)
+    drive(&mut Scheduler::new(shape), &mut backend, link)
 }
 
 /// The engine's one thread: commands between batches, then a batch, then its events.
 fn drive(scheduler: &mut Scheduler, backend: &mut LlamaBackend, link: &mut Link) -> Result<(), Stop> {
     let mut idle = false;
+    let mut gather_until = Instant::now();
+    let watchdog = Watchdog::start()?;
     loop {
         let request = if idle {
             Some(link.requests.recv().map_err(|_| Stop::ParentGone)?)
         } else {
-            match link.requests.try_recv() {
+            match link.requests.recv_timeout(gather_until.saturating_duration_since(Instant::now())) {
                 Ok(request) => Some(request),
-                Err(TryRecvError::Empty) => None,
-                Err(TryRecvError::Disconnected) => return Err(Stop::ParentGone),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => return Err(Stop::ParentGone),
             }
         };
         match request {
             Some(ToWorker::Command(command)) => {
+                if idle && matches!(command, Command::Start(_)) {
+                    gather_until = Instant::now() + GATHER;
+                }
                 scheduler.handle(command, backend);
                 idle = false;
                 // More commands may wait; a batch is long, so all are heard before it.
@@ -199,7 +211,14 @@ fn drive(scheduler: &mut Scheduler, backend: &mut LlamaBackend, link: &mut Link)
                 tracing::error!("an engine was asked to tokenise");
                 continue;
             }
-            None => idle = !scheduler.step(backend),
+            None => {
+                watchdog.begin();
+                idle = !scheduler.step(backend);
+                watchdog.end();
+            }
+        }
+        if let Some(positions) = backend.piece_beside_streams() {
+            scheduler.set_prefill_beside_streams(positions);
         }
         let events = scheduler.take_events();
         if !events.is_empty() {

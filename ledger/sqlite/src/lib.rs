@@ -1,1 +1,22 @@
+//! The journal on SQLite: one writer with group commit, readers that never block it, proofs from stored tiles.
+//!
+//! | file | for |
+//! |---|---|
+//! | `journal` | [`SqliteJournal`]: what a node opens, once, for writing |
+//! | `writer` | the task that owns the writing connection and commits many appends in one transaction |
+//! | `reader` | [`SqliteReader`]: entries, checkpoints and proofs, also beside a running node |
+//! | `lock` | a second process is refused |
+//!
+//! SQLite runs in WAL mode with `synchronous=FULL`: an append that returned is on the disk. This crate decides nothing
+//! about money; it keeps the bytes that it is given.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod journal;
+mod lock;
+mod open;
+mod reader;
+mod writer;
+
+pub use journal::{Options, SqliteJournal};
+pub use open::OpenError;
+pub use reader::SqliteReader;

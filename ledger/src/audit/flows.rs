@@ -37,7 +37,8 @@ impl Flows {
             match transfer.op {
                 TransferOp::Post { debit, credit, amount } => flows.post(debit, credit, amount),
                 TransferOp::Pending { debit, credit, amount, expires_at } => {
-                    flows.opened.push((transfer.id, Hold { debit, credit, amount, expires_at, since: at }));
+                    let session = debit.session().or(credit.session());
+                    flows.opened.push((transfer.id, Hold { debit, credit, amount, expires_at, since: at, session }));
                 }
                 TransferOp::PostPending { pending, amount } => {
                     if let Some(hold) = flows.end(books, pending, Ending::Posted) {
@@ -105,8 +106,16 @@ pub(super) enum Reserves {
     /// Work to come in this session.
     Work(SessionId),
     /// A slice, and at most `max_fee` for its route.
-    Slice { session: SessionId, amount: Msat, max_fee: Msat },
-    Refund { session: SessionId, amount: Msat, max_fee: Msat },
+    Slice {
+        session: SessionId,
+        amount: Msat,
+        max_fee: Msat,
+    },
+    Refund {
+        session: SessionId,
+        amount: Msat,
+        max_fee: Msat,
+    },
 }
 
 /// Is it money on its way through Lightning? Such holds end by the wallet's word alone.
@@ -137,7 +146,9 @@ pub(super) fn judge(backing: &Backing, flows: &Flows, notes: &mut Notes) {
             (wanted == flows.net, *reserves)
         }
         Backing::Remainder(session, reserves) => (flows.net.is_empty() || is_remainder(flows, *session), *reserves),
-        Backing::RefundOut { session, amount, fee } => (is_refund_out(flows, *session, *amount, *fee), Reserves::Nothing),
+        Backing::RefundOut { session, amount, fee } => {
+            (is_refund_out(flows, *session, *amount, *fee), Reserves::Nothing)
+        }
         Backing::RefundIn { session, amount, cap } => (is_refund_in(flows, *session, *amount, *cap), Reserves::Nothing),
         Backing::Alone => {
             let session = flows.net.keys().find_map(Account::session);
@@ -233,7 +244,8 @@ fn payment_fits(flows: &Flows, pair: (Account, Account), least: Msat, most: Msat
 }
 
 fn show(flows: &Flows) -> String {
-    let mut parts: Vec<String> = flows.net.iter().map(|(account, msat)| format!("{} {msat:+}", account.name())).collect();
+    let mut parts: Vec<String> =
+        flows.net.iter().map(|(account, msat)| format!("{} {msat:+}", account.name())).collect();
     parts.truncate(8);
     if parts.is_empty() { "nothing".into() } else { parts.join(", ") }
 }

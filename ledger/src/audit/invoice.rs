@@ -27,10 +27,11 @@ pub fn read_invoice(bolt11: &str) -> Result<InvoiceFacts, String> {
     let invoice: SignedRawBolt11Invoice = bolt11.parse().map_err(|e| format!("{e}"))?;
     let (mut hashes, mut descriptions) = (Vec::new(), Vec::new());
     for field in invoice.known_tagged_fields() {
-        match field {
-            TaggedField::PaymentHash(hash) => hashes.push(PaymentHash(*AsRef::<[u8; 32]>::as_ref(&hash.0))),
-            TaggedField::DescriptionHash(hash) => descriptions.push(Digest(*AsRef::<[u8; 32]>::as_ref(&hash.0))),
-            _ => {}
+        if let TaggedField::PaymentHash(hash) = field {
+            hashes.push(PaymentHash(*AsRef::<[u8; 32]>::as_ref(&hash.0)));
+        }
+        if let TaggedField::DescriptionHash(hash) = field {
+            descriptions.push(Digest(*AsRef::<[u8; 32]>::as_ref(&hash.0)));
         }
     }
     let [payment_hash] = hashes[..] else { return Err("not exactly one payment hash".into()) };

@@ -23,7 +23,7 @@ mod session;
 pub use cross::cross_check;
 pub use finding::*;
 pub use fold::{Auditor, Detail, audit};
-pub use invoice::{InvoiceFacts, read_invoice};
+pub use invoice::{InvoiceFacts, MAX_BOLT11_LEN, read_invoice};
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -30,7 +30,7 @@ impl SessionAudit {
         notes: &mut Notes,
     ) -> (Backing, Option<PaymentHash>) {
         let provider = self.owed_by();
-        notes.version::<SliceDescriptor>(terms.version, SliceDescriptor::VERSION);
+        notes.version("slice descriptor", terms.version, SliceDescriptor::VERSION);
         let facts = match read_invoice(bolt11) {
             Ok(facts) => facts,
             Err(why) => {
@@ -66,7 +66,9 @@ impl SessionAudit {
             SliceStatus::Invoiced | SliceStatus::Failed => true,
             SliceStatus::Attempted | SliceStatus::Paid => false,
         });
-        if notes.require(k <= next && open, Rule::InvoiceSequence, provider, || format!("slice {k}, the next is {next}")) {
+        if notes
+            .require(k <= next && open, Rule::InvoiceSequence, provider, || format!("slice {k}, the next is {next}"))
+        {
             let slice = Slice {
                 hash: facts.payment_hash,
                 amount: terms.amount,
@@ -114,7 +116,9 @@ impl SessionAudit {
         };
         match slice.status {
             SliceStatus::Attempted => {}
-            SliceStatus::Paid => notes.add(Rule::PaymentTwice, Party::Exporter, format!("slice {k} was settled before")),
+            SliceStatus::Paid => {
+                notes.add(Rule::PaymentTwice, Party::Exporter, format!("slice {k} was settled before"))
+            }
             SliceStatus::Invoiced | SliceStatus::Failed => {
                 notes.add(Rule::PaymentUnknown, Party::Exporter, format!("slice {k} was not attempted"));
             }
@@ -181,7 +185,13 @@ impl SessionAudit {
     }
 
     /// Provider: about to pay a remainder back.
-    pub(super) fn refund_attempted(&mut self, hash: PaymentHash, amount: Msat, max_fee: Msat, notes: &mut Notes) -> Backing {
+    pub(super) fn refund_attempted(
+        &mut self,
+        hash: PaymentHash,
+        amount: Msat,
+        max_fee: Msat,
+        notes: &mut Notes,
+    ) -> Backing {
         let remainder = self.remainder();
         notes.require(amount <= remainder && self.as_provider, Rule::RefundInvalid, Party::Exporter, || {
             format!("{amount}, owed are {remainder}")

@@ -14,7 +14,7 @@ use crate::{
 use satgrid_pricing::{charge, marginal_charge, numerators};
 use satgrid_types::{
     AckId, BothSigned, Digest, Msat, NodeKey, Numerators, Quote, QuoteId, ReceiptId, RequestId, SessionId, Signed,
-    Statement, TransferId, VerifyError,
+    Statement, TransferId, VerifyError, verify_body,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -44,9 +44,9 @@ impl Notes {
         };
         self.add(rule, Party::Exporter, error.to_string());
     }
-    pub(super) fn version<T: Statement>(&mut self, given: u32, known: u32) {
+    pub(super) fn version(&mut self, kind: &str, given: u32, known: u32) {
         self.require(given == known, Rule::StatementVersion, Party::Exporter, || {
-            format!("{} version {given}, this program knows {known}", T::KIND)
+            format!("{kind} version {given}, this program knows {known}")
         });
     }
 }
@@ -113,7 +113,13 @@ pub(super) struct SessionAudit {
 }
 
 impl SessionAudit {
-    pub(super) fn new(id: SessionId, as_provider: bool, open: &SessionOpen, quotes: BTreeMap<QuoteId, Quote>, keep: bool) -> Self {
+    pub(super) fn new(
+        id: SessionId,
+        as_provider: bool,
+        open: &SessionOpen,
+        quotes: BTreeMap<QuoteId, Quote>,
+        keep: bool,
+    ) -> Self {
         let summary = keep.then(|| SessionSummary {
             provider: Some(open.provider),
             consumer: Some(open.consumer),
@@ -148,10 +154,6 @@ impl SessionAudit {
     pub(super) fn remainder(&self) -> Msat {
         self.paid.saturating_sub(self.charged).saturating_sub(self.refunded)
     }
-    /// The account that holds what was paid in and not used up.
-    pub(super) fn prepaid(&self) -> Account {
-        if self.as_provider { Account::Prepaid(self.id) } else { Account::PrepaidAsset(self.id) }
-    }
     pub(super) fn owed_by(&self) -> Party {
         Party::Provider(self.provider)
     }
@@ -175,15 +177,18 @@ impl SessionAudit {
         self.quotes.insert(id, quote);
     }
 
-    pub(super) fn request(&mut self, signed: &Signed<RequestOpen>, holds: Vec<TransferId>, notes: &mut Notes) -> Backing {
-        let open = match signed.verify(&self.consumer) {
-            Ok(open) => open.into_statement(),
-            Err(error) => {
-                notes.refuse(&error);
-                return Backing::Unjudged;
-            }
-        };
-        notes.version::<RequestOpen>(open.version, RequestOpen::VERSION);
+    pub(super) fn request(
+        &mut self,
+        signed: &Signed<RequestOpen>,
+        open: RequestOpen,
+        holds: Vec<TransferId>,
+        notes: &mut Notes,
+    ) -> Backing {
+        if let Err(error) = signed_by(signed, &self.consumer) {
+            notes.refuse(&error);
+            return Backing::Unjudged;
+        }
+        notes.version(RequestOpen::KIND, open.version, RequestOpen::VERSION);
         let consumer = Party::Consumer(self.consumer);
         let fresh = !self.requests.contains_key(&open.request) && !self.ended.contains(&half(&open.request));
         notes.require(fresh, Rule::RequestInvalid, consumer, || format!("request {} was opened before", open.request));
@@ -199,21 +204,29 @@ impl SessionAudit {
         Backing::Exactly(Vec::new(), Reserves::Work(self.id))
     }
 
-    pub(super) fn ack(&mut self, both: &BothSigned<Ack>, holds: Vec<TransferId>, notes: &mut Notes) -> Backing {
-        let ack = match both.verify(&self.provider, &self.consumer) {
-            Ok(ack) => ack,
-            Err(error) => {
-                notes.refuse(&error);
-                return Backing::Unjudged;
-            }
-        };
-        notes.version::<Ack>(ack.version, Ack::VERSION);
+    pub(super) fn ack(
+        &mut self,
+        both: &BothSigned<Ack>,
+        ack: Ack,
+        holds: Vec<TransferId>,
+        notes: &mut Notes,
+    ) -> Backing {
+        if let Err(error) = signed_by_both(both, &self.provider, &self.consumer) {
+            notes.refuse(&error);
+            return Backing::Unjudged;
+        }
+        notes.version(Ack::KIND, ack.version, Ack::VERSION);
         let provider = self.owed_by();
         let Some(request) = self.requests.get_mut(&ack.request) else {
-            notes.add(Rule::RequestUnknown, provider, format!("an acknowledgement of {}, which is not open", ack.request));
+            notes.add(
+                Rule::RequestUnknown,
+                provider,
+                format!("an acknowledgement of {}, which is not open", ack.request),
+            );
             return Backing::Unjudged;
         };
-        let (seq, before) = request.last_ack.as_ref().map_or((0, Default::default()), |(_, last)| (last.seq, last.usage));
+        let (seq, before) =
+            request.last_ack.as_ref().map_or((0, Default::default()), |(_, last)| (last.seq, last.usage));
         notes.require(ack.seq > seq, Rule::AckSequence, provider, || format!("number {} after {seq}", ack.seq));
         let fits = ack.usage.covers(&before)
             && ack.usage.is_consistent()
@@ -238,19 +251,16 @@ impl SessionAudit {
     /// A finished request. `at` is where the receipt stands in the log: its number and leaf.
     pub(super) fn receipt(
         &mut self,
-        both: &BothSigned<Receipt>,
+        (both, receipt): (&BothSigned<Receipt>, Receipt),
         opening: Option<&ReceiptOpening>,
         at: (u64, Digest),
         notes: &mut Notes,
     ) -> Backing {
-        let receipt = match both.verify(&self.provider, &self.consumer) {
-            Ok(receipt) => receipt,
-            Err(error) => {
-                notes.refuse(&error);
-                return Backing::Unjudged;
-            }
-        };
-        notes.version::<Receipt>(receipt.version, Receipt::VERSION);
+        if let Err(error) = signed_by_both(both, &self.provider, &self.consumer) {
+            notes.refuse(&error);
+            return Backing::Unjudged;
+        }
+        notes.version(Receipt::KIND, receipt.version, Receipt::VERSION);
         let provider = self.owed_by();
         let id = receipt_id(both);
         let chained = receipt.seq == self.receipts && receipt.previous == self.last_receipt;
@@ -261,7 +271,11 @@ impl SessionAudit {
         self.ended.insert(half(&receipt.request));
         match &request {
             Some(request) => self.check_receipt_work(&receipt, request, opening, notes),
-            None => notes.add(Rule::RequestUnknown, provider, format!("a receipt of {}, which is not open", receipt.request)),
+            None => notes.add(
+                Rule::RequestUnknown,
+                provider,
+                format!("a receipt of {}, which is not open", receipt.request),
+            ),
         }
         if let Some(opening) = opening {
             let opens = opening.private.commitment(&opening.salt) == receipt.private_hash;
@@ -278,7 +292,10 @@ impl SessionAudit {
         self.add_charge(receipt.numerators, cost);
         let cumulative = receipt.cumulative_numerators == self.numerators && receipt.cumulative_cost == self.charged;
         notes.require(cumulative, Rule::ReceiptCumulative, provider, || {
-            format!("says {} for {}, computed {}", receipt.cumulative_cost, receipt.cumulative_numerators.0, self.charged)
+            format!(
+                "says {} for {}, computed {}",
+                receipt.cumulative_cost, receipt.cumulative_numerators.0, self.charged
+            )
         });
         self.check_receipt_slices(&receipt, notes);
         self.receipts = self.receipts.saturating_add(1);
@@ -372,7 +389,10 @@ impl SessionAudit {
                 moved && same && first
             });
             notes.require(known, Rule::ReceiptSlices, provider, || {
-                format!("slice {} over {} is not a payment of this session, or was counted before", given.k, given.amount)
+                format!(
+                    "slice {} over {} is not a payment of this session, or was counted before",
+                    given.k, given.amount
+                )
             });
         }
         let newly = Msat::checked_sum(receipt.slices.iter().map(|slice| slice.amount)).unwrap_or(Msat::MAX);
@@ -432,14 +452,17 @@ impl SessionAudit {
                 return Backing::Unjudged;
             }
         };
-        notes.version::<SessionClose>(close.version, SessionClose::VERSION);
+        notes.version(SessionClose::KIND, close.version, SessionClose::VERSION);
         let remainder = self.remainder();
         notes.require(close.remainder == remainder, Rule::CloseRemainder, Party::Consumer(self.consumer), || {
             format!("claims {}, paid less charged is {remainder}", close.remainder)
         });
-        notes.require(close.last_receipt == self.last_receipt, Rule::CloseRemainder, Party::Consumer(self.consumer), || {
-            format!("names receipt {:?}, the last is {:?}", close.last_receipt, self.last_receipt)
-        });
+        notes.require(
+            close.last_receipt == self.last_receipt,
+            Rule::CloseRemainder,
+            Party::Consumer(self.consumer),
+            || format!("names receipt {:?}, the last is {:?}", close.last_receipt, self.last_receipt),
+        );
         self.closed = true;
         if self.as_provider {
             Backing::Remainder(self.id, Reserves::Nothing)
@@ -456,7 +479,7 @@ impl SessionAudit {
                 return Backing::Unjudged;
             }
         };
-        notes.version::<CreditNote>(note.version, CreditNote::VERSION);
+        notes.version(CreditNote::KIND, note.version, CreditNote::VERSION);
         let remainder = self.remainder();
         let parties = note.provider == self.provider && note.consumer == self.consumer;
         notes.require(note.amount == remainder && parties, Rule::CreditNoteAmount, self.owed_by(), || {
@@ -473,7 +496,7 @@ impl SessionAudit {
     pub(super) fn promise(&mut self, signed: &Signed<InclusionPromise>, notes: &mut Notes) -> Backing {
         match signed.verify(&self.provider) {
             Ok(promise) => {
-                notes.version::<InclusionPromise>(promise.version, InclusionPromise::VERSION);
+                notes.version(InclusionPromise::KIND, promise.version, InclusionPromise::VERSION);
                 notes.require(promise.node == self.provider, Rule::PromiseBroken, self.owed_by(), || {
                     format!("promises for {}", promise.node)
                 });
@@ -488,17 +511,33 @@ impl SessionAudit {
 
     /// Adds an entry's part to the summary and, at the end, what only the session knows.
     pub(super) fn summarise(&mut self, delta: &SideTotals) {
-        let (numerators, paid, charged, refunded) = (self.numerators, self.paid, self.charged, self.refunded);
+        let (numerators, paid, charged) = (self.numerators, self.paid, self.charged);
         let (receipts, last, closed) = (self.receipts, self.last_receipt, self.closed);
         if let Some(summary) = &mut self.summary {
             summary.prompt_tokens = summary.prompt_tokens.saturating_add(delta.prompt_tokens);
             summary.output_tokens = summary.output_tokens.saturating_add(delta.output_tokens);
             summary.numerators = numerators.0;
-            (summary.paid_msat, summary.charged_msat, summary.refunded_msat) = (paid.0, charged.0, refunded.0);
+            (summary.paid_msat, summary.charged_msat) = (paid.0, charged.0);
+            summary.refunded_msat = summary.refunded_msat.saturating_add(delta.refunded_msat);
             (summary.receipts, summary.closed) = (receipts.into(), closed);
             summary.last_receipt = last.map(|id| id.to_string());
         }
     }
+}
+
+/// The signature alone: the statement was read, and its bytes found canonical, to learn whose session it is of.
+fn signed_by<T: Statement>(signed: &Signed<T>, key: &NodeKey) -> Result<(), VerifyError> {
+    verify_body::<T>(signed.body(), key, signed.signature())
+}
+
+/// Both signatures alone, as [`signed_by`].
+fn signed_by_both<T: Statement>(
+    both: &BothSigned<T>,
+    provider: &NodeKey,
+    consumer: &NodeKey,
+) -> Result<(), VerifyError> {
+    verify_body::<T>(both.body(), provider, both.provider_signature())?;
+    verify_body::<T>(both.body(), consumer, both.consumer_signature())
 }
 
 fn half(id: &RequestId) -> [u8; 16] {

@@ -179,9 +179,13 @@ impl<R: Read> Items<R> {
     }
 
     fn fill(&mut self, out: &mut [u8]) -> Result<(), BundleError> {
-        self.input.read_exact(out).map_err(|source| match source.kind() {
-            io::ErrorKind::UnexpectedEof => BundleError::Truncated { item: self.next },
-            _ => BundleError::Io { item: self.next, source },
+        let item = self.next;
+        self.input.read_exact(out).map_err(|source| {
+            if source.kind() == io::ErrorKind::UnexpectedEof {
+                BundleError::Truncated { item }
+            } else {
+                BundleError::Io { item, source }
+            }
         })
     }
 }

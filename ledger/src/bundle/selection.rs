@@ -61,9 +61,7 @@ impl Subjected {
                 subjects.quoted = quote.peek().ok().map(|quote| quote.consumer);
                 None
             }
-            Evidence::Open(open) => {
-                Some(SessionId(statement_id::<SessionOpen>(open.body())))
-            }
+            Evidence::Open(open) => Some(SessionId(statement_id::<SessionOpen>(open.body()))),
             Evidence::Invoice { session, bolt11, .. } => {
                 if let Some(hash) = payment_hash(bolt11) {
                     self.payments.insert(hash, *session);
@@ -167,7 +165,8 @@ impl Selector {
         let selection = &mut self.selection;
         match self.filter {
             Filter::Peer(key) => {
-                let of_peer = self.opened.iter().filter(|(_, (provider, consumer))| *provider == key || *consumer == key);
+                let of_peer =
+                    self.opened.iter().filter(|(_, (provider, consumer))| *provider == key || *consumer == key);
                 selection.sessions.extend(of_peer.map(|(session, _)| *session));
             }
             Filter::Session(session) => {

@@ -178,7 +178,9 @@ mod tests {
     fn a_note_reads_back() {
         let signed = note(1, 42, 7);
         assert_eq!(SignedCheckpoint::parse(signed.note()).unwrap(), signed);
-        assert!(signed.note().starts_with("satgrid/8a88e3dd7409f195fd52db2d3cba5d72ca6709bf1d94121bf3748801b40f6f5c\n42\n"));
+        assert!(
+            signed.note().starts_with("satgrid/8a88e3dd7409f195fd52db2d3cba5d72ca6709bf1d94121bf3748801b40f6f5c\n42\n")
+        );
     }
 
     #[test]

@@ -51,6 +51,17 @@ impl TileEdge {
     pub fn size(&self) -> u64 {
         self.levels.first().map_or(0, |(full, hashes)| full.saturating_mul(256).saturating_add(hashes.len() as u64))
     }
+    /// The partial tiles, level by level.
+    pub fn tiles(&self) -> impl Iterator<Item = (TileId, &[Digest])> {
+        let levels = (0u8..).zip(&self.levels);
+        levels.map(|(level, (index, hashes))| (TileId { level, index: *index }, hashes.as_slice()))
+    }
+    /// Root over all leaves: the edge holds every peak of the tree.
+    pub fn root(&self) -> Result<Digest, MissingTile> {
+        let mut cache = TileCache::default();
+        self.tiles().for_each(|(id, hashes)| cache.insert(id, hashes.to_vec()));
+        super::root_at(self.size(), &mut cache)
+    }
     /// Which tiles are at the edge of a log of `size` leaves: those that [`TileEdge::restore`] wants.
     pub fn ids(size: u64) -> Vec<TileId> {
         let mut out = Vec::new();
@@ -114,6 +125,26 @@ pub struct TileCache {
 }
 
 impl TileCache {
+    /// Tiles from which [`super::inclusion_proof`] of leaf `index` in a log of `size` leaves can be computed.
+    pub fn for_inclusion(index: u64, size: u64) -> Vec<TileId> {
+        let mut ids = TileEdge::ids(size);
+        let mut at = index;
+        for level in ids.iter().map(|id| id.level).collect::<Vec<_>>() {
+            at >>= TILE_BITS;
+            ids.push(TileId { level, index: at });
+        }
+        ids.sort_unstable();
+        ids.dedup();
+        ids
+    }
+    /// Tiles from which [`super::consistency_proof`] between two sizes can be computed.
+    pub fn for_consistency(old: u64, new: u64) -> Vec<TileId> {
+        let mut ids = TileCache::for_inclusion(old.saturating_sub(1), new);
+        ids.extend(TileEdge::ids(old));
+        ids.sort_unstable();
+        ids.dedup();
+        ids
+    }
     pub fn insert(&mut self, id: TileId, hashes: Vec<Digest>) {
         self.tiles.insert(id, hashes);
     }
@@ -185,6 +216,9 @@ mod tests {
                 });
             }
             assert_eq!(edge.size(), size);
+            let mut frontier = crate::log::Frontier::new();
+            (0..size).for_each(|n| frontier.push(leaf_hash(&n.to_be_bytes())));
+            assert_eq!(edge.root(), Ok(frontier.root()), "size {size}");
             let tiles = TileEdge::ids(size).iter().map(|id| stored.get(id).cloned().unwrap_or_default()).collect();
             let mut restored = TileEdge::restore(size, tiles).unwrap();
             let mut a = Vec::new();
@@ -192,6 +226,31 @@ mod tests {
             edge.push(leaf_hash(b"next"), &mut |id, hashes| a.push((id, hashes.to_vec())));
             restored.push(leaf_hash(b"next"), &mut |id, hashes| b.push((id, hashes.to_vec())));
             assert_eq!(a, b, "size {size}");
+        }
+    }
+
+    #[test]
+    fn the_named_tiles_are_enough_for_proofs() {
+        use crate::log::{consistency_proof, inclusion_proof};
+        let size = 66_100;
+        let mut all = MemoryTiles::default();
+        (0..size).for_each(|n: u64| all.push(leaf_hash(&n.to_be_bytes())));
+        let fetch = |ids: Vec<TileId>| {
+            let mut cache = TileCache::default();
+            for id in ids {
+                cache.insert(id, all.cache.tiles.get(&id).cloned().unwrap_or_default());
+            }
+            cache
+        };
+        for (index, size) in
+            [(0, 1), (0, size), (300, 66_000), (65_999, 66_000), (65_536, 65_537), (255, 256), (5, 300)]
+        {
+            let mut cache = fetch(TileCache::for_inclusion(index, size));
+            assert!(inclusion_proof(index, size, &mut cache).is_ok(), "{index} of {size}");
+        }
+        for (old, new) in [(1, 2), (256, 257), (300, 66_000), (65_536, 66_000), (65_999, 66_000), (255, 66_100)] {
+            let mut cache = fetch(TileCache::for_consistency(old, new));
+            assert!(consistency_proof(old, new, &mut cache).is_ok(), "{old} to {new}");
         }
     }
 

@@ -84,11 +84,7 @@ pub fn root_at<S: Subtrees>(size: u64, store: &mut S) -> Result<Digest, S::Error
 }
 
 /// Proof that leaf `index` is in the tree of the first `size` leaves (RFC 6962, 2.1.1).
-pub fn inclusion_proof<S: Subtrees>(
-    index: u64,
-    size: u64,
-    store: &mut S,
-) -> Result<Vec<Digest>, ProofError<S::Error>> {
+pub fn inclusion_proof<S: Subtrees>(index: u64, size: u64, store: &mut S) -> Result<Vec<Digest>, ProofError<S::Error>> {
     if index >= size {
         return Err(ProofError::NoSuchLeaf { index, size });
     }

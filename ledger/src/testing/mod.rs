@@ -4,6 +4,7 @@
 //! Deterministic: the same calls give the same bytes. Not for production: keys are derived from small numbers.
 
 mod bundles;
+pub mod conformance;
 mod world;
 
 pub use bundles::*;

@@ -296,10 +296,12 @@ impl World {
         let tries = crate::transfer::attempt(k, 1).expect("a small number");
         let [slice, fee] = self.attempt(session, k, tries, payment_hash, amount);
         let credit = transfer_id(session.id, None, TransferKind::SliceCredit, k);
-        self.provider_entry(
-            Draft::of(Evidence::PaymentReceived { payment_hash, amount })
-                .with([Transfer::post(credit, Account::Lightning, Account::Prepaid(session.id), amount)]),
-        );
+        self.provider_entry(Draft::of(Evidence::PaymentReceived { payment_hash, amount }).with([Transfer::post(
+            credit,
+            Account::Lightning,
+            Account::Prepaid(session.id),
+            amount,
+        )]));
         let routing = self.slice_fee;
         let fee = if routing.is_zero() { Transfer::void(fee) } else { Transfer::post_pending(fee, routing) };
         self.consumer_entry(
@@ -456,7 +458,7 @@ impl World {
         self.consumer_entry(draft);
         session.receipts = session.receipts.saturating_add(1);
         session.last_receipt = Some(id);
-        if let Some(entry) = self.provider.journal.entries().last() {
+        if let Some(entry) = self.provider.journal.last() {
             let promise = InclusionPromise {
                 version: InclusionPromise::VERSION,
                 node: session.quote.provider,
@@ -520,9 +522,7 @@ impl World {
         let refund = transfer_id(session.id, None, TransferKind::Refund, 0);
         let (debit, credit) = (Account::RefundsDue(session.id), Account::Lightning);
         let attempted = Evidence::RefundAttempted { session: session.id, payment_hash, amount, max_fee: fee };
-        self.provider_entry(
-            Draft::of(attempted).with([Transfer::pending(refund, debit, credit, remainder, None)]),
-        );
+        self.provider_entry(Draft::of(attempted).with([Transfer::pending(refund, debit, credit, remainder, None)]));
         let received = Evidence::RefundReceived { session: session.id, payment_hash, amount };
         let credit = transfer_id(session.id, None, TransferKind::RefundCredit, 0);
         let loss = transfer_id(session.id, None, TransferKind::RefundLoss, 0);

@@ -127,6 +127,11 @@ impl Outbox {
         }
     }
 
+    /// The events of the listings that are offered now.
+    pub(crate) fn offered(&self) -> impl Iterator<Item = &NostrEvent> {
+        self.items.values().filter(|item| matches!(item.body, Body::Listing(_))).map(|item| &item.event)
+    }
+
     /// What this connection to this relay has not taken yet.
     pub(crate) fn lacking(&self, relay: &str, connection: usize) -> Vec<NostrEvent> {
         let lacks = |item: &&Item| item.taken.get(relay) != Some(&connection);

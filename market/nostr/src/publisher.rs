@@ -7,8 +7,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use nostr_sdk::{Event, JsonUtil, Relay};
-use satgrid_types::{Listing, ListingId, NostrEvent, NostrKey, UnixMs, nostr_key};
+use nostr_sdk::{Event, JsonUtil, Keys, Relay, SecretKey};
+use satgrid_types::{Listing, ListingId, NostrEvent, NostrKey, UnixMs, VerifiedListing, nostr_key, verify_listing};
 use secp256k1::Keypair;
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -59,6 +59,7 @@ enum Command {
 pub struct Publisher {
     commands: mpsc::Sender<Command>,
     health: watch::Receiver<Vec<RelayHealth>>,
+    offered: watch::Receiver<Vec<VerifiedListing>>,
     key: NostrKey,
     task: JoinHandle<()>,
 }
@@ -70,11 +71,14 @@ impl Publisher {
         keys: Keypair,
         shutdown: CancellationToken,
     ) -> Result<Publisher, StartError> {
-        let relays = Relays::connect(&config.relays, None).await?;
+        let signer = SecretKey::from_slice(&keys.secret_bytes()).map_err(|e| StartError::Client(e.to_string()))?;
+        let relays = Relays::connect(&config.relays, Some(Keys::new(signer)), None).await?;
         let (commands, received) = mpsc::channel(QUEUE);
         let states: Vec<RelayState> = relays.all.iter().map(RelayState::new).collect();
         let (report, health) = watch::channel(states.iter().map(|state| state.health.clone()).collect());
+        let (tell_offered, offered) = watch::channel(Vec::new());
         let worker = Worker {
+            tell_offered,
             outbox: Outbox::new(keys, config.lifetime, config.seed),
             states,
             retry: config.relays.retry,
@@ -82,7 +86,7 @@ impl Publisher {
             report,
         };
         let task = tokio::spawn(worker.run(relays, received, shutdown));
-        Ok(Publisher { commands, health, key: nostr_key(&keys), task })
+        Ok(Publisher { commands, health, offered, key: nostr_key(&keys), task })
     }
 
     /// The key that listings are published under; node bindings name it.
@@ -104,6 +108,11 @@ impl Publisher {
     pub async fn checkpoint(&self, log: &str, content: String) -> Result<(), PublisherStopped> {
         let command = Command::Checkpoint { log: log.to_owned(), content };
         self.commands.send(command).await.map_err(|_| PublisherStopped)
+    }
+
+    /// The listings as they were last signed, before any relay has them: quotes name these versions.
+    pub fn offered(&self) -> watch::Receiver<Vec<VerifiedListing>> {
+        self.offered.clone()
     }
 
     /// How each relay is doing, now and whenever it changes.
@@ -147,6 +156,7 @@ struct Worker {
     retry: Duration,
     sending: JoinSet<Sent>,
     report: watch::Sender<Vec<RelayHealth>>,
+    tell_offered: watch::Sender<Vec<VerifiedListing>>,
 }
 
 impl Worker {
@@ -183,6 +193,7 @@ impl Worker {
     /// Refreshes, observes, sends.
     fn step(&mut self) {
         self.outbox.refresh(now());
+        self.tell_offered();
         for (index, state) in self.states.iter_mut().enumerate() {
             observe(&mut state.health, &state.relay);
             if !state.health.connected || state.sending || state.not_before > Instant::now() {
@@ -201,6 +212,16 @@ impl Worker {
             *known = health;
             changed
         });
+    }
+
+    /// Whoever quotes must know a version before a reader can ask for it.
+    fn tell_offered(&self) {
+        let told = |ids: &[VerifiedListing]| ids.iter().map(VerifiedListing::id).eq(self.outbox.offered().map(|e| e.id));
+        if told(&self.tell_offered.borrow()) {
+            return;
+        }
+        let verified = self.outbox.offered().filter_map(|event| verify_listing(event.clone(), now()).ok());
+        self.tell_offered.send_replace(verified.collect());
     }
 
     fn note(&mut self, sent: Option<Sent>) {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nostr_sdk::pool::transport::websocket::WebSocketTransport;
-use nostr_sdk::{Client, Relay, RelayOptions, RelayUrl};
+use nostr_sdk::{Client, Keys, Relay, RelayOptions, RelayUrl};
 use thiserror::Error;
 
 /// Relays that one node may use.
@@ -62,9 +62,12 @@ pub(crate) struct Relays {
 }
 
 impl Relays {
-    /// Checks the URLs and starts connecting in the background. `transport` replaces the plain WebSocket.
+    /// Checks the URLs and starts connecting in the background.
+    ///
+    /// `signer` answers relays that ask who we are (NIP-42); `transport` replaces the plain WebSocket.
     pub(crate) async fn connect(
         config: &RelayConfig,
+        signer: Option<Keys>,
         transport: Option<Arc<dyn WebSocketTransport>>,
     ) -> Result<Relays, StartError> {
         match config.urls.len() {
@@ -75,6 +78,9 @@ impl Relays {
         let mut builder = Client::builder();
         if let Some(transport) = transport {
             builder = builder.websocket_transport(transport);
+        }
+        if let Some(signer) = signer {
+            builder = builder.signer(signer);
         }
         let client = builder.build();
         let mut all = Vec::new();
@@ -97,21 +103,21 @@ impl Relays {
 /// Brings what can be seen of a relay's connection up to date, and logs when it comes or goes.
 pub(crate) fn observe(health: &mut RelayHealth, relay: &Relay) {
     let connected = relay.is_connected();
-    let (connections, attempts) = (relay.stats().success(), relay.stats().attempts());
-    if connected && !health.connected {
-        tracing::info!(relay = %health.url, connections, "relay connected");
-    }
-    if !connected && health.connected {
-        tracing::warn!(relay = %health.url, "relay lost; trying again");
-        health.last_error = Some("connection lost".into());
-    }
-    if !connected && health.attempts == 0 && attempts > 1 {
-        tracing::warn!(relay = %health.url, "relay does not answer; trying again");
-        health.last_error = Some("does not answer".into());
-    }
-    if connected || attempts > 1 {
-        health.attempts = attempts;
+    let attempts = relay.stats().attempts();
+    match (health.connected, connected) {
+        (false, true) => tracing::info!(relay = %health.url, "relay connected"),
+        (true, false) => {
+            tracing::warn!(relay = %health.url, "relay lost; trying again");
+            health.last_error = Some("connection lost".into());
+        }
+        // The second attempt is the first sign that the first one failed: say so once.
+        (false, false) if health.attempts <= 1 && attempts > 1 => {
+            tracing::warn!(relay = %health.url, "relay does not answer; trying again");
+            health.last_error = Some("does not answer".into());
+        }
+        (false, false) | (true, true) => {}
     }
     health.connected = connected;
-    health.connections = connections;
+    health.connections = relay.stats().success();
+    health.attempts = attempts;
 }

@@ -8,11 +8,12 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use nostr_sdk::{Filter, Kind, SubscribeOptions, SubscriptionId, Timestamp};
+use nostr_sdk::{Filter, Kind, Relay, SubscribeOptions, SubscriptionId, Timestamp};
 use satgrid_types::{
     LISTING_KIND, ListingId, MAX_EVENT_BYTES, MAX_LIFETIME_S, NostrEvent, VerifiedListing, verify_listing,
 };
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::publisher::now;
@@ -62,7 +63,7 @@ impl Subscriber {
         let (tapped, inbox) = mpsc::channel(INBOX);
         let (verified, listings) = mpsc::channel(config.queue.max(1));
         let (mark_synced, synced) = watch::channel(BTreeSet::new());
-        let relays = Relays::connect(&config.relays, Some(Arc::new(Tap { out: tapped }))).await?;
+        let relays = Relays::connect(&config.relays, None, Some(Arc::new(Tap { out: tapped }))).await?;
         let health: Vec<RelayHealth> = relays
             .all
             .iter()
@@ -74,7 +75,7 @@ impl Subscriber {
         // The listings' receiver going away ends both tasks.
         let done = shutdown.child_token();
         tokio::spawn(verifier.run(inbox, done.clone()));
-        tokio::spawn(keep_subscribed(relays, report, done));
+        tokio::spawn(keep_subscribed(relays, config.relays.retry, report, done));
         Ok((Subscriber { counters, health: health_seen, synced }, listings))
     }
 
@@ -103,34 +104,39 @@ impl Subscriber {
     }
 }
 
-/// Subscribes on every new connection, and reports how relays are doing.
-async fn keep_subscribed(relays: Relays, report: watch::Sender<Vec<RelayHealth>>, done: CancellationToken) {
+/// What we know of our subscription at one relay.
+struct Standing {
+    relay: Relay,
+    /// The connection on which it was asked for.
+    connection: usize,
+    /// Not to be asked again before.
+    not_before: Instant,
+}
+
+/// Subscribes on every new connection, and again where a relay closed the subscription; reports how relays are doing.
+async fn keep_subscribed(
+    relays: Relays,
+    retry: Duration,
+    report: watch::Sender<Vec<RelayHealth>>,
+    done: CancellationToken,
+) {
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut subscribed: BTreeMap<String, usize> = BTreeMap::new();
+    let standing = |relay: &Relay| Standing { relay: relay.clone(), connection: 0, not_before: Instant::now() };
+    let mut standings: Vec<Standing> = relays.all.iter().map(standing).collect();
     loop {
         tokio::select! {
             () = done.cancelled() => break,
             _ = tick.tick() => {}
         }
         let mut health = report.borrow().clone();
-        for (state, relay) in health.iter_mut().zip(&relays.all) {
-            observe(state, relay);
-            if !state.connected || subscribed.get(&state.url) == Some(&state.connections) {
-                continue;
-            }
-            // Listings older than their longest life are dead, whatever they say.
-            let since = Timestamp::now() - Duration::from_secs(MAX_LIFETIME_S);
-            let filter = Filter::new().kind(Kind::Custom(LISTING_KIND)).since(since).limit(STORED_LIMIT);
-            let id = SubscriptionId::new(SUBSCRIPTION);
-            match relay.subscribe_with_id(id, filter, SubscribeOptions::default()).await {
-                Ok(_) => {
-                    subscribed.insert(state.url.clone(), state.connections);
-                }
-                Err(error) => {
-                    tracing::warn!(relay = %state.url, %error, "not subscribed; trying again");
-                    state.last_error = Some(error.to_string());
-                }
+        for (state, standing) in health.iter_mut().zip(&mut standings) {
+            observe(state, &standing.relay);
+            if state.connected
+                && let Err(reason) = subscribe_anew(standing, state.connections, retry).await
+            {
+                tracing::warn!(relay = %state.url, reason, "not subscribed; trying again");
+                state.last_error = Some(reason);
             }
         }
         report.send_if_modified(|known| {
@@ -140,6 +146,24 @@ async fn keep_subscribed(relays: Relays, report: watch::Sender<Vec<RelayHealth>>
         });
     }
     relays.client.shutdown().await;
+}
+
+/// Subscribes if this connection has no subscription yet, or has lost it.
+async fn subscribe_anew(standing: &mut Standing, connection: usize, retry: Duration) -> Result<(), String> {
+    let id = SubscriptionId::new(SUBSCRIPTION);
+    let fresh = standing.connection != connection;
+    // The client library forgets a subscription that the relay closed.
+    let open = !fresh && standing.relay.subscription(&id).await.is_some();
+    if open || (!fresh && standing.not_before > Instant::now()) {
+        return Ok(());
+    }
+    standing.connection = connection;
+    standing.not_before = Instant::now() + retry;
+    // Listings older than their longest life are dead, whatever they say.
+    let since = Timestamp::now() - Duration::from_secs(MAX_LIFETIME_S);
+    let filter = Filter::new().kind(Kind::Custom(LISTING_KIND)).since(since).limit(STORED_LIMIT);
+    let asked = standing.relay.subscribe_with_id(id, filter, SubscribeOptions::default()).await;
+    asked.map(|_| ()).map_err(|error| error.to_string())
 }
 
 struct Verifier {

@@ -1,11 +1,14 @@
 //! Publisher and subscriber against a real relay, over real WebSockets. Nothing sleeps: every wait is for an event.
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use ed25519_dalek::SigningKey;
+use nostr_relay_builder::builder::{PolicyResult, QueryPolicy, RelayBuilderNip42, RelayBuilderNip42Mode};
 use nostr_relay_builder::{LocalRelay, RelayBuilder};
-use nostr_sdk::{Event, JsonUtil};
+use nostr_sdk::util::BoxedFuture;
+use nostr_sdk::{Event, Filter, JsonUtil};
 use satgrid_market::{Applied, Book};
 use satgrid_types::{
     Bindings, BuildId, EngineProfile, LightningKey, Listing, ModelRoot, Msat, MsatPerMtok, NostrEvent, Part, RateCard,
@@ -241,6 +244,39 @@ async fn both_sides_outlive_their_relay() {
     drop(stop);
     publisher.stopped().await;
     assert_eq!(reader.next().await.slots, 0);
+}
+
+#[tokio::test]
+async fn a_relay_that_asks_who_writes_is_told() {
+    let port = free_port();
+    let writers_only = RelayBuilderNip42 { mode: RelayBuilderNip42Mode::Write };
+    let relay = LocalRelay::new(RelayBuilder::default().port(port).nip42(writers_only));
+    relay.run().await.unwrap();
+    let (publisher, _stop) = publisher(&[port]).await;
+    publisher.offer(vec![listing(1, 4)]).await.unwrap().unwrap();
+    let mut reader = Reader::start(&[port]).await;
+    assert_eq!(reader.next().await.slots, 4);
+}
+
+/// Turns away the first request, as a relay under load does.
+#[derive(Debug, Default)]
+struct BusyAtFirst(AtomicU32);
+
+impl QueryPolicy for BusyAtFirst {
+    fn admit_query<'a>(&'a self, _: &'a Filter, _: &'a SocketAddr) -> BoxedFuture<'a, PolicyResult> {
+        let first = self.0.fetch_add(1, Ordering::SeqCst) == 0;
+        Box::pin(async move { if first { PolicyResult::Reject("busy".into()) } else { PolicyResult::Accept } })
+    }
+}
+
+#[tokio::test]
+async fn a_subscription_that_a_relay_closed_is_asked_for_again() {
+    let port = free_port();
+    let relay = LocalRelay::new(RelayBuilder::default().port(port).query_policy(BusyAtFirst::default()));
+    relay.run().await.unwrap();
+    let reader = Reader::start(&[port]).await;
+    assert_eq!(reader.subscriber.synced(PATIENCE).await, 1);
+    assert_eq!(reader.subscriber.health().borrow()[0].connections, 1, "on the same connection");
 }
 
 #[tokio::test]

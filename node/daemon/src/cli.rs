@@ -46,6 +46,9 @@ pub(crate) struct Globals {
     /// How it is logged (log.format)
     #[arg(long, global = true, value_enum)]
     pub log_format: Option<LogFormat>,
+    /// Stop when this parent process ends
+    #[arg(long, global = true, value_name = "PID", hide = true)]
+    pub with_parent: Option<u32>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -64,11 +67,68 @@ pub(crate) enum Command {
     /// Fetch, list and check model files
     #[command(subcommand)]
     Models(ModelsCommand),
+    /// Run this node: provider, consumer or both, as configured
+    Up,
+    /// What is for sale, and why a model is or is not to be had
+    #[command(subcommand)]
+    Market(MarketCommand),
+    /// The wallet of the running node
+    #[command(subcommand)]
+    Wallet(WalletCommand),
+    /// Look at, export and verify the ledger (the same as satgrid-ledger)
+    #[command(disable_help_flag = true)]
+    Ledger {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<std::ffi::OsString>,
+    },
     /// Say what is missing on this machine
     Doctor,
     /// Parts of a market on this machine, for the demo and for tests
     #[command(subcommand, hide = true)]
     Devnet(DevnetCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum MarketCommand {
+    /// Every live listing on the configured relays
+    List,
+    /// Which listings of a model were considered, and why each was refused or where it ranks
+    Why {
+        model: String,
+        /// Tokens of prompt to plan for
+        #[arg(long, default_value_t = 100)]
+        prompt: u32,
+        /// Tokens of output to plan for
+        #[arg(long, default_value_t = 256)]
+        output: u32,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum WalletCommand {
+    /// Balance and channels
+    Balance,
+    /// A fresh on-chain address of this wallet
+    Address,
+    /// Every Lightning payment that the wallet knows
+    History,
+    /// Open a channel to a Lightning node
+    Open {
+        /// Its node id, in hex
+        node: String,
+        /// host:port
+        addr: SocketAddr,
+        /// Size of the channel
+        capacity_sat: u64,
+        /// Given to the peer at the start
+        #[arg(long, default_value_t = 0)]
+        push_msat: u64,
+    },
+    /// End a session and ask for its remainder back
+    Refund {
+        /// The session's id, as the status or the ledger shows it
+        session: String,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -83,6 +143,30 @@ pub(crate) enum DevnetCommand {
         #[arg(long, default_value = "127.0.0.1:0")]
         listen: SocketAddr,
     },
+    /// A whole market as separate processes: two providers, a consumer, one paid answer and its bill to the msat
+    Demo(DemoArgs),
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// Leave everything running afterwards, until Ctrl-C
+    #[arg(long)]
+    pub keep: bool,
+    /// A GGUF file to sell [default: gemma-3-270m, fetched where it is not in the store]
+    #[arg(long, value_name = "FILE")]
+    pub model: Option<PathBuf>,
+    /// Port of the OpenAI API on 127.0.0.1
+    #[arg(long, default_value_t = 8402)]
+    pub port: u16,
+    /// What the model is to continue
+    #[arg(long)]
+    pub prompt: Option<String>,
+    /// The longest answer
+    #[arg(long, default_value_t = 96, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub max_tokens: u32,
+    /// Kill the serving provider (SIGKILL) after so many pieces of text: the other one is to go on
+    #[arg(long, hide = true, value_name = "N")]
+    pub kill_provider_after: Option<u32>,
 }
 
 #[derive(Debug, Args)]

@@ -5,14 +5,18 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod admin;
 mod cli;
 mod commands;
 mod config;
+mod drive;
 mod failure;
 mod models;
 mod progress;
+mod service;
 mod signals;
 mod telemetry;
+mod up;
 
 use clap::Parser;
 use std::process::ExitCode;
@@ -25,7 +29,7 @@ fn main() -> ExitCode {
     }
     let cli = cli::Cli::parse();
     match commands::run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprint!("{}", failure::report(&error));
             ExitCode::from(failure::exit_code(&error))

@@ -22,3 +22,21 @@ async fn next(signal: Option<Signal>) {
         None => std::future::pending().await,
     }
 }
+
+/// Has this process told to stop (SIGTERM) when its parent, process `parent`, is gone: nothing that a demo or a test
+/// started outlives it, however it ends.
+#[cfg(target_os = "linux")]
+pub(crate) fn end_with(parent: u32) -> anyhow::Result<()> {
+    use rustix::process::{Signal, getppid, set_parent_process_death_signal};
+    set_parent_process_death_signal(Some(Signal::TERM))?;
+    let now = getppid().map(|pid| pid.as_raw_nonzero().get().unsigned_abs());
+    // It may have ended before the line above.
+    anyhow::ensure!(now == Some(parent), "the parent process {parent} is gone");
+    Ok(())
+}
+
+/// Elsewhere nothing tells; whoever started this process ends it.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn end_with(_parent: u32) -> anyhow::Result<()> {
+    Ok(())
+}

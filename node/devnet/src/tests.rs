@@ -223,6 +223,27 @@ fn a_replacement_pays_for_itself_and_takes_descendants_along() {
     assert!(chain.tx(&child.compute_txid()).is_none());
 }
 
+/// Coins come from subsidies alone, and none is lost: fees go to miners.
+#[test]
+fn the_coins_are_the_sum_of_the_subsidies() {
+    let (mut chain, coinbase) = funded();
+    let mut outpoint = coinbase;
+    let mut value_sat = COINBASE_SAT;
+    for fee_sat in [1_000, 2_000, 30_000, 500] {
+        value_sat -= fee_sat;
+        let tx = open_spend(outpoint, value_sat);
+        outpoint = OutPoint::new(chain.submit(tx, T0).unwrap(), 0);
+        // Chains of unconfirmed coins and confirmed ones alike.
+        mine(&mut chain, u32::from(fee_sat > 1_000));
+    }
+    mine(&mut chain, 1);
+    assert_eq!(chain.mempool().len(), 0);
+    let txs = (1..=chain.height()).flat_map(|height| &chain.block(height).unwrap().txdata);
+    let outpoints = txs.flat_map(|tx| (0..tx.output.len() as u32).map(|vout| OutPoint::new(tx.compute_txid(), vout)));
+    let coins_sat: u64 = outpoints.filter_map(|outpoint| chain.coin(&outpoint)).map(|c| c.output.value.to_sat()).sum();
+    assert_eq!(coins_sat, (1..=chain.height()).map(subsidy_sat).sum::<u64>());
+}
+
 #[test]
 fn relative_locks_hold_for_their_blocks() {
     const DELAY: u32 = 5;

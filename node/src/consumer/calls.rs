@@ -23,6 +23,8 @@ pub(super) struct Call {
     attempts: usize,
     last_failure: String,
     pub cancelled: bool,
+    /// Times that its provider said the balance does not cover it, in a row.
+    pub short: u32,
     waiting_since: UnixMs,
 }
 
@@ -76,6 +78,7 @@ impl Consumer {
             attempts: 0,
             last_failure: String::new(),
             cancelled: false,
+            short: 0,
             waiting_since: now,
         };
         self.calls.insert(id, call);
@@ -120,6 +123,15 @@ impl Consumer {
         if let (Some(call), Some(session)) = (self.calls.get_mut(&id), self.sessions.get_mut(&index)) {
             call.place = Place::Waiting(index);
             session.waiting.push_back(id);
+        }
+    }
+
+    /// Back to the head of its session's queue: its request was not taken up, and may be later.
+    pub(super) fn requeue(&mut self, now: UnixMs, id: CallId, index: SessionIndex) {
+        if let (Some(call), Some(session)) = (self.calls.get_mut(&id), self.sessions.get_mut(&index)) {
+            call.place = Place::Waiting(index);
+            call.waiting_since = now;
+            session.waiting.push_front(id);
         }
     }
 

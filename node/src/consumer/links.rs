@@ -62,8 +62,13 @@ pub(super) struct Session {
     pub idle_since: UnixMs,
     /// The operator asked for the remainder.
     pub closing: bool,
+    /// Asked for the invoice to be refunded to.
+    pub close_asked: bool,
     /// Money cannot be had for it: what stalls now is out of funds.
     pub unfunded: bool,
+    /// The provider reserved more for what runs than we did, and refused the next request: nothing starts before a slice
+    /// is credited or a receipt frees something.
+    pub short: bool,
 }
 
 impl Session {
@@ -87,7 +92,9 @@ impl Session {
             requests: BTreeMap::new(),
             idle_since: UnixMs(0),
             closing: false,
+            close_asked: false,
             unfunded: false,
+            short: false,
         }
     }
 
@@ -104,6 +111,13 @@ impl Session {
     }
     pub(super) fn model_root(&self) -> ModelRoot {
         self.root
+    }
+    /// A newer listing of the same provider and model says where it is now.
+    pub(super) fn learn(&mut self, listing: &VerifiedListing) {
+        let same = listing.node_key == self.provider && listing.model_root == self.root;
+        if same && self.listing.as_ref().is_none_or(|known| known.created_at() <= listing.created_at()) {
+            self.listing = Some(listing.clone());
+        }
     }
     pub(super) fn is_usable(&self) -> bool {
         self.phase != Phase::Over && !self.closing
@@ -133,7 +147,7 @@ impl Session {
         let quote = self.quote_wanted.map(|at| at.plus_ms(config.setup_ms));
         let credit = self.uncredited_since.map(|at| at.plus_ms(config.credit_ms));
         let idle = (self.is_ready() && self.is_idle()).then(|| self.idle_since.plus_ms(config.idle_ms));
-        let stall = self.requests.values().map(|r| r.stall_deadline(config, self.unfunded)).min();
+        let stall = self.requests.iter().map(|(id, r)| r.stall_deadline(config, self.is_starved(id))).min();
         [setup, invoice, quote, credit, idle, stall].into_iter().flatten().min()
     }
 }
@@ -142,8 +156,7 @@ impl Consumer {
     /// The session that a call to this listing uses, new if there is none.
     pub(super) fn session_with(&mut self, now: UnixMs, listing: &VerifiedListing) -> SessionIndex {
         let index = self.session_for(&listing.node_key, &listing.model_root).unwrap_or_else(|| {
-            let index = SessionIndex(self.next_session);
-            self.next_session = self.next_session.wrapping_add(1);
+            let index = self.free_index();
             let key = session_key(&self.master, index);
             self.sessions.insert(index, Session::new(key, listing.node_key, listing.model_root));
             index
@@ -202,6 +215,8 @@ impl Consumer {
         session.wanted_invoice = None;
         session.quote_wanted = None;
         session.uncredited_since = None;
+        session.close_asked = false;
+        session.short = false;
         if session.phase != Phase::Over {
             session.phase = Phase::Asleep;
         }
@@ -240,7 +255,7 @@ impl Consumer {
             }
             (Phase::Ready, ProviderControl::Credited(_, total)) => self.credited(index, total),
             (Phase::Ready, ProviderControl::Refunding(..)) => {}
-            (_, ProviderControl::Owed(note)) => self.owed(index, &note),
+            (_, ProviderControl::Owed(note)) => self.owed(now, index, &note),
             (_, ProviderControl::Closed) => self.closed_by_provider(now, index),
             (_, ProviderControl::Refused(refusal, text)) => self.refused(now, index, refusal, &text),
             (
@@ -291,7 +306,8 @@ impl Consumer {
         if now.plus_ms(QUOTE_MARGIN_MS) < state.quote().valid_until {
             return true;
         }
-        if session.quote_wanted.is_none() {
+        // Not while an invoice is on its way: its terms name the quote under which it was asked for.
+        if session.quote_wanted.is_none() && session.wanted_invoice.is_none() {
             session.quote_wanted = Some(now);
             self.ask_quote(index, link);
         }
@@ -365,7 +381,8 @@ impl Consumer {
 
     /// The session cannot go on: its balance is a claim, and calls get a new session.
     fn not_resumable(&mut self, now: UnixMs, index: SessionIndex, text: &str) {
-        self.counters.lost_sessions += 1;
+        let left = self.sessions.get(&index).and_then(|s| s.state.as_ref()).map(SessionState::remainder);
+        self.counters.lost_sessions += u64::from(left.is_some_and(|left| !left.is_zero()));
         let waiting: Vec<CallId> = match self.sessions.get_mut(&index) {
             Some(session) => {
                 session.phase = Phase::Over;

@@ -1,6 +1,6 @@
 //! Slices: asked for when the balance runs low, checked, paid once, credited; and the remainder asked back.
 
-use super::{CallError, Consumer, ConsumerAction, FundsLimit, SessionIndex, links::Phase};
+use super::{CallError, Consumer, ConsumerAction, ConsumerConfig, FundsLimit, SessionIndex, links::{Phase, Session}};
 use satgrid_ledger::{
     entry::{Draft, Evidence},
     statements::{CreditNote, SessionClose, SliceDescriptor},
@@ -8,7 +8,7 @@ use satgrid_ledger::{
 use satgrid_protocol::{
     check,
     frame::ConsumerControl,
-    session::SliceStatus,
+    session::{SliceStatus, invoice_hash},
     slices::{self, SliceDemand},
 };
 use satgrid_types::{Msat, PaymentHash, Preimage, SessionId, Signed, UnixMs};
@@ -23,17 +23,20 @@ impl Consumer {
         let Some(session) = self.sessions.get(&index).filter(|s| s.is_ready() && !s.closing) else { return };
         let (Some(state), Some(link)) = (&session.state, session.link) else { return };
         let idle = session.waiting.is_empty() && session.requests.is_empty();
-        if idle || state.attempted().is_some() || session.wanted_invoice.is_some() {
+        // One at a time, and none before the last is credited: a provider that keeps silent about one gets no second.
+        let uncredited = state.paid() > session.credited;
+        if idle || state.attempted().is_some() || uncredited || session.wanted_invoice.is_some() {
             return;
         }
         let quote = state.quote();
-        let running = u64::try_from(session.requests.len().max(1)).unwrap_or(1);
-        let low = Msat(slices::low_water(&self.config.slices, &quote.rates, &quote.terms).0.saturating_mul(running));
+        let low = slices::low_water(&self.config.slices, &quote.rates, &quote.terms);
+        let ahead = session.requests.keys().map(|id| session.ahead(id, low));
+        let low = ahead.fold(if session.requests.is_empty() { low } else { Msat::ZERO }, Msat::saturating_add);
         let waiting = session.waiting.iter().filter_map(|call| self.start_need(index, *call));
         let needs = waiting.fold(Msat::ZERO, Msat::saturating_add);
         // The need of the first in line alone decides whether nothing can be done without money.
         let first = session.waiting.front().and_then(|call| self.start_need(index, *call)).unwrap_or_default();
-        let balance = session.usable_balance();
+        let balance = if session.short { Msat::ZERO } else { session.usable_balance() };
         let shortfall = needs.saturating_add(low).saturating_sub(balance);
         if shortfall.is_zero() {
             return;
@@ -47,8 +50,11 @@ impl Consumer {
         };
         let (terms, k) = (quote.terms, state.next_k());
         let amount = slices::next_slice(&self.config.slices, &terms, &demand);
-        let exposed = self.exposure();
+        // What was asked for elsewhere and is not attempted yet will be exposed too, and so will this slice's fee.
+        let asked = self.sessions.values().filter_map(|s| s.wanted_invoice.map(|(_, amount, _)| amount));
+        let exposed = asked.map(|amount| amount.saturating_add(fee_limit(&self.config, amount))).fold(self.exposure(), Msat::saturating_add);
         let room = self.config.exposure_cap.saturating_sub(exposed);
+        let room = room.saturating_sub(fee_limit(&self.config, room));
         let payable = self.payable.unwrap_or(Msat::MAX);
         let lacking = first.saturating_sub(balance).max(terms.min_slice);
         let (amount, limit) = match amount {
@@ -82,7 +88,7 @@ impl Consumer {
         let blocked = session.waiting.front().copied();
         let Some(call) = blocked else { return };
         let need = self.start_need(index, call).unwrap_or(Msat::MAX);
-        let covered = self.sessions.get(&index).is_some_and(|s| s.usable_balance() >= need);
+        let covered = self.sessions.get(&index).is_some_and(|s| !s.short && s.usable_balance() >= need);
         let others = self.sessions.get(&index).is_some_and(|s| !s.requests.is_empty());
         // While others run, their receipts may still free what they reserved.
         if !covered && !others {
@@ -114,7 +120,9 @@ impl Consumer {
         };
         let checked = match invoice::check(&bolt11, &expected, now) {
             Ok(checked) => checked,
-            Err(InvoiceMismatch::Expired { .. }) => return,
+            Err(mismatch @ InvoiceMismatch::Expired { .. }) => {
+                return self.count_failure(now, index, &mismatch.to_string());
+            }
             Err(mismatch) => {
                 let rule = match &mismatch {
                     InvoiceMismatch::Amount { .. } => "invoice-amount",
@@ -132,7 +140,7 @@ impl Consumer {
         if self.by_payment.contains_key(&hash) {
             return self.misbehaved(now, index, "payment-hash-reuse", "an invoice with a payment hash seen before", proof);
         }
-        let fee = Msat((amount.0 / 1_000).saturating_mul(self.config.fee_per_mille)).max(self.config.min_fee);
+        let fee = fee_limit(&self.config, amount);
         let draft = state.invoiced(descriptor, bolt11.clone());
         if !self.record(index, vec![draft], Vec::new()) {
             return;
@@ -144,7 +152,7 @@ impl Consumer {
         self.record(index, vec![attempt], vec![pay]);
     }
 
-    pub(super) fn payment_settled(&mut self, hash: PaymentHash, preimage: Preimage, fee: Msat) {
+    pub(super) fn payment_settled(&mut self, now: UnixMs, hash: PaymentHash, preimage: Preimage, fee: Msat) {
         let handled = ConsumerAction::WalletHandled { hash };
         let index = self.by_payment.get(&hash).copied();
         let state = index.and_then(|i| self.sessions.get(&i)?.state.as_ref().map(|s| (i, s)));
@@ -157,6 +165,7 @@ impl Consumer {
             session.failed_payments = 0;
         }
         self.record(index, vec![draft], vec![handled]);
+        self.release_held(now, index);
     }
 
     pub(super) fn payment_failed(&mut self, now: UnixMs, hash: PaymentHash, reason: String) {
@@ -166,6 +175,11 @@ impl Consumer {
         let failed = state.and_then(|(i, s)| s.failed(hash, reason.clone()).ok().map(|d| (i, d)));
         let Some((index, draft)) = failed else { return self.actions.push_back(handled) };
         self.record(index, vec![draft], vec![handled]);
+        self.count_failure(now, index, &reason);
+    }
+
+    /// A slice could not be paid; after a few in a row its calls go elsewhere.
+    fn count_failure(&mut self, now: UnixMs, index: SessionIndex, reason: &str) {
         let Some(session) = self.sessions.get_mut(&index) else { return };
         session.failed_payments = session.failed_payments.saturating_add(1);
         let give_up = session.failed_payments >= MAX_FAILED_PAYMENTS;
@@ -177,8 +191,11 @@ impl Consumer {
     }
 
     pub(super) fn credited(&mut self, index: SessionIndex, total: Msat) {
-        if let Some(session) = self.sessions.get_mut(&index) {
-            session.credited = session.credited.max(total);
+        if let Some(session) = self.sessions.get_mut(&index)
+            && session.credited < total
+        {
+            session.credited = total;
+            session.short = false;
         }
     }
 
@@ -187,7 +204,9 @@ impl Consumer {
         let handled = ConsumerAction::WalletHandled { hash };
         let Some(&index) = self.by_payment.get(&hash) else { return self.actions.push_back(handled) };
         let Some(state) = self.sessions.get(&index).and_then(|s| s.state.as_ref()) else { return };
-        if !state.refunded().is_zero() {
+        let refund = state.close_statement().and_then(|close| invoice_hash(close.invoice.as_deref()?));
+        if refund != Some(hash) || !state.refunded().is_zero() || state.remainder().is_zero() {
+            // Told twice, or nothing that is owed to us.
             return self.actions.push_back(handled);
         }
         let draft = state.refund_received(hash, amount);
@@ -196,18 +215,35 @@ impl Consumer {
 
     pub(super) fn begin_close(&mut self, now: UnixMs, id: SessionId) {
         let Some(index) = self.index_of(id) else { return };
-        self.wake(now, index);
         let Some(session) = self.sessions.get_mut(&index) else { return };
+        let unanswered = session.state.as_ref().is_some_and(|s| {
+            s.close_statement().is_some() && s.refunded().is_zero() && !s.remainder().is_zero()
+        });
+        if session.phase == Phase::Over && session.link.is_none() && unanswered {
+            // The close was said and its answer lost: say it again.
+            session.phase = Phase::Asleep;
+        }
+        if session.phase == Phase::Over || (session.phase == Phase::Asleep && session.listing.is_none()) {
+            return;
+        }
         session.closing = true;
+        self.wake(now, index);
         self.continue_close(index);
     }
 
     /// Asks for the invoice to be refunded to, once nothing is open any more.
-    fn continue_close(&mut self, index: SessionIndex) {
-        let Some(session) = self.sessions.get(&index).filter(|s| s.closing && s.is_ready()) else { return };
-        let Some(state) = &session.state else { return };
-        if !session.requests.is_empty() || state.attempted().is_some() || state.close_statement().is_some() {
+    pub(super) fn continue_close(&mut self, index: SessionIndex) {
+        let ready = |s: &&mut Session| s.closing && s.is_ready() && !s.close_asked;
+        let Some(session) = self.sessions.get_mut(&index).filter(ready) else { return };
+        let (Some(state), Some(link)) = (&session.state, session.link) else { return };
+        let uncredited = state.paid() > session.credited;
+        if !session.requests.is_empty() || state.attempted().is_some() || uncredited {
             return;
+        }
+        session.close_asked = true;
+        if let Some(close) = state.close_statement() {
+            let again = Signed::sign(close, &session.key);
+            return self.say(link, ConsumerControl::Close(again));
         }
         let (session, amount) = (state.id(), state.remainder());
         self.actions.push_back(ConsumerAction::MakeCloseInvoice { session, amount });
@@ -221,7 +257,7 @@ impl Consumer {
             return;
         }
         let invoice = result.ok();
-        if let Some(hash) = invoice.as_deref().and_then(satgrid_protocol::session::invoice_hash) {
+        if let Some(hash) = invoice.as_deref().and_then(invoice_hash) {
             self.by_payment.insert(hash, index);
         }
         let close = SessionClose {
@@ -238,13 +274,13 @@ impl Consumer {
     }
 
     /// The provider owes what it could not pay: its signed word is kept.
-    pub(super) fn owed(&mut self, index: SessionIndex, note: &Signed<CreditNote>) {
+    pub(super) fn owed(&mut self, now: UnixMs, index: SessionIndex, note: &Signed<CreditNote>) {
         let Some(session) = self.sessions.get(&index) else { return };
         let ours = session.state.as_ref().map(satgrid_protocol::session::SessionState::id);
         let Ok(verified) = note.verify(&session.provider()) else { return };
         if Some(verified.session) == ours {
             self.append(vec![Draft::of(Evidence::CreditNote(note.clone()))], Vec::new());
-            self.end_session(index);
+            self.closed_by_provider(now, index);
         }
     }
 
@@ -272,13 +308,10 @@ impl Consumer {
             (true, since) => since.or(Some(now)),
             (false, _) => None,
         };
-        self.continue_close_once(index);
     }
+}
 
-    fn continue_close_once(&mut self, index: SessionIndex) {
-        let waiting = self.sessions.get(&index).is_some_and(|s| s.closing && s.is_ready());
-        if waiting && !self.actions.iter().any(|a| matches!(a, ConsumerAction::MakeCloseInvoice { .. })) {
-            self.continue_close(index);
-        }
-    }
+/// The most that a slice's routing may cost.
+fn fee_limit(config: &ConsumerConfig, amount: Msat) -> Msat {
+    Msat((amount.0 / 1_000).saturating_mul(config.fee_per_mille)).max(config.min_fee)
 }

@@ -1,7 +1,7 @@
 //! Running requests: started when covered, counted token by token, countersigned, finished.
 
 use super::{
-    CallError, CallId, Consumer, ConsumerAction, ConsumerConfig, Emission, FundsLimit, Leg, SessionIndex, calls::Place,
+    CallError, CallId, Consumer, ConsumerAction, ConsumerConfig, Emission, FundsLimit, Leg, SessionIndex, calls::Place, links::Session,
 };
 use crate::{LinkId, StreamId};
 use satgrid_ledger::statements::{
@@ -11,12 +11,16 @@ use satgrid_pricing::cost_alone;
 use satgrid_protocol::{
     check::{self, Counted},
     frame::{ConsumerFrame, MAX_CHUNK_TOKENS, ProviderFrame, Refusal, StartRequest},
-    metering::{self, Progress},
+    metering::{self, Grant, Progress},
+    session::RequestState,
 };
 use satgrid_types::{
     BothSigned, FinishReason, Msat, RequestId, Salt, Signed, TokenUsage, UnixMs, cbor, sign_body,
 };
 
+/// Times in a row that a call may be refused for want of funds before its provider is left.
+const MAX_SHORT: u32 = 4;
+const SILENT: &str = "the provider went silent";
 /// Without money for it, silence of this many ms ends a request.
 const UNFUNDED_STALL_MS: u64 = 2_000;
 
@@ -29,14 +33,71 @@ pub(super) struct Live {
     received: u32,
     running: RunningHash,
     last_frame_at: UnixMs,
+    /// A statement that is right, and beyond what our own books show as paid: signed once the payment is booked.
+    held: Option<Held>,
+    /// Why this side asked for the end of it, where the client did not.
+    ended: Option<Ended>,
+}
+
+/// See [`Live::held`].
+enum Held {
+    Ack(Box<Ack>, BothSigned<Ack>),
+    Receipt(FinishReason, Signed<Receipt>),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    Silent,
+    Unfunded,
 }
 
 impl Live {
-    pub(super) fn stall_deadline(&self, config: &ConsumerConfig, unfunded: bool) -> UnixMs {
-        self.last_frame_at.plus_ms(if unfunded { UNFUNDED_STALL_MS } else { config.stall_ms })
+    pub(super) fn stall_deadline(&self, config: &ConsumerConfig, starved: bool) -> UnixMs {
+        let patience = if starved && self.ended.is_none() { UNFUNDED_STALL_MS } else { config.stall_ms };
+        self.last_frame_at.plus_ms(patience)
     }
     fn counted(&self) -> Counted {
         Counted { received: self.received, running_hash: self.running.value() }
+    }
+}
+
+impl Session {
+    /// What the provider may do for a request on what it can see of our money, at the last acknowledgement.
+    fn granted(&self, id: &RequestId) -> Option<(Grant, &RequestState)> {
+        let state = self.state.as_ref()?;
+        let request = state.request_state(id)?;
+        let grant = metering::grant(&Progress {
+            prompt_tokens: request.open().prompt_tokens,
+            max_output: request.open().max_output,
+            acked: request.acked(),
+            funds: request.reserved().saturating_add(self.usable_balance()),
+            rates: *request.rates(),
+            terms: state.quote().terms,
+        });
+        Some((grant, request))
+    }
+
+    /// No money can be had, and the request cannot go on without.
+    pub(super) fn is_starved(&self, id: &RequestId) -> bool {
+        let (Some((grant, request)), Some(live)) = (self.granted(id), self.requests.get(id)) else { return false };
+        let acked = request.acked();
+        let prompt_left = acked.prompt < request.open().prompt_tokens;
+        let goes_on = if prompt_left { grant.prompt_upto > acked.prompt } else { grant.output_upto > live.received };
+        self.unfunded && !goes_on
+    }
+
+    /// What should be free beside a running request's reservation: `low` water or its next prompt piece, and never more
+    /// than the rest of it can cost.
+    pub(super) fn ahead(&self, id: &RequestId, low: Msat) -> Msat {
+        let Some((_, request)) = self.granted(id) else { return Msat::ZERO };
+        let (open, rates) = (request.open(), request.rates());
+        let piece = self.state.as_ref().map_or(1, |s| s.quote().terms.prefill_piece.max(1));
+        let prompt = request.acked().prompt.saturating_add(piece.saturating_mul(2)).min(open.prompt_tokens);
+        let cost = |prompt, completion| {
+            let usage = TokenUsage { prompt, cached_prompt: 0, completion, reasoning: 0 };
+            cost_alone(&usage, rates).unwrap_or(Msat::MAX).saturating_sub(request.reserved())
+        };
+        low.max(cost(prompt, 0)).min(cost(open.prompt_tokens, open.max_output))
     }
 }
 
@@ -44,7 +105,7 @@ impl Consumer {
     /// Starts the requests of calls that wait for this session, as far as its balance covers them.
     pub(super) fn start_waiting(&mut self, now: UnixMs, index: SessionIndex) {
         loop {
-            let Some(session) = self.sessions.get(&index).filter(|s| s.is_ready() && !s.closing) else { return };
+            let Some(session) = self.sessions.get(&index).filter(|s| s.is_ready() && !s.closing && !s.short) else { return };
             let Some(&call) = session.waiting.front() else { return };
             let Some(need) = self.start_need(index, call) else { return };
             if self.sessions.get(&index).is_none_or(|s| s.usable_balance() < need) || !self.quote_is_fresh(now, index) {
@@ -97,6 +158,8 @@ impl Consumer {
             received: 0,
             running: RunningHash::start(&salt, &request),
             last_frame_at: now,
+            held: None,
+            ended: None,
         };
         let start = StartRequest { open: signed, salt, prompt, private };
         if let Some(session) = self.sessions.get_mut(&index) {
@@ -155,7 +218,33 @@ impl Consumer {
             return self.misbehaved(now, index, fault.rule(), &fault.to_string(), cbor::encode(signed));
         }
         let both = BothSigned::countersign(signed, &session.key);
+        self.commit_ack(now, index, link, request, &offered, both);
+    }
+
+    /// Signs an acknowledgement that was checked, once our books cover it.
+    fn commit_ack(
+        &mut self,
+        now: UnixMs,
+        index: SessionIndex,
+        link: LinkId,
+        request: RequestId,
+        offered: &Ack,
+        both: BothSigned<Ack>,
+    ) {
+        let Some(session) = self.sessions.get_mut(&index) else { return };
+        let Some(state) = &session.state else { return };
         let Some(held) = state.request_state(&request) else { return };
+        if offered.cost > held.reserved().saturating_add(state.available()) {
+            // The provider was told of a payment before we were: our own wallet will tell us too.
+            if let Some(live) = session.requests.get_mut(&request) {
+                live.held = Some(Held::Ack(Box::new(offered.clone()), both));
+            }
+            return;
+        }
+        let Some(session) = self.sessions.get(&index) else { return };
+        let Some(state) = &session.state else { return };
+        let Some(held) = state.request_state(&request) else { return };
+        let Some(live) = session.requests.get(&request) else { return };
         // What the provider may do next on this signature is reserved with it.
         let grant = metering::grant(&Progress {
             prompt_tokens: held.open().prompt_tokens,
@@ -167,6 +256,8 @@ impl Consumer {
         });
         let next = cost_alone(&grant.usage(), held.rates()).unwrap_or(Msat::ZERO);
         let more = next.saturating_sub(held.reserved()).min(session.usable_balance());
+        // What is signed for is reserved, whatever the provider knows of our money.
+        let more = more.max(offered.cost.saturating_sub(held.reserved()));
         let Ok(draft) = state.acked(now, &both, request, more) else { return };
         let stream = live.stream;
         let frame = ConsumerFrame::Ack(offered.seq, *both.consumer_signature());
@@ -196,6 +287,19 @@ impl Consumer {
         if let Err(fault) = check::receipt(state, &request, &offered, &live.counted(), hash) {
             return self.misbehaved(now, index, fault.rule(), &fault.to_string(), cbor::encode(signed));
         }
+        if offered.finish != reason {
+            let text = "the receipt's finish reason is not that of its frame";
+            return self.misbehaved(now, index, "receipt-field", text, cbor::encode(signed));
+        }
+        let reserved = state.request_state(&request).map_or(Msat::ZERO, RequestState::reserved);
+        if offered.cost > reserved.saturating_add(state.available()) {
+            let held = Held::Receipt(reason, signed.clone());
+            if let Some(live) = self.sessions.get_mut(&index).and_then(|s| s.requests.get_mut(&request)) {
+                live.held = Some(held);
+            }
+            return;
+        }
+        let ended = live.ended;
         let signature = sign_body::<Receipt>(signed.body(), &session.key);
         let both = BothSigned::from_parts(signed.body().to_vec(), *signed.signature(), signature);
         let opening = ReceiptOpening { salt: live.salt, private };
@@ -211,6 +315,7 @@ impl Consumer {
         if let Some(session) = self.sessions.get_mut(&index) {
             session.requests.remove(&request);
             session.idle_since = now;
+            session.short = false;
         }
         let mut then = vec![
             ConsumerAction::Send { link, stream, frame: ConsumerFrame::Receipt(signature) },
@@ -222,14 +327,13 @@ impl Consumer {
             call.bill.legs.push(leg);
             call.place = Place::Nowhere;
             let done = matches!(reason, FinishReason::Stop | FinishReason::Length);
-            let out_of_funds = self.sessions.get(&index).is_some_and(|s| s.unfunded);
             let emission = if done {
                 Some(Emission::Finished { reason, bill: call.bill.clone() })
-            } else if reason == FinishReason::Cancelled && out_of_funds && !call.cancelled {
+            } else if ended == Some(Ended::Unfunded) && !call.cancelled {
                 let available = self.payable.unwrap_or_default();
                 let error = CallError::Funds { required: Msat(1), available, limit: FundsLimit::Wallet };
                 Some(Emission::Failed { error, bill: call.bill.clone() })
-            } else if call.cancelled || reason == FinishReason::Cancelled {
+            } else if call.cancelled || (reason == FinishReason::Cancelled && ended.is_none()) {
                 Some(Emission::Failed { error: CallError::Cancelled, bill: call.bill.clone() })
             } else {
                 go_on = true;
@@ -244,7 +348,8 @@ impl Consumer {
         }
         self.record(index, vec![draft], then);
         if go_on {
-            let text = error.unwrap_or_else(|| "the provider's engine failed".into());
+            let silent = ended == Some(Ended::Silent);
+            let text = error.unwrap_or_else(|| if silent { SILENT } else { "the provider's engine failed" }.into());
             self.reassign(now, id, &text);
         }
     }
@@ -258,6 +363,17 @@ impl Consumer {
             self.actions.push_back(ConsumerAction::FinishStream { link, stream });
         }
         let text = format!("provider {} refused: {text}", provider.short());
+        if refusal == Refusal::Funds
+            && let Some(id) = call
+            && let Some(held) = self.calls.get_mut(&id).filter(|call| call.short < MAX_SHORT && !call.cancelled)
+        {
+            // Both sides reserve by what they know at the time. Ours was the rosier view: wait for the next slice or receipt.
+            held.short += 1;
+            if let Some(session) = self.sessions.get_mut(&index) {
+                session.short = true;
+            }
+            return self.requeue(now, id, index);
+        }
         match refusal {
             Refusal::Protocol | Refusal::Funds => self.leave(now, index, provider, &text),
             Refusal::NotOffered
@@ -290,27 +406,39 @@ impl Consumer {
         }
     }
 
-    /// Requests that went silent.
-    pub(super) fn tick_streams(&mut self, now: UnixMs, index: SessionIndex) {
-        let Some(session) = self.sessions.get(&index) else { return };
-        let unfunded = session.unfunded;
-        let silent = |r: &Live| now >= r.stall_deadline(&self.config, unfunded);
-        let stalled: Vec<(RequestId, StreamId)> =
-            session.requests.iter().filter(|(_, r)| silent(r)).map(|(id, r)| (*id, r.stream)).collect();
+    /// Statements that waited for a payment to be booked.
+    pub(super) fn release_held(&mut self, now: UnixMs, index: SessionIndex) {
+        let Some(session) = self.sessions.get_mut(&index) else { return };
         let Some(link) = session.link else { return };
-        for (request, stream) in stalled {
-            if unfunded {
-                // The provider waits for money that will not come: end in good order, with a receipt.
-                self.cancel_request(index, &request);
-                if let Some(live) = self.sessions.get_mut(&index).and_then(|s| s.requests.get_mut(&request)) {
-                    live.last_frame_at = now;
-                }
+        let held: Vec<(RequestId, Held)> =
+            session.requests.iter_mut().filter_map(|(id, live)| Some((*id, live.held.take()?))).collect();
+        for (request, held) in held {
+            match held {
+                Held::Ack(offered, both) => self.commit_ack(now, index, link, request, &offered, both),
+                Held::Receipt(reason, signed) => self.receipt(now, index, request, reason, &signed),
+            }
+        }
+    }
+
+    /// Requests that went silent: first they are asked to end, in good order and with a receipt. A provider that does not
+    /// even answer that loses the link; ending one request alone would leave the two sides at different figures.
+    pub(super) fn tick_streams(&mut self, now: UnixMs, index: SessionIndex) {
+        let Some(session) = self.sessions.get_mut(&index) else { return };
+        let starved: Vec<bool> = session.requests.keys().map(|id| session.is_starved(id)).collect();
+        let mut silent = Vec::new();
+        for ((id, live), starved) in session.requests.iter_mut().zip(starved) {
+            if now < live.stall_deadline(&self.config, starved) {
                 continue;
             }
-            self.actions.push_back(ConsumerAction::ResetStream { link, stream });
-            if let Some(call) = self.abandon(index, request) {
-                self.reassign(now, call, "the provider went silent");
+            if live.ended.is_some() {
+                return self.drop_link(now, index, crate::CloseCode::Done, SILENT);
             }
+            live.ended = Some(if starved { Ended::Unfunded } else { Ended::Silent });
+            live.last_frame_at = now;
+            silent.push(*id);
+        }
+        for request in silent {
+            self.cancel_request(index, &request);
         }
     }
 }

@@ -16,6 +16,8 @@ use satgrid_types::{
 
 /// Invoices that a session may have issued and unpaid.
 const MAX_UNPAID_INVOICES: usize = 2;
+/// Invoices that replace an unpaid one of the same slice, until one is paid: more is spam.
+const MAX_REISSUED: u32 = 8;
 /// How long after its expiry a quote may still open what was begun under it, in ms.
 const QUOTE_GRACE_MS: u64 = 30_000;
 
@@ -166,7 +168,11 @@ impl Provider {
         }
         let taken = state.slices().get(&k).is_some_and(|s| s.status == SliceStatus::Paid);
         let reissue = state.slices().get(&k).is_some();
-        if taken || state.close_statement().is_some() {
+        let reissued = session.reissued.saturating_add(u32::from(reissue));
+        if reissued > MAX_REISSUED {
+            return self.refuse(link, Refusal::Protocol, format!("slice {k} was invoiced {MAX_REISSUED} times and not paid"));
+        }
+        if taken || state.close_statement().is_some() || session.closing.is_some() {
             return self.refuse(link, Refusal::Protocol, format!("slice {k} is settled, or the session is closed"));
         }
         if !reissue && (k != state.next_k().max(slices_issued(state)) || state.unpaid_invoices() >= MAX_UNPAID_INVOICES) {
@@ -176,6 +182,11 @@ impl Provider {
         let ticket = InvoiceTicket(self.next_invoice);
         self.next_invoice = self.next_invoice.wrapping_add(1);
         let (description_hash, expiry_secs) = (descriptor.description_hash(), terms.invoice_expiry_secs);
+        if let Some(session) = self.sessions.get_mut(&id) {
+            session.reissued = reissued;
+        }
+        // One at a time: what was asked for on a link that broke is not waited for.
+        self.invoices.retain(|_, wanted| wanted.session != id);
         self.invoices.insert(ticket, WantedInvoice { link, session: id, descriptor });
         self.actions.push_back(ProviderAction::MakeInvoice { ticket, amount, description_hash, expiry_secs });
     }
@@ -186,6 +197,9 @@ impl Provider {
             Ok(bolt11) => bolt11,
             Err(error) => return self.refuse(link, Refusal::Unavailable, format!("no invoice could be made: {error}")),
         };
+        if self.links.get(&link).and_then(|l| l.session) != Some(session) {
+            return;
+        }
         let Some(live) = self.sessions.get(&session) else { return };
         if let Some(hash) = invoice_hash(&bolt11) {
             self.by_payment.insert(hash, session);
@@ -198,17 +212,20 @@ impl Provider {
     pub(super) fn payment_received(&mut self, now: UnixMs, hash: PaymentHash, amount: Msat) {
         let handled = ProviderAction::WalletHandled { hash };
         let known = self.by_payment.get(&hash).copied();
-        let session = known.and_then(|id| self.sessions.get(&id).map(|s| (id, s)));
+        let session = known.and_then(|id| self.sessions.get_mut(&id).map(|s| (id, s)));
         let Some((id, session)) = session else {
             // Somebody paid an invoice that is not a slice of ours: the wallet's affair, counted and left alone.
             self.counters.payments_unknown += 1;
             return self.actions.push_back(handled);
         };
         let Ok(draft) = session.state.received(hash, amount) else {
-            // Told twice: a payment hash credits once.
+            // Told twice (a payment hash credits once), or paid on an invoice that was replaced.
+            let twice = session.state.slice_by_hash(&hash).is_some_and(|(_, s)| s.payment_hash == Some(hash));
+            self.counters.payments_unknown += u64::from(!twice);
             return self.actions.push_back(handled);
         };
         self.counters.slices += 1;
+        session.reissued = 0;
         let k = session.state.slice_by_hash(&hash).map_or(0, |(k, _)| k);
         let link = session.link;
         let paid = session.state.slices().get(&k).map_or(Msat::ZERO, |s| s.amount).saturating_add(session.state.paid());

@@ -12,59 +12,90 @@ use crate::LinkId;
 use satgrid_ledger::{
     entry::{Draft, Evidence},
     statements::{CreditNote, CreditReason, SessionClose},
-    transfer::{Transfer, TransferKind, transfer_id},
 };
-use satgrid_protocol::{
-    frame::{ProviderControl, Refusal},
-    session::invoice_hash,
-};
+use satgrid_protocol::frame::{ProviderControl, Refusal};
 use satgrid_types::{Msat, PaymentHash, Preimage, SessionId, Signed, UnixMs, node_key};
+use satgrid_wallet::invoice;
 
 impl Provider {
     pub(super) fn close(&mut self, now: UnixMs, link: LinkId, close: &Signed<SessionClose>) {
         let Some(id) = self.links.get(&link).and_then(|l| l.session) else {
             return self.refuse(link, Refusal::Unknown, "no session on this connection");
         };
-        let Some(session) = self.sessions.get(&id) else { return };
-        let state = &session.state;
-        let Ok(body) = close.verify(&state.consumer()) else {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        let Ok(body) = close.verify(&session.state.consumer()) else {
             return self.violation(link, "the close is not signed by the session's key");
         };
-        if body.session != id || !state.requests().is_empty() {
-            return self.refuse(link, Refusal::Protocol, "a close for another session, or while requests are open");
+        if body.session != id {
+            return self.refuse(link, Refusal::Protocol, "a close for another session");
         }
-        if state.close_statement().is_some() {
-            return self.say(link, ProviderControl::Closed);
+        if session.state.close_statement().is_some() {
+            return self.closed_before(now, link, id);
         }
-        let remainder = state.remainder();
-        let draft = state.closed(close);
-        let terms = state.quote().terms;
+        if !session.state.requests().is_empty() {
+            // A countersignature travels on its own stream and may come after this.
+            session.closing = Some((link, close.clone()));
+            return;
+        }
+        self.close_now(now, link, id, close, &body);
+    }
+
+    /// Closes that waited for the last request.
+    pub(super) fn continue_close(&mut self, now: UnixMs, id: SessionId) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        if session.state.requests().is_empty()
+            && let Some((link, close)) = session.closing.take()
+        {
+            self.close(now, link, &close);
+        }
+    }
+
+    fn close_now(&mut self, now: UnixMs, link: LinkId, id: SessionId, close: &Signed<SessionClose>, body: &SessionClose) {
+        let Some(session) = self.sessions.get(&id) else { return };
+        let (remainder, terms) = (session.state.remainder(), session.state.quote().terms);
+        let draft = session.state.closed(close);
         if remainder.is_zero() {
             return self.record(id, vec![draft], vec![ProviderAction::Control { link, frame: ProviderControl::Closed }]);
         }
-        let payable = body.invoice.as_ref().and_then(|bolt11| Some((bolt11.clone(), invoice_hash(bolt11)?)));
-        match payable {
-            Some((bolt11, hash)) if remainder >= terms.refund_dust => {
-                // The consumer's books may be behind ours by a slice in flight, never ahead: pay what it asks for, at most
-                // the remainder. Routing is paid from what it left over, within the cap.
-                let amount = body.remainder.min(remainder);
-                let max_fee = remainder.saturating_sub(amount).min(terms.refund_fee_cap);
-                let attempt = state.refund_attempted(hash, amount, max_fee);
-                self.by_payment.insert(hash, id);
-                let refunding = ProviderControl::Refunding(hash, amount);
-                let pay = ProviderAction::PayRefund { session: id, hash, bolt11, amount, max_fee };
-                self.record(id, vec![draft, attempt], vec![ProviderAction::Control { link, frame: refunding }, pay]);
-            }
-            Some(_) => {
-                self.record(id, vec![draft], Vec::new());
-                self.owe(now, id, remainder, CreditReason::Dust);
-            }
-            None => {
-                let reason =
-                    if remainder < terms.refund_dust { CreditReason::Dust } else { CreditReason::NoDestination };
-                self.record(id, vec![draft], Vec::new());
-                self.owe(now, id, remainder, reason);
-            }
+        let refusal = if remainder < terms.refund_dust {
+            Some(CreditReason::Dust)
+        } else if body.invoice.is_none() {
+            Some(CreditReason::NoDestination)
+        } else {
+            None
+        };
+        self.record(id, vec![draft], Vec::new());
+        if let Some(reason) = refusal {
+            return self.owe(now, id, remainder, reason);
+        }
+        // The invoice is the consumer's text: it is paid only if it asks for no more than is owed, to the msat. Routing is
+        // paid from what it left over, within the cap.
+        let bolt11 = body.invoice.clone().unwrap_or_default();
+        let facts = invoice::read(&bolt11).ok().filter(|facts| !facts.is_expired(now));
+        let asked = facts.and_then(|facts| Some((facts.payment_hash, facts.amount?)));
+        let fits = |(hash, amount): &(PaymentHash, Msat)| {
+            *amount <= remainder && !amount.is_zero() && !self.by_payment.contains_key(hash)
+        };
+        let Some((hash, amount)) = asked.filter(fits) else {
+            return self.owe(now, id, remainder, CreditReason::Unpayable);
+        };
+        let Some(session) = self.sessions.get(&id) else { return };
+        let max_fee = remainder.saturating_sub(amount).min(terms.refund_fee_cap);
+        let attempt = session.state.refund_attempted(hash, amount, max_fee);
+        self.by_payment.insert(hash, id);
+        let refunding = ProviderAction::Control { link, frame: ProviderControl::Refunding(hash, amount) };
+        let pay = ProviderAction::PayRefund { session: id, hash, bolt11, amount, max_fee };
+        self.record(id, vec![attempt], vec![refunding, pay]);
+    }
+
+    /// The same close again, after a lost answer: where it stands.
+    fn closed_before(&mut self, now: UnixMs, link: LinkId, id: SessionId) {
+        let Some(session) = self.sessions.get(&id) else { return };
+        let remainder = session.state.remainder();
+        match session.state.refund_in_flight() {
+            Some((hash, amount)) => self.say(link, ProviderControl::Refunding(hash, amount)),
+            None if remainder.is_zero() => self.say(link, ProviderControl::Closed),
+            None => self.owe(now, id, remainder, CreditReason::Unpayable),
         }
     }
 
@@ -80,30 +111,25 @@ impl Provider {
         });
     }
 
-    pub(super) fn refund_settled(&mut self, hash: PaymentHash, amount: Msat, preimage: Option<Preimage>, fee: Msat) {
+    pub(super) fn refund_settled(&mut self, hash: PaymentHash, preimage: Option<Preimage>, fee: Msat) {
         let handled = ProviderAction::WalletHandled { hash };
-        let Some(&id) = self.by_payment.get(&hash) else { return self.actions.push_back(handled) };
-        let pending = transfer_id(id, None, TransferKind::Refund, 0);
-        let mut transfers = vec![Transfer::post_pending(pending, amount)];
-        if !fee.is_zero() {
-            let id = transfer_id(id, None, TransferKind::RefundFee, 0);
-            let (debit, credit) =
-                (satgrid_ledger::transfer::Account::RoutingFees, satgrid_ledger::transfer::Account::Lightning);
-            transfers.push(Transfer::post(id, debit, credit, fee));
-        }
-        let evidence = Evidence::RefundSettled { session: id, payment_hash: hash, amount, fee, preimage };
-        let mut then = vec![handled];
-        if let Some(link) = self.sessions.get(&id).and_then(|s| s.link) {
-            then.push(ProviderAction::Control { link, frame: ProviderControl::Closed });
-        }
-        self.record(id, vec![Draft::of(evidence).with(transfers)], then);
+        let id = self.by_payment.get(&hash).copied();
+        let session = id.and_then(|id| self.sessions.get(&id).map(|s| (id, s)));
+        let booked = session.and_then(|(id, s)| Some((id, s.link, s.state.refund_settled(hash, preimage, fee).ok()?)));
+        // Not a refund of ours, or booked already.
+        let Some((id, link, draft)) = booked else { return self.actions.push_back(handled) };
+        let closed = link.map(|link| ProviderAction::Control { link, frame: ProviderControl::Closed });
+        let then = [handled].into_iter().chain(closed).collect();
+        self.record(id, vec![draft], then);
     }
 
     pub(super) fn refund_failed(&mut self, now: UnixMs, hash: PaymentHash, reason: String) {
-        let Some(&id) = self.by_payment.get(&hash) else { return };
-        let pending = transfer_id(id, None, TransferKind::Refund, 0);
-        let draft = Draft::of(Evidence::PaymentFailed { payment_hash: hash, reason }).with([Transfer::void(pending)]);
-        self.record(id, vec![draft], vec![ProviderAction::WalletHandled { hash }]);
+        let handled = ProviderAction::WalletHandled { hash };
+        let id = self.by_payment.get(&hash).copied();
+        let session = id.and_then(|id| self.sessions.get(&id).map(|s| (id, s)));
+        let booked = session.and_then(|(id, s)| Some((id, s.state.refund_failed(hash, reason).ok()?)));
+        let Some((id, draft)) = booked else { return self.actions.push_back(handled) };
+        self.record(id, vec![draft], vec![handled]);
         let owed = self.sessions.get(&id).map_or(Msat::ZERO, |s| s.state.remainder());
         self.owe(now, id, owed, CreditReason::Unpayable);
     }

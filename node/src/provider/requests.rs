@@ -2,7 +2,7 @@
 
 use super::{EngineId, Provider, ProviderAction};
 use crate::{LinkId, StreamId};
-use satgrid_engine::port::{Command, EngineEvent, FinishReason as EngineFinish, Job, JobError, JobId};
+use satgrid_engine::port::{Command, EngineEvent, FinishReason as EngineFinish, Job, JobId};
 use satgrid_ledger::statements::{
     Ack, Receipt, ReceiptOpening, ReceiptPrivate, RequestOpen, RunningHash, prompt_hash,
 };
@@ -33,6 +33,8 @@ pub(super) struct Request {
     phase: Phase,
     started_at: UnixMs,
     first_token_at: Option<UnixMs>,
+    /// It ran for too long and its engine was told to stop.
+    overdue: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,14 +58,14 @@ impl Request {
         self.phase == Phase::Running
     }
 
-    pub(super) fn next_deadline(&self, terms: &Terms) -> Option<UnixMs> {
-        const SIGNATURE_CHECK_MS: u64 = 1_000;
+    pub(super) fn next_deadline(&self, terms: &Terms, signature_timeout_ms: u64) -> Option<UnixMs> {
         match (&self.phase, &self.ack.out) {
-            (Phase::Offered { at, .. }, _) => Some(at.plus_ms(SIGNATURE_CHECK_MS)),
-            (_, Some(_)) => Some(self.ack.offered_at.plus_ms(SIGNATURE_CHECK_MS)),
-            (Phase::Running, None) if self.done != self.ack.offered => {
+            (Phase::Offered { at, .. }, _) => Some(at.plus_ms(signature_timeout_ms)),
+            (_, Some(_)) => Some(self.ack.offered_at.plus_ms(signature_timeout_ms)),
+            (Phase::Running, None) if self.done.completion > self.ack.offered.completion => {
                 Some(self.ack.offered_at.plus_ms(u64::from(terms.ack_interval_ms)))
             }
+            (Phase::Running, None) if self.overdue => None,
             (Phase::Running, None) => Some(self.started_at.plus_ms(REQUEST_DEADLINE_MS)),
             (Phase::Finishing { .. }, None) => None,
         }
@@ -115,11 +117,11 @@ impl Provider {
             return self.refuse_request(link, stream, Refusal::Protocol, "this request id was used before");
         }
         let quote = match state.quote_of(&open.quote) {
-            Some(quote) if now <= quote.valid_until && state.close_statement().is_none() => quote,
+            Some(quote) if now <= quote.valid_until && state.close_statement().is_none() && session.closing.is_none() => quote,
             Some(_) => return self.refuse_request(link, stream, Refusal::Quote, "the quote has expired: ask for a new one"),
             None => return self.refuse_request(link, stream, Refusal::Quote, "no such quote in this session"),
         };
-        let Some(engine) = engine else {
+        let Some(engine) = engine.filter(|engine| !self.down.contains(engine)) else {
             return self.refuse_request(link, stream, Refusal::Unavailable, "the engine for this model is not running");
         };
         if session.requests.len() >= self.config.max_requests_per_session || self.jobs.len() >= self.config.max_requests {
@@ -175,6 +177,7 @@ impl Provider {
             phase: Phase::Running,
             started_at: now,
             first_token_at: None,
+            overdue: false,
         };
         let request = open.request;
         self.jobs.insert(job, (id, request));
@@ -199,11 +202,20 @@ impl Provider {
     pub(super) fn engine_event(&mut self, now: UnixMs, engine: EngineId, event: EngineEvent) {
         let Some(job) = event.job() else {
             if let EngineEvent::Down { reason } = event {
+                self.down.insert(engine);
                 self.engine_down(now, engine, &reason);
+            } else {
+                self.down.remove(&engine);
             }
             return;
         };
-        let Some(&(id, request)) = self.jobs.get(&job) else { return };
+        let Some(&(id, request)) = self.jobs.get(&job) else {
+            // Its request is over here (it was begun as the engine or the link went away): it must not keep a slot.
+            if matches!(event, EngineEvent::Prefilled { .. } | EngineEvent::Tokens { .. }) {
+                self.actions.push_back(ProviderAction::Engine { engine, command: Command::Cancel { job } });
+            }
+            return;
+        };
         match event {
             EngineEvent::Prefilled { upto, cached, .. } => {
                 let Some(live) = self.live(id, &request) else { return };
@@ -221,11 +233,7 @@ impl Provider {
                 self.run_over(now, id, request, reason, None);
             }
             EngineEvent::Failed { error, .. } => {
-                let text = match &error {
-                    JobError::Backend { reason } => format!("the engine failed: {reason}"),
-                    other => other.to_string(),
-                };
-                self.run_over(now, id, request, FinishReason::Error, Some(text));
+                self.run_over(now, id, request, FinishReason::Error, Some(error.to_string()));
             }
             EngineEvent::Down { .. } | EngineEvent::Up => {}
         }
@@ -400,7 +408,7 @@ impl Provider {
 
     /// Offers the receipt whose turn it is, once its last acknowledgement is back.
     pub(super) fn offer_next_receipt(&mut self, id: SessionId) {
-        let engine_name = self.config.engine_name.clone();
+        let (now, engine_name) = (self.now, self.config.engine_name.clone());
         let Some(session) = self.sessions.get_mut(&id) else { return };
         let Some(&request) = session.finishing.front() else { return };
         if session.link.is_none() {
@@ -433,9 +441,12 @@ impl Provider {
         };
         let signed = Signed::sign(&body, &self.key);
         if let Some(live) = session.requests.get_mut(&request) {
-            live.phase = Phase::Offered { body: Box::new(body), signed: signed.clone(), at };
+            live.phase = Phase::Offered { body: Box::new(body), signed: signed.clone(), at: now };
         }
-        self.send(link, stream, ProviderFrame::Receipt(reason, signed));
+        // It names the receipt before it: that one must be durable, or a crash leaves the consumer with a chain that we
+        // have not.
+        let frame = ProviderFrame::Receipt(reason, signed);
+        self.behind(vec![ProviderAction::Send { link, stream, frame }]);
     }
 
     fn receipt_signed(&mut self, now: UnixMs, id: SessionId, request: RequestId, signature: Signature) {
@@ -475,21 +486,24 @@ impl Provider {
         let Some(session) = self.sessions.get(&id) else { return };
         let Some(link) = session.link else { return };
         let late = session.requests.values().any(|r| {
-            let ack = r.ack.out.is_some() && now.since(r.ack.offered_at) > timeout;
-            let receipt = matches!(&r.phase, Phase::Offered { at, .. } if now.since(*at) > timeout);
+            let ack = r.ack.out.is_some() && now.since(r.ack.offered_at) >= timeout;
+            let receipt = matches!(&r.phase, Phase::Offered { at, .. } if now.since(*at) >= timeout);
             ack || receipt
         });
         if late {
             return self.violation(link, "a statement was offered and not countersigned in time");
         }
         let open: Vec<RequestId> = session.requests.keys().copied().collect();
-        let over = |r: &Request| r.is_running() && now.since(r.started_at) >= REQUEST_DEADLINE_MS;
+        let over = |r: &Request| r.is_running() && !r.overdue && now.since(r.started_at) >= REQUEST_DEADLINE_MS;
         let overdue: Vec<RequestId> = session.requests.iter().filter(|(_, r)| over(r)).map(|(id, _)| *id).collect();
         for request in open {
             self.offer_ack_if_due(now, id, request);
         }
         for request in overdue {
             self.cancel(id, request);
+            if let Some(live) = self.live(id, &request) {
+                live.overdue = true;
+            }
         }
     }
 }

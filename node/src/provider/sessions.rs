@@ -7,10 +7,10 @@ use satgrid_pricing::cost_alone;
 use satgrid_protocol::{
     exposure::ProviderExposure,
     frame::{OpenRequest, ProviderControl, Refusal},
-    session::SessionState,
+    session::{DETACHED_MS, SessionState},
 };
-use satgrid_ledger::statements::Receipt;
-use satgrid_types::{BothSigned, Msat, RequestId, SessionId, UnixMs};
+use satgrid_ledger::statements::{Receipt, SessionClose};
+use satgrid_types::{BothSigned, Msat, RequestId, SessionId, Signed, UnixMs};
 use std::collections::{BTreeMap, VecDeque};
 
 /// One session and what is alive of it.
@@ -23,11 +23,24 @@ pub(super) struct Session {
     pub finishing: VecDeque<RequestId>,
     /// Since when requests without a live link wait for the consumer.
     pub detached_at: Option<UnixMs>,
+    /// A close that came while requests were open.
+    pub closing: Option<(LinkId, Signed<SessionClose>)>,
+    /// Invoices that replaced an unpaid one, since the last payment.
+    pub reissued: u32,
 }
 
 impl Session {
     pub(super) fn new(state: SessionState, link: Option<LinkId>, engine: Option<EngineId>) -> Session {
-        Session { state, engine, link, requests: BTreeMap::new(), finishing: VecDeque::new(), detached_at: None }
+        Session {
+            state,
+            engine,
+            link,
+            requests: BTreeMap::new(),
+            finishing: VecDeque::new(),
+            detached_at: None,
+            closing: None,
+            reissued: 0,
+        }
     }
 
     pub(super) fn exposure(&self) -> ProviderExposure {
@@ -39,10 +52,12 @@ impl Session {
         self.state.provider_exposure(done)
     }
 
-    pub(super) fn next_deadline(&self) -> Option<UnixMs> {
+    pub(super) fn next_deadline(&self, signature_timeout_ms: u64) -> Option<UnixMs> {
         let terms = &self.state.quote().terms;
-        let requests = self.requests.values().filter_map(|r| r.next_deadline(terms)).min();
-        let detached = self.detached_at.map(|at| at.plus_ms(u64::from(terms.resume_ms)));
+        // Without a link nothing can be asked of anybody; the requests wait as one.
+        let requests = self.requests.values().filter(|_| self.link.is_some());
+        let requests = requests.filter_map(|r| r.next_deadline(terms, signature_timeout_ms)).min();
+        let detached = self.detached_at.map(|at| at.plus_ms(DETACHED_MS));
         [requests, detached].into_iter().flatten().min()
     }
 }
@@ -51,7 +66,7 @@ impl Provider {
     /// A session from the journal, without a connection.
     pub(super) fn adopt(&mut self, now: UnixMs, state: SessionState) {
         let id = state.id();
-        for (_, slice) in state.slices() {
+        for slice in state.slices().values() {
             if let Some(hash) = slice.payment_hash {
                 self.by_payment.insert(hash, id);
             }
@@ -70,6 +85,7 @@ impl Provider {
             return;
         }
         session.link = None;
+        session.closing = None;
         if !session.state.requests().is_empty() {
             session.detached_at = Some(now);
         }
@@ -95,15 +111,12 @@ impl Provider {
         let Some(session) = self.sessions.get_mut(&id).filter(|s| s.state.consumer() == peer) else {
             return self.refuse(link, Refusal::Unknown, "no such session here for this key");
         };
-        if let Some(old) = session.link.replace(link)
-            && old != link
-        {
+        let old = session.link.replace(link).filter(|old| *old != link);
+        if let Some(old) = old {
             // The same key on two links: the newer one holds the session, the older one learns it.
-            self.actions.push_back(ProviderAction::CloseLink {
-                link: old,
-                code: crate::CloseCode::Done,
-                reason: "the session was resumed on another connection".into(),
-            });
+            let (code, reason) = (crate::CloseCode::Done, "the session was resumed on another connection".into());
+            self.actions.push_back(ProviderAction::CloseLink { link: old, code, reason });
+            self.links.remove(&old);
         }
         if let Some(held) = self.links.get_mut(&link) {
             held.session = Some(id);
@@ -199,8 +212,7 @@ impl Provider {
         let ids: Vec<SessionId> = self.sessions.keys().copied().collect();
         for id in ids {
             let Some(session) = self.sessions.get(&id) else { continue };
-            let resume_ms = u64::from(session.state.quote().terms.resume_ms);
-            if session.detached_at.is_some_and(|at| now.since(at) >= resume_ms) {
+            if session.detached_at.is_some_and(|at| now.since(at) >= DETACHED_MS) {
                 self.abandon_all(id);
                 if let Some(session) = self.sessions.get_mut(&id) {
                     session.detached_at = None;
@@ -208,6 +220,7 @@ impl Provider {
                 continue;
             }
             self.tick_requests(now, id);
+            self.continue_close(now, id);
         }
     }
 }

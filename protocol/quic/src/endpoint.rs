@@ -17,7 +17,7 @@ use std::sync::Arc;
 use thiserror::Error;
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::debug;
 
@@ -254,8 +254,8 @@ async fn attempt(
     config.transport_config(limits.transport(0));
     let connecting =
         quinn.connect_with(config, address, SERVER_NAME).map_err(|error| AttemptError::Local(error.to_string()))?;
-    let after = limits.handshake;
-    match timeout(after, connecting).await {
+    let (begin, wait) = (Instant::now(), limits.handshake);
+    match timeout(wait, connecting).await {
         Ok(Ok(connection)) => Ok(Link::connected(connection, expected, limits)),
         Ok(Err(error)) => Err(match (pin.mismatch(), &error) {
             (Some(presented), _) => AttemptError::WrongKey { expected, presented },
@@ -264,10 +264,11 @@ async fn attempt(
             {
                 AttemptError::Refused
             }
-            (None, ConnectionError::TimedOut) => AttemptError::TimedOut { after },
+            // QUIC itself gives up on a silent address after about 3 s.
+            (None, ConnectionError::TimedOut) => AttemptError::TimedOut { after: begin.elapsed() },
             (None, _) => AttemptError::Link(LinkError::from_connection(&error, limits.idle)),
         }),
-        Err(_) => Err(AttemptError::TimedOut { after }),
+        Err(_) => Err(AttemptError::TimedOut { after: wait }),
     }
 }
 

@@ -12,6 +12,11 @@
 //! Everything that a peer can make this room hold or wait for has a bound in [`Limits`]. Errors are sorted by fault
 //! ([`LinkError::fault`]), since that decides between a penalty, a retry and a bug report.
 //!
+//! On the wire, in this order: QUIC v1 with ALPN `satgrid/1` and raw ed25519 keys both ways (RFC 7250); on each
+//! bidirectional stream one byte from the consumer, the [`StreamKind`]; then, in each direction, frames of a u32
+//! big-endian length and as many bytes. One-way streams, datagrams, 0-RTT and resumption are off. Why a connection was
+//! closed or a stream cancelled is a [`Code`], and for connections a text beside it.
+//!
 //! ```text
 //! consumer                                                provider
 //! QuicEndpoint::bind_client                               QuicEndpoint::bind

@@ -11,8 +11,6 @@ use thiserror::Error;
 pub(crate) const SMALL_FRAME_BYTES: usize = 64 * 1024;
 /// A frame is given [`Limits::frame_wait`] and one second more for each of these, in bytes.
 pub(crate) const SLOWEST_BYTES_PER_S: usize = 64 * 1024;
-/// Within this time a dead peer or path is noticed.
-const DEAD_PEER: Duration = Duration::from_secs(2);
 
 /// What peers may make this node hold, and how long it waits for them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,7 +27,8 @@ pub struct Limits {
     pub frame_bytes: usize,
     /// Received and not yet read, per stream.
     pub stream_window_bytes: u32,
-    /// Received and not yet read, per connection.
+    /// Received and not yet read, per connection. Holds every stream's window, so that streams which nobody reads
+    /// never hold up one that somebody does.
     pub connection_window_bytes: u32,
     /// Written and not yet acknowledged, per connection.
     pub send_window_bytes: u32,
@@ -52,7 +51,7 @@ pub struct Limits {
     pub frame_wait: Duration,
     /// For room for one more stream.
     pub stream_wait: Duration,
-    /// For the peer's confirmation of everything sent, and for connections to close at shutdown.
+    /// For connections to close at shutdown.
     pub drain_wait: Duration,
 }
 
@@ -60,12 +59,12 @@ impl Default for Limits {
     fn default() -> Limits {
         Limits {
             connections: 256,
-            connections_per_source: 64,
+            connections_per_source: 32,
             handshakes: 64,
             streams: 32,
             frame_bytes: MAX_FRAME,
-            stream_window_bytes: 1 << 20,
-            connection_window_bytes: 4 << 20,
+            stream_window_bytes: 256 << 10,
+            connection_window_bytes: 8 << 20,
             send_window_bytes: 4 << 20,
             large_frame_bytes: 4 << 20,
             reach: Reach::Any,
@@ -82,22 +81,18 @@ impl Default for Limits {
 /// Limits that contradict each other.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum LimitsError {
-    #[error(
-        "keep-alive every {keep_alive:?} and {idle:?} of silence allowed: a dead peer must show within {DEAD_PEER:?}, and one lost packet must not kill a link"
-    )]
-    DeadPeer { keep_alive: Duration, idle: Duration },
+    #[error("keep-alive every {keep_alive:?} and {idle:?} of silence allowed: one lost packet would kill a link")]
+    KeepAlive { keep_alive: Duration, idle: Duration },
     #[error("{name} is zero")]
     Zero { name: &'static str },
-    #[error("{small_name} is {small}, more than {large_name}, which is {large}")]
-    Order { small_name: &'static str, small: usize, large_name: &'static str, large: usize },
+    #[error("{streams} streams of {window} bytes do not fit the connection's {connection} bytes")]
+    Windows { streams: u32, window: u32, connection: u32 },
+    #[error("a frame of {frame} bytes does not fit the {room} bytes for large frames")]
+    LargeFrames { frame: usize, room: usize },
 }
 
 impl Limits {
     pub(crate) fn check(&self) -> Result<(), LimitsError> {
-        let (keep_alive, idle) = (self.keep_alive, self.idle);
-        if keep_alive + idle > DEAD_PEER || idle < 2 * keep_alive || keep_alive.is_zero() {
-            return Err(LimitsError::DeadPeer { keep_alive, idle });
-        }
         for (name, value) in [
             ("connections", self.connections),
             ("connections_per_source", self.connections_per_source),
@@ -105,19 +100,23 @@ impl Limits {
             ("streams", self.streams as usize),
             ("frame_bytes", self.frame_bytes),
             ("stream_window_bytes", self.stream_window_bytes as usize),
+            ("send_window_bytes", self.send_window_bytes as usize),
         ] {
             if value == 0 {
                 return Err(LimitsError::Zero { name });
             }
         }
-        for (small_name, small, large_name, large) in [
-            ("stream_window_bytes", self.stream_window_bytes, "connection_window_bytes", self.connection_window_bytes),
-            ("frame_bytes", clamp_u32(self.frame_bytes), "large_frame_bytes", clamp_u32(self.large_frame_bytes)),
-        ] {
-            if small > large {
-                let (small, large) = (small as usize, large as usize);
-                return Err(LimitsError::Order { small_name, small, large_name, large });
-            }
+        let (keep_alive, idle) = (self.keep_alive, self.idle);
+        if keep_alive.is_zero() || idle < 2 * keep_alive {
+            return Err(LimitsError::KeepAlive { keep_alive, idle });
+        }
+        let (streams, window, connection) = (self.streams, self.stream_window_bytes, self.connection_window_bytes);
+        if u64::from(streams) * u64::from(window) > u64::from(connection) {
+            return Err(LimitsError::Windows { streams, window, connection });
+        }
+        let (frame, room) = (self.frame_bytes, self.large_frame_bytes);
+        if frame > room || frame > u32::MAX as usize {
+            return Err(LimitsError::LargeFrames { frame, room });
         }
         Ok(())
     }
@@ -153,29 +152,36 @@ impl Limits {
     }
 }
 
-fn clamp_u32(value: usize) -> u32 {
-    u32::try_from(value).unwrap_or(u32::MAX)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn defaults_agree_and_contradictions_are_refused() {
-        assert_eq!(Limits::default().check(), Ok(()));
-        let slow = Limits { idle: Duration::from_secs(30), ..Limits::default() };
-        assert!(matches!(slow.check(), Err(LimitsError::DeadPeer { .. })));
-        let hasty = Limits { keep_alive: Duration::from_secs(1), idle: Duration::from_secs(1), ..Limits::default() };
-        assert!(matches!(hasty.check(), Err(LimitsError::DeadPeer { .. })));
-        let closed = Limits { streams: 0, ..Limits::default() };
-        assert_eq!(closed.check(), Err(LimitsError::Zero { name: "streams" }));
-        let narrow = Limits { large_frame_bytes: 1, ..Limits::default() };
-        assert!(matches!(narrow.check(), Err(LimitsError::Order { .. })));
+    #[track_caller]
+    fn check(change: impl FnOnce(&mut Limits), expect: Result<(), &str>) {
+        let mut limits = Limits::default();
+        change(&mut limits);
+        match (limits.check(), expect) {
+            (Ok(()), Ok(())) => {}
+            (Err(error), Err(want)) => assert!(error.to_string().contains(want), "{error}"),
+            (got, want) => panic!("got {got:?}, want {want:?}"),
+        }
     }
 
     #[test]
-    fn one_peer_costs_at_most_14_mib_by_default() {
-        assert_eq!(Limits::default().bytes_per_connection(), 14 << 20);
+    fn contradictions_are_refused() {
+        check(|_| {}, Ok(()));
+        check(|l| l.idle = Duration::from_secs(30), Ok(()));
+        check(|l| l.idle = l.keep_alive, Err("one lost packet"));
+        check(|l| l.keep_alive = Duration::ZERO, Err("one lost packet"));
+        check(|l| l.streams = 0, Err("streams is zero"));
+        check(|l| l.streams *= 2, Err("do not fit the connection"));
+        check(|l| l.large_frame_bytes = l.frame_bytes - 1, Err("does not fit"));
+    }
+
+    #[test]
+    fn by_default_death_shows_in_two_seconds_and_a_peer_costs_18_mib() {
+        let limits = Limits::default();
+        assert!(limits.keep_alive + limits.idle < Duration::from_secs(2));
+        assert_eq!(limits.bytes_per_connection(), 18 << 20);
     }
 }

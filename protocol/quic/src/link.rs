@@ -149,8 +149,15 @@ impl Link {
     pub fn peer(&self) -> NodeKey {
         self.shared.peer
     }
+    /// Where the peer's packets come from now; a peer behind a NAT may move.
     pub fn remote(&self) -> SocketAddr {
-        self.shared.core.connection.remote_address()
+        let address = self.shared.core.connection.remote_address();
+        // A dual-stack socket shows IPv4 peers in IPv6 clothes.
+        SocketAddr::new(address.ip().to_canonical(), address.port())
+    }
+    /// Tells links of one endpoint apart in logs and maps.
+    pub fn id(&self) -> usize {
+        self.shared.core.connection.stable_id()
     }
     pub fn limits(&self) -> &Limits {
         &self.shared.core.limits
@@ -160,7 +167,7 @@ impl Link {
         let connection = &self.shared.core.connection;
         let path = connection.stats().path;
         PathInfo {
-            remote: connection.remote_address(),
+            remote: self.remote(),
             rtt: path.rtt,
             min_rtt: path.min_rtt,
             sent_packets: path.sent_packets,

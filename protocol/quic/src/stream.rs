@@ -4,7 +4,7 @@
 //! announced. There is no send queue here: [`FrameSender::send`] waits until QUIC takes the bytes, so a peer that does
 //! not read stops us after one stream window. What QUIC has taken leaves at once; nothing is held back to fill packets.
 //!
-//! Every method may be dropped half-way (`select!`): the next call goes on where it stopped.
+//! Receiving may be dropped half-way (`select!`): the next call goes on where it stopped.
 
 use crate::limits::SMALL_FRAME_BYTES;
 use crate::link::Shared;
@@ -52,7 +52,11 @@ impl FrameSender {
         FrameSender { stream, shared, opening, pending: Bytes::new(), ended: false }
     }
 
-    /// Sends one frame. Dropped half-way, the rest of the frame goes out with the next call.
+    /// Sends one frame, waiting while the peer reads more slowly than we write.
+    ///
+    /// Dropped half-way it tears nothing: a frame that has begun goes out whole with the next call, one that still
+    /// waits for its predecessor is not sent. Who must not wait, or must know which, uses a
+    /// [`FrameQueue`](crate::FrameQueue).
     pub async fn send(&mut self, frame: &[u8]) -> Result<(), LinkError> {
         let limit = self.shared.core.limits.frame_bytes;
         let length = u32::try_from(frame.len()).ok().filter(|_| frame.len() <= limit);
@@ -85,7 +89,7 @@ impl FrameSender {
     /// the link, which drops what is on its way. Fails if the peer does not read to the end.
     pub async fn delivered(&mut self) -> Result<(), LinkError> {
         let core = &self.shared.core;
-        let wait = core.limits.drain_wait;
+        let wait = core.limits.frame_deadline(core.limits.send_window_bytes as usize);
         match timeout(wait, self.stream.stopped()).await {
             Ok(Ok(None)) => Ok(()),
             Ok(Ok(Some(code))) => Err(LinkError::PeerCancelled { code: Code::from_quic(code) }),

@@ -163,6 +163,10 @@ impl SessionState {
     /// Provider: a slice arrived. The invoice's amount is credited; what a just-in-time channel kept of it is booked.
     pub fn received(&self, payment_hash: PaymentHash, amount: Msat) -> Result<Draft, SessionError> {
         let (k, slice) = self.slice_by_hash(&payment_hash).ok_or(SessionError::UnknownPayment(payment_hash))?;
+        if slice.payment_hash != Some(payment_hash) {
+            // An older invoice of this slice, over another amount perhaps: crediting it would give away the difference.
+            return Err(SessionError::UnknownPayment(payment_hash));
+        }
         if slice.status == SliceStatus::Paid {
             return Err(SessionError::SliceStatus { k, status: slice.status.word() });
         }

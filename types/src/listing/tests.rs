@@ -1,6 +1,7 @@
 //! One good listing, and every way of bending it.
 
 use ed25519_dalek::SigningKey;
+use proptest::prelude::*;
 use secp256k1::{SECP256K1, SecretKey};
 
 use super::*;
@@ -179,4 +180,25 @@ fn a_later_version_may_add_fields() {
     let content = event.content.replacen('{', "{\"colour\":\"blue\",", 1);
     let event = NostrEvent::sign(&nostr_keys(1), NOW, LISTING_KIND, event.tags, content, &[0; 32]);
     assert!(verify(event).is_ok());
+}
+
+proptest! {
+    /// Whatever one byte is changed to: no panic, and nothing verifies but the event that was signed.
+    #[test]
+    fn a_damaged_event_is_refused(at in 0usize..2_000, byte in 0x20u8..0x7f) {
+        let event = listing().to_event(&nostr_keys(1), NOW, &[0; 32]);
+        let mut json = event.to_json().into_bytes();
+        let at = at % json.len();
+        json[at] = byte;
+        let read = NostrEvent::from_json(std::str::from_utf8(&json).unwrap());
+        if let Ok(verified) = read.map_err(ListingRefusal::from).and_then(verify) {
+            prop_assert_eq!(verified.event(), &event);
+        }
+    }
+
+    #[test]
+    fn any_text_is_an_error_or_an_event(text in "\\PC{0,200}") {
+        let read = NostrEvent::from_json(&text);
+        prop_assert!(read.is_err());
+    }
 }

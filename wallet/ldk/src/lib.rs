@@ -7,13 +7,17 @@
 //! What an operator has to know about ldk-node 0.7.1:
 //!
 //! - Killed (`kill -9`) in mid-payment it may force-close its channels at the next start (reported as
-//!   [`satgrid_wallet::WalletEvent::ChannelClosed`] with `forced`). No msat is lost, but the channel's share comes back
-//!   only after the close's delay. So: [`LdkWallet::stop`](satgrid_wallet::Lightning::stop) on SIGTERM, and nothing that may abort in this process.
+//!   [`satgrid_wallet::WalletEvent::ChannelClosed`] with `forced`). The channel's share comes back after the close's
+//!   delay; an amount below the dust limit that was in flight goes to the miners. So: `stop()` on SIGTERM, and nothing
+//!   that may abort in this process.
 //! - After a restart of either side, a channel is usable when the peers have connected again, which it tries once a
 //!   minute: the side that wants to pay calls [`LdkWallet::ensure_connected`].
-//! - It needs tokio's multi-thread runtime, for as long as the node lives.
+//! - Both ends must have seen about the same blocks: a payer that is dozens of blocks behind offers a timeout that the
+//!   payee rejects. After mining many blocks at once, `sync()` every wallet.
+//! - It needs tokio's multi-thread runtime, for as long as the node lives: `stop()` before the runtime ends.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 #![forbid(unsafe_code)]
+#![warn(clippy::float_arithmetic, clippy::cast_possible_truncation)]
 
 mod balance;
 mod config;

@@ -126,11 +126,11 @@ fn set_chain(builder: &mut Builder, config: &LdkConfig) {
     });
     match config.chain.clone() {
         ChainSource::Esplora { url } => {
-            let sync = EsploraSyncConfig { background_sync_config, ..Default::default() };
+            let sync = EsploraSyncConfig { background_sync_config };
             builder.set_chain_source_esplora(url, Some(sync))
         }
         ChainSource::Electrum { url } => {
-            let sync = ElectrumSyncConfig { background_sync_config, ..Default::default() };
+            let sync = ElectrumSyncConfig { background_sync_config };
             builder.set_chain_source_electrum(url, Some(sync))
         }
         ChainSource::BitcoindRpc { host, port, user, password } => {

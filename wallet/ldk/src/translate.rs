@@ -92,8 +92,14 @@ pub(crate) fn event(node: &Node, event: ldk_node::Event) -> WalletEvent {
             forced: reason.as_ref().is_some_and(is_forced),
             reason: reason.map_or_else(|| "no reason was kept".to_owned(), |r| r.to_string()),
         },
-        // Left: old events with missing fields, forwarding, manual claims and splices, none of which we use.
-        other => WalletEvent::Other { what: format!("{other:?}") },
+        // Events of old versions with missing fields, forwarding, manual claims and splices: none of ours.
+        other @ (E::PaymentSuccessful { .. }
+        | E::PaymentFailed { .. }
+        | E::PaymentForwarded { .. }
+        | E::PaymentClaimable { .. }
+        | E::ChannelReady { .. }
+        | E::SplicePending { .. }
+        | E::SpliceFailed { .. }) => WalletEvent::Other { what: format!("{other:?}") },
     }
 }
 

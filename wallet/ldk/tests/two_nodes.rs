@@ -240,3 +240,20 @@ async fn each_thing_that_can_be_mended_has_its_error() {
     let error = LdkWallet::start(other).await.err().unwrap();
     assert!(matches!(error, StartError::OtherNetwork { .. } | StartError::Store { .. }), "{error}");
 }
+
+/// The other chain source of the devnet; the wallet sees its coins through either.
+#[tokio::test(flavor = "multi_thread")]
+async fn bitcoind_rpc_serves_as_well() {
+    let world = World::new().await;
+    let (host, port) = ("127.0.0.1".to_owned(), world.server.addr().port());
+    let chain = ChainSource::BitcoindRpc { host, port, user: "user".into(), password: "password".into() };
+    let wallet = LdkWallet::start(LdkConfig { chain, ..world.config("node", free_addr()) }).await.unwrap();
+    world.fund(&[&wallet]).await;
+    until("the block reward is seen", async || {
+        wallet.sync().await.unwrap();
+        wallet.balance().await.unwrap().onchain_confirmed_sat == 50 * 100_000_000
+    })
+    .await;
+    assert_eq!(wallet.height(), 102);
+    wallet.stop().await.unwrap();
+}

@@ -12,6 +12,7 @@
 
 mod channels;
 mod network;
+mod payments;
 mod port;
 
 pub use channels::{OPEN_FEE_SAT, RESERVE_MIN_SAT};
@@ -41,6 +42,32 @@ pub enum Fault {
     Break,
     /// It settles, and routing takes this on top.
     Fee(Msat),
+}
+
+impl Fault {
+    /// How long the HTLC is out, if the fault says so.
+    fn delay_ms(self) -> Option<u64> {
+        match self {
+            Fault::Delay { ms } | Fault::Stuck { ms, .. } => Some(ms),
+            Fault::None | Fault::Fail(_) | Fault::LoseEvent | Fault::DuplicateEvent | Fault::Break | Fault::Fee(_) => {
+                None
+            }
+        }
+    }
+    /// Why the HTLC comes back, if it does.
+    fn failure(self) -> Option<FailureReason> {
+        match self {
+            Fault::Fail(reason) => Some(reason),
+            Fault::Stuck { then_settles: false, .. } => Some(FailureReason::RetriesExhausted),
+            Fault::Stuck { then_settles: true, .. }
+            | Fault::None
+            | Fault::Delay { .. }
+            | Fault::LoseEvent
+            | Fault::DuplicateEvent
+            | Fault::Break
+            | Fault::Fee(_) => None,
+        }
+    }
 }
 
 /// How often each fault is drawn when a payer's script is empty, in thousandths.

@@ -152,7 +152,11 @@ impl Consumer {
                     self.tell(now, hash, Input::Settled { preimage, fee });
                 }
                 WalletEvent::PaymentFailed { hash, reason } => self.tell(now, hash, Input::Failed { reason }),
-                _ => {}
+                WalletEvent::PaymentReceived { .. }
+                | WalletEvent::ChannelPending { .. }
+                | WalletEvent::ChannelReady { .. }
+                | WalletEvent::ChannelClosed { .. }
+                | WalletEvent::Other { .. } => {}
             }
             network.event_handled(payer).unwrap();
         }

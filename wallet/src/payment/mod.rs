@@ -24,8 +24,11 @@
 //! all of this held for [`QUIET_MS`]: its invoice has expired (the payee would refuse it now), a channel is usable (so
 //! everything held back has been sent or dropped), and no outbound HTLC is on any channel.
 //!
-//! A preimage beats everything, at any time: if it comes after a failure, the payment is settled after all, and the
-//! caller is told by a second [`Outcome`].
+//! A preimage beats everything, at any time and from anyone (the payee made it): if it comes after a failure, the
+//! payment is settled after all, and the caller is told by a second [`Outcome`]. This happens: when a channel is
+//! force-closed with an amount below the dust limit (354 sat) in flight, that amount is left to the miners, the payer's
+//! wallet calls the payment failed, and the payee's may list it as received. So before a slice that failed is paid by
+//! another invoice, ask the payee whether it has credited it.
 
 mod slices;
 

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use satgrid_engine::sampling::Sampling;
+use satgrid_engine::sampling::{Sampling, draw};
 
 use super::*;
 

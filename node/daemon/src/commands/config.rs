@@ -61,13 +61,15 @@ fn shown(entry: &Entry) -> String {
 
 /// One of a list; a table as one field a line.
 fn item(value: &toml::Value) -> String {
-    match value {
-        toml::Value::String(text) => text.clone(),
-        toml::Value::Table(table) => {
+    if let Some(text) = value.as_str() {
+        return text.to_owned();
+    }
+    match value.as_table() {
+        Some(table) => {
             let fields: Vec<String> = table.iter().map(|(name, value)| format!("{name} = {value}")).collect();
             fields.join("\n")
         }
-        other => other.to_string(),
+        None => value.to_string(),
     }
 }
 

@@ -72,7 +72,7 @@ fn absolute(path: PathBuf) -> anyhow::Result<PathBuf> {
     std::path::absolute(&path).with_context(|| format!("{} is no path", path.display()))
 }
 
-fn new_phrase() -> anyhow::Result<Phrase> {
+pub(super) fn new_phrase() -> anyhow::Result<Phrase> {
     let mut entropy = [0; ENTROPY_BYTES];
     rand::rngs::OsRng.try_fill_bytes(&mut entropy).context("the system gives no random bytes")?;
     Ok(Phrase::from_entropy(&entropy)?)
@@ -91,7 +91,7 @@ fn read_seed(file: &Path) -> anyhow::Result<Phrase> {
 }
 
 /// Writes a file that must not be there yet, and waits until it is on disk.
-fn write_new(path: &Path, text: &str, mode: u32) -> anyhow::Result<()> {
+pub(super) fn write_new(path: &Path, text: &str, mode: u32) -> anyhow::Result<()> {
     let write = || -> std::io::Result<()> {
         let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
         file.write_all(text.as_bytes())?;

@@ -1,23 +1,38 @@
 //! The commands, one file each. Data goes to standard output, talk to standard error.
 
 mod config;
+mod demo;
 mod devnet;
 mod doctor;
 pub(crate) mod engine_worker;
 mod init;
+mod ledger;
+mod market;
 mod models;
 mod print;
+mod up;
+mod wallet;
 
 use crate::cli::{Cli, Command};
+use crate::signals;
+use std::process::ExitCode;
 
 /// Carries out what the command line says.
-pub(crate) fn run(cli: Cli) -> anyhow::Result<()> {
+pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let globals = cli.globals;
+    if let Some(parent) = globals.with_parent {
+        signals::end_with(parent)?;
+    }
     match cli.command {
         Command::Init(args) => init::run(&globals, &args),
         Command::Config(command) => config::run(&globals, &command),
         Command::Models(command) => models::run(&globals, &command),
+        Command::Up => up::run(&globals),
+        Command::Market(command) => market::run(&globals, &command),
+        Command::Wallet(command) => wallet::run(&globals, &command),
+        Command::Ledger { args } => return Ok(ledger::run(args)),
         Command::Doctor => doctor::run(&globals),
         Command::Devnet(command) => devnet::run(&globals, &command),
-    }
+    }?;
+    Ok(ExitCode::SUCCESS)
 }

@@ -43,7 +43,9 @@ impl PullError {
                 "free some space, or set models.dir to a larger disk".to_owned()
             }
             PullError::Io { .. } => return None,
-            PullError::Refused { .. } => "check the reference; a gated repository needs models.hub_token".to_owned(),
+            PullError::Refused { .. } => {
+                "check the reference, and pip's configuration or models.hub_token, whichever it goes through".to_owned()
+            }
             PullError::WrongHash { .. } => {
                 "nothing was kept; run it again, and if it is wrong again do not use this source".to_owned()
             }

@@ -22,7 +22,7 @@ use super::store::Store;
 pub(crate) struct Inspected {
     pub(crate) facts: ModelFacts,
     pub(crate) has_template: bool,
-    /// The chat template's absence is worth a word; see `has_template`.
+    /// What consumers fetch by its hash, so that they can tokenise without weights.
     pub(crate) tokenizer: TokenizerArtefact,
     gguf: Gguf,
 }

@@ -76,7 +76,7 @@ mod tests {
         let first = pull(&store, &path, None, silent).unwrap();
         assert_eq!((first.record.name.as_str(), first.cached), ("m", false));
         assert!(pull(&store, &path, None, silent).unwrap().cached);
-        assert_eq!(store.list(), [first.record.clone()]);
+        assert_eq!(store.list(), std::slice::from_ref(&first.record));
 
         // Another file under the same name: it must be given another one.
         std::fs::remove_file(&path).unwrap();

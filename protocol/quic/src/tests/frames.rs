@@ -322,3 +322,19 @@ async fn small_frames_leave_at_once() {
     // A delayed acknowledgement (25 ms) or a flush timer would show.
     assert!(median < Duration::from_millis(5), "{median:?}");
 }
+
+#[tokio::test]
+async fn streams_that_nobody_reads_hold_up_no_other() {
+    let limits = Limits { streams: 4, connection_window_bytes: 1 << 20, ..Limits::default() };
+    let pair = Pair::with(limits, Limits::default()).await;
+    let mut held = Vec::new();
+    for _ in 0..3 {
+        let (mut near, far) = pair.stream().await;
+        while timeout(Duration::from_millis(50), near.tx.send(&[1; 60_000])).await.is_ok() {}
+        held.push((near, far));
+    }
+    let (mut near, mut far) = pair.stream().await;
+    let sending = tokio::spawn(async move { near.tx.send(&vec![2; 1 << 20]).await.map(|()| near) });
+    assert_eq!(soon(far.rx.recv()).await.unwrap().unwrap(), vec![2; 1 << 20]);
+    soon(sending).await.unwrap().unwrap();
+}

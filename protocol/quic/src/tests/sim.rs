@@ -15,7 +15,7 @@ use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, EndpointConfig, TokioRuntime, UdpPoller};
 use satgrid_types::node_key;
 use std::io::{self, IoSliceMut};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use tokio_util::sync::CancellationToken;
 
@@ -179,7 +179,7 @@ fn run(seed: u64, loss: f64) -> Vec<String> {
     sim.client("consumer", async move {
         let trace = consumer_trace;
         let endpoint = endpoint(0, None, seed).await?;
-        let provider = IpAddr::from(turmoil::lookup("provider"));
+        let provider = turmoil::lookup("provider");
         let hint: AddressHint = SocketAddr::new(provider, PORT).into();
         let expected = node_key(&key(PROVIDER));
 

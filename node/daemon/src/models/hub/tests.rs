@@ -26,23 +26,23 @@ fn hub(body: Vec<u8>, etag: String, patience: usize, status: &'static str) -> Hu
         let mut ranges = 0;
         for stream in listener.incoming() {
             let Ok(mut stream) = stream else { return };
-            let mut range = (0, body.len() - 1);
+            let mut asked = None;
             for line in BufReader::new(&stream).lines() {
                 let line = line.unwrap_or_default().to_lowercase();
                 if let Some((from, to)) = line.strip_prefix("range: bytes=").and_then(|r| r.split_once('-')) {
-                    range = (from.parse().unwrap(), to.parse::<usize>().unwrap().min(body.len() - 1));
+                    asked = Some((from.parse().unwrap(), to.parse::<usize>().unwrap().min(body.len() - 1)));
                 }
                 if line.is_empty() {
                     break;
                 }
             }
-            let slice = &body[range.0..=range.1];
+            // A client that was dropped while it connected asks for nothing.
+            let Some((first, last)) = asked else { continue };
+            let slice: &[u8] = &body[first..=last];
             let head = format!(
-                "HTTP/1.1 {status}\r\ncontent-length: {}\r\ncontent-range: bytes {}-{}/{}\r\netag: \"{etag}\"\r\n\
+                "HTTP/1.1 {status}\r\ncontent-length: {}\r\ncontent-range: bytes {first}-{last}/{}\r\netag: \"{etag}\"\r\n\
                  x-repo-commit: c0ffee\r\nconnection: close\r\n\r\n",
                 slice.len(),
-                range.0,
-                range.1,
                 body.len()
             );
             ranges += 1;

@@ -1,0 +1,108 @@
+//! One slot of the context, and the job that runs in it.
+
+use satgrid_engine::port::Job;
+use satgrid_engine::sampling::draw;
+use satgrid_engine::stop::StopMatcher;
+
+use super::{Backend, to_u32};
+use crate::plan::Progress;
+
+#[derive(Default)]
+pub(super) struct Slot {
+    pub(super) running: Option<Running>,
+    /// Tokens in the sequence while no job runs.
+    pub(super) idle: Vec<u32>,
+    pub(super) session: Option<[u8; 32]>,
+    pub(super) used: u64,
+}
+
+pub(super) struct Waiting {
+    pub(super) job: Job,
+    pub(super) grant: Grant,
+}
+
+/// Granted positions of the prompt and granted output tokens.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Grant {
+    pub(super) prompt: u32,
+    pub(super) output: u32,
+}
+
+pub(super) struct Running {
+    pub(super) job: Job,
+    pub(super) grant: Grant,
+    /// Prompt, then every token drawn.
+    pub(super) tokens: Vec<u32>,
+    pub(super) prompt: u32,
+    /// Positions in the cache.
+    pub(super) at: u32,
+    /// Positions that were there before.
+    pub(super) cached: u32,
+    /// Covered and cached positions last told.
+    pub(super) told: (u32, u32),
+    /// Output tokens told.
+    pub(super) emitted: u32,
+    /// Output tokens at which the job ends.
+    pub(super) limit: u32,
+    pub(super) stop: StopMatcher,
+    pub(super) served: u64,
+    /// False once the session is forgotten: nothing stays after the job.
+    pub(super) keep: bool,
+}
+
+impl Slot {
+    pub(super) fn clear(&mut self) {
+        self.idle.clear();
+        self.session = None;
+    }
+
+    pub(super) fn progress(&self, slot: u32) -> Option<Progress> {
+        let running = self.running.as_ref()?;
+        let upto = if running.at < running.prompt {
+            running.prompt.min(running.grant.prompt)
+        } else {
+            // Position p yields output p - prompt + 1, which must be granted; the tokens must be known.
+            let granted = running.prompt.saturating_add(running.grant.output).saturating_sub(1);
+            granted.min(to_u32(running.tokens.len()))
+        };
+        Some(Progress { slot, at: running.at, prompt: running.prompt, upto, served: running.served })
+    }
+}
+
+impl Grant {
+    pub(super) fn raise(&mut self, other: Self) {
+        self.prompt = self.prompt.max(other.prompt);
+        self.output = self.output.max(other.output);
+    }
+}
+
+impl Running {
+    pub(super) fn new(mut job: Job, grant: Grant, cached: u32, limit: u32, backend: &impl Backend) -> Self {
+        let prompt = to_u32(job.prompt.len());
+        if job.ignore_eos {
+            job.sampling.forbid(backend.eog().iter().copied());
+        }
+        let mut stop = StopMatcher::new(&job.stop);
+        let resumed = job.prompt.len().saturating_sub(job.resumed as usize);
+        for &token in job.prompt.iter().skip(resumed) {
+            stop.push(&backend.piece(token));
+        }
+        let tokens = job.prompt.clone();
+        let (told, emitted, served) = ((0, 0), 0, 0);
+        Self { job, grant, tokens, prompt, at: cached, cached, told, emitted, limit, stop, served, keep: true }
+    }
+
+    /// Draws the next token from the logits of a row.
+    pub(super) fn draw(&self, row: usize, backend: &mut impl Backend) -> Result<u32, String> {
+        let index = to_u32(self.tokens.len()).saturating_sub(self.prompt);
+        let logits = backend.logits(row).map_err(|error| error.to_string())?;
+        let position = self.job.resumed.saturating_add(index);
+        draw(logits, &self.tokens, &self.job.sampling, position).ok_or_else(|| "no token is possible".to_owned())
+    }
+
+    /// Feeds a told token to the stop strings; true once one is complete.
+    pub(super) fn stops_at(&mut self, token: u32, backend: &impl Backend) -> bool {
+        self.stop.push(&backend.piece(token));
+        self.stop.stopped()
+    }
+}

@@ -1,0 +1,122 @@
+//! Opening a database: its permissions, its mode, its migrations.
+
+use sqlx::{
+    ConnectOptions, SqliteConnection,
+    migrate::{MigrateError, Migrator},
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
+};
+use std::{
+    fs::OpenOptions,
+    io,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+use thiserror::Error;
+
+pub(crate) static MIGRATOR: Migrator = sqlx::migrate!("../../migrations/sqlite");
+
+/// How long a connection waits for another one's short write lock.
+const BUSY: Duration = Duration::from_secs(10);
+
+/// Why a journal was not opened. Nothing was changed in it.
+#[derive(Debug, Error)]
+pub enum OpenError {
+    #[error("{}: in use by another process{}; stop it, or read the journal with satgrid-ledger", path.display(), process(holder))]
+    Locked { path: PathBuf, holder: String },
+    #[error("{}: schema {found} comes from a newer program; this one knows {known}", path.display())]
+    NewerSchema { path: PathBuf, found: i64, known: i64 },
+    #[error("{}: schema {found} is older than this program's {known}; the node migrates it at its next start", path.display())]
+    OlderSchema { path: PathBuf, found: i64, known: i64 },
+    #[error("{}: no such file", path.display())]
+    Missing { path: PathBuf },
+    #[error("{}: not a satgrid journal", path.display())]
+    NotAJournal { path: PathBuf },
+    #[error("{}: entry {seq} is damaged: {what}", path.display())]
+    Damaged { path: PathBuf, seq: u64, what: String },
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: io::Error },
+    #[error("{}: {source}", path.display())]
+    Sqlite { path: PathBuf, source: sqlx::Error },
+    #[error("{}: {source}", path.display())]
+    Migrate { path: PathBuf, source: MigrateError },
+}
+
+fn process(holder: &str) -> String {
+    if holder.is_empty() { String::new() } else { format!(" (process {holder})") }
+}
+
+fn options(path: &Path) -> SqliteConnectOptions {
+    SqliteConnectOptions::new()
+        .filename(path)
+        .busy_timeout(BUSY)
+        .statement_cache_capacity(32)
+        .disable_statement_logging()
+}
+
+pub(crate) fn read_options(path: &Path) -> SqliteConnectOptions {
+    options(path).read_only(true)
+}
+
+/// Opens for writing, creates and migrates.
+pub(crate) async fn writer(path: &Path, max_pages: Option<u32>) -> Result<SqliteConnection, OpenError> {
+    let sqlite = |source| OpenError::Sqlite { path: path.to_owned(), source };
+    // Payment hashes and preimages are nobody else's business.
+    OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+        .map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
+    let mut options = options(path).journal_mode(SqliteJournalMode::Wal).synchronous(SqliteSynchronous::Full);
+    if let Some(pages) = max_pages {
+        options = options.pragma("max_page_count", pages.to_string());
+    }
+    let mut connection = options.connect().await.map_err(|source| not_a_database(path, source))?;
+    check_schema(path, &mut connection, true).await?;
+    MIGRATOR.run(&mut connection).await.map_err(|source| OpenError::Migrate { path: path.to_owned(), source })?;
+    sqlx::query("PRAGMA wal_autocheckpoint = 4000").execute(&mut connection).await.map_err(sqlite)?;
+    Ok(connection)
+}
+
+fn not_a_database(path: &Path, source: sqlx::Error) -> OpenError {
+    const SQLITE_NOTADB: &str = "26";
+    let code = source.as_database_error().and_then(|e| e.code()).map(|code| code.into_owned());
+    match code.as_deref() {
+        Some(SQLITE_NOTADB) => OpenError::NotAJournal { path: path.to_owned() },
+        _ => OpenError::Sqlite { path: path.to_owned(), source },
+    }
+}
+
+/// Compares the schema in the file with the one that this program knows.
+pub(crate) async fn check_schema(
+    path: &Path,
+    connection: &mut SqliteConnection,
+    may_migrate: bool,
+) -> Result<(), OpenError> {
+    let failed = |source| not_a_database(path, source);
+    let tables: Vec<(String,)> = sqlx::query_as("SELECT name FROM sqlite_master WHERE type = 'table'")
+        .fetch_all(&mut *connection)
+        .await
+        .map_err(failed)?;
+    let known = MIGRATOR.iter().map(|migration| migration.version).max().unwrap_or(0);
+    if !tables.iter().any(|(name,)| name == "_sqlx_migrations") {
+        // An empty file is a journal to be; a database of something else is not.
+        return if tables.is_empty() && may_migrate {
+            Ok(())
+        } else {
+            Err(OpenError::NotAJournal { path: path.to_owned() })
+        };
+    }
+    let (found,): (Option<i64>,) =
+        sqlx::query_as("SELECT max(version) FROM _sqlx_migrations").fetch_one(connection).await.map_err(failed)?;
+    let found = found.unwrap_or(0);
+    if found > known {
+        return Err(OpenError::NewerSchema { path: path.to_owned(), found, known });
+    }
+    if found < known && !may_migrate {
+        return Err(OpenError::OlderSchema { path: path.to_owned(), found, known });
+    }
+    Ok(())
+}

@@ -1,0 +1,166 @@
+//! Reading: entries, checkpoints and proofs. Works beside a running node; never blocks its writer.
+
+use crate::open::{OpenError, check_schema, read_options};
+use satgrid_ledger::{
+    entry::{Entry, Head},
+    journal::{JournalError, MAX_READ},
+    log::{MissingTile, ProofError, SignedCheckpoint, TileCache, TileId, consistency_proof, inclusion_proof},
+    statements::ReceiptOpening,
+};
+use satgrid_types::{Digest, cbor};
+use sqlx::{
+    Row, SqlitePool,
+    sqlite::{SqlitePoolOptions, SqliteRow},
+};
+use std::path::Path;
+
+/// Connections that read at the same time.
+const CONNECTIONS: u32 = 4;
+
+/// A journal that is only read. Clones share their connections.
+#[derive(Debug, Clone)]
+pub struct SqliteReader {
+    pool: SqlitePool,
+}
+
+pub(crate) fn storage(error: &sqlx::Error) -> JournalError {
+    const SQLITE_FULL: u32 = 13;
+    let code = error.as_database_error().and_then(|e| e.code()).and_then(|code| code.parse::<u32>().ok());
+    // Extended codes carry the primary one in their low byte.
+    if code.is_some_and(|code| code & 0xff == SQLITE_FULL) {
+        JournalError::Full
+    } else {
+        JournalError::Storage(error.to_string())
+    }
+}
+
+/// A row number: SQLite's integers are signed, and ours stay below 2^63.
+pub(crate) fn row_number(n: u64) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+impl SqliteReader {
+    /// Opens an existing journal for reading.
+    pub async fn open(path: &Path) -> Result<SqliteReader, OpenError> {
+        if !path.exists() {
+            return Err(OpenError::Missing { path: path.to_owned() });
+        }
+        let reader = SqliteReader::connect(path);
+        let sqlite = |source| OpenError::Sqlite { path: path.to_owned(), source };
+        let mut connection = reader.pool.acquire().await.map_err(sqlite)?;
+        check_schema(path, &mut connection, false).await?;
+        drop(connection);
+        Ok(reader)
+    }
+
+    pub(crate) fn connect(path: &Path) -> SqliteReader {
+        let pool = SqlitePoolOptions::new().max_connections(CONNECTIONS).connect_lazy_with(read_options(path));
+        SqliteReader { pool }
+    }
+
+    pub(crate) async fn close(&self) {
+        self.pool.close().await;
+    }
+
+    /// Entries from number `from` on, at most `limit` and at most [`MAX_READ`].
+    pub async fn read(&self, from: u64, limit: usize) -> Result<Vec<Entry>, JournalError> {
+        let limit = i64::try_from(limit.min(MAX_READ)).unwrap_or(0);
+        let rows = sqlx::query("SELECT seq, bytes, opening FROM entries WHERE seq >= ? ORDER BY seq LIMIT ?")
+            .bind(row_number(from))
+            .bind(limit)
+            .fetch_all(&self.pool)
+            .await
+            .map_err(|e| storage(&e))?;
+        rows.iter().map(entry_of).collect()
+    }
+
+    /// The head, from the last entry that is durable.
+    pub async fn head(&self) -> Result<Head, JournalError> {
+        let row = sqlx::query("SELECT seq, bytes, opening FROM entries ORDER BY seq DESC LIMIT 1")
+            .fetch_optional(&self.pool)
+            .await
+            .map_err(|e| storage(&e))?;
+        row.as_ref().map_or(Ok(Head::EMPTY), |row| entry_of(row).map(|entry| entry.head()))
+    }
+
+    /// The newest checkpoint that covers at most `size` entries.
+    pub async fn checkpoint(&self, size: u64) -> Result<Option<SignedCheckpoint>, JournalError> {
+        let row: Option<(i64, String)> =
+            sqlx::query_as("SELECT size, note FROM checkpoints WHERE size <= ? ORDER BY size DESC LIMIT 1")
+                .bind(row_number(size))
+                .fetch_optional(&self.pool)
+                .await
+                .map_err(|e| storage(&e))?;
+        let Some((size, note)) = row else { return Ok(None) };
+        let damaged = |what: String| JournalError::Damaged { seq: u64::try_from(size).unwrap_or(0), what };
+        SignedCheckpoint::parse(&note).map(Some).map_err(|e| damaged(format!("checkpoint: {e}")))
+    }
+
+    /// Proof that entry `index` is in the log of the first `size` entries.
+    pub async fn prove_inclusion(&self, index: u64, size: u64) -> Result<Vec<Digest>, JournalError> {
+        let mut cache = self.tiles(&TileCache::for_inclusion(index, size)).await?;
+        inclusion_proof(index, size, &mut cache).map_err(proof_error)
+    }
+
+    /// Proof that the log of `new` entries extends that of `old`.
+    pub async fn prove_consistency(&self, old: u64, new: u64) -> Result<Vec<Digest>, JournalError> {
+        let mut cache = self.tiles(&TileCache::for_consistency(old, new)).await?;
+        consistency_proof(old, new, &mut cache).map_err(proof_error)
+    }
+
+    /// Root of the log of the first `size` entries.
+    pub async fn root(&self, size: u64) -> Result<Digest, JournalError> {
+        let mut cache = self.tiles(&TileCache::for_inclusion(size.saturating_sub(1), size)).await?;
+        satgrid_ledger::log::root_at(size, &mut cache).map_err(|e| proof_error(ProofError::Store(e)))
+    }
+
+    pub(crate) async fn tiles(&self, ids: &[TileId]) -> Result<TileCache, JournalError> {
+        let mut cache = TileCache::default();
+        let mut connection = self.pool.acquire().await.map_err(|e| storage(&e))?;
+        for id in ids {
+            let tile: Option<(Vec<u8>,)> = sqlx::query_as("SELECT hashes FROM tiles WHERE level = ? AND idx = ?")
+                .bind(i64::from(id.level))
+                .bind(row_number(id.index))
+                .fetch_optional(&mut *connection)
+                .await
+                .map_err(|e| storage(&e))?;
+            if let Some((bytes,)) = tile {
+                cache.insert(*id, hashes_of(&bytes));
+            }
+        }
+        Ok(cache)
+    }
+}
+
+fn proof_error(error: ProofError<MissingTile>) -> JournalError {
+    match error {
+        ProofError::Store(MissingTile { level, index }) => {
+            JournalError::Damaged { seq: index, what: format!("tile {level}/{index} is missing or too short") }
+        }
+        ProofError::NoSuchLeaf { index, size } => {
+            JournalError::Storage(format!("entry {index} is not among the first {size}"))
+        }
+        ProofError::Backwards { old, new } => JournalError::Storage(format!("{new} entries do not extend {old}")),
+    }
+}
+
+pub(crate) fn hashes_of(bytes: &[u8]) -> Vec<Digest> {
+    let whole = bytes.chunks_exact(32);
+    whole.filter_map(|chunk| chunk.try_into().ok()).map(Digest).collect()
+}
+
+/// An entry from its row; what is stored is checked against its number.
+pub(crate) fn entry_of(row: &SqliteRow) -> Result<Entry, JournalError> {
+    let seq: i64 = row.get(0);
+    let seq = u64::try_from(seq).unwrap_or(0);
+    let damaged = |what: String| JournalError::Damaged { seq, what };
+    let mut entry = Entry::decode(row.get::<&[u8], _>(1)).map_err(|e| damaged(e.to_string()))?;
+    if entry.seq != seq {
+        return Err(damaged(format!("it says that it is number {}", entry.seq)));
+    }
+    if let Some(bytes) = row.get::<Option<&[u8]>, _>(2) {
+        let opening = cbor::decode::<ReceiptOpening>(bytes).map_err(|e| damaged(format!("opening: {e}")))?;
+        entry.set_opening(Some(opening));
+    }
+    Ok(entry)
+}

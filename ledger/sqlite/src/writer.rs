@@ -1,0 +1,252 @@
+//! The one task that writes.
+//!
+//! It takes the first waiting append, then every other that is already waiting, and commits them in one transaction:
+//! one wait for the disk serves them all. Nothing is answered before the commit returned. If the transaction fails, all
+//! of its appends fail and the state is read again from the database, which is the truth.
+
+use crate::reader::{entry_of, hashes_of, row_number, storage};
+use ed25519_dalek::SigningKey;
+use satgrid_ledger::{
+    entry::{Draft, Entry, Head},
+    journal::{JournalError, chain},
+    log::{SignedCheckpoint, TILE_WIDTH, TileEdge, TileId, leaf_hash},
+};
+use satgrid_types::{Digest, UnixMs, cbor};
+use sqlx::{Connection, SqliteConnection};
+use std::collections::{BTreeMap, BTreeSet};
+use tokio::sync::{mpsc, oneshot};
+
+/// Entries in one transaction, at most.
+const MAX_GROUP: usize = 8_192;
+/// Appends that wait in the queue before callers are made to wait.
+pub(crate) const QUEUE: usize = 1_024;
+/// Rows in one INSERT statement, largest first; the rest go one by one.
+const ROWS: [usize; 3] = [64, 8, 1];
+
+/// Where the answer to an append goes.
+type Answer = oneshot::Sender<Result<Vec<Entry>, JournalError>>;
+
+/// Drafts to append, whole or not at all.
+pub(crate) struct Append {
+    pub(crate) at: UnixMs,
+    pub(crate) drafts: Vec<Draft>,
+    pub(crate) answer: Answer,
+}
+
+/// What the writer is asked.
+pub(crate) enum Ask {
+    Append(Append),
+    Checkpoint { key: Box<SigningKey>, answer: oneshot::Sender<Result<SignedCheckpoint, JournalError>> },
+    Close,
+}
+
+/// Entries that wait for the commit.
+struct Waiting {
+    entries: Vec<Entry>,
+    answer: Answer,
+}
+
+/// An entry as it is written.
+struct Row {
+    seq: u64,
+    at: UnixMs,
+    bytes: Vec<u8>,
+    opening: Option<Vec<u8>>,
+}
+
+/// The writer's state, always that of the last commit.
+pub(crate) struct Writer {
+    connection: SqliteConnection,
+    head: Head,
+    edge: TileEdge,
+    statements: Vec<String>,
+    /// Set when even reading the state again failed: nothing more is written.
+    broken: Option<JournalError>,
+}
+
+impl Writer {
+    /// Takes up the journal where it ends, and checks that its end hangs together.
+    pub(crate) async fn start(connection: SqliteConnection) -> Result<Writer, JournalError> {
+        let insert = |rows: usize| {
+            let values = vec!["(?,?,?,?)"; rows].join(",");
+            format!("INSERT INTO entries (seq, at, bytes, opening) VALUES {values}")
+        };
+        let statements = ROWS.iter().map(|rows| insert(*rows)).collect();
+        let mut writer = Writer { connection, head: Head::EMPTY, edge: TileEdge::default(), statements, broken: None };
+        writer.reload().await?;
+        Ok(writer)
+    }
+
+    async fn reload(&mut self) -> Result<(), JournalError> {
+        let row = sqlx::query("SELECT seq, bytes, opening FROM entries ORDER BY seq DESC LIMIT 1")
+            .fetch_optional(&mut self.connection)
+            .await
+            .map_err(|e| storage(&e))?;
+        let head = row.as_ref().map_or(Ok(Head::EMPTY), |row| entry_of(row).map(|entry| entry.head()))?;
+        let mut tiles = Vec::new();
+        for id in TileEdge::ids(head.len) {
+            let tile: Option<(Vec<u8>,)> = sqlx::query_as("SELECT hashes FROM tiles WHERE level = ? AND idx = ?")
+                .bind(i64::from(id.level))
+                .bind(row_number(id.index))
+                .fetch_optional(&mut self.connection)
+                .await
+                .map_err(|e| storage(&e))?;
+            tiles.push(tile.map(|(bytes,)| hashes_of(&bytes)).unwrap_or_default());
+        }
+        let damaged = |what: &str| JournalError::Damaged { seq: head.len.saturating_sub(1), what: what.into() };
+        self.edge = TileEdge::restore(head.len, tiles).ok_or_else(|| damaged("its log tiles are not of its length"))?;
+        let last_leaf = self.edge.tiles().next().and_then(|(_, hashes)| hashes.last().copied());
+        if last_leaf.is_some_and(|leaf| leaf != head.last) {
+            return Err(damaged("its bytes are not the leaf that the log holds"));
+        }
+        self.head = head;
+        Ok(())
+    }
+
+    /// Serves until it is told to close or every sender is gone, then closes the database.
+    pub(crate) async fn run(mut self, mut asks: mpsc::Receiver<Ask>) {
+        let mut next = None;
+        loop {
+            let ask = match next.take() {
+                Some(ask) => ask,
+                None => match asks.recv().await {
+                    Some(ask) => ask,
+                    None => break,
+                },
+            };
+            match ask {
+                Ask::Append(append) => {
+                    let mut count = append.drafts.len();
+                    let mut group = vec![append];
+                    while count < MAX_GROUP {
+                        match asks.try_recv() {
+                            Ok(Ask::Append(append)) => {
+                                count = count.saturating_add(append.drafts.len());
+                                group.push(append);
+                            }
+                            Ok(other) => {
+                                next = Some(other);
+                                break;
+                            }
+                            Err(_) => break,
+                        }
+                    }
+                    self.group(group).await;
+                }
+                Ask::Close => break,
+                Ask::Checkpoint { key, answer } => {
+                    let made = self.checkpoint(&key).await;
+                    // A caller that stopped waiting needs no answer.
+                    let _ = answer.send(made);
+                }
+            }
+        }
+        // Everything is durable already; closing only tidies the WAL.
+        if let Err(error) = self.connection.close().await {
+            tracing::warn!(%error, "closing the journal");
+        }
+    }
+
+    async fn group(&mut self, asks: Vec<Append>) {
+        if let Some(error) = &self.broken {
+            asks.into_iter().for_each(|ask| drop(ask.answer.send(Err(error.clone()))));
+            return;
+        }
+        let (mut head, mut edge) = (self.head, self.edge.clone());
+        let (mut rows, mut waiting) = (Vec::new(), Vec::new());
+        let mut tiles: BTreeMap<TileId, Vec<u8>> = BTreeMap::new();
+        let mut changed: BTreeSet<TileId> = BTreeSet::new();
+        for Append { at, drafts, answer } in asks {
+            match chain(head, at, drafts) {
+                Err(error) => drop(answer.send(Err(error))),
+                Ok(chained) => {
+                    let mut entries = Vec::with_capacity(chained.len());
+                    for (entry, bytes) in chained {
+                        let leaf = leaf_hash(&bytes);
+                        edge.push(leaf, &mut |id, hashes| {
+                            changed.insert(id);
+                            // The edge lets go of a full tile; the others are taken from it at the end.
+                            if hashes.len() == TILE_WIDTH {
+                                tiles.insert(id, tile_bytes(hashes));
+                            }
+                        });
+                        head = Head { len: head.len + 1, last: leaf, at: entry.at };
+                        let opening = entry.opening().map(cbor::encode);
+                        rows.push(Row { seq: entry.seq, at: entry.at, bytes, opening });
+                        entries.push(entry);
+                    }
+                    waiting.push(Waiting { entries, answer });
+                }
+            }
+        }
+        let partial = edge.tiles().filter(|(id, hashes)| !hashes.is_empty() && changed.contains(id));
+        tiles.extend(partial.map(|(id, hashes)| (id, tile_bytes(hashes))));
+        match self.commit(&rows, &tiles).await {
+            Ok(()) => {
+                (self.head, self.edge) = (head, edge);
+                waiting.into_iter().for_each(|w| drop(w.answer.send(Ok(w.entries))));
+            }
+            Err(error) => {
+                tracing::error!(%error, entries = rows.len(), "nothing of this group was written");
+                if let Err(reload) = self.reload().await {
+                    self.broken = Some(reload);
+                }
+                waiting.into_iter().for_each(|w| drop(w.answer.send(Err(error.clone()))));
+            }
+        }
+    }
+
+    async fn commit(&mut self, rows: &[Row], tiles: &BTreeMap<TileId, Vec<u8>>) -> Result<(), JournalError> {
+        if rows.is_empty() {
+            return Ok(());
+        }
+        // Dropped without a commit, the transaction is rolled back.
+        let mut transaction = self.connection.begin().await.map_err(|e| storage(&e))?;
+        let mut rest = rows;
+        while !rest.is_empty() {
+            let fits = ROWS.iter().zip(&self.statements).find(|(size, _)| **size <= rest.len());
+            // The last size is 1, so something always fits.
+            let Some((size, statement)) = fits else { break };
+            let (now, later) = rest.split_at(*size);
+            let mut query = sqlx::query(statement);
+            for row in now {
+                let (seq, at) = (row_number(row.seq), row_number(row.at.0));
+                query = query.bind(seq).bind(at).bind(&row.bytes).bind(row.opening.as_ref());
+            }
+            query.execute(&mut *transaction).await.map_err(|e| storage(&e))?;
+            rest = later;
+        }
+        for (id, hashes) in tiles {
+            sqlx::query("INSERT OR REPLACE INTO tiles (level, idx, hashes) VALUES (?, ?, ?)")
+                .bind(i64::from(id.level))
+                .bind(row_number(id.index))
+                .bind(hashes)
+                .execute(&mut *transaction)
+                .await
+                .map_err(|e| storage(&e))?;
+        }
+        transaction.commit().await.map_err(|e| storage(&e))
+    }
+
+    async fn checkpoint(&mut self, key: &SigningKey) -> Result<SignedCheckpoint, JournalError> {
+        if let Some(error) = &self.broken {
+            return Err(error.clone());
+        }
+        let damaged =
+            |e: satgrid_ledger::log::MissingTile| JournalError::Damaged { seq: self.head.len, what: e.to_string() };
+        let root: Digest = self.edge.root().map_err(damaged)?;
+        let signed = SignedCheckpoint::sign(self.head.len, root, key);
+        // ed25519 signatures are deterministic: the same head gives the same note again.
+        sqlx::query("INSERT OR REPLACE INTO checkpoints (size, note) VALUES (?, ?)")
+            .bind(row_number(signed.size))
+            .bind(signed.note())
+            .execute(&mut self.connection)
+            .await
+            .map_err(|e| storage(&e))?;
+        Ok(signed)
+    }
+}
+
+fn tile_bytes(hashes: &[Digest]) -> Vec<u8> {
+    hashes.iter().flat_map(|hash| hash.0).collect()
+}

@@ -1,0 +1,93 @@
+//! Both parties' exports of the same sessions, held against each other.
+
+use super::{Finding, Party, Report, Rule, SessionSummary};
+use satgrid_types::{NodeKey, SessionId};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Compares two reports made with [`super::Detail::Sessions`], one of each side: quotes, receipts, slices, requests that
+/// were broken off, per-session totals to the msat, and the provider's inclusion promises against its log.
+///
+/// Each side's own findings are in its own report; these are only about where the two differ. Sessions with third
+/// parties are passed over.
+pub fn cross_check(a: &Report, b: &Report) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let shared = sessions_between(a, b).chain(sessions_between(b, a)).collect::<BTreeSet<_>>();
+    for id in shared {
+        match (a.sessions.get(&id), b.sessions.get(&id)) {
+            (Some(one), Some(other)) => {
+                let (provider, consumer) = if one.as_provider { (one, other) } else { (other, one) };
+                compare(id, provider, consumer, &mut findings);
+            }
+            (Some(only), None) | (None, Some(only)) => findings.push(Finding {
+                rule: Rule::CrossMissing,
+                entry: None,
+                session: Some(id),
+                // Whose export lacks it: the other side of whoever has it.
+                party: if only.as_provider { consumer_of(only) } else { provider_of(only) },
+                detail: "the session is in one export only".into(),
+            }),
+            (None, None) => {}
+        }
+    }
+    findings
+}
+
+/// Sessions of `a` that its counterparty's export `b` should hold too.
+fn sessions_between(a: &Report, b: &Report) -> impl Iterator<Item = SessionId> {
+    let other: NodeKey = b.node;
+    let whole = |report: &Report| report.filter == crate::bundle::Filter::All;
+    let (b_has, both_whole) = (b.sessions.keys().copied().collect::<BTreeSet<_>>(), whole(a) && whole(b));
+    let ids = a.sessions.iter().filter(move |(id, summary)| {
+        // A provider cannot tell whose a session key is: only the consumer's export can miss one of the provider's.
+        b_has.contains(id) || (both_whole && !summary.as_provider && summary.provider == Some(other))
+    });
+    ids.map(|(id, _)| *id).collect::<Vec<_>>().into_iter()
+}
+
+fn provider_of(summary: &SessionSummary) -> Party {
+    summary.provider.map_or(Party::Exporter, Party::Provider)
+}
+fn consumer_of(summary: &SessionSummary) -> Party {
+    summary.consumer.map_or(Party::Exporter, Party::Consumer)
+}
+
+fn compare(id: SessionId, provider: &SessionSummary, consumer: &SessionSummary, findings: &mut Vec<Finding>) {
+    let mut differ = |what: &str, provider: String, consumer: String| {
+        if provider != consumer {
+            findings.push(Finding {
+                rule: Rule::CrossMismatch,
+                entry: None,
+                session: Some(id),
+                party: Party::Exporter,
+                detail: format!("{what}: the provider has {provider}, the consumer {consumer}"),
+            });
+        }
+    };
+    let sorted = |quotes: &[String]| quotes.iter().cloned().collect::<BTreeSet<_>>();
+    differ("quotes", format!("{:?}", sorted(&provider.quotes)), format!("{:?}", sorted(&consumer.quotes)));
+    differ("receipts", provider.receipts.to_string(), consumer.receipts.to_string());
+    differ("last receipt", format!("{:?}", provider.last_receipt), format!("{:?}", consumer.last_receipt));
+    differ("slices", format!("{:?}", provider.slices), format!("{:?}", consumer.slices));
+    // A request that nobody acknowledged costs nothing, and may never have reached the provider.
+    let owed = |s: &SessionSummary| s.abandoned.iter().filter(|(_, a)| a.0.is_some()).map(|a| format!("{a:?}")).collect::<Vec<_>>();
+    differ("abandoned requests", owed(provider).join(", "), owed(consumer).join(", "));
+    differ("prompt tokens", provider.prompt_tokens.to_string(), consumer.prompt_tokens.to_string());
+    differ("output tokens", provider.output_tokens.to_string(), consumer.output_tokens.to_string());
+    differ("numerators", provider.numerators.to_string(), consumer.numerators.to_string());
+    differ("paid msat", provider.paid_msat.to_string(), consumer.paid_msat.to_string());
+    differ("charged msat", provider.charged_msat.to_string(), consumer.charged_msat.to_string());
+    differ("refunded msat", provider.refunded_msat.to_string(), consumer.refunded_msat.to_string());
+    let logged: BTreeMap<[u8; 32], (u64, satgrid_types::Digest)> =
+        provider.logged.iter().map(|(receipt, index, leaf)| (*receipt, (*index, *leaf))).collect();
+    for (receipt, index, leaf) in &consumer.promised {
+        if logged.get(receipt) != Some(&(*index, *leaf)) {
+            findings.push(Finding {
+                rule: Rule::PromiseBroken,
+                entry: Some(*index),
+                session: Some(id),
+                party: provider_of(provider),
+                detail: format!("promised leaf {leaf} at {index}, the log holds {:?}", logged.get(receipt)),
+            });
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! What every journal does, as cases that run on any implementation of the port.
+//!
+//! Each case gets a journal of its own, empty. Use: open one, run the case to its end, throw the journal away.
+
+use super::World;
+use crate::{
+    entry::{Draft, Entry, Evidence, Head},
+    journal::{Journal, JournalError, MAX_APPEND, MAX_READ},
+};
+use core::{future::Future, pin::Pin};
+use satgrid_types::{Msat, UnixMs};
+
+/// A case on a journal.
+pub type Case = for<'a> fn(&'a dyn Journal) -> Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
+
+/// All cases, by name.
+pub const CASES: &[(&str, Case)] = &[
+    ("empty", |journal| Box::pin(empty(journal))),
+    ("numbers_and_chains", |journal| Box::pin(numbers_and_chains(journal))),
+    ("keeps_what_it_was_given", |journal| Box::pin(keeps_what_it_was_given(journal))),
+    ("time_stands_still", |journal| Box::pin(time_stands_still(journal))),
+    ("limits", |journal| Box::pin(limits(journal))),
+    ("reads_in_pieces", |journal| Box::pin(reads_in_pieces(journal))),
+];
+
+/// A draft that says nothing but a number.
+pub fn numbered(n: u64) -> Draft {
+    Draft::of(Evidence::WalletSnapshot { lightning_msat: Msat(n), onchain_msat: Msat::ZERO })
+}
+
+/// Numbers run from 0 and each entry is chained to the one before.
+pub fn assert_chained(entries: &[Entry]) {
+    let mut head = Head::EMPTY;
+    for entry in entries {
+        assert_eq!((entry.seq, entry.prev), (head.len, head.last), "entry {}", entry.seq);
+        assert!(entry.at >= head.at, "entry {}", entry.seq);
+        head = entry.head();
+    }
+}
+
+async fn empty(journal: &dyn Journal) {
+    assert_eq!(journal.head().await, Ok(Head::EMPTY));
+    assert_eq!(journal.read(0, 10).await, Ok(Vec::new()));
+    assert_eq!(journal.append(UnixMs(1), Vec::new()).await, Ok(Vec::new()));
+    assert_eq!(journal.head().await, Ok(Head::EMPTY));
+}
+
+async fn numbers_and_chains(journal: &dyn Journal) {
+    let first = journal.append(UnixMs(5), vec![numbered(0)]).await.expect("appended");
+    let more = journal.append(UnixMs(6), (1..300).map(numbered).collect()).await.expect("appended");
+    let all = journal.read(0, MAX_READ).await.expect("read");
+    assert_eq!(all, [first, more].concat());
+    assert_eq!(all.len(), 300);
+    assert_chained(&all);
+    assert_eq!(journal.head().await, Ok(all.last().expect("300 entries").head()));
+}
+
+async fn keeps_what_it_was_given(journal: &dyn Journal) {
+    let world = World::example();
+    for entry in world.provider.journal.entries() {
+        let appended = journal.append(entry.at, vec![entry.draft()]).await;
+        assert_eq!(appended, Ok(vec![entry]), "bytes, chain and private fields are the same in every journal");
+    }
+    assert_eq!(journal.read(0, MAX_READ).await, Ok(world.provider.journal.entries()));
+}
+
+async fn time_stands_still(journal: &dyn Journal) {
+    journal.append(UnixMs(100), vec![numbered(0)]).await.expect("appended");
+    let back = journal.append(UnixMs(50), vec![numbered(1)]).await.expect("appended");
+    assert_eq!(back[0].at, UnixMs(100), "a clock that was set back is held");
+    let on = journal.append(UnixMs(150), vec![numbered(2)]).await.expect("appended");
+    assert_eq!(on[0].at, UnixMs(150));
+}
+
+async fn limits(journal: &dyn Journal) {
+    let many = journal.append(UnixMs(1), vec![numbered(0); MAX_APPEND.saturating_add(1)]).await;
+    assert!(matches!(many, Err(JournalError::Limit { .. })), "{many:?}");
+    let long = Draft::of(Evidence::Checkpoint { note: "x".repeat(crate::entry::MAX_ENTRY_LEN) });
+    let refused = journal.append(UnixMs(1), vec![numbered(0), long]).await;
+    assert!(matches!(refused, Err(JournalError::Limit { .. })), "{refused:?}");
+    assert_eq!(journal.head().await, Ok(Head::EMPTY), "a refused append leaves nothing behind");
+    assert!(journal.append(UnixMs(1), vec![numbered(0)]).await.is_ok());
+}
+
+async fn reads_in_pieces(journal: &dyn Journal) {
+    journal.append(UnixMs(1), (0..10).map(numbered).collect()).await.expect("appended");
+    let numbers = |entries: Vec<Entry>| entries.iter().map(|entry| entry.seq).collect::<Vec<_>>();
+    assert_eq!(journal.read(3, 4).await.map(numbers), Ok(vec![3, 4, 5, 6]));
+    assert_eq!(journal.read(8, 4).await.map(numbers), Ok(vec![8, 9]));
+    assert_eq!(journal.read(10, 4).await.map(numbers), Ok(vec![]));
+    assert_eq!(journal.read(0, 0).await.map(numbers), Ok(vec![]));
+    assert_eq!(journal.read(u64::MAX, 4).await.map(numbers), Ok(vec![]));
+}

@@ -1,0 +1,279 @@
+//! The admin port: what the operator's tools ask a running node. Loopback only, and only with the token that stands in
+//! the node's folder: other users of this machine cannot read it.
+
+use crate::drive::{
+    consumer::{self, ConsumerView},
+    market::{Listening, Market},
+    provider::ProviderView,
+};
+use anyhow::Context;
+use axum::{
+    Json, Router,
+    extract::{Path as UrlPath, Request, State as Shared},
+    http::{StatusCode, header},
+    middleware::Next,
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use rand::RngCore;
+use satgrid_market_nostr::RelayHealth;
+use satgrid_node::consumer::ConsumerEvent;
+use satgrid_types::{LightningKey, Msat, NodeKey, NostrKey, SessionId};
+use satgrid_wallet::{Direction, Lightning, OpenChannel, PaymentState};
+use satgrid_wallet_ldk::LdkWallet;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use std::{
+    io::Write,
+    net::SocketAddr,
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
+    sync::{Arc, RwLock},
+};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, watch},
+};
+use tokio_util::sync::CancellationToken;
+
+/// The file of the token, below the node's folder.
+pub(crate) const TOKEN_FILE: &str = "admin-token";
+
+/// What the routes show and ask.
+#[derive(Clone)]
+pub(crate) struct State {
+    pub token: String,
+    pub node_key: NodeKey,
+    pub nostr_key: NostrKey,
+    pub wallet: Arc<LdkWallet>,
+    pub network: &'static str,
+    pub quic_listen: Option<SocketAddr>,
+    pub provider: Option<Arc<RwLock<ProviderView>>>,
+    pub consumer: Option<Arc<RwLock<ConsumerView>>>,
+    pub consumer_inbox: Option<mpsc::Sender<consumer::Message>>,
+    pub relays: watch::Receiver<Vec<RelayHealth>>,
+    pub market: Market,
+    pub heard: Option<Arc<Listening>>,
+}
+
+/// The token of this node, made on first use, readable by its owner only.
+pub(crate) fn token(dir: &Path) -> anyhow::Result<String> {
+    let path = dir.join(TOKEN_FILE);
+    if let Ok(text) = std::fs::read_to_string(&path) {
+        return Ok(text.trim().to_owned());
+    }
+    let mut bytes = [0; 32];
+    rand::rngs::OsRng.fill_bytes(&mut bytes);
+    let token = hex::encode(bytes);
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&path)
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    file.write_all(token.as_bytes())?;
+    Ok(token)
+}
+
+/// Serves until the token is cancelled.
+pub(crate) async fn serve(listener: TcpListener, state: State, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let address = listener.local_addr()?;
+    if !address.ip().is_loopback() {
+        anyhow::bail!("api.admin {address} is not a loopback address");
+    }
+    let guarded = Router::new()
+        .route("/admin/v1/status", get(status))
+        .route("/admin/v1/wallet", get(wallet))
+        .route("/admin/v1/wallet/address", post(new_address))
+        .route("/admin/v1/wallet/sync", post(sync))
+        .route("/admin/v1/wallet/open", post(open_channel))
+        .route("/admin/v1/wallet/payments", get(payments))
+        .route("/admin/v1/sessions/{session}/close", post(close_session))
+        .layer(axum::middleware::from_fn_with_state(state.clone(), authorise))
+        .with_state(state);
+    let served = axum::serve(listener, guarded).with_graceful_shutdown(shutdown.cancelled_owned());
+    Ok(served.await?)
+}
+
+/// Lets in whoever shows the token. Hashes are compared, so that time tells nothing of it.
+async fn authorise(Shared(state): Shared<State>, request: Request, next: Next) -> Response {
+    let shown = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let shown = shown.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
+    if Sha256::digest(shown) == Sha256::digest(&state.token) {
+        return next.run(request).await;
+    }
+    let text = format!("show the token in {TOKEN_FILE} of the node's folder as `Authorization: Bearer`");
+    (StatusCode::UNAUTHORIZED, Json(json!({ "error": text }))).into_response()
+}
+
+/// An error of the wallet or of the request, as JSON.
+struct Failed(StatusCode, String);
+
+impl IntoResponse for Failed {
+    fn into_response(self) -> Response {
+        (self.0, Json(json!({ "error": self.1 }))).into_response()
+    }
+}
+
+fn failed(error: impl std::fmt::Display) -> Failed {
+    Failed(StatusCode::BAD_GATEWAY, error.to_string())
+}
+
+type Answer = Result<Json<Value>, Failed>;
+
+async fn status(Shared(state): Shared<State>) -> Answer {
+    let provider = state.provider.as_ref().and_then(|view| view.read().ok().map(|view| view.clone()));
+    let consumer = state.consumer.as_ref().and_then(|view| view.read().ok().map(|view| view.clone()));
+    let relays: Vec<Value> = state
+        .relays
+        .borrow()
+        .iter()
+        .map(|r| json!({ "url": r.url, "connected": r.connected, "last_error": r.last_error }))
+        .collect();
+    let mut refused = state.market.refusals();
+    if let Some(heard) = &state.heard {
+        refused.extend(heard.counters().into_iter().filter(|(reason, _)| *reason != "accepted"));
+    }
+    Ok(Json(json!({
+        "node_key": state.node_key,
+        "nostr_key": state.nostr_key,
+        "lightning_node": state.wallet.node_id(),
+        "lightning_listen": state.wallet.listen_addr(),
+        "network": state.network,
+        "quic_listen": state.quic_listen,
+        "provider": provider.map(|view| provider_json(&view)),
+        "consumer": consumer.map(|view| consumer_json(&view)),
+        "relays": relays,
+        "listings": state.market.live().len(),
+        "refused_listings": refused,
+    })))
+}
+
+fn provider_json(view: &ProviderView) -> Value {
+    let c = &view.counters;
+    json!({
+        "counters": {
+            "requests_started": c.requests_started, "requests_refused": c.requests_refused, "receipts": c.receipts,
+            "abandoned": c.abandoned, "violations": c.violations, "slices": c.slices, "payments_unknown": c.payments_unknown,
+        },
+        "open_requests": view.open_requests,
+        "links": view.links,
+        "exposure_msat": view.exposure,
+        "largest_exposure_msat": view.largest_exposure,
+        "halted": view.halted,
+    })
+}
+
+fn consumer_json(view: &ConsumerView) -> Value {
+    let c = &view.counters;
+    let sessions: Vec<Value> = view
+        .sessions
+        .iter()
+        .map(|s| {
+            json!({
+                "session": s.session, "provider": s.provider, "paid_msat": s.paid, "charged_msat": s.charged,
+                "remainder_msat": s.remainder, "refunded_msat": s.refunded,
+            })
+        })
+        .collect();
+    let avoided: Vec<Value> =
+        view.avoided.iter().map(|(provider, why)| json!({ "provider": provider, "why": why })).collect();
+    json!({
+        "counters": {
+            "calls": c.calls, "finished": c.finished, "failed": c.failed, "failovers": c.failovers,
+            "receipts": c.receipts, "slices": c.slices, "misbehaviour": c.misbehaviour,
+            "refused_quotes": c.refused_quotes, "lost_sessions": c.lost_sessions,
+        },
+        "open_calls": view.open_calls,
+        "exposure_msat": view.exposure,
+        "largest_exposure_msat": view.largest_exposure,
+        "sessions": sessions,
+        "avoided": avoided,
+        "halted": view.halted,
+    })
+}
+
+async fn wallet(Shared(state): Shared<State>) -> Answer {
+    let balance = state.wallet.balance().await.map_err(failed)?;
+    let channels: Vec<Value> = state
+        .wallet
+        .channels()
+        .await
+        .map_err(failed)?
+        .iter()
+        .map(|c| {
+            json!({
+                "id": c.id.to_string(), "counterparty": c.counterparty, "capacity_sat": c.capacity_sat,
+                "ours_msat": c.ours, "reserve_sat": c.reserve_sat, "payable_msat": c.payable,
+                "receivable_msat": c.receivable, "ready": c.ready, "usable": c.usable,
+            })
+        })
+        .collect();
+    Ok(Json(json!({
+        "balance": {
+            "lightning_total_msat": balance.lightning_total, "payable_msat": balance.payable,
+            "receivable_msat": balance.receivable, "closing_sat": balance.closing_sat,
+            "onchain_confirmed_sat": balance.onchain_confirmed_sat, "onchain_total_sat": balance.onchain_total_sat,
+        },
+        "channels": channels,
+    })))
+}
+
+async fn new_address(Shared(state): Shared<State>) -> Answer {
+    let address = state.wallet.new_address().await.map_err(failed)?;
+    Ok(Json(json!({ "address": address })))
+}
+
+async fn sync(Shared(state): Shared<State>) -> Answer {
+    state.wallet.sync().await.map_err(failed)?;
+    Ok(Json(json!({})))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Open {
+    node: LightningKey,
+    addr: SocketAddr,
+    capacity_sat: u64,
+    #[serde(default)]
+    push_msat: u64,
+}
+
+async fn open_channel(Shared(state): Shared<State>, Json(open): Json<Open>) -> Answer {
+    let request =
+        OpenChannel { node: open.node, addr: open.addr, capacity_sat: open.capacity_sat, push: Msat(open.push_msat) };
+    state.wallet.open_channel(request).await.map_err(failed)?;
+    Ok(Json(json!({})))
+}
+
+async fn payments(Shared(state): Shared<State>) -> Answer {
+    let rows: Vec<Value> = state
+        .wallet
+        .payments()
+        .await
+        .map_err(failed)?
+        .iter()
+        .map(|p| {
+            json!({
+                "payment_hash": p.hash,
+                "direction": match p.direction { Direction::Inbound => "inbound", Direction::Outbound => "outbound" },
+                "amount_msat": p.amount, "fee_msat": p.fee,
+                "state": match p.state {
+                    PaymentState::Unknown => "unknown",
+                    PaymentState::InFlight => "in_flight",
+                    PaymentState::Settled { .. } => "settled",
+                    PaymentState::Failed { .. } => "failed",
+                },
+            })
+        })
+        .collect();
+    Ok(Json(Value::Array(rows)))
+}
+
+async fn close_session(Shared(state): Shared<State>, UrlPath(session): UrlPath<SessionId>) -> Answer {
+    let inbox = state.consumer_inbox.as_ref().ok_or(Failed(StatusCode::NOT_FOUND, "this node does not buy".into()))?;
+    let event = consumer::Message::Event(ConsumerEvent::CloseSession { session });
+    inbox.send(event).await.map_err(failed)?;
+    Ok(Json(json!({})))
+}

@@ -1,0 +1,167 @@
+//! `satgrid devnet demo`: a whole market on this machine, one paid answer, and a bill that adds up to the msat.
+//!
+//! Every part is a process of its own, started from this same binary: a regtest chain, a Nostr relay, two providers
+//! with different prices and a consumer's gateway. This command only does what an operator could do by hand: it writes
+//! configurations, mines blocks, opens channels, sends one HTTP request, reads the wallets' lists and the exported
+//! ledgers, and compares. It decides nothing about money and sees nothing that the nodes do not show.
+//!
+//! | file | what it does |
+//! |---|---|
+//! | `children` | processes that end when this one does |
+//! | `nodes` | folders, seeds and configurations; the processes of the market |
+//! | `client` | the nodes' admin ports and the chain's RPC |
+//! | `funding` | coins, channels, listings: until the market is ready |
+//! | `chat` | one streamed completion over plain HTTP |
+//! | `ledgers` | both sides' exports, read back and verified |
+//! | `bill` | what was paid, held against every other account of it |
+//! | `show` | tables for people |
+
+mod bill;
+mod chat;
+mod children;
+mod client;
+mod funding;
+mod ledgers;
+mod nodes;
+mod show;
+
+use anyhow::{Context, bail};
+use serde_json::json;
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::print;
+use crate::cli::{DemoArgs, Format, Globals};
+use crate::failure::{Findings, HintExt};
+use crate::models::{CATALOGUE, CHUNK_BYTES, HubOptions, Reference, Store, identify, pull};
+use crate::progress::Bytes;
+use crate::signals;
+use nodes::{ForSale, Market};
+
+/// Where everything is put when `--dir` names nothing else; inside the checkout, where `make demo` runs.
+const DEFAULT_DIR: &str = ".demo";
+/// A base model continues text; these lines leave it something to say.
+const PROMPT: &str = "The history of money is a history of trust. At first people traded goods for goods. Later they";
+
+/// Says on standard error what goes on, with the time since the start.
+#[derive(Clone)]
+struct Clock(Arc<Instant>);
+
+impl Clock {
+    fn start() -> Clock {
+        Clock(Arc::new(Instant::now()))
+    }
+    fn say(&self, text: impl std::fmt::Display) {
+        eprintln!("[{:5.1} s] {text}", self.0.elapsed().as_secs_f32());
+    }
+    fn elapsed(&self) -> Duration {
+        self.0.elapsed()
+    }
+}
+
+pub(super) fn run(globals: &Globals, args: &DemoArgs) -> anyhow::Result<()> {
+    // `--dir` names the demo's folder here, and no node's.
+    let models = Globals { dir: None, ..globals.clone() }.load()?.config.models;
+    let clock = Clock::start();
+    free_port(args.port)?;
+    let for_sale = for_sale(&models, args.model.as_deref())?;
+    let dir = globals.dir.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_DIR));
+    let dir = nodes::fresh_dir(&std::path::absolute(dir)?)?;
+    // One thread: a child is told of its parent's end when the thread that started it ends.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut market = Market::new(dir.clone(), clock.clone());
+        let walked = tokio::select! {
+            walked = walk(globals, args, &mut market, &for_sale) => walked,
+            () = signals::stop() => Err(anyhow::anyhow!("interrupted")),
+        };
+        if walked.is_err() {
+            market.show_why();
+        }
+        market.stop().await;
+        clock.say(format!("everything is stopped; logs, ledgers and the bill are in {}", dir.display()));
+        walked
+    })
+}
+
+/// From nothing to a paid and proven answer.
+async fn walk(globals: &Globals, args: &DemoArgs, market: &mut Market, for_sale: &ForSale) -> anyhow::Result<()> {
+    market.start(args.port, for_sale).await?;
+    funding::fund(market).await?;
+    funding::open_channels(market).await?;
+    funding::wait_for_listings(market).await?;
+    let before = bill::Wallets::read(market).await?;
+
+    let request = chat::Request {
+        url: market.api_url(),
+        model: for_sale.name.clone(),
+        prompt: args.prompt.clone().unwrap_or_else(|| PROMPT.to_owned()),
+        max_tokens: args.max_tokens,
+    };
+    let aloud = globals.format == Format::Text;
+    let chat = chat::stream(market, &request, aloud, args.kill_provider_after).await?;
+    funding::revive(market).await?;
+    let settled = bill::settle(market, &before).await?;
+    let ledgers = ledgers::export_and_verify(market).await?;
+    let bill = bill::Bill::draw(market, &chat, &before, settled, ledgers)?;
+    let took = market.clock.elapsed();
+
+    let document = json!({
+        "market": market.describe(for_sale), "chat": chat, "bill": bill, "elapsed_ms": took.as_millis(),
+    });
+    std::fs::write(market.dir.join("bill.json"), serde_json::to_vec_pretty(&document)?)?;
+    match globals.format {
+        Format::Json => print::json(&document)?,
+        Format::Text => print::out(&show::bill(&bill, &chat))?,
+    }
+    market.clock.say(match bill.adds_up() {
+        true => "every sum matches to the msat, and both ledgers verify",
+        false => "SOMETHING DOES NOT MATCH: see the list above",
+    });
+    if args.keep {
+        eprint!("{}", show::try_it(market, for_sale));
+        signals::stop().await;
+    }
+    if bill.adds_up() { Ok(()) } else { Err(anyhow::Error::new(Findings)) }
+}
+
+/// The one port that people type. Better said now than after half a minute.
+fn free_port(port: u16) -> anyhow::Result<()> {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, port))
+        .map(drop)
+        .with_context(|| format!("port {port} on 127.0.0.1 is taken"))
+        .hint("stop what listens there (perhaps another demo), or choose another with --port")
+}
+
+/// The model, in the store and known by its root.
+fn for_sale(config: &crate::config::Models, file: Option<&Path>) -> anyhow::Result<ForSale> {
+    let store = Store::new(&config.dir);
+    let models_dir = config.dir.clone();
+    let Some(file) = file else {
+        let Some(entry) = CATALOGUE.first() else { bail!("this build knows no model; name one with --model") };
+        let hub = HubOptions { chunk_bytes: CHUNK_BYTES, endpoint: None, token: None };
+        let pulled = pull(&store, &Reference::Catalogue(entry), None, &hub, Bytes::new);
+        let pulled = pulled.hint("--model FILE uses a GGUF file of yours instead")?;
+        return Ok(ForSale { name: pulled.record.name, path: pulled.path, catalogue: None, models_dir });
+    };
+    let path = std::path::absolute(file)?;
+    let identified = match identify(&store, &path, Bytes::new) {
+        Ok(identified) => identified,
+        Err(fault) => {
+            let hint = fault.hint();
+            return Err(anyhow::Error::new(fault).context(format!("{} cannot be sold", path.display()))).hint(hint);
+        }
+    };
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy().to_lowercase();
+    // The consumer trusts roots, not names: what it is to buy under this name is written into its own catalogue.
+    let catalogue = format!(
+        "[[model]]\nname = {}\nquantisation = {}\nroot = \"{}\"\ntokenizer = \"{}\"\n",
+        toml::Value::from(stem.as_str()),
+        toml::Value::from(identified.inspected.facts.quantisation.as_str()),
+        hex::encode(identified.root),
+        hex::encode(identified.inspected.tokenizer.hash),
+    );
+    Ok(ForSale { name: stem, path, catalogue: Some(catalogue), models_dir })
+}

@@ -1,0 +1,347 @@
+//! Drives the consumer role: links to providers, payments, the journal, and the calls that wait for tokens.
+
+use super::{
+    journal::JournalWriter,
+    links::{self, Outbound},
+    market::Market,
+    now, payments, until,
+};
+use satgrid_market::Fault;
+use satgrid_node::{
+    LinkId, StreamId,
+    consumer::{CallId, Consumer, ConsumerAction, ConsumerEvent, Emission, SessionIndex, Submit, session_key},
+};
+use satgrid_protocol::frame::{ConsumerFrame, ProviderControl, ProviderFrame};
+use satgrid_protocol_quic::{AddressHint, FrameReceiver, FrameSender, FrameStream, Link, QuicEndpoint, StreamKind};
+use satgrid_types::{Digest, Msat, NodeKey, PaymentHash, SessionId};
+use satgrid_wallet::{InvoiceRequest, Lightning};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, RwLock},
+};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+/// Messages that may wait; senders are held back beyond.
+const INBOX: usize = 4_096;
+/// How long a refund invoice stands.
+const REFUND_INVOICE_SECS: u32 = 3_600;
+
+/// What the driver's task is told.
+pub(crate) enum Message {
+    Event(ConsumerEvent),
+    /// A call, and where its emissions go. Their number is bounded by the tokens that were asked for.
+    Call(Box<Submit>, mpsc::UnboundedSender<Emission>),
+    Connected {
+        link: LinkId,
+        quic: Link,
+        control: FrameStream,
+    },
+    Stream {
+        link: LinkId,
+        stream: StreamId,
+        sender: FrameSender,
+    },
+}
+
+/// What operators are shown, renewed after every event.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct ConsumerView {
+    pub counters: satgrid_node::consumer::ConsumerCounters,
+    pub open_calls: usize,
+    pub exposure: Msat,
+    pub largest_exposure: Msat,
+    pub sessions: Vec<SessionView>,
+    pub avoided: Vec<(NodeKey, String)>,
+    pub halted: Option<String>,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct SessionView {
+    pub session: SessionId,
+    pub provider: NodeKey,
+    pub paid: Msat,
+    pub charged: Msat,
+    pub remainder: Msat,
+    pub refunded: Msat,
+}
+
+/// Everything that the driver needs.
+pub(crate) struct ConsumerDriver {
+    pub role: Consumer,
+    pub master: [u8; 32],
+    pub journal: JournalWriter,
+    pub wallet: Arc<dyn Lightning>,
+    pub payments: mpsc::UnboundedSender<payments::Command>,
+    pub handled: mpsc::UnboundedSender<PaymentHash>,
+    pub endpoint: QuicEndpoint,
+    pub market: Market,
+    pub view: Arc<RwLock<ConsumerView>>,
+    pub shutdown: CancellationToken,
+}
+
+struct Running {
+    driver: ConsumerDriver,
+    inbox: mpsc::Sender<Message>,
+    links: BTreeMap<LinkId, Outbound>,
+    calls: BTreeMap<CallId, mpsc::UnboundedSender<Emission>>,
+    /// Frames for streams that are still being opened: a cancellation, at most.
+    early: BTreeMap<(LinkId, StreamId), Vec<ConsumerFrame>>,
+}
+
+/// Starts the driver; messages go to what is returned.
+pub(crate) fn start(driver: ConsumerDriver) -> mpsc::Sender<Message> {
+    let (inbox, messages) = mpsc::channel(INBOX);
+    let (links, calls, early) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+    let running = Running { driver, inbox: inbox.clone(), links, calls, early };
+    tokio::spawn(running.run(messages));
+    inbox
+}
+
+impl Running {
+    async fn run(mut self, mut messages: mpsc::Receiver<Message>) {
+        self.act();
+        loop {
+            let wake = until(self.driver.role.poll_timeout());
+            let event = tokio::select! {
+                () = self.driver.shutdown.cancelled() => return,
+                message = messages.recv() => match message {
+                    Some(message) => self.event_of(message),
+                    None => return,
+                },
+                () = tokio::time::sleep(wake) => Some(ConsumerEvent::Tick),
+            };
+            if let Some(event) = event {
+                self.driver.role.handle(now(), event);
+                self.act();
+                self.show();
+            }
+        }
+    }
+
+    fn event_of(&mut self, message: Message) -> Option<ConsumerEvent> {
+        match message {
+            Message::Event(event) => {
+                if let ConsumerEvent::LinkDown { link, .. } = &event {
+                    self.links.remove(link);
+                    self.early.retain(|(of, _), _| of != link);
+                }
+                Some(event)
+            }
+            Message::Call(submit, emissions) => {
+                self.calls.insert(submit.call, emissions);
+                Some(ConsumerEvent::Submit(submit))
+            }
+            Message::Connected { link, quic, control } => {
+                let mut outbound = Outbound::new(quic.clone());
+                outbound.set_control(control.tx);
+                self.links.insert(link, outbound);
+                tokio::spawn(read_control(link, quic, control.rx, self.inbox.clone()));
+                Some(ConsumerEvent::LinkUp { link })
+            }
+            Message::Stream { link, stream, sender } => {
+                let early = self.early.remove(&(link, stream)).unwrap_or_default();
+                if let Some(outbound) = self.links.get_mut(&link) {
+                    outbound.add_stream(stream, sender);
+                    early.iter().for_each(|frame| outbound.send(stream, frame));
+                }
+                None
+            }
+        }
+    }
+
+    fn act(&mut self) {
+        while let Some(action) = self.driver.role.poll_action() {
+            self.do_one(action);
+        }
+    }
+
+    fn do_one(&mut self, action: ConsumerAction) {
+        match action {
+            ConsumerAction::Append(append) => {
+                let written = self.driver.journal.append(append.drafts);
+                self.later(async move {
+                    match written.await {
+                        Ok(()) => ConsumerEvent::Durable(append.ticket),
+                        Err(reason) => ConsumerEvent::JournalFailed { reason },
+                    }
+                });
+            }
+            ConsumerAction::Connect { link, provider, addresses, session } => {
+                self.connect(link, provider, addresses, session);
+            }
+            ConsumerAction::Control { link, frame } => {
+                if let Some(outbound) = self.links.get(&link) {
+                    outbound.control(&frame);
+                }
+            }
+            ConsumerAction::OpenStream { link, stream, frame } => self.open_stream(link, stream, frame),
+            ConsumerAction::Send { link, stream, frame } => match self.early.get_mut(&(link, stream)) {
+                Some(early) => early.push(frame),
+                None => {
+                    if let Some(outbound) = self.links.get(&link) {
+                        outbound.send(stream, &frame);
+                    }
+                }
+            },
+            ConsumerAction::FinishStream { link, stream } => {
+                if let Some(outbound) = self.links.get_mut(&link) {
+                    outbound.finish(stream);
+                }
+            }
+            ConsumerAction::ResetStream { link, stream } => {
+                if let Some(outbound) = self.links.get_mut(&link) {
+                    outbound.forget(stream);
+                }
+            }
+            ConsumerAction::CloseLink { link, code, reason } => {
+                if let Some(outbound) = self.links.remove(&link) {
+                    tracing::debug!(peer = %outbound.link().peer().short(), %reason, "closing a link");
+                    outbound.close(code, &reason);
+                }
+            }
+            ConsumerAction::Pay { hash, bolt11, amount, max_fee } => self.pay(hash, bolt11, amount, max_fee, false),
+            ConsumerAction::ResolvePayment { hash, bolt11, amount, max_fee } => {
+                tracing::info!(payment = %hash, %amount, "finding out what became of a payment from before the restart");
+                self.pay(hash, bolt11, amount, max_fee, true);
+            }
+            ConsumerAction::MakeCloseInvoice { session, amount } => {
+                let wallet = self.driver.wallet.clone();
+                self.later(async move {
+                    let description_hash = Digest(session.0);
+                    let request = InvoiceRequest { amount, description_hash, expiry_secs: REFUND_INVOICE_SECS };
+                    let made = wallet.create_invoice(request).await;
+                    let result = made.map(|invoice| invoice.bolt11).map_err(|error| error.to_string());
+                    ConsumerEvent::CloseInvoice { session, result }
+                });
+            }
+            ConsumerAction::WalletHandled { hash } => {
+                let _ = self.driver.payments.send(payments::Command::Booked { hash });
+                let _ = self.driver.handled.send(hash);
+            }
+            ConsumerAction::Emit { call, emission } => {
+                let last = matches!(emission, Emission::Finished { .. } | Emission::Failed { .. });
+                if let Some(emissions) = self.calls.get(&call) {
+                    let _ = emissions.send(emission);
+                }
+                if last {
+                    self.calls.remove(&call);
+                }
+            }
+            ConsumerAction::Penalise { provider, rule } => {
+                tracing::warn!(provider = %provider, %rule, "a provider broke a rule; the proof is in the ledger");
+                self.driver.market.fault(now(), provider, fault_of(&rule));
+            }
+            ConsumerAction::Settled { provider, amount } => self.driver.market.settled(provider, amount),
+            ConsumerAction::Halt { reason } => {
+                tracing::error!(%reason, "the consumer has stopped taking work");
+                if let Ok(mut view) = self.driver.view.write() {
+                    view.halted = Some(reason);
+                }
+            }
+        }
+    }
+
+    fn connect(&self, link: LinkId, provider: NodeKey, addresses: Vec<String>, session: SessionIndex) {
+        let (endpoint, inbox) = (self.driver.endpoint.clone(), self.inbox.clone());
+        let key = session_key(&self.driver.master, session);
+        tokio::spawn(async move {
+            let hints: Vec<AddressHint> = addresses.iter().filter_map(|text| text.parse().ok()).collect();
+            let connected = match endpoint.connect(&hints, provider, &key).await {
+                Ok(quic) => match quic.open(StreamKind::Control).await {
+                    Ok(control) => Ok((quic, control)),
+                    Err(error) => Err(error.to_string()),
+                },
+                Err(error) => Err(error.to_string()),
+            };
+            let message = match connected {
+                Ok((quic, control)) => Message::Connected { link, quic, control },
+                Err(reason) => {
+                    tracing::info!(provider = %provider.short(), %reason, "a provider was not reached");
+                    Message::Event(ConsumerEvent::LinkFailed { link, reason })
+                }
+            };
+            let _ = inbox.send(message).await;
+        });
+    }
+
+    fn open_stream(&mut self, link: LinkId, stream: StreamId, first: ConsumerFrame) {
+        let Some(quic) = self.links.get(&link).map(|outbound| outbound.link().clone()) else { return };
+        self.early.insert((link, stream), Vec::new());
+        let inbox = self.inbox.clone();
+        tokio::spawn(async move {
+            let opened = async {
+                let mut opened = quic.open(StreamKind::Request).await?;
+                opened.tx.send_frame(&first).await?;
+                Ok::<_, satgrid_protocol_quic::LinkError>(opened)
+            };
+            match opened.await {
+                Ok(FrameStream { tx, mut rx, .. }) => {
+                    let _ = inbox.send(Message::Stream { link, stream, sender: tx }).await;
+                    let event = |frame: ProviderFrame| Message::Event(ConsumerEvent::Frame { link, stream, frame });
+                    let _ = links::read(&mut rx, &inbox, event).await;
+                }
+                Err(error) => tracing::debug!(%error, "a request stream was not opened"),
+            }
+            let _ = inbox.send(Message::Event(ConsumerEvent::StreamClosed { link, stream })).await;
+        });
+    }
+
+    fn pay(&self, hash: PaymentHash, bolt11: String, amount: Msat, max_fee: Msat, recover: bool) {
+        let owner = payments::Owner::Slice;
+        let _ = self.driver.payments.send(payments::Command::Pay { owner, hash, bolt11, amount, max_fee, recover });
+    }
+
+    /// Reports back what a call answers.
+    fn later(&self, answer: impl Future<Output = ConsumerEvent> + Send + 'static) {
+        let inbox = self.inbox.clone();
+        tokio::spawn(async move {
+            let _ = inbox.send(Message::Event(answer.await)).await;
+        });
+    }
+
+    fn show(&self) {
+        let Ok(mut view) = self.driver.view.write() else { return };
+        let role = &self.driver.role;
+        let exposure = role.exposure();
+        view.counters = *role.counters();
+        view.open_calls = role.open_calls();
+        view.exposure = exposure;
+        view.largest_exposure = view.largest_exposure.max(exposure);
+        view.sessions = role
+            .session_states()
+            .map(|state| SessionView {
+                session: state.id(),
+                provider: state.provider(),
+                paid: state.paid(),
+                charged: state.charged(),
+                remainder: state.remainder(),
+                refunded: state.refunded(),
+            })
+            .collect();
+        view.avoided = role.shunned(now()).map(|(key, why)| (*key, why.to_owned())).collect();
+    }
+}
+
+async fn read_control(link: LinkId, quic: Link, mut rx: FrameReceiver, inbox: mpsc::Sender<Message>) {
+    let event = |frame: ProviderControl| Message::Event(ConsumerEvent::Control { link, frame });
+    let ended = links::read(&mut rx, &inbox, event).await;
+    // A control stream that ends takes its link with it.
+    quic.close(satgrid_protocol_quic::Code::DONE, "the control stream ended");
+    let reason = match ended {
+        Ok(()) => quic.closed().await.to_string(),
+        Err(error) => error.to_string(),
+    };
+    let _ = inbox.send(Message::Event(ConsumerEvent::LinkDown { link, reason })).await;
+}
+
+/// How the market room weighs a broken rule.
+fn fault_of(rule: &str) -> Fault {
+    match rule {
+        "quote-dearer-than-listing" | "quote-cached-dearer" => Fault::DearQuote,
+        rule if rule.starts_with("invoice-") || rule == "payment-hash-reuse" => Fault::WrongInvoice,
+        rule if rule.starts_with("overc") || rule.starts_with("count-") || rule == "output-hash" => Fault::Overcount,
+        "slice-not-credited" => Fault::Unrefunded,
+        _ => Fault::BadFrame,
+    }
+}

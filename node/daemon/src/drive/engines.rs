@@ -1,0 +1,174 @@
+//! The engines of a provider, and the listings that say what they run.
+
+use crate::config::{self, Config};
+use crate::failure::HintExt;
+use crate::models::{Store, identify};
+use crate::progress::Bytes as Progress;
+use anyhow::Context;
+use bytes::Bytes;
+use ed25519_dalek::SigningKey;
+use satgrid_engine::port::{Engine, EngineFacts, Profile};
+use satgrid_engine_llama::{EngineConfig, EngineSettings, LlamaEngine, WorkerProgram, default_threads};
+use satgrid_node::provider::EngineId;
+use satgrid_protocol_quic::artefact::Artefacts;
+use satgrid_types::{
+    Bindings, BuildId, Digest, EngineProfile, LightningKey, Listing, ModelRoot, Msat, MsatPerMtok, NostrKey, Part,
+    RateCard, Speed, TokenizerHash, lightning_binding_message, node_key, sign_node_binding,
+};
+use satgrid_wallet::Lightning;
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+
+/// One model that is for sale, with its running engine.
+pub(crate) struct ForSale {
+    pub id: EngineId,
+    pub engine: Arc<LlamaEngine>,
+    pub name: String,
+    pub rates: RateCard,
+    pub tokenizer: Bytes,
+    pub memory_bytes: u64,
+}
+
+/// The program that runs llama.cpp: this one, again.
+pub(crate) fn worker_program() -> anyhow::Result<WorkerProgram> {
+    let exe = std::env::current_exe().context("this program does not find itself")?;
+    Ok(WorkerProgram { exe, leading_args: vec![crate::commands::engine_worker::NAME.into()] })
+}
+
+/// Starts an engine for every model in the configuration, one after the other: each load takes all the cores.
+pub(crate) async fn start(config: &Config) -> anyhow::Result<Vec<ForSale>> {
+    let mut all = Vec::new();
+    for (index, model) in config.provider.models.iter().enumerate() {
+        let id = EngineId(u32::try_from(index)?);
+        let name = model.listed_name();
+        let one = start_one(config, model, id).await.with_context(|| format!("model {name} cannot be sold"))?;
+        all.push(one);
+    }
+    Ok(all)
+}
+
+async fn start_one(config: &Config, model: &config::ModelForSale, id: EngineId) -> anyhow::Result<ForSale> {
+    let name = model.listed_name();
+    let store = Store::new(&config.models.dir);
+    let path = file_of(&store, model)?;
+    let looked = {
+        let path = path.clone();
+        tokio::task::spawn_blocking(move || identify(&store, &path, Progress::new)).await?
+    };
+    let identified = looked.map_err(|fault| {
+        let hint = fault.hint();
+        Err::<(), _>(anyhow::Error::new(fault)).hint(hint).err().unwrap_or_else(|| anyhow::anyhow!("unreadable"))
+    })?;
+    let settings = EngineSettings {
+        model: path,
+        profile: match model.profile {
+            config::Profile::Exact => Profile::Exact,
+            config::Profile::Fast => Profile::Fast,
+        },
+        threads: model.threads.unwrap_or_else(default_threads),
+        slots: model.slots,
+        context: model.context.unwrap_or(0),
+    };
+    tracing::info!(model = %name, profile = settings.profile.name(), slots = settings.slots, "loading");
+    let engine = LlamaEngine::spawn(EngineConfig { program: worker_program()?, settings }, |_| {}).await?;
+    let facts = engine.facts();
+    if facts.model_root != identified.root {
+        anyhow::bail!("the file changed while it was being loaded");
+    }
+    let speed = speed(&facts);
+    tracing::info!(
+        model = %name, root = %hex::encode(&facts.model_root[..8]), build = %hex::encode(&facts.build_id[..8]),
+        instruction_set = %facts.instruction_set, prefill_tok_s = speed.prefill_mtok_s / 1_000,
+        decode_tok_s = speed.decode_mtok_s / 1_000, "engine is up"
+    );
+    Ok(ForSale {
+        id,
+        engine,
+        name,
+        rates: RateCard {
+            input: MsatPerMtok(model.price_in_msat_per_mtok),
+            cached_input: MsatPerMtok(model.cached_price()),
+            output: MsatPerMtok(model.price_out_msat_per_mtok),
+            per_request: Msat(model.per_request_msat),
+        },
+        memory_bytes: identified.inspected.facts.tensor_bytes,
+        tokenizer: Bytes::from(identified.inspected.tokenizer.bytes),
+    })
+}
+
+fn file_of(store: &Store, model: &config::ModelForSale) -> anyhow::Result<PathBuf> {
+    match (&model.path, &model.name) {
+        (Some(path), _) => Ok(path.clone()),
+        (None, Some(name)) => match store.find(name) {
+            Some(record) => Ok(store.path(&record)),
+            None => {
+                Err(anyhow::anyhow!("{name} is not in the model store")).hint(format!("satgrid models pull {name}"))
+            }
+        },
+        (None, None) => anyhow::bail!("neither path nor name is set"),
+    }
+}
+
+/// Who lists: the three keys, and where the node is reached.
+pub(crate) struct Identity<'a> {
+    pub node: &'a SigningKey,
+    pub nostr: NostrKey,
+    pub wallet: &'a dyn Lightning,
+    pub addresses: Vec<String>,
+    pub region: Option<String>,
+}
+
+/// The listing of one model, with its two bindings. The publisher sets the expiry.
+pub(crate) fn listing(model: &ForSale, by: &Identity<'_>) -> Listing {
+    let facts = model.engine.facts();
+    let lightning_node: LightningKey = by.wallet.node_id();
+    let ours = node_key(by.node);
+    let mut listing = Listing {
+        version: Listing::VERSION,
+        model: model.name.clone(),
+        model_root: ModelRoot(facts.model_root),
+        tokenizer: TokenizerHash(facts.tokenizer_hash),
+        quantisation: facts.model.quantisation.clone(),
+        part: Part::Whole,
+        rates: model.rates,
+        context_length: facts.context,
+        slots: facts.slots,
+        speed: speed(&facts),
+        memory_bytes: model.memory_bytes,
+        profiles: vec![profile(&facts)],
+        build: BuildId(facts.build_id),
+        instruction_set: facts.instruction_set.clone(),
+        addresses: by.addresses.clone(),
+        region: by.region.clone(),
+        node_key: ours,
+        lightning_node,
+        expires_at: 0,
+        bindings: Bindings::default(),
+    };
+    let lightning = by.wallet.sign_message(lightning_binding_message(&ours).as_bytes());
+    let node = sign_node_binding(by.node, &by.nostr, &listing.d());
+    listing.bindings = Bindings { node: Some(node), lightning: Some(lightning) };
+    listing
+}
+
+pub(crate) fn profile(facts: &EngineFacts) -> EngineProfile {
+    match facts.profile {
+        Profile::Exact => EngineProfile::Exact,
+        Profile::Fast => EngineProfile::Fast,
+    }
+}
+
+fn speed(facts: &EngineFacts) -> Speed {
+    facts.speed.as_ref().map_or_else(Speed::default, |s| Speed {
+        prefill_mtok_s: s.prefill_millitokens_per_s,
+        decode_mtok_s: s.decode_millitokens_per_s,
+    })
+}
+
+/// The tokenizers of everything that is for sale, served free to whoever connects.
+pub(crate) struct TokenizersForSale(pub BTreeMap<Digest, Bytes>);
+
+impl Artefacts for TokenizersForSale {
+    fn artefact(&self, sha256: &Digest) -> Option<Bytes> {
+        self.0.get(sha256).cloned()
+    }
+}

@@ -1,0 +1,124 @@
+//! The one writer of the journal: orders appends, proves each against the books before it is written, and tells the
+//! roles when it is durable. Appends that wait together are written together.
+
+use super::now;
+use satgrid_ledger::{
+    books::Books,
+    entry::{Draft, Entry},
+    journal::{Journal, JournalError, MAX_APPEND, MAX_READ},
+};
+use std::sync::{Arc, PoisonError, RwLock};
+use tokio::sync::{mpsc, oneshot};
+
+/// Appends that may wait; roles are held back by their own windows long before.
+const QUEUE: usize = 4_096;
+/// Appends that are written together.
+const JOBS_AT_ONCE: usize = 256;
+/// Drafts in one append of a role: a session's opening is three, a resume ends up to 64 requests one by one.
+const DRAFTS_PER_JOB: usize = 8;
+const _: () = assert!(JOBS_AT_ONCE * DRAFTS_PER_JOB <= MAX_APPEND);
+
+/// A handle to the writer. Clones feed the same queue.
+#[derive(Clone)]
+pub(crate) struct JournalWriter {
+    queue: mpsc::Sender<Job>,
+    books: Arc<RwLock<Books>>,
+}
+
+struct Job {
+    drafts: Vec<Draft>,
+    done: oneshot::Sender<Result<(), String>>,
+}
+
+impl JournalWriter {
+    /// Folds what the journal holds, shows every entry to `each`, and starts the writer.
+    pub(crate) async fn open(
+        journal: Arc<dyn Journal>,
+        mut each: impl FnMut(&Entry),
+    ) -> Result<JournalWriter, JournalError> {
+        let mut books = Books::new();
+        let mut from = 0;
+        loop {
+            let entries = journal.read(from, MAX_READ).await?;
+            let Some(last) = entries.last() else { break };
+            from = last.seq.saturating_add(1);
+            for entry in &entries {
+                if let Err(error) = books.apply(entry.at, &entry.draft()) {
+                    let what = format!("the books do not accept it: {error}");
+                    return Err(JournalError::Damaged { seq: entry.seq, what });
+                }
+                each(entry);
+            }
+        }
+        let books = Arc::new(RwLock::new(books));
+        let (queue, inbox) = mpsc::channel(QUEUE);
+        tokio::spawn(write(journal, books.clone(), inbox));
+        Ok(JournalWriter { queue, books })
+    }
+
+    /// Appends all drafts or none; durable when it returns `Ok`. Calls are written in the order in which they are made.
+    pub(crate) fn append(&self, drafts: Vec<Draft>) -> impl Future<Output = Result<(), String>> + Send + use<> {
+        let (done, written) = oneshot::channel();
+        let queued = self.queue.try_send(Job { drafts, done });
+        async move {
+            queued.map_err(|_| "the journal's queue is full".to_owned())?;
+            written.await.map_err(|_| "the journal's writer has stopped".to_owned())?
+        }
+    }
+
+    /// The books as of the last durable entry.
+    pub(crate) fn books(&self) -> Books {
+        self.books.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+async fn write(journal: Arc<dyn Journal>, books: Arc<RwLock<Books>>, mut inbox: mpsc::Receiver<Job>) {
+    let mut broken: Option<String> = None;
+    let mut waiting = Vec::new();
+    while inbox.recv_many(&mut waiting, JOBS_AT_ONCE).await > 0 {
+        let jobs = waiting.drain(..);
+        if let Some(reason) = &broken {
+            jobs.for_each(|job| drop(job.done.send(Err(reason.clone()))));
+            continue;
+        }
+        if let Err(reason) = commit(journal.as_ref(), &books, jobs.collect()).await {
+            tracing::error!(%reason, "the journal cannot be written; no work is taken until this is mended and the node restarted");
+            broken = Some(reason);
+        }
+    }
+}
+
+/// Proves each job against the books, writes those that pass, and answers all.
+///
+/// An error breaks the writer for good: the books may be ahead of the disk then, and only a restart brings them together.
+async fn commit(journal: &dyn Journal, books: &RwLock<Books>, jobs: Vec<Job>) -> Result<(), String> {
+    let at = now();
+    let mut passed = Vec::with_capacity(jobs.len());
+    let mut drafts = Vec::new();
+    let mut fault = None;
+    {
+        let mut books = books.write().unwrap_or_else(PoisonError::into_inner);
+        for job in jobs {
+            if fault.is_none() {
+                let applied = job.drafts.iter().try_for_each(|draft| books.apply(at, draft));
+                fault = applied.err().map(|error| format!("an entry does not balance: {error}"));
+            }
+            match &fault {
+                None => {
+                    drafts.extend(job.drafts);
+                    passed.push(job.done);
+                }
+                Some(reason) => drop(job.done.send(Err(reason.clone()))),
+            }
+        }
+    }
+    let written = if drafts.is_empty() {
+        Ok(())
+    } else {
+        journal.append(at, drafts).await.map(|_| ()).map_err(|error| error.to_string())
+    };
+    for done in passed {
+        let _ = done.send(written.clone());
+    }
+    written.and(fault.map_or(Ok(()), Err))
+}

@@ -1,0 +1,116 @@
+//! The market as this node sees it: the book that a subscription fills, the catalogue, and what it knows of providers.
+
+use super::now;
+use satgrid_market::{
+    Book, BookLimits, Catalogue, Choice, Considered, Demand, Fault, NoPlan, Reputation, explain, plan,
+};
+use satgrid_market_nostr::{RelayConfig, RelayHealth, StartError, Subscriber, SubscriberConfig};
+use satgrid_types::{Msat, NodeKey, UnixMs, VerifiedListing};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+/// How often expired listings are swept out.
+const PRUNE_EVERY: Duration = Duration::from_secs(30);
+
+/// A handle to the shared view. Clones see the same book.
+#[derive(Clone)]
+pub(crate) struct Market {
+    state: Arc<RwLock<State>>,
+    pub catalogue: Arc<Catalogue>,
+}
+
+struct State {
+    book: Book,
+    reputation: Reputation,
+}
+
+impl Market {
+    pub(crate) fn new(catalogue: Catalogue) -> Market {
+        let state = State { book: Book::new(BookLimits::default()), reputation: Reputation::default() };
+        Market { state: Arc::new(RwLock::new(state)), catalogue: Arc::new(catalogue) }
+    }
+
+    pub(crate) fn plan(&self, demand: &Demand) -> Result<Choice, NoPlan> {
+        self.read(|state| plan(now(), &state.book, demand, &state.reputation))
+    }
+    pub(crate) fn explain(&self, demand: &Demand, name: &str) -> Vec<Considered> {
+        self.read(|state| explain(now(), &state.book, demand, name, &state.reputation))
+    }
+    /// Every listing that is live now.
+    pub(crate) fn live(&self) -> Vec<Arc<VerifiedListing>> {
+        self.read(|state| state.book.live(now()).cloned().collect())
+    }
+    pub(crate) fn refusals(&self) -> BTreeMap<&'static str, u64> {
+        self.read(|state| state.book.refusals().clone())
+    }
+    pub(crate) fn settled(&self, provider: NodeKey, amount: Msat) {
+        self.write(|state| state.reputation.settled(provider, amount, None));
+    }
+    pub(crate) fn fault(&self, at: UnixMs, provider: NodeKey, fault: Fault) {
+        self.write(|state| state.reputation.fault(at, provider, fault));
+    }
+
+    fn apply(&self, listing: VerifiedListing) {
+        let (name, provider) = (listing.model.clone(), listing.node_key);
+        match self.write(|state| state.book.apply(now(), listing)) {
+            Ok(applied) => tracing::debug!(model = %name, provider = %provider.short(), ?applied, "listing"),
+            Err(refusal) => tracing::debug!(model = %name, provider = %provider.short(), %refusal, "listing refused"),
+        }
+    }
+    fn read<T>(&self, f: impl FnOnce(&State) -> T) -> T {
+        f(&self.state.read().unwrap_or_else(PoisonError::into_inner))
+    }
+    fn write<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
+        f(&mut self.state.write().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// A running subscription to the relays.
+pub(crate) struct Listening {
+    subscriber: Subscriber,
+}
+
+impl Listening {
+    /// Fills the market's book from these relays, now and from here on.
+    pub(crate) async fn start(
+        market: &Market,
+        relays: Vec<String>,
+        shutdown: CancellationToken,
+    ) -> Result<Listening, StartError> {
+        let config = SubscriberConfig::new(RelayConfig::new(relays));
+        let (subscriber, listings) = Subscriber::start(config, shutdown.clone()).await?;
+        tokio::spawn(fill(market.clone(), listings, shutdown));
+        Ok(Listening { subscriber })
+    }
+    /// Waits until the relays have sent what they had stored. Returns how many have.
+    pub(crate) async fn synced(&self, timeout: Duration) -> usize {
+        self.subscriber.synced(timeout).await
+    }
+    pub(crate) fn health(&self) -> watch::Receiver<Vec<RelayHealth>> {
+        self.subscriber.health()
+    }
+    pub(crate) fn counters(&self) -> BTreeMap<&'static str, u64> {
+        self.subscriber.counters()
+    }
+}
+
+async fn fill(market: Market, mut listings: mpsc::Receiver<VerifiedListing>, shutdown: CancellationToken) {
+    let mut prune = tokio::time::interval(PRUNE_EVERY);
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            _ = prune.tick() => {
+                market.write(|state| state.book.prune(now()));
+            }
+            listing = listings.recv() => match listing {
+                Some(listing) => market.apply(listing),
+                None => return,
+            },
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! The drivers: each carries out what a pure machine asks and reports what became of it. None decides about money.
+//!
+//! | driver | machine or port | the world behind it |
+//! |---|---|---|
+//! | [`journal`] | `ledger::books`, the journal port | SQLite |
+//! | [`provider`], [`consumer`] | the two roles | QUIC links, engines, wallet, journal |
+//! | [`links`] | frames in and out | QUIC streams |
+//! | [`payments`], [`wallet`] | `wallet::payment` | the Lightning wallet |
+//! | [`market`] | `market::book` | Nostr relays |
+//! | [`engines`], [`tokenizers`] | the engine's ports | llama.cpp in child processes |
+//!
+//! Every driver is one task with a bounded or naturally bounded inbox; they talk by messages and share no locks but
+//! the book's. All end with one shutdown token.
+
+pub(crate) mod consumer;
+pub(crate) mod engines;
+pub(crate) mod journal;
+pub(crate) mod links;
+pub(crate) mod market;
+pub(crate) mod payments;
+pub(crate) mod provider;
+pub(crate) mod tokenizers;
+pub(crate) mod wallet;
+
+use rand::RngCore;
+use satgrid_types::UnixMs;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// The wall clock: the one place where this process reads it for its machines.
+pub(crate) fn now() -> UnixMs {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    UnixMs(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// A seed for a machine's random source.
+pub(crate) fn fresh_seed() -> [u8; 32] {
+    let mut seed = [0; 32];
+    rand::rngs::OsRng.fill_bytes(&mut seed);
+    seed
+}
+
+/// How long to sleep until `deadline`; an hour where there is none.
+pub(crate) fn until(deadline: Option<UnixMs>) -> Duration {
+    const LONG_MS: u64 = 3_600_000;
+    Duration::from_millis(deadline.map_or(LONG_MS, |at| at.since(now()).max(1)).min(LONG_MS))
+}

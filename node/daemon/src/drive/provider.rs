@@ -1,0 +1,289 @@
+//! Drives the provider role: links that consumers open, engines, invoices, the journal.
+
+use super::{
+    journal::JournalWriter,
+    links::{self, Outbound},
+    now, payments, until,
+};
+use satgrid_engine::port::{Command, Engine, EngineEvent, JobError};
+use satgrid_node::{
+    LinkId, StreamId,
+    provider::{EngineId, Provider, ProviderAction, ProviderEvent},
+};
+use satgrid_protocol::frame::{ConsumerControl, ConsumerFrame};
+use satgrid_protocol_quic::{
+    FrameSender, FrameStream, Link, QuicEndpoint, StreamKind,
+    artefact::{ArtefactServer, ConnectionArtefacts},
+};
+use satgrid_types::{Msat, PaymentHash};
+use satgrid_wallet::{Invoice, InvoiceRequest, Lightning};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, RwLock},
+};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+/// Messages that may wait; senders are held back beyond.
+const INBOX: usize = 4_096;
+
+/// What the driver's task is told.
+pub(crate) enum Message {
+    Event(ProviderEvent),
+    Link(Link),
+    Control { link: LinkId, sender: FrameSender },
+    Stream { link: LinkId, stream: StreamId, sender: FrameSender },
+}
+
+/// What operators are shown, renewed after every event.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct ProviderView {
+    pub counters: satgrid_node::provider::ProviderCounters,
+    pub open_requests: usize,
+    pub links: usize,
+    pub exposure: Msat,
+    pub largest_exposure: Msat,
+    pub halted: Option<String>,
+}
+
+/// Everything that the driver needs.
+pub(crate) struct ProviderDriver {
+    pub role: Provider,
+    pub journal: JournalWriter,
+    pub wallet: Arc<dyn Lightning>,
+    pub payments: mpsc::UnboundedSender<payments::Command>,
+    pub handled: mpsc::UnboundedSender<PaymentHash>,
+    pub engines: BTreeMap<EngineId, Arc<dyn Engine>>,
+    pub artefacts: ArtefactServer,
+    pub view: Arc<RwLock<ProviderView>>,
+    pub shutdown: CancellationToken,
+}
+
+struct Running {
+    driver: ProviderDriver,
+    inbox: mpsc::Sender<Message>,
+    links: BTreeMap<LinkId, Outbound>,
+    next_link: u64,
+}
+
+/// Starts the driver; messages go to what is returned.
+pub(crate) fn start(driver: ProviderDriver, endpoint: QuicEndpoint) -> mpsc::Sender<Message> {
+    let (inbox, messages) = mpsc::channel(INBOX);
+    for (id, engine) in &driver.engines {
+        tokio::spawn(pump_engine(*id, engine.clone(), inbox.clone()));
+    }
+    tokio::spawn(accept(endpoint, inbox.clone()));
+    let running = Running { driver, inbox: inbox.clone(), links: BTreeMap::new(), next_link: 0 };
+    tokio::spawn(running.run(messages));
+    inbox
+}
+
+impl Running {
+    async fn run(mut self, mut messages: mpsc::Receiver<Message>) {
+        self.act();
+        loop {
+            let wake = until(self.driver.role.poll_timeout());
+            let event = tokio::select! {
+                () = self.driver.shutdown.cancelled() => return,
+                message = messages.recv() => match message {
+                    Some(message) => self.event_of(message),
+                    None => return,
+                },
+                () = tokio::time::sleep(wake) => Some(ProviderEvent::Tick),
+            };
+            if let Some(event) = event {
+                self.driver.role.handle(now(), event);
+                self.act();
+                self.show();
+            }
+        }
+    }
+
+    fn event_of(&mut self, message: Message) -> Option<ProviderEvent> {
+        match message {
+            Message::Event(event) => {
+                if let ProviderEvent::LinkDown { link } = &event {
+                    self.links.remove(link);
+                }
+                Some(event)
+            }
+            Message::Link(quic) => {
+                let link = LinkId(self.next_link);
+                self.next_link += 1;
+                let peer = quic.peer();
+                self.links.insert(link, Outbound::new(quic.clone()));
+                tokio::spawn(serve_link(link, quic, self.driver.artefacts.connection(), self.inbox.clone()));
+                Some(ProviderEvent::LinkUp { link, peer })
+            }
+            Message::Control { link, sender } => {
+                if let Some(outbound) = self.links.get_mut(&link) {
+                    outbound.set_control(sender);
+                }
+                None
+            }
+            Message::Stream { link, stream, sender } => {
+                if let Some(outbound) = self.links.get_mut(&link) {
+                    outbound.add_stream(stream, sender);
+                }
+                None
+            }
+        }
+    }
+
+    fn act(&mut self) {
+        while let Some(action) = self.driver.role.poll_action() {
+            self.do_one(action);
+        }
+    }
+
+    fn do_one(&mut self, action: ProviderAction) {
+        match action {
+            ProviderAction::Append(append) => {
+                let written = self.driver.journal.append(append.drafts);
+                self.later(async move {
+                    match written.await {
+                        Ok(()) => ProviderEvent::Durable(append.ticket),
+                        Err(reason) => ProviderEvent::JournalFailed { reason },
+                    }
+                });
+            }
+            ProviderAction::Control { link, frame } => {
+                if let Some(outbound) = self.links.get(&link) {
+                    outbound.control(&frame);
+                }
+            }
+            ProviderAction::Send { link, stream, frame } => {
+                if let Some(outbound) = self.links.get(&link) {
+                    outbound.send(stream, &frame);
+                }
+            }
+            ProviderAction::FinishStream { link, stream } => {
+                if let Some(outbound) = self.links.get_mut(&link) {
+                    outbound.finish(stream);
+                }
+            }
+            ProviderAction::CloseLink { link, code, reason } => {
+                if let Some(outbound) = self.links.get(&link) {
+                    tracing::debug!(peer = %outbound.link().peer().short(), %reason, "closing a link");
+                    outbound.close(code, &reason);
+                }
+            }
+            ProviderAction::MakeInvoice { ticket, amount, description_hash, expiry_secs } => {
+                let wallet = self.driver.wallet.clone();
+                self.later(async move {
+                    let made = wallet.create_invoice(InvoiceRequest { amount, description_hash, expiry_secs }).await;
+                    let result = made.map(|Invoice { bolt11, .. }| bolt11).map_err(|error| error.to_string());
+                    ProviderEvent::InvoiceMade { ticket, result }
+                });
+            }
+            ProviderAction::Engine { engine, command } => self.command(engine, command),
+            ProviderAction::WalletHandled { hash } => {
+                let _ = self.driver.payments.send(payments::Command::Booked { hash });
+                let _ = self.driver.handled.send(hash);
+            }
+            ProviderAction::PayRefund { hash, bolt11, amount, max_fee, .. } => {
+                let owner = payments::Owner::Refund;
+                let pay = payments::Command::Pay { owner, hash, bolt11, amount, max_fee, recover: false };
+                let _ = self.driver.payments.send(pay);
+            }
+            ProviderAction::Halt { reason } => {
+                tracing::error!(%reason, "the provider has stopped taking work");
+                if let Ok(mut view) = self.driver.view.write() {
+                    view.halted = Some(reason);
+                }
+            }
+        }
+    }
+
+    fn command(&self, engine: EngineId, command: Command) {
+        let started = match &command {
+            Command::Start(job) => Some(job.id),
+            Command::Grant { .. } | Command::Cancel { .. } | Command::ForgetSession { .. } => None,
+        };
+        let sent = self.driver.engines.get(&engine).is_some_and(|e| e.send(command).is_ok());
+        if let (false, Some(job)) = (sent, started) {
+            // The engine is between two lives: the job ends here and its consumer is told.
+            let error = JobError::Backend { reason: "the engine process is not running".into() };
+            let event = ProviderEvent::Engine { engine, event: EngineEvent::Failed { job, error } };
+            self.later(std::future::ready(event));
+        }
+    }
+
+    /// Reports back what a call answers.
+    fn later(&self, answer: impl Future<Output = ProviderEvent> + Send + 'static) {
+        let inbox = self.inbox.clone();
+        tokio::spawn(async move {
+            let _ = inbox.send(Message::Event(answer.await)).await;
+        });
+    }
+
+    fn show(&self) {
+        let Ok(mut view) = self.driver.view.write() else { return };
+        let exposure = self.driver.role.exposure();
+        view.counters = *self.driver.role.counters();
+        view.open_requests = self.driver.role.open_requests();
+        view.links = self.links.len();
+        view.exposure = exposure;
+        view.largest_exposure = view.largest_exposure.max(exposure);
+    }
+}
+
+async fn pump_engine(engine: EngineId, source: Arc<dyn Engine>, inbox: mpsc::Sender<Message>) {
+    while let Some(event) = source.next_event().await {
+        if let EngineEvent::Down { reason } = &event {
+            tracing::warn!(%reason, "the engine is down; requests in hand end at what was acknowledged");
+        }
+        if inbox.send(Message::Event(ProviderEvent::Engine { engine, event })).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn accept(endpoint: QuicEndpoint, inbox: mpsc::Sender<Message>) {
+    while let Some(link) = endpoint.accept().await {
+        if inbox.send(Message::Link(link)).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Reads everything that one consumer says, until its link ends.
+async fn serve_link(link: LinkId, quic: Link, artefacts: ConnectionArtefacts, inbox: mpsc::Sender<Message>) {
+    let artefacts = Arc::new(artefacts);
+    let mut next_stream = 0;
+    while let Ok(FrameStream { kind, tx, rx }) = quic.accept().await {
+        let inbox = inbox.clone();
+        match kind {
+            StreamKind::Control => {
+                tokio::spawn(async move {
+                    let mut rx = rx;
+                    let _ = inbox.send(Message::Control { link, sender: tx }).await;
+                    let event = |frame: ConsumerControl| Message::Event(ProviderEvent::Control { link, frame });
+                    let _ = links::read(&mut rx, &inbox, event).await;
+                });
+            }
+            StreamKind::Request => {
+                let stream = StreamId(next_stream);
+                next_stream += 1;
+                tokio::spawn(async move {
+                    let mut rx = rx;
+                    let _ = inbox.send(Message::Stream { link, stream, sender: tx }).await;
+                    let event = |frame: ConsumerFrame| Message::Event(ProviderEvent::Request { link, stream, frame });
+                    let _ = links::read(&mut rx, &inbox, event).await;
+                    let _ = inbox.send(Message::Event(ProviderEvent::StreamClosed { link, stream })).await;
+                });
+            }
+            StreamKind::Artefact => {
+                let artefacts = artefacts.clone();
+                tokio::spawn(async move {
+                    if let Err(error) = artefacts.serve(FrameStream { kind, tx, rx }).await {
+                        tracing::debug!(%error, "an artefact was not served to its end");
+                    }
+                });
+            }
+        }
+    }
+    let reason = quic.closed().await;
+    tracing::debug!(peer = %quic.peer().short(), %reason, "a consumer's link ended");
+    let _ = inbox.send(Message::Event(ProviderEvent::LinkDown { link })).await;
+}

@@ -1,0 +1,116 @@
+//! Tokenizers by hash: from the cache on disk, else from a provider that serves the model, checked either way.
+//!
+//! A vocabulary is a stranger's file: it is parsed in a child process and never here.
+
+use super::engines::worker_program;
+use anyhow::{Context, bail};
+use ed25519_dalek::SigningKey;
+use satgrid_engine::{port::Tokenizer, template::Template, tokenizer_artefact::MAX_ARTEFACT_BYTES};
+use satgrid_engine_llama::{LlamaTokenizer, TokenizerConfig};
+use satgrid_protocol_quic::{AddressHint, QuicEndpoint, artefact::Download};
+use satgrid_types::{Digest, TokenizerHash, VerifiedListing};
+use sha2::{Digest as _, Sha256};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::sync::Mutex;
+
+/// A tokenizer's process ends after this long without a call: a gateway at rest stays small.
+const IDLE: Duration = Duration::from_secs(60);
+/// Tokenizers that are kept in hand.
+const MAX_LOADED: usize = 8;
+
+/// One model's tokenizer and chat template.
+pub(crate) struct Vocabulary {
+    pub tokenizer: Arc<LlamaTokenizer>,
+    pub template: Template,
+    /// Pieces of the begin and end tokens, as templates want them.
+    pub hash: TokenizerHash,
+}
+
+/// The tokenizers that this node has at hand.
+pub(crate) struct Tokenizers {
+    dir: PathBuf,
+    endpoint: QuicEndpoint,
+    loaded: Mutex<BTreeMap<TokenizerHash, Arc<Vocabulary>>>,
+}
+
+impl Tokenizers {
+    pub(crate) fn new(dir: PathBuf, endpoint: QuicEndpoint) -> Tokenizers {
+        Tokenizers { dir, endpoint, loaded: Mutex::new(BTreeMap::new()) }
+    }
+
+    /// The tokenizer of this hash; `sellers` serve it where the cache has none.
+    pub(crate) async fn get(
+        &self,
+        hash: TokenizerHash,
+        sellers: &[VerifiedListing],
+    ) -> anyhow::Result<Arc<Vocabulary>> {
+        // One at a time: two requests for a new model fetch it once.
+        let mut loaded = self.loaded.lock().await;
+        if let Some(found) = loaded.get(&hash) {
+            return Ok(found.clone());
+        }
+        let path = self.dir.join(format!("{hash}.gguf"));
+        if !is_whole(&path, &hash) {
+            let bytes = self.fetch(hash, sellers).await?;
+            keep(&path, &bytes).with_context(|| format!("cannot keep a tokenizer in {}", self.dir.display()))?;
+        }
+        let config = TokenizerConfig { program: worker_program()?, artefact: path, idle: IDLE };
+        let tokenizer = LlamaTokenizer::spawn(config).await.context("the tokenizer cannot be loaded")?;
+        let special = tokenizer.special();
+        let text = async |id: Option<u32>| -> anyhow::Result<String> {
+            let Some(id) = id else { return Ok(String::new()) };
+            let pieces = tokenizer.pieces(&[id], true).await?;
+            Ok(String::from_utf8_lossy(&pieces.concat()).into_owned())
+        };
+        let (bos, eos) = (text(special.bos).await?, text(special.eos).await?);
+        let template = Template::new(tokenizer.chat_template().as_deref(), &bos, &eos)?;
+        tracing::info!(tokenizer = %hash.short(), template = template.name(), "tokenizer loaded");
+        let vocabulary = Arc::new(Vocabulary { tokenizer, template, hash });
+        if loaded.len() >= MAX_LOADED {
+            loaded.pop_first();
+        }
+        loaded.insert(hash, vocabulary.clone());
+        Ok(vocabulary)
+    }
+
+    async fn fetch(&self, hash: TokenizerHash, sellers: &[VerifiedListing]) -> anyhow::Result<Vec<u8>> {
+        let mut download = Download::new(Digest(hash.0), MAX_ARTEFACT_BYTES);
+        let mut last = anyhow::anyhow!("nobody serves the tokenizer {hash}");
+        for seller in sellers {
+            // Fetching a public artefact needs no identity: the key is used once.
+            let key = SigningKey::from_bytes(&super::fresh_seed());
+            let hints: Vec<AddressHint> = seller.addresses.iter().filter_map(|text| text.parse().ok()).collect();
+            let fetched = async {
+                let link = self.endpoint.connect(&hints, seller.node_key, &key).await?;
+                Ok::<_, anyhow::Error>(download.run(&link).await?)
+            };
+            match fetched.await {
+                Ok(bytes) => return Ok(bytes),
+                Err(error) => {
+                    tracing::info!(provider = %seller.node_key.short(), %error, "a tokenizer was not fetched");
+                    last = error;
+                }
+            }
+        }
+        bail!(last.context("the model's tokenizer cannot be fetched"))
+    }
+}
+
+fn is_whole(path: &Path, hash: &TokenizerHash) -> bool {
+    std::fs::read(path).is_ok_and(|bytes| <[u8; 32]>::from(Sha256::digest(&bytes)) == hash.0)
+}
+
+/// Writes it whole or not at all.
+fn keep(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir)?;
+    }
+    let part = path.with_extension("part");
+    std::fs::write(&part, bytes)?;
+    std::fs::rename(part, path)
+}

@@ -1,0 +1,466 @@
+//! The API's `Service` over the consumer role: from a request's words to token ids, and from token ids to text and a bill.
+//!
+//! The walk: name to root by the catalogue, a plan over the book, the model's tokenizer (fetched by its hash if need be),
+//! template and tokens, a plan again with the true length, then a call to the role. Nothing here moves money.
+
+use crate::drive::{
+    consumer::{ConsumerView, Message},
+    market::Market,
+    now,
+    tokenizers::{Tokenizers, Vocabulary},
+};
+use async_trait::async_trait;
+use futures::stream;
+use satgrid_api::{
+    self as api, CallContext, CompletionEvent, CompletionRequest, CompletionStream, LimitSource, ModelInfo, Prompt,
+    Readiness, Routing, RoutingSort, Service, ServiceError, Shortfall, TokenizeRequest, Tokenized, TopUp,
+};
+use satgrid_engine::{
+    port::Tokenizer,
+    stop::TextStream,
+    template::{ChatInput, CivilTime},
+};
+use satgrid_market::{Choice, Demand, NoPlan, ProviderPattern, Sort, Verdict, Wanted};
+use satgrid_node::consumer::{Bill, CallError, CallId, ConsumerEvent, Emission, FundsLimit, Submit};
+use satgrid_types::{Digest, FinishReason, ModelRoot, Msat, TokenUsage, UnixMs, VerifiedListing};
+use satgrid_wallet::{InvoiceRequest, Lightning};
+use sha2::Digest as _;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{
+        Arc, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+use tokio::sync::mpsc;
+
+/// Output that a plan expects where the caller sets no limit, for ranking by price.
+const EXPECTED_OUTPUT: u32 = 256;
+/// A top-up invoice is made for this many times what is missing.
+const TOP_UP_FACTOR: u64 = 10;
+const TOP_UP_EXPIRY_SECS: u32 = 3_600;
+const BUSY_RETRY: Duration = Duration::from_secs(2);
+
+/// What the API's requests are served with.
+pub(crate) struct Gateway {
+    pub market: Market,
+    pub tokenizers: Tokenizers,
+    pub consumer: mpsc::Sender<Message>,
+    pub wallet: Arc<dyn Lightning>,
+    pub view: Arc<RwLock<ConsumerView>>,
+    pub relays: Box<dyn Fn() -> (usize, usize) + Send + Sync>,
+    pub allow_unverified_names: bool,
+    pub only: Vec<ProviderPattern>,
+    pub prefer: Vec<ProviderPattern>,
+    pub next_call: AtomicU64,
+    pub started: UnixMs,
+}
+
+/// A model, the providers to try, and the words to speak with them.
+struct Planned {
+    candidates: Vec<VerifiedListing>,
+    vocabulary: Arc<Vocabulary>,
+}
+
+#[async_trait]
+impl Service for Gateway {
+    async fn ready(&self) -> Readiness {
+        let mut reasons = Vec::new();
+        let (connected, all) = (self.relays)();
+        if connected == 0 {
+            reasons.push(format!("none of {all} relays is connected; trying again"));
+        }
+        if self.market.live().is_empty() {
+            reasons.push("no listing is known yet".to_owned());
+        }
+        let halted = self.view.read().ok().and_then(|view| view.halted.clone());
+        let ready = halted.is_none() && !self.market.live().is_empty();
+        reasons.extend(halted.map(|reason| format!("stopped taking work: {reason}")));
+        Readiness { ready, reasons }
+    }
+
+    async fn models(&self) -> Vec<ModelInfo> {
+        let mut by_name: BTreeMap<String, Vec<Arc<VerifiedListing>>> = BTreeMap::new();
+        for listing in self.market.live() {
+            let name = match self.market.catalogue.with_root(&listing.model_root) {
+                Some(model) => model.name.clone(),
+                None if self.allow_unverified_names => listing.model.clone(),
+                None => continue,
+            };
+            by_name.entry(name).or_default().push(listing);
+        }
+        by_name.into_iter().filter_map(|(id, listings)| model_info(id, &listings, self.started)).collect()
+    }
+
+    async fn complete(
+        &self,
+        request: CompletionRequest,
+        _context: CallContext,
+    ) -> Result<CompletionStream, ServiceError> {
+        let mut names = vec![request.model.clone()];
+        names.extend(request.fallback_models.iter().cloned());
+        let mut first_error = None;
+        for name in names {
+            match self.start(&name, &request).await {
+                Ok(stream) => return Ok(stream),
+                Err(error) => {
+                    let elsewhere =
+                        matches!(error, ServiceError::UnknownModel { .. } | ServiceError::NoProvider { .. });
+                    if !elsewhere {
+                        return Err(error);
+                    }
+                    first_error.get_or_insert(error);
+                }
+            }
+        }
+        Err(first_error.unwrap_or(ServiceError::UnknownModel { model: request.model }))
+    }
+
+    async fn tokenize(&self, request: TokenizeRequest) -> Result<Tokenized, ServiceError> {
+        let planned = self.plan(&request.model, &Routing::default(), 1, 1).await?;
+        let tokens = match &request.prompt {
+            Prompt::Text(text) => {
+                let tokenizer = &planned.vocabulary.tokenizer;
+                tokenizer.tokenize(text, request.add_special_tokens, false).await.map_err(internal)?
+            }
+            Prompt::Messages(_) | Prompt::Tokens(_) => {
+                tokens_of(&planned.vocabulary, &request.prompt, request.add_generation_prompt).await?
+            }
+        };
+        let context_length = planned.candidates.first().map_or(0, |listing| listing.context_length);
+        Ok(Tokenized { tokens, context_length })
+    }
+
+    async fn detokenize(&self, model: String, tokens: Vec<u32>) -> Result<String, ServiceError> {
+        let planned = self.plan(&model, &Routing::default(), 1, 1).await?;
+        let pieces = planned
+            .vocabulary
+            .tokenizer
+            .pieces(&tokens, false)
+            .await
+            .map_err(|error| ServiceError::InvalidRequest { param: "tokens".into(), message: error.to_string() })?;
+        Ok(String::from_utf8_lossy(&pieces.concat()).into_owned())
+    }
+}
+
+impl Gateway {
+    async fn start(&self, name: &str, request: &CompletionRequest) -> Result<CompletionStream, ServiceError> {
+        let asked = request.max_tokens.unwrap_or(EXPECTED_OUTPUT);
+        // A first plan finds the tokenizer, a second one knows the prompt's length.
+        let planned = self.plan(name, &request.routing, 1, 1).await?;
+        let prompt = tokens_of(&planned.vocabulary, &request.prompt, true).await?;
+        let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
+        let longest = planned.candidates.iter().map(|listing| listing.context_length).max().unwrap_or(0);
+        if prompt.is_empty() {
+            let message = "the prompt has no tokens".to_owned();
+            return Err(ServiceError::InvalidRequest { param: "messages".into(), message });
+        }
+        let wanted = request.max_tokens.map_or(1, |max| max.max(1));
+        if prompt_tokens >= longest || prompt_tokens.saturating_add(wanted) > longest {
+            let prompt_tokens = prompt_tokens.saturating_add(request.max_tokens.unwrap_or(0));
+            return Err(ServiceError::ContextLength { prompt_tokens, context_length: longest });
+        }
+        let planned = self.plan(name, &request.routing, prompt_tokens, asked.min(longest - prompt_tokens)).await?;
+        let room = planned.candidates.first().map_or(longest, |l| l.context_length).saturating_sub(prompt_tokens);
+        let max_output = request.max_tokens.unwrap_or(room).min(room).max(1);
+        let call = CallId(self.next_call.fetch_add(1, Ordering::Relaxed));
+        let submit = Submit {
+            call,
+            candidates: planned.candidates.clone(),
+            prompt,
+            sampling: request.sampling.clone(),
+            stop: request.stop.clone(),
+            max_output,
+            allow_fallbacks: request.routing.allow_fallbacks,
+        };
+        let (emit, emissions) = mpsc::unbounded_channel();
+        self.consumer.send(Message::Call(Box::new(submit), emit)).await.map_err(|_| stopped())?;
+        let mut run = Run {
+            call,
+            emissions,
+            consumer: self.consumer.clone(),
+            vocabulary: planned.vocabulary,
+            text: TextStream::new(&request.stop),
+            emitted_tokens: 0,
+            prompt_tokens,
+            model: name.to_owned(),
+            over: false,
+        };
+        // Admitted once a provider has the request: refusals before that become statuses.
+        let started = match run.emissions.recv().await {
+            Some(Emission::Started { .. }) => CompletionEvent::Started { model: name.to_owned(), fingerprint: None },
+            Some(Emission::Failed { error, bill }) => {
+                run.over = true;
+                return Err(self.refused(name, error, &bill).await);
+            }
+            Some(Emission::Tokens { .. } | Emission::Finished { .. }) | None => return Err(stopped()),
+        };
+        let first = stream::iter([Ok(started)]);
+        let rest = stream::unfold(run, |mut run| async move { run.next().await.map(|event| (event, run)) });
+        Ok(Box::pin(futures::StreamExt::chain(first, rest)))
+    }
+
+    /// Providers that fit, best first, all of one model; and that model's tokenizer.
+    async fn plan(&self, name: &str, routing: &Routing, prompt: u32, output: u32) -> Result<Planned, ServiceError> {
+        let unknown = |_| ServiceError::UnknownModel { model: name.to_owned() };
+        let wanted = self.market.catalogue.resolve(name, self.allow_unverified_names).map_err(unknown)?;
+        let demand = self.demand(wanted, routing, prompt, output)?;
+        let Choice { best, failover } = match self.market.plan(&demand) {
+            Ok(choice) => choice,
+            Err(NoPlan::NotListed) if matches!(demand.wanted, Wanted::ClaimedName(_)) => {
+                return Err(ServiceError::UnknownModel { model: name.to_owned() });
+            }
+            Err(error) => return Err(self.no_provider(name, &demand, &error)),
+        };
+        let mut candidates: Vec<VerifiedListing> = Vec::new();
+        for plan in std::iter::once(best).chain(failover) {
+            let Some(stage) = plan.sole() else { continue };
+            let same = candidates
+                .first()
+                .is_none_or(|f| f.model_root == stage.listing.model_root && f.tokenizer == stage.listing.tokenizer);
+            if same {
+                candidates.push(VerifiedListing::clone(&stage.listing));
+            }
+        }
+        let Some(first) = candidates.first() else {
+            return Err(ServiceError::NoProvider {
+                model: name.to_owned(),
+                why: vec!["no plan has one provider".into()],
+            });
+        };
+        let vocabulary = self
+            .tokenizers
+            .get(first.tokenizer, &candidates)
+            .await
+            .map_err(|error| ServiceError::NoProvider { model: name.to_owned(), why: vec![format!("{error:#}")] })?;
+        Ok(Planned { candidates, vocabulary })
+    }
+
+    fn demand(&self, wanted: Wanted, routing: &Routing, prompt: u32, output: u32) -> Result<Demand, ServiceError> {
+        let mut demand = Demand::new(wanted, prompt, output);
+        demand.expected_output_tokens = output.min(EXPECTED_OUTPUT);
+        demand.only = if routing.only.is_empty() { self.only.clone() } else { patterns("only", &routing.only)? };
+        demand.ignore = patterns("ignore", &routing.ignore)?;
+        demand.order = if routing.order.is_empty() { self.prefer.clone() } else { patterns("order", &routing.order)? };
+        demand.allow_fallbacks = routing.allow_fallbacks || routing.order.is_empty();
+        demand.quantisations = routing.quantisations.iter().cloned().collect::<BTreeSet<_>>();
+        demand.max_price.input = routing.max_price.prompt;
+        demand.max_price.output = routing.max_price.completion;
+        demand.max_price.per_request = routing.max_price.request;
+        demand.sort = match routing.sort {
+            Some(RoutingSort::Throughput) => Sort::Throughput,
+            Some(RoutingSort::Latency) => Sort::Latency,
+            Some(RoutingSort::Price) | None => Sort::Price,
+        };
+        Ok(demand)
+    }
+
+    fn no_provider(&self, name: &str, demand: &Demand, error: &NoPlan) -> ServiceError {
+        let mut why: Vec<String> = self
+            .market
+            .explain(demand, name)
+            .iter()
+            .filter_map(|c| match &c.verdict {
+                Verdict::Refused(why) => Some(format!("provider {}: {why}", c.listing.node_key.short())),
+                Verdict::Ranked { .. } => None,
+            })
+            .take(8)
+            .collect();
+        if why.is_empty() {
+            why.push(error.to_string());
+        }
+        ServiceError::NoProvider { model: name.to_owned(), why }
+    }
+
+    /// A call that was refused before its first token, as the API tells it.
+    async fn refused(&self, name: &str, error: CallError, bill: &Bill) -> ServiceError {
+        match error {
+            CallError::Funds { required, available, limit } => {
+                let topup = match limit {
+                    FundsLimit::Wallet => self.top_up(required.saturating_sub(available)).await,
+                    FundsLimit::SessionCap | FundsLimit::ExposureCap => None,
+                };
+                let limit = match limit {
+                    FundsLimit::Wallet => LimitSource::Wallet,
+                    FundsLimit::SessionCap | FundsLimit::ExposureCap => LimitSource::Node,
+                };
+                ServiceError::InsufficientFunds(Box::new(Shortfall { required, available, limit, topup }))
+            }
+            CallError::NoProvider { why } => ServiceError::NoProvider { model: name.to_owned(), why: vec![why] },
+            error => ended(error, bill, 0, 0),
+        }
+    }
+
+    /// An invoice that fills the wallet. Its payer needs a route to us; the wallet says what it can receive.
+    async fn top_up(&self, missing: Msat) -> Option<TopUp> {
+        let amount = Msat(missing.0.max(1_000).saturating_mul(TOP_UP_FACTOR));
+        let description_hash = Digest(sha2::Sha256::digest(b"satgrid top-up").into());
+        let request = InvoiceRequest { amount, description_hash, expiry_secs: TOP_UP_EXPIRY_SECS };
+        let invoice = self.wallet.create_invoice(request).await.ok()?;
+        let expires_at = now().plus_ms(u64::from(TOP_UP_EXPIRY_SECS) * 1_000);
+        Some(TopUp { bolt11: invoice.bolt11, payment_hash: invoice.payment_hash, expires_at })
+    }
+}
+
+/// One completion under way. Dropping it cancels the call.
+struct Run {
+    call: CallId,
+    emissions: mpsc::UnboundedReceiver<Emission>,
+    consumer: mpsc::Sender<Message>,
+    vocabulary: Arc<Vocabulary>,
+    text: TextStream,
+    emitted_tokens: u32,
+    prompt_tokens: u32,
+    model: String,
+    over: bool,
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        if !self.over {
+            let (consumer, call) = (self.consumer.clone(), self.call);
+            tokio::spawn(async move {
+                let _ = consumer.send(Message::Event(ConsumerEvent::Cancel { call })).await;
+            });
+        }
+    }
+}
+
+impl Run {
+    async fn next(&mut self) -> Option<Result<CompletionEvent, ServiceError>> {
+        while !self.over {
+            let event = match self.emissions.recv().await {
+                Some(Emission::Started { .. }) => continue,
+                Some(Emission::Tokens { ids }) => {
+                    self.emitted_tokens += u32::try_from(ids.len()).unwrap_or(u32::MAX);
+                    let mut delta = String::new();
+                    match self.vocabulary.tokenizer.pieces(&ids, false).await {
+                        Ok(pieces) => pieces.iter().for_each(|piece| delta.push_str(&self.text.push(piece))),
+                        Err(error) => return Some(Err(internal(error))),
+                    }
+                    if delta.is_empty() {
+                        continue;
+                    }
+                    CompletionEvent::Text { delta }
+                }
+                Some(Emission::Finished { reason, bill }) => {
+                    let rest = self.text.finish();
+                    if !rest.is_empty() {
+                        // The rest of the text first; the end is put back for the next call.
+                        let (emit, mut emissions) = mpsc::unbounded_channel();
+                        let _ = emit.send(Emission::Finished { reason, bill });
+                        std::mem::swap(&mut self.emissions, &mut emissions);
+                        return Some(Ok(CompletionEvent::Text { delta: rest }));
+                    }
+                    self.over = true;
+                    let reason = if self.text.stopped() { FinishReason::Stop } else { reason };
+                    CompletionEvent::Finished { reason, bill: api_bill(&bill, self.prompt_tokens, self.emitted_tokens) }
+                }
+                Some(Emission::Failed { error, bill }) => {
+                    self.over = true;
+                    tracing::info!(model = %self.model, %error, "a call failed");
+                    return Some(Err(ended(error, &bill, self.prompt_tokens, self.emitted_tokens)));
+                }
+                None => {
+                    self.over = true;
+                    return Some(Err(stopped()));
+                }
+            };
+            return Some(Ok(event));
+        }
+        None
+    }
+}
+
+async fn tokens_of(vocabulary: &Vocabulary, prompt: &Prompt, open_turn: bool) -> Result<Vec<u32>, ServiceError> {
+    match prompt {
+        Prompt::Tokens(tokens) => Ok(tokens.clone()),
+        Prompt::Text(text) => vocabulary.tokenizer.tokenize(text, true, false).await.map_err(internal),
+        Prompt::Messages(messages) => {
+            let messages: Vec<serde_json::Value> = messages
+                .iter()
+                .map(|m| match &m.name {
+                    Some(name) => serde_json::json!({"role": m.role.as_str(), "content": m.content, "name": name}),
+                    None => serde_json::json!({"role": m.role.as_str(), "content": m.content}),
+                })
+                .collect();
+            let now = CivilTime::from_unix(i64::try_from(now().as_secs()).unwrap_or(0));
+            let input = ChatInput { messages: &messages, tools: None, add_generation_prompt: open_turn, now };
+            let rendered = vocabulary.template.render(&input).map_err(|error| ServiceError::InvalidRequest {
+                param: "messages".into(),
+                message: format!("the model's chat template refuses them: {error}"),
+            })?;
+            let tokenizer = &vocabulary.tokenizer;
+            tokenizer.tokenize(&rendered.text, rendered.add_special, rendered.parse_special).await.map_err(internal)
+        }
+    }
+}
+
+fn model_info(id: String, listings: &[Arc<VerifiedListing>], created: UnixMs) -> Option<ModelInfo> {
+    let cheapest = listings.iter().min_by_key(|l| (l.rates.output, l.rates.input, l.id()))?;
+    let roots: BTreeSet<ModelRoot> = listings.iter().map(|l| l.model_root).collect();
+    let sellers: BTreeSet<_> = listings.iter().map(|l| l.node_key).collect();
+    let quantisations: BTreeSet<_> = listings.iter().map(|l| l.quantisation.clone()).collect();
+    Some(ModelInfo {
+        id,
+        created,
+        root: if roots.len() == 1 { roots.first().copied() } else { None },
+        context_length: listings.iter().map(|l| l.context_length).max()?,
+        rates: cheapest.rates,
+        sellers: u32::try_from(sellers.len()).unwrap_or(u32::MAX),
+        quantisations: quantisations.into_iter().collect(),
+    })
+}
+
+fn patterns(param: &str, texts: &[String]) -> Result<Vec<ProviderPattern>, ServiceError> {
+    let parse = |text: &String| {
+        text.parse().map_err(|error: satgrid_market::demand::BadPattern| ServiceError::InvalidRequest {
+            param: format!("provider.{param}"),
+            message: error.to_string(),
+        })
+    };
+    texts.iter().map(parse).collect()
+}
+
+/// Each token once, however many providers worked on it; the cost is the sum of what each was paid.
+fn api_bill(bill: &Bill, prompt: u32, completion: u32) -> api::Bill {
+    let cached = bill.legs.first().map_or(0, |leg| leg.usage.cached_prompt.min(prompt));
+    let legs = bill.legs.iter().map(|leg| api::Leg {
+        provider: leg.provider,
+        receipt: leg.receipt,
+        usage: leg.usage,
+        rates: leg.rates,
+        cost: leg.cost,
+    });
+    api::Bill {
+        usage: TokenUsage { prompt, cached_prompt: cached, completion, reasoning: 0 },
+        cost: bill.cost(),
+        routing_fees: Msat::ZERO,
+        legs: legs.collect(),
+    }
+}
+
+/// A call's failure as the API tells it, with what was charged.
+fn ended(error: CallError, bill: &Bill, prompt: u32, completion: u32) -> ServiceError {
+    let charged = (!bill.legs.is_empty()).then(|| Box::new(api_bill(bill, prompt, completion)));
+    match error {
+        CallError::ProvidersFailed { reason } => ServiceError::ProviderFailed { reason, bill: charged },
+        CallError::NoProvider { why } => ServiceError::ProviderFailed { reason: why, bill: charged },
+        CallError::Funds { required, available, .. } => {
+            let reason = format!("{required} more were needed to go on and {available} could be paid");
+            ServiceError::ProviderFailed { reason, bill: charged }
+        }
+        CallError::Cancelled => ServiceError::ProviderFailed { reason: "the call was cancelled".into(), bill: charged },
+        CallError::Busy => ServiceError::Busy { retry_after: BUSY_RETRY },
+        CallError::Journal { reason } => ServiceError::NotReady { reasons: vec![reason] },
+    }
+}
+
+fn internal(error: impl std::fmt::Display) -> ServiceError {
+    ServiceError::Internal { detail: error.to_string() }
+}
+
+fn stopped() -> ServiceError {
+    ServiceError::NotReady { reasons: vec!["this node is stopping".into()] }
+}

@@ -1,0 +1,757 @@
+"""Verifies satgrid bundles offline. A second implementation, written from docs/ledger-format.md; the numbers in comments are its sections.
+
+    verify.py FILE [OTHER]     one bundle, or both parties' exports of one history: exit 0 clean, 1 findings, 2 unreadable
+    verify.py --vectors DIR    all golden vectors: prints `N passed, N failed`
+"""
+
+import json
+import re
+import sys
+from base64 import b64decode, b64encode
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import cbor2
+from primitives import (
+    Refused, charge, decode, ed25519, included, invoice, leaf_hash, message, numerators, recover, root_of, schnorr, sha,
+)
+
+LIMITS = {"quote": 2048, "session-open": 4096, "request-open": 1024, "ack": 512, "receipt": 8192, "session-close": 4096,
+          "credit-note": 512, "inclusion-promise": 256}  # fmt: skip
+MAX_ITEM, MAX_ENTRY, MAX_OPENING, HOUR, SKEW = 231_616, 196_608, 32_768, 3_600_000, 300_000
+LIGHTNING, PREPAID, INCOME, ASSET, EXPENSE, FEES, DUE, DUST, WORKER, EXTERNAL = range(10)
+DEBIT_NORMAL, NEVER_NEGATIVE, OWED = {LIGHTNING, ASSET, EXPENSE, FEES}, {PREPAID, ASSET, DUE, WORKER}, {PREPAID, DUE, WORKER}
+
+
+class Unreadable(Exception):
+    """Not a bundle: nothing more is judged (11)."""
+
+
+def statement(kind: str, signed: dict, *keys: bytes) -> dict:
+    """The body, if every key signed it (2). Raises Refused with the rule."""
+    try:
+        body = decode(kind, signed[0], LIMITS[kind])
+    except Refused as error:
+        raise Refused("statement/canonical", error) from None
+    if not all(ed25519(key, message(kind, signed[0]), signed[1 + n]) for n, key in enumerate(keys)):
+        raise Refused("statement/signature", kind)
+    return body
+
+
+def peek(kind: str, signed: dict) -> dict:
+    return statement(kind, signed)
+
+
+def checkpoint(note: str):
+    """Node, size and root of a signed note (10); the one spelling is rebuilt and compared."""
+    found = re.fullmatch(r"(satgrid/([0-9a-f]{64})\n(0|[1-9]\d{0,19})\n(\S+)\n)\n\u2014 satgrid/(\S+) (\S+)\n", note)
+    try:
+        text, node, size, root, _, blob = found.groups()
+        root, blob, key = b64decode(root, validate=True), b64decode(blob, validate=True), bytes.fromhex(node)
+        rebuilt = f"{text}\n\u2014 satgrid/{node} {b64encode(blob).decode()}\n"
+        key_hash = sha(f"satgrid/{node}\n\1".encode(), key)[:4]
+        right = rebuilt == note and b64encode(root).decode() in text and len(root) == 32 and len(blob) == 68
+        if right and blob[:4] == key_hash and int(size) < 2**64 and len(note.encode()) <= 512 and ed25519(key, text.encode(), blob[4:]):
+            return key, int(size), root
+    except (AttributeError, ValueError):
+        pass
+    raise Refused("log/checkpoint")
+
+
+def listing(text: str) -> tuple:
+    """Id and content of a listing event (6)."""
+    try:
+        event = json.loads(text)
+        key, tags, made, raw = event["pubkey"], event["tags"], event["created_at"], event["content"]
+        whole = json.dumps([0, key, made, event["kind"], tags, raw], ensure_ascii=False, separators=(",", ":"))
+        identity, said = sha(whole.encode()), json.loads(raw)
+        tagged = lambda name: [tag[1] for tag in tags if tag and tag[0] == name]
+        (expiration,), (d,) = tagged("expiration"), tagged("d")
+        part = said["part"]
+        kind, value = (part, None) if part == "whole" else next(iter(part.items()))
+        word = f"layers {value['start']}-{value['end']}" if kind == "layers" else kind
+        expect = {"expiration": [str(said["expires_at"])], "m": [said["model"]], "q": [said["quantisation"]], "k": [kind],
+                  "l": [word[7:]] if kind == "layers" else [], "u": said["addresses"], "g": [said["region"]] if said.get("region") else []}  # fmt: skip
+        texts = [said["model"], said["quantisation"], said["instruction_set"], *expect["g"], *said["addresses"]]
+        node = bytes.fromhex(said["node_key"])
+        letters = ["ybndrfg8ejkmcpqxot1uwisza345h769".index(c) for c in said["bindings"]["lightning"]]
+        signature = int("1" + "".join(f"{n:05b}" for n in letters), 2).to_bytes(66, "big")[1:]
+        digest = sha(sha(b"Lightning Signed Message:satgrid-node-key-v1:" + said["node_key"].encode()))
+        good = (
+            event["kind"] == 38521 and identity.hex() == event["id"] and len(text.encode()) <= 131_072
+            and len(raw.encode()) <= 65_536 and len(tags) <= 64 and 0 < int(expiration) - made <= 3600
+            and said["version"] == 1 and said["model"] and said["context_length"] > 0 and 1 <= len(said["profiles"]) <= 2
+            and set(said["profiles"]) <= {"exact", "fast"} and len(said["addresses"]) <= 8 and all(len(t.encode()) <= 128 for t in texts)
+            and {"slots", "speed", "memory_bytes", "tokenizer", "build"} <= said.keys() and all(type(n) is int for n in said["rates"].values())
+            and (kind == "whole" or kind == "layers" and value["start"] < value["end"] or kind == "experts" and value and value == sorted(map(list, set(map(tuple, value)))))
+            and d == f"{said['model_root'][:16]}:{word}" and all(tagged(name) == values for name, values in expect.items())
+            and schnorr(bytes.fromhex(key), identity, bytes.fromhex(event["sig"]))
+            and ed25519(node, b"satgrid-binding-v1\0" + bytes.fromhex(key) + d.encode(), bytes.fromhex(said["bindings"]["node"]))
+            and len(letters) == 104 and recover(digest, signature[0] - 31, signature[1:]).hex() == said["lightning_node"]
+        )  # fmt: skip
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
+        raise Refused("listing/invalid", error) from None
+    if not good:
+        raise Refused("listing/invalid")
+    return identity, said
+
+
+LISTINGS: dict = {}
+
+
+def cached_listing(text: str) -> tuple:
+    """The same listing stands in many files; three curve operations each."""
+    if text not in LISTINGS:
+        LISTINGS[text] = listing(text)
+    return LISTINGS[text]
+
+
+class Books:
+    """Double entry with two-phase transfers (8)."""
+
+    def __init__(self):
+        self.sums, self.holds, self.known = defaultdict(lambda: [0, 0, 0, 0]), {}, {}
+
+    def balance(self, account, outgoing=False) -> int:
+        debits, credits, debits_pending, credits_pending = self.sums[account]
+        if account[0] in DEBIT_NORMAL:
+            return debits - credits - (credits_pending if outgoing else 0)
+        return credits - debits - (debits_pending if outgoing else 0)
+
+    def owed(self) -> int:
+        return sum(self.balance(account) for account in list(self.sums) if account[0] in OWED)
+
+    def apply(self, at: int, transfers: list):
+        """The net movements, holds opened and holds ended; or the rule that is broken, and nothing is done."""
+        saved = {a: list(s) for a, s in self.sums.items()}, dict(self.holds), dict(self.known)
+        try:
+            if len(transfers) > 1024:
+                raise Refused("transfer/malformed")
+            flows = self.take(at, transfers)
+            touched = {a for a, s in self.sums.items() if saved[0].get(a) != s}
+            if any(a[0] in NEVER_NEGATIVE and self.balance(a, True) < 0 for a in touched):
+                raise Refused("transfer/overdrawn")
+            return flows, None
+        except Refused as error:
+            self.sums, self.holds, self.known = defaultdict(lambda: [0, 0, 0, 0], saved[0]), *saved[1:]
+            return self.lenient(at, transfers), error.args[0]
+
+    def lenient(self, at, transfers):
+        """What refused transfers would have done: judged against the evidence all the same."""
+        copy = Books()
+        copy.holds, copy.known = dict(self.holds), dict(self.known)
+        return copy.take(at, transfers, strict=False)
+
+    def take(self, at, transfers, strict=True):
+        net, opened, ended = defaultdict(int), {}, []
+
+        def refuse(rule):
+            if strict:
+                raise Refused(rule)
+
+        for transfer in transfers:
+            ident, (kind, op) = transfer[0], transfer[1]
+            if ident in self.known:
+                if self.known[ident] != transfer:
+                    refuse("transfer/malformed")
+                continue
+            self.known[ident] = transfer
+            if kind < 2:
+                debit, credit, amount = (op[0][0], *op[0][1]), (op[1][0], *op[1][1]), op[2]
+                if not amount or debit == credit:
+                    refuse("transfer/malformed")
+                if kind == 0:
+                    self.post(net, debit, credit, amount)
+                else:
+                    self.holds[ident] = opened[ident] = debit, credit, amount, op.get(3)
+                    self.sums[debit][2] += amount
+                    self.sums[credit][3] += amount
+                continue
+            hold = self.holds.pop(op[0], None)
+            if hold is None:
+                refuse("transfer/two-phase")
+                continue
+            debit, credit, amount, expires = hold
+            self.sums[debit][2] -= amount
+            self.sums[credit][3] -= amount
+            ended.append((op[0], hold, kind))
+            if kind == 2:
+                if op[1] == 0:
+                    refuse("transfer/malformed")
+                if op[1] > amount:
+                    refuse("transfer/two-phase")
+                self.post(net, debit, credit, op[1])
+            if kind == 4 and (expires is None or expires > at):
+                refuse("transfer/two-phase")
+        return {a: n for a, n in net.items() if n}, opened, ended
+
+    def post(self, net, debit, credit, amount):
+        net[debit] += amount
+        net[credit] -= amount
+        self.sums[debit][0] += amount
+        self.sums[credit][1] += amount
+
+
+@dataclass
+class Session:
+    ident: bytes
+    open: dict
+    quotes: dict
+    as_provider: bool
+    slices: dict = field(default_factory=dict)  # k: [payment hash, amount, status, in a receipt]
+    requests: dict = field(default_factory=dict)  # id: [request-open, last ack id, last ack, holds]
+    ended: set = field(default_factory=set)
+    numerators: int = 0
+    charged: int = 0
+    paid: int = 0
+    refunded: int = 0
+    refunds: int = 0
+    receipted: int = 0
+    receipts: list = field(default_factory=list)  # (id, index, leaf)
+    promised: list = field(default_factory=list)
+    abandoned: dict = field(default_factory=dict)
+    tokens: list = field(default_factory=lambda: [0, 0])
+    refund: tuple | None = None
+    closed: bool = False
+
+    def remainder(self) -> int:
+        return max(0, max(0, self.paid - self.charged) - self.refunded)
+
+    def last(self):
+        return self.receipts[-1][0] if self.receipts else None
+
+    def summary(self):
+        """What both parties must agree on (12.7)."""
+        paid = {k: (s[0], s[1]) for k, s in self.slices.items() if s[2] == "paid"}
+        return (set(self.quotes), len(self.receipts), self.last(), paid, self.abandoned, self.tokens, self.numerators, self.paid, self.charged, self.refunds)
+
+
+class Audit:
+    """The fold of section 12."""
+
+    def __init__(self, data: bytes):
+        self.findings, self.sessions, self.over = [], {}, {}
+        self.listings, self.quotes, self.by_key, self.payments, self.books = {}, {}, {}, {}, Books()
+        self.network = None
+        items = read_items(data)
+        head = next(items, (None, None))
+        if head[0] == 4:
+            self.fraud(head[1][0], list(items))
+            return
+        if head[0] != 0 or head[1][0][0] != "satgrid-bundle" or head[1][0][1] != 1:
+            raise Unreadable("not a bundle of version 1")
+        self.node, self.filter = head[1][0][2], head[1][0][3]
+        self.whole = self.filter[0] == 0
+        number, fields = next(items, (None, None))
+        if number != 1:
+            raise Unreadable("no checkpoint")
+        try:
+            self.checkpoint = checkpoint(fields[0])
+            self.require(self.checkpoint[0] == self.node, "log/checkpoint")
+            self.checkpoint = self.checkpoint if self.checkpoint[0] == self.node else None
+        except Refused:
+            self.checkpoint = self.find("log/checkpoint")
+        self.leaves, self.last, count = [], None, None
+        for number, fields in items:
+            if count is not None or number not in (2, 3):
+                raise Unreadable("an item out of its place")
+            if number == 3:
+                count = fields[0]
+            else:
+                self.entry(fields[0])
+        if count != len(self.leaves):
+            raise Unreadable("the end mark is missing or does not count right")
+        self.finish()
+
+    def find(self, rule: str, detail=""):
+        self.findings.append((rule, len(getattr(self, "leaves", [])) - 1, str(detail)))
+
+    def require(self, holds, rule: str, detail="") -> bool:
+        if not holds:
+            self.find(rule, detail)
+        return bool(holds)
+
+    def fraud(self, proof, more):
+        try:
+            one, other = checkpoint(proof[0]), checkpoint(proof[1])
+        except Refused:
+            one = other = (None,) * 3
+        if more or one[:2] != other[:2] or one[2] == other[2]:
+            raise Unreadable("this proves nothing")
+        self.node = one[0]
+        self.find("log/two-histories", self.node.hex())
+
+    # 12.1
+
+    def entry(self, item: dict):
+        leaf = leaf_hash(item[0])
+        self.leaves.append(leaf)
+        try:
+            entry = decode("entry", item[0], MAX_ENTRY)
+        except Refused as error:
+            return self.find("entry/canonical", error)
+        seq, at, prev = entry[0], entry[1], entry[2]
+        follows = seq == 0 if self.last is None else seq == self.last[0] + 1 if self.whole else seq > self.last[0]
+        self.require(follows, "entry/sequence", seq)
+        expected = (0, bytes(32), 0) if self.last is None else (self.last[0] + 1, self.last[1], self.last[2])
+        self.require(seq != expected[0] or prev == expected[1], "entry/chain")
+        self.require(at >= expected[2], "entry/clock")
+        self.last = seq, leaf, at
+        proof = item.get(2)
+        if self.whole or proof is None or self.checkpoint:
+            fits = proof is None if self.whole else proof is not None and included(leaf, seq, self.checkpoint[1], proof, self.checkpoint[2])
+            self.require(fits, "log/inclusion")
+        kind, fields = entry.get(3, (None, {}))
+        opening = None
+        if 1 in item:
+            try:
+                opening = decode("receipt-opening", item[1], MAX_OPENING)
+                self.require(kind == 11, "receipt/opening")
+            except Refused as error:
+                self.find("receipt/opening", error)
+        self.require((seq == 0) == (kind == 0), "entry/genesis")
+        flows, broken = self.books.apply(at, entry[4])
+        self.now, self.seq, self.leaf, self.flows = at, seq, leaf, flows
+        session, backing = None, ("nothing",)
+        try:
+            session, backing = self.evidence(kind, fields, opening)
+        except Refused as error:
+            self.find(*error.args)
+            backing = None
+        self.judge(kind, session, backing)
+        if broken:
+            self.find(broken)
+        elif kind in (6, 7, 8, 16) and session and any(self.of(h, session) and h[1][0] == LIGHTNING for h in self.books.holds.values()):
+            self.find("transfer/two-phase", "the payment is over, its reservation is not")
+        if session and self.is_over(session):
+            self.over[session.ident] = self.sessions.pop(session.ident)
+            self.by_key.pop(session.open[2])
+            for s in session.slices.values():
+                if s[0] in self.payments:
+                    self.payments[s[0]] = None
+
+    def of(self, hold, session) -> bool:
+        return session.ident in (*hold[0][1:], *hold[1][1:])
+
+    def is_over(self, s) -> bool:
+        settled = all(self.books.balance((a, s.ident)) == 0 for a in (PREPAID, ASSET, DUE))
+        pending = any(self.of(hold, s) for hold in self.books.holds.values())
+        return s.closed and not s.requests and not s.refund and not s.remainder() and settled and not pending
+
+    # 12.2 to 12.5: each gives the session and what its transfers may do
+
+    def session(self, ident: bytes) -> Session:
+        if ident not in self.sessions:
+            raise Refused("statement/session")
+        return self.sessions[ident]
+
+    def evidence(self, kind, f, opening):
+        handler = {0: self.genesis, 1: self.listing, 2: self.quote, 3: self.opened, 4: self.invoice, 5: self.attempted, 6: self.settled,
+                   7: self.failed, 8: self.received, 9: self.request, 10: self.ack, 12: self.abandon, 13: self.close, 14: self.credit_note,
+                   15: self.refund_attempted, 16: self.refund_settled, 17: self.refund_received, 20: self.snapshot, 21: self.own_note,
+                   22: self.promise}.get(kind)  # fmt: skip
+        if kind == 11:
+            return self.receipt(f, opening)
+        if handler:
+            return handler(f)
+        opened = [hold for hold in self.flows[1].values()]
+        idents = [ident for hold in opened for ident in (*hold[0][1:], *hold[1][1:])]
+        return self.sessions.get(idents[0]) if idents and kind is None else None, ("alone",) if kind is None else ("nothing",)
+
+    def genesis(self, f):
+        self.require(f[0] == self.node, "bundle/node")
+        self.network = f[3] if f[3] in ("mainnet", "testnet", "signet", "regtest") else None
+        return None, ("nothing",)
+
+    def listing(self, f):
+        ident, said = cached_listing(f[0])
+        self.listings[ident] = said
+        return None, ("nothing",)
+
+    def version(self, value):
+        self.require(value[0] == 1, "statement/version")
+
+    def quote(self, f):
+        q = statement("quote", f[0], peek("quote", f[0])[1])
+        self.version(q)
+        said = self.listings.get(q[4])
+        if self.require(said, "quote/listing"):
+            r = said["rates"]
+            self.require(all(q[12][n] <= r[k] for n, k in enumerate(("input", "cached_input", "output", "per_request"))), "quote/dearer")
+            same = [q[1].hex(), q[2].hex(), q[5].hex(), q[6].hex(), q[7], q[9].hex()]
+            listed = [said[k] for k in ("node_key", "lightning_node", "model_root", "tokenizer", "quantisation", "build")]
+            self.require(same == listed and ("exact", "fast")[q[8]] in said["profiles"] and q[14] // 1000 <= said["expires_at"], "quote/terms")
+        ident = sha(message("quote", f[0][0]))
+        session = self.sessions.get(self.by_key.get(q[3]))
+        if session:
+            if self.require(session.open[1] == q[1], "open/quote"):
+                session.quotes[ident] = q
+        else:
+            self.quotes.setdefault(q[3], {})[ident] = q
+        return session, ("nothing",)
+
+    def opened(self, f):
+        o = statement("session-open", f[0], peek("session-open", f[0])[2])
+        self.version(o)
+        ident = sha(message("session-open", f[0][0]))
+        if not self.require(ident not in self.sessions and ident not in self.over and o[2] not in self.by_key, "open/twice"):
+            return self.sessions.get(ident), ("nothing",)
+        quotes = self.quotes.pop(o[2], {})
+        accepted = quotes.get(o[3])
+        self.require(accepted and accepted[1] == o[1] and o[6] <= accepted[15] + SKEW, "open/quote")
+        self.sessions[ident] = Session(ident, o, quotes, o[1] == self.node)
+        self.by_key[o[2]] = ident
+        return self.sessions[ident], ("nothing",)
+
+    def invoice(self, f):
+        s, k, d = self.session(f[0]), f[1], f[3]
+        self.version(d)
+        try:
+            facts = invoice(f[2])
+        except Refused as error:
+            self.find("invoice/signature", error)
+            return s, None
+        self.require(self.network in (None, facts["network"]), "invoice/signature")
+        quote = s.quotes.get(d[4])
+        self.require(quote and (d[1], d[2], d[5], d[6]) == (s.ident, k, s.open[1], s.open[2]), "invoice/descriptor")
+        self.require(not quote or facts["payee"] == quote[2], "invoice/payee")
+        self.require(facts["terms"] == sha(encoded(d)), "invoice/terms")
+        self.require(facts["amount"] == d[3], "invoice/amount")
+        old = s.slices.get(k)
+        if self.require(k <= max(s.slices, default=-1) + 1 and (not old or old[2] in ("invoiced", "failed")), "invoice/sequence"):
+            s.slices[k] = [facts["payment_hash"], d[3], "invoiced", False]
+        self.claim(facts["payment_hash"], (s.ident, k))
+        return s, ("nothing",)
+
+    def claim(self, payment_hash, what):
+        if self.require(payment_hash not in self.payments, "invoice/reuse"):
+            self.payments[payment_hash] = what
+
+    def slice(self, payment_hash):
+        what = self.payments.get(payment_hash)
+        if not what or what[1] == "refund":
+            raise Refused("payment/unknown")
+        s = self.session(what[0])
+        held = s.slices.get(what[1])
+        return s, held if held and held[0] == payment_hash else None
+
+    def attempted(self, f):
+        s = self.session(f[0])
+        held = s.slices.get(f[1])
+        self.require(all(other[2] != "attempted" for other in s.slices.values()), "payment/in-flight")
+        if not self.require(held and held[0] == f[2], "payment/unknown"):
+            return s, None
+        self.require(held[2] not in ("paid", "attempted"), "payment/twice")
+        held[2] = "attempted"
+        return s, ("pay", (ASSET, s.ident), held[1], held[1], f[3])
+
+    def settled(self, f):
+        s, held = self.slice(f[0])
+        self.require(sha(f[1]) == f[0], "payment/preimage")
+        if not self.require(held, "payment/unknown"):
+            return s, None
+        if held[2] != "attempted":
+            self.find("payment/twice" if held[2] == "paid" else "payment/unknown")
+        self.require(f[2] == held[1], "payment/amount")
+        held[2] = "paid"
+        s.paid += held[1]
+        self.require(s.paid <= s.open[5], "open/spend-cap")
+        return s, ("exactly", {(ASSET, s.ident): held[1], (FEES,): f[3], (LIGHTNING,): -held[1] - f[3]})
+
+    def received(self, f):
+        s, held = self.slice(f[0])
+        if not self.require(held, "payment/unknown") or not self.require(held[2] != "paid", "payment/twice"):
+            return s, None
+        held[2] = "paid"
+        s.paid += held[1]
+        arrived = min(f[1], held[1])
+        return s, ("exactly", {(LIGHTNING,): arrived, (FEES,): held[1] - arrived, (PREPAID, s.ident): -held[1]})
+
+    def failed(self, f):
+        what = self.payments.get(f[0])
+        if what and what[1] == "refund":
+            s = self.session(what[0])
+            s.refund = None
+            return s, ("nothing",)
+        s, held = self.slice(f[0])
+        if self.require(held, "payment/unknown") and self.require(held[2] != "paid", "payment/twice"):
+            held[2] = "failed"
+        return s, ("nothing",)
+
+    def request(self, f):
+        s = self.session(peek("request-open", f[0])[1])
+        r = statement("request-open", f[0], s.open[2])
+        self.version(r)
+        fresh = r[2] not in s.requests and r[2] not in s.ended
+        self.require(fresh and r[3] in s.quotes and not s.closed, "request/invalid")
+        if fresh:
+            s.requests[r[2]] = [r, None, None, set(self.flows[1])]
+        return s, ("work",)
+
+    def usage_fits(self, usage, request, before) -> bool:
+        grows = all(usage[n] >= before[n] for n in range(4))
+        return grows and usage[1] <= usage[0] <= request[4] and usage[3] <= usage[2] <= request[5]
+
+    def ack(self, f):
+        s = self.session(peek("ack", f[0])[1])
+        a = statement("ack", f[0], s.open[1], s.open[2])
+        self.version(a)
+        if not self.require(a[2] in s.requests, "request/unknown"):
+            return s, None
+        live = s.requests[a[2]]
+        before = live[2] or {3: 0, 4: dict.fromkeys(range(4), 0)}
+        self.require(a[3] > before[3], "ack/sequence")
+        self.require(self.usage_fits(a[4], live[0], before[4]), "ack/usage")
+        if quote := s.quotes.get(live[0][3]):
+            self.require(numerators(a[4], quote[12]) == a[5] and a[6] == charge(a[5]), "ack/cost")
+        live[1:3] = sha(message("ack", f[0][0])), a
+        live[3] |= set(self.flows[1])
+        return s, ("work",)
+
+    def charge(self, s, added: int) -> int:
+        cost = charge(s.numerators + added) - charge(s.numerators)
+        s.numerators, s.charged = s.numerators + added, s.charged + cost
+        return cost
+
+    def charged(self, s, cost: int):
+        ours = {(PREPAID, s.ident): cost, (INCOME,): -cost} if s.as_provider else {(EXPENSE,): cost, (ASSET, s.ident): -cost}
+        return s, ("exactly", ours)
+
+    def receipt(self, f, opening):
+        s = self.session(peek("receipt", f[0])[1])
+        r = statement("receipt", f[0], s.open[1], s.open[2])
+        self.version(r)
+        self.require(r[2] == len(s.receipts) and r.get(3) == s.last(), "receipt/chain")
+        live = s.requests.pop(r[4], None)
+        s.ended.add(r[4])
+        if self.require(live, "request/unknown"):
+            request, last_id, last = live[:3]
+            self.require(r.get(28) == last_id, "receipt/last-ack")
+            self.require(self.usage_fits(r[15], request, last[4] if last else dict.fromkeys(range(4), 0)), "receipt/usage")
+            if opening and last and last[4][2] == r[15][2]:
+                self.require(opening[1][1] == last[7], "receipt/usage")
+        if opening:
+            self.require(sha(opening[0], encoded(opening[1])) == r[27], "receipt/opening")
+        if quote := s.quotes.get(r[5]):
+            self.require(numerators(r[15], quote[12]) == r[17], "receipt/cost")
+            said = [r[n] for n in (6, 8, 9, 10, 12, 13, 14, 16, 30, 31)]
+            true = [quote[n] for n in (4, 5, 6, 7, 8, 9, 10, 12)] + [s.open[1], s.open[2]]
+            self.require(said == true and (not live or live[0][3] == r[5]), "receipt/terms")
+        else:
+            self.find("receipt/terms")
+        cost = self.charge(s, r[17])
+        self.require(cost == r[18], "receipt/cost")
+        self.require((r[19], r[20]) == (s.numerators, s.charged), "receipt/cumulative")
+        ks = [paid[0] for paid in r[22]]
+        self.require(ks == sorted(set(ks)) and len(ks) <= 64, "receipt/slices")
+        for paid in r[22]:
+            held = s.slices.get(paid[0])
+            moved = held and held[2] in (("paid",) if s.as_provider else ("paid", "attempted"))
+            self.require(moved and held[:2] == [paid[1], paid[2]] and not held[3], "receipt/slices")
+            if held:
+                held[3] = True
+        s.receipted += sum(paid[2] for paid in r[22])
+        self.require(r[21] == s.receipted, "receipt/cumulative")
+        s.receipts.append((sha(message("receipt", f[0][0])), self.seq, self.leaf))
+        s.tokens = [s.tokens[0] + r[15][0], s.tokens[1] + r[15][2]]
+        return self.charged(s, cost)
+
+    def abandon(self, f):
+        s = self.session(f[0])
+        if not self.require(f[1] in s.requests, "request/unknown"):
+            return s, None
+        _, last_id, last, _ = s.requests.pop(f[1])
+        s.ended.add(f[1])
+        owed = last[5] if last else 0
+        self.require((f.get(2), f[3]) == (last_id, owed), "abandoned/charge")
+        s.abandoned[f[1]] = last_id, owed
+        s.tokens = [s.tokens[0] + (last[4][0] if last else 0), s.tokens[1] + (last[4][2] if last else 0)]
+        return self.charged(s, self.charge(s, owed))
+
+    def close(self, f):
+        s = self.session(peek("session-close", f[0])[1])
+        c = statement("session-close", f[0], s.open[2])
+        self.version(c)
+        self.require(c[3] == s.remainder() and c.get(2) == s.last(), "close/remainder")
+        s.closed = True
+        return s, ("remainder",) if s.as_provider else ("nothing",)
+
+    def credit_note(self, f):
+        s = self.session(peek("credit-note", f[0])[1])
+        c = statement("credit-note", f[0], s.open[1])
+        self.version(c)
+        self.require(c[4] == s.remainder() and (c[2], c[3]) == (s.open[1], s.open[2]), "credit-note/amount")
+        return s, ("remainder",) if s.as_provider else ("nothing",)
+
+    def refund_attempted(self, f):
+        s = self.session(f[0])
+        if self.payments.get(f[1]) != (s.ident, "refund"):
+            self.claim(f[1], (s.ident, "refund"))
+        self.require(f[2] <= s.remainder() and s.as_provider, "refund/invalid")
+        self.require(not s.refund, "payment/in-flight")
+        s.refund = f[1], f[2]
+        return s, ("pay", (DUE, s.ident), f[2], f[2] + f[3], f[3])
+
+    def refund_settled(self, f):
+        s = self.session(f[0])
+        self.require(4 not in f or sha(f[4]) == f[1], "payment/preimage")
+        self.require(s.refund == (f[1], f[2]), "refund/invalid")
+        s.refund, taken = None, max(0, self.flows[0].get((DUE, s.ident), 0))
+        self.require(taken <= s.remainder(), "refund/invalid")
+        s.refunded, s.refunds = s.refunded + taken, s.refunds + f[2]
+        return s, ("refund out", f[2], f[3])
+
+    def refund_received(self, f):
+        s = self.session(f[0])
+        self.claim(f[1], (s.ident, "refund"))
+        booked, left = max(0, -self.flows[0].get((ASSET, s.ident), 0)), s.remainder()
+        self.require(not s.as_provider and booked <= left, "refund/invalid")
+        s.refunded, s.refunds = s.refunded + booked, s.refunds + f[2]
+        return s, ("refund in", min(f[2], left), max((q[13][9] for q in s.quotes.values()), default=0))
+
+    def snapshot(self, f):
+        self.require(not self.whole or f[0] + f[1] >= self.books.owed(), "wallet/insolvent")
+        return None, ("nothing",)
+
+    def own_note(self, f):
+        node, size, _ = checkpoint(f[0])
+        self.require(node == self.node and size <= self.seq, "log/checkpoint")
+        return None, ("nothing",)
+
+    def promise(self, f):
+        ident = peek("inclusion-promise", f[0])[2]
+        if ident in self.over:
+            return None, ("nothing",)
+        s = self.session(ident)
+        p = statement("inclusion-promise", f[0], s.open[1])
+        self.version(p)
+        self.require(p[1] == s.open[1], "promise/broken")
+        s.promised.append((p[3], p[5], p[4]))
+        return s, ("nothing",)
+
+    # 12.6
+
+    def judge(self, kind, s, backing):
+        net, opened, ended = self.flows
+        by_wallet = kind in (6, 7, 8, 16)
+        if backing is not None:
+            self.require(self.justified(net, s, *backing), "transfer/unbacked", net)
+            self.require(self.reserved(list(opened.values()), s, *backing), "transfer/unbacked", "a reservation")
+        if not by_wallet and any(hold[1][0] == LIGHTNING for _, hold, _ in ended):
+            self.find("transfer/unbacked", "a payment's reservation ended without the wallet's word")
+        live = {hold for session in self.sessions.values() for request in session.requests.values() for hold in request[3]}
+        self.require(not any(how == 4 and ident in live for ident, _, how in ended), "transfer/two-phase", "expired under an open request")
+
+    def justified(self, net, s, what, *args) -> bool:
+        only = lambda *accounts: set(net) <= set(accounts)
+        amount = lambda *account: net.get(account, 0)
+        moved = lambda a, b: only(a, b) and net.get(a, 0) > 0
+        if what == "exactly":
+            return net == {account: n for account, n in args[0].items() if n}
+        if what == "refund out":
+            taken, total = amount(DUE, s.ident), args[0] + args[1]
+            return (only((LIGHTNING,), (DUE, s.ident), (FEES,)) and amount(LIGHTNING) == -total and taken >= args[0]
+                    and amount(FEES) == total - taken >= 0)  # fmt: skip
+        if what == "refund in":
+            lost = amount(FEES) + amount(EXPENSE)
+            return only((LIGHTNING,), (ASSET, s.ident), (FEES,), (EXPENSE,)) and amount(LIGHTNING) == args[0] and 0 <= lost <= args[1]
+        if not net or what == "nothing" or what == "work":
+            return not net
+        idents = {ident for account in net for ident in account[1:]} if what == "alone" else {s.ident}
+        remainder = any(moved((PREPAID, i), (DUE, i)) for i in idents)
+        if what == "remainder" or what == "pay" and args[0][0] == DUE:
+            return remainder
+        return what == "alone" and (remainder or only((LIGHTNING,), (EXTERNAL,)) or any(moved((DUE, i), (DUST,)) for i in idents))
+
+    def reserved(self, opened, s, what, *args) -> bool:
+        if what in ("work", "alone"):
+            pair = lambda h: h[0][0] == PREPAID and h[1][0] == INCOME or h[0][0] == EXPENSE and h[1][0] == ASSET
+            return all(pair(hold) and (what == "alone" or self.of(hold, s)) for hold in opened)
+        if what != "pay":
+            return not opened
+        account, least, most, max_fee = args
+        payments = [h for h in opened if h[:2] == (account, (LIGHTNING,)) and least <= h[2] <= most]
+        fees = [h for h in opened if h[:2] == ((FEES,), (LIGHTNING,)) and h[2] <= max_fee]
+        return len(payments) == 1 and len(fees) <= 1 and len(opened) == len(payments) + len(fees)
+
+    def finish(self):
+        self.require(self.leaves, "entry/genesis", "no entries")
+        if self.whole and self.checkpoint:
+            if self.require(self.checkpoint[1] == len(self.leaves), "log/size"):
+                self.require(self.checkpoint[2] == root_of(self.leaves), "log/root")
+        sums = self.books.sums.values()
+        self.require(sum(s[0] for s in sums) == sum(s[1] for s in sums), "transfer/trial")
+        for *_, expires in self.books.holds.values():
+            self.require(expires is None or expires + HOUR >= self.last[2], "transfer/overdue")
+        chosen = {1: lambda s: s.ident == self.filter[1][0], 2: lambda s: self.filter[1][0] in (s.open[1], s.open[2])}.get(self.filter[0])
+        self.sessions |= self.over
+        self.require(not chosen or all(map(chosen, self.sessions.values())), "bundle/filter")
+
+
+def encoded(value) -> bytes:
+    return cbor2.dumps(value, canonical=True)
+
+
+def read_items(data: bytes):
+    """Items of a file (11)."""
+    at = 0
+    while at < len(data):
+        first, width = data[at], {24: 1, 25: 2, 26: 4, 27: 8}.get(data[at] & 31, 0)
+        length = int.from_bytes(data[at + 1 : at + 1 + width], "big") if width else first & 31
+        shortest = {0: 0, 1: 24, 2: 2**8, 4: 2**16, 8: 2**32}[width]
+        start = at + 1 + width
+        if first >> 5 != 2 or first & 31 > 27 or length < shortest or length > MAX_ITEM or start + length > len(data):
+            raise Unreadable("not a byte string of a permitted length")
+        try:
+            yield decode("item", data[start : start + length], MAX_ITEM)
+        except Refused as error:
+            raise Unreadable(str(error)) from None
+        at = start + length
+
+
+def cross(a: Audit, b: Audit) -> set:
+    """12.7."""
+    rules, both = set(), a.whole and b.whole
+    for one, other in ((a, b), (b, a)):
+        for ident, s in one.sessions.items():
+            if ident not in other.sessions:
+                if both and not s.as_provider and s.open[1] == other.node:
+                    rules.add("cross/missing")
+            elif s.as_provider:
+                theirs = other.sessions[ident]
+                if s.summary() != theirs.summary():
+                    rules.add("cross/mismatch")
+                if not set(theirs.promised) <= set(s.receipts):
+                    rules.add("promise/broken")
+    return rules
+
+
+def verify(paths: list) -> tuple:
+    """Exit status, and the rules that are broken."""
+    try:
+        audits = []
+        for path in paths:
+            with open(path, "rb") as file:
+                audits.append(Audit(file.read()))
+    except (Unreadable, OSError) as error:
+        print(f"unreadable: {error}", file=sys.stderr)
+        return 2, set()
+    rules = {finding[0] for audit in audits for finding in audit.findings}
+    for audit in audits:
+        for rule, entry, detail in audit.findings:
+            print(f"{rule} at item {entry}: {detail}", file=sys.stderr)
+    if len(audits) == 2:
+        rules |= cross(*audits)
+    return int(bool(rules)), rules
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--vectors"]:
+        import vectors
+
+        sys.exit(vectors.run(sys.argv[2]))
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    status, broken = verify(sys.argv[1:])
+    print("clean" if status == 0 else "findings: " + ", ".join(sorted(broken)) if status == 1 else "unreadable")
+    sys.exit(status)

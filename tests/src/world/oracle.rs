@@ -1,0 +1,193 @@
+//! What must be true: bounds at every step, and books, audits and texts once it is quiet.
+
+use super::{World, parts};
+use satgrid_engine::{
+    port::{Command, EngineEvent, Job, JobId},
+    toy::{ToyConfig, ToyEngine},
+};
+use satgrid_ledger::{
+    Account, Entry,
+    audit::{Detail, Report, Rule, audit, cross_check},
+    bundle::{Filter, Opened, open},
+    testing::bundle_of,
+};
+use satgrid_pricing::cost_alone;
+use satgrid_types::{Msat, TokenUsage, node_key};
+
+/// The text that a run without any trouble gives.
+pub fn undisturbed(toy: &ToyConfig, prompt: &[u32], max_output: u32, seed: Option<u64>) -> Vec<u32> {
+    let mut engine = ToyEngine::new(ToyConfig { faults: Default::default(), ..toy.clone() });
+    let mut sampling = satgrid_engine::sampling::Sampling { temperature: 0.0, ..Default::default() };
+    if let Some(seed) = seed {
+        sampling.temperature = 0.8;
+        sampling.seed = seed;
+    }
+    let id = JobId(0);
+    let job = Job {
+        id,
+        session: [0; 32],
+        prompt: prompt.to_vec(),
+        sampling,
+        max_output,
+        stop: Vec::new(),
+        ignore_eos: false,
+        resumed: 0,
+    };
+    engine.handle(Command::Start(job)).unwrap();
+    engine.handle(Command::Grant { job: id, prompt_upto: u32::MAX, output_upto: u32::MAX }).unwrap();
+    let mut out = Vec::new();
+    while let Some(event) = engine.poll_event() {
+        if let EngineEvent::Tokens { ids, .. } = event {
+            out.extend(ids);
+        }
+    }
+    out
+}
+
+impl World {
+    /// After every step, whoever cheats, dies or is late: no honest party stands to lose more than it says, and what it
+    /// says stays under its caps.
+    pub(super) fn check_bounds(&self) {
+        for (c, node) in self.consumers.iter().enumerate() {
+            let Some(role) = &node.role else { continue };
+            let most = role.exposure();
+            let cap = node.config.exposure_cap;
+            assert!(most <= cap, "consumer {c} may lose {most}, its cap is {cap}");
+            // By the wallet's own figures: what left it and was not received back as signed-for work.
+            let Ok(balance) = self.net.balance(node.purse.lightning) else { continue };
+            let gone = node.endowment.saturating_sub(balance.lightning_total);
+            let signed = role.session_states().fold(Msat::ZERO, |sum, s| {
+                let acked = s.requests().values().fold(Msat::ZERO, |sum, r| sum.saturating_add(r.acked_cost()));
+                sum.saturating_add(s.charged()).saturating_add(acked)
+            });
+            let fees = node.journal.books().balance(&Account::RoutingFees).max(0);
+            let fees = Msat(u64::try_from(fees).unwrap());
+            let lost = gone.saturating_sub(signed).saturating_sub(fees);
+            assert!(lost <= most || node.halted.is_some(), "consumer {c} lost {lost}, it said at most {most}");
+        }
+        for (p, node) in self.providers.iter().enumerate() {
+            let Some(role) = &node.role else { continue };
+            let terms = &node.config.terms;
+            let usage = TokenUsage {
+                prompt: terms.prefill_piece,
+                cached_prompt: 0,
+                completion: terms.window_tokens,
+                reasoning: 0,
+            };
+            let window = cost_alone(&usage, &node.rates).unwrap();
+            let open: usize = role.session_states().map(|s| s.requests().len()).sum();
+            let cap = Msat(window.0 * open as u64);
+            let most = role.exposure();
+            assert!(most <= cap || node.toy.faults.overrun, "provider {p} may lose {most}, {open} windows are {cap}");
+        }
+        assert_eq!(self.net.total(), self.net.minted(), "money neither appears nor vanishes");
+    }
+
+    pub fn audit_of(&self, entries: &[Entry], key: &ed25519_dalek::SigningKey) -> Report {
+        let bundle = bundle_of(entries, key, Filter::All, false);
+        let Opened::Journal(reader) = open(bundle.as_slice()).expect("a bundle of ours opens") else {
+            panic!("a journal's bundle is no proof of fraud");
+        };
+        audit(reader, Detail::Sessions).expect("a bundle of ours is whole")
+    }
+    pub fn audit_provider(&self, p: usize) -> Report {
+        self.audit_of(self.providers[p].journal.entries(), &self.providers[p].key)
+    }
+    pub fn audit_consumer(&self, c: usize) -> Report {
+        self.audit_of(self.consumers[c].journal.entries(), &self.consumers[c].key)
+    }
+
+    /// What must be true of every node once nothing is under way: clean audits, books that agree with the wallets, no
+    /// request or payment left open, the journal folding to the live state.
+    ///
+    /// # Panics
+    /// Where something is not.
+    pub fn assert_quiet(&self) {
+        for (p, node) in self.providers.iter().enumerate() {
+            let report = self.audit_provider(p);
+            assert!(report.is_clean(), "provider {p}'s audit: {:#?}", report.findings);
+            self.assert_lightning(&format!("provider {p}"), node.journal.books(), node.purse.lightning, node.endowment);
+            if let Some(role) = &node.role {
+                assert_eq!(role.open_requests(), 0, "provider {p} still runs requests");
+                self.assert_folds(&format!("provider {p}"), &node.key, &node.journal, role.session_states());
+            }
+        }
+        for (c, node) in self.consumers.iter().enumerate() {
+            let report = self.audit_consumer(c);
+            assert!(report.is_clean(), "consumer {c}'s audit: {:#?}", report.findings);
+            assert_eq!(node.journal.books().holds().count(), 0, "consumer {c} still holds reservations");
+            self.assert_lightning(&format!("consumer {c}"), node.journal.books(), node.purse.lightning, node.endowment);
+            if let Some(role) = &node.role {
+                assert_eq!(role.open_calls(), 0, "consumer {c} still has calls");
+                self.assert_folds(&format!("consumer {c}"), &node.key, &node.journal, role.session_states());
+            }
+        }
+    }
+
+    fn assert_lightning(
+        &self,
+        who: &str,
+        books: &satgrid_ledger::Books,
+        wallet: satgrid_types::LightningKey,
+        endowment: Msat,
+    ) {
+        let Ok(balance) = self.net.balance(wallet) else { return };
+        let booked = books.balance(&Account::Lightning);
+        let real = i128::from(balance.lightning_total.0) - i128::from(endowment.0);
+        assert_eq!(booked, real, "{who}: Lightning by the books and by the wallet");
+    }
+
+    fn assert_folds<'a>(
+        &self,
+        who: &str,
+        key: &ed25519_dalek::SigningKey,
+        journal: &super::journal::SimJournal,
+        live: impl Iterator<Item = &'a satgrid_protocol::session::SessionState>,
+    ) {
+        let mut fold = satgrid_node::recover::Fold::new(node_key(key));
+        journal.entries().iter().for_each(|entry| fold.entry(entry));
+        let recovered = fold.finish();
+        let mut folded = recovered.provider_sessions;
+        folded.extend(recovered.consumer_sessions);
+        let mut live: Vec<_> = live.cloned().collect();
+        live.sort_by_key(|s| s.id());
+        folded.sort_by_key(|s| s.id());
+        assert_eq!(live.len(), folded.len(), "{who}: sessions in the journal and alive");
+        for (live, folded) in live.iter().zip(&folded) {
+            assert_eq!(live, folded, "{who}: a session folded from the journal is the live one");
+        }
+    }
+
+    /// Both journals of a provider and a consumer agree on every session that they share.
+    ///
+    /// # Panics
+    /// Where they do not.
+    pub fn assert_agree(&self, p: usize, c: usize) {
+        let buyer = self.audit_consumer(c);
+        let mut findings = cross_check(&self.audit_provider(p), &buyer);
+        // A session whose opening was lost on the way, and under which nothing was paid, is nobody's concern.
+        let empty = |id| buyer.sessions.get(&id).is_some_and(|s| s.paid_msat == 0 && s.charged_msat == 0);
+        findings.retain(|f| !(f.rule == Rule::CrossMissing && f.session.is_some_and(empty)));
+        assert!(findings.is_empty(), "provider {p} and consumer {c}: {findings:#?}");
+        let (Some(seller), Some(buyer)) = (&self.providers[p].role, &self.consumers[c].role) else { return };
+        for ours in buyer.session_states().filter(|s| s.provider() == node_key(&self.providers[p].key)) {
+            let theirs = seller.session_states().find(|s| s.id() == ours.id());
+            let Some(theirs) = theirs else {
+                assert!(ours.paid().is_zero(), "the provider has every session under which it was paid");
+                continue;
+            };
+            assert_eq!(ours.paid(), theirs.paid(), "paid");
+            assert_eq!(ours.charged(), theirs.charged(), "charged");
+            assert_eq!(ours.settled_numerators(), theirs.settled_numerators(), "numerators");
+            assert_eq!(ours.last_receipt(), theirs.last_receipt(), "the receipt chain");
+            assert_eq!(ours.refunded(), theirs.refunded(), "refunded");
+        }
+    }
+
+    /// The canonical bytes of every journal: equal for equal seeds.
+    pub fn fingerprint(&self) -> [u8; 32] {
+        let journals = self.providers.iter().map(|p| &p.journal).chain(self.consumers.iter().map(|c| &c.journal));
+        let leaves: Vec<String> = journals.flat_map(|j| j.entries()).map(|e| e.leaf().to_string()).collect();
+        parts::bytes32(&leaves.concat())
+    }
+}

@@ -1,0 +1,24 @@
+//! Two-node worlds in virtual time: the roles as they ship, against everything that can go wrong between two nodes.
+//!
+//! `SATGRID_TRACE=1` prints what happens.
+#![allow(clippy::unwrap_used)]
+
+#[path = "world/calls.rs"]
+mod calls;
+#[path = "world/cheats.rs"]
+mod cheats;
+#[path = "world/crashes.rs"]
+mod crashes;
+#[path = "world/failover.rs"]
+mod failover;
+#[path = "world/money.rs"]
+mod money;
+
+use satgrid_tests::world::{CallLog, World, oracle::undisturbed};
+
+/// The call finished, and its text is the one of a run without any trouble.
+#[track_caller]
+fn assert_undisturbed(world: &World, log: &CallLog) {
+    assert!(log.is_ok(), "{:?}", log.end);
+    assert_eq!(log.tokens, undisturbed(&world.options.toy, &log.prompt, log.max_output, None));
+}

@@ -1,0 +1,156 @@
+//! Providers, engines and connections that go away under a stream.
+
+use super::assert_undisturbed;
+use satgrid_node::consumer::CallError;
+use satgrid_tests::world::{Ask, Cheat, Options, World, oracle::undisturbed};
+use satgrid_types::node_key;
+
+#[test]
+fn the_second_provider_goes_on_where_the_first_died() {
+    for tokens in [1, 60, 130, 400] {
+        let mut world = World::new(Options::default(), 2, 1);
+        let call = world.submit(0, Ask::tokens(50, 600).to(&[0, 1]));
+        world.run_while("tokens flow", 20_000, |w| w.call(0, call).tokens.len() < tokens);
+        world.crash_provider(0, Default::default());
+        world.finish_calls(60_000);
+        let log = world.call(0, call);
+        assert_undisturbed(&world, log);
+        let legs = &log.bill().legs;
+        let second = legs.last().unwrap();
+        assert_eq!(second.provider, node_key(&world.providers[1].key));
+        // The prefix is input at the second provider; each output token is output once.
+        assert_eq!(second.usage.prompt + second.usage.completion, 650);
+        let billed: u64 = legs.iter().map(|leg| leg.cost.0).sum();
+        assert_eq!(world.audit_consumer(0).as_consumer.charged_msat, billed);
+        world.assert_agree(1, 0);
+    }
+}
+
+#[test]
+fn when_every_provider_died_the_bill_stands_at_the_last_acks() {
+    let mut world = World::new(Options::default(), 2, 1);
+    let call = world.submit(0, Ask::tokens(50, 1_000).to(&[0, 1]));
+    world.run_while("tokens flow", 20_000, |w| w.call(0, call).tokens.len() < 300);
+    world.crash_provider(0, Default::default());
+    world.run_while("the second goes on", 20_000, |w| w.call(0, call).tokens.len() < 600);
+    world.crash_provider(1, Default::default());
+    world.finish_calls(60_000);
+    let log = world.call(0, call);
+    assert!(matches!(log.error(), CallError::ProvidersFailed { .. }), "{:?}", log.end);
+    assert_eq!(log.tokens, undisturbed(&world.options.toy, &log.prompt, 1_000, None)[..log.tokens.len()]);
+    assert_eq!(log.bill().legs.len(), 2);
+    assert!(log.bill().legs.iter().all(|leg| leg.receipt.is_none()));
+    assert_eq!(world.audit_consumer(0).as_consumer.charged_msat, log.bill().cost().0);
+}
+
+#[test]
+fn without_fallbacks_a_dead_provider_is_an_error() {
+    let mut world = World::new(Options::default(), 2, 1);
+    let mut ask = Ask::tokens(50, 600).to(&[0, 1]);
+    ask.allow_fallbacks = false;
+    let call = world.submit(0, ask);
+    world.run_while("tokens flow", 20_000, |w| w.call(0, call).tokens.len() < 100);
+    world.crash_provider(0, Default::default());
+    world.finish_calls(60_000);
+    assert!(matches!(world.call(0, call).error(), CallError::ProvidersFailed { .. }));
+    assert_eq!(world.consumers[0].journal.count("open"), 1);
+}
+
+#[test]
+fn a_dead_engine_ends_its_requests_with_receipts_and_they_go_elsewhere() {
+    let mut world = World::new(Options::default(), 2, 1);
+    let calls: Vec<_> = (0..3).map(|i| world.submit(0, Ask::tokens(50 + i, 600).to(&[0, 1]))).collect();
+    world.run_while("tokens flow", 20_000, |w| calls.iter().any(|c| w.call(0, *c).tokens.len() < 100));
+    world.kill_engine(0);
+    world.run_ms(3_000);
+    world.restart_engine(0);
+    world.finish_calls(60_000);
+    for call in calls {
+        let log = world.call(0, call);
+        assert_undisturbed(&world, log);
+        assert_eq!(log.bill().legs.len(), 2);
+        assert!(log.bill().legs.iter().all(|leg| leg.receipt.is_some()), "the node lives: every leg has its receipt");
+    }
+    world.assert_quiet();
+    world.assert_agree(0, 0);
+    // The engine is back: its node serves again, in the same session.
+    let again = world.submit(0, Ask::tokens(9, 9));
+    world.finish_calls(60_000);
+    assert_undisturbed(&world, world.call(0, again));
+    world.assert_quiet();
+    world.assert_agree(0, 0);
+}
+
+#[test]
+fn a_dead_engine_without_another_provider_is_an_error_with_a_receipt() {
+    let mut world = World::new(Options::default(), 1, 1);
+    let call = world.submit(0, Ask::tokens(50, 600));
+    world.run_while("tokens flow", 20_000, |w| w.call(0, call).tokens.len() < 100);
+    world.kill_engine(0);
+    world.finish_calls(60_000);
+    let log = world.call(0, call);
+    assert!(matches!(log.error(), CallError::ProvidersFailed { .. }));
+    assert_eq!(log.bill().legs[0].usage.completion as usize, log.tokens.len());
+    assert!(log.bill().legs[0].receipt.is_some());
+    world.assert_quiet();
+    world.assert_agree(0, 0);
+}
+
+#[test]
+fn a_broken_connection_is_resumed_and_both_sides_stand_at_the_same_figure() {
+    // Broken at many moments, so that some break loses a countersignature on its way.
+    for ms in (0..40).map(|i| 700 + i * 37) {
+        let mut world = World::new(Options { seed: ms, ..Options::default() }, 1, 1);
+        let calls: Vec<_> = (0..4).map(|i| world.submit(0, Ask::tokens(30 + i, 140 + 20 * i))).collect();
+        world.run_ms(ms);
+        world.break_links(0, 0);
+        world.run_ms(20_000);
+        let after = world.submit(0, Ask::tokens(12, 40));
+        world.finish_calls(60_000);
+        assert_undisturbed(&world, world.call(0, after));
+        assert!(calls.iter().all(|call| world.call(0, *call).end.is_some()));
+        assert_eq!(world.consumers[0].role.as_ref().unwrap().counters().lost_sessions, 0, "broken at {ms} ms");
+        assert_eq!(world.consumers[0].journal.count("open"), 1, "broken at {ms} ms");
+        world.assert_quiet();
+        world.assert_agree(0, 0);
+    }
+}
+
+#[test]
+fn a_resume_after_a_quarter_of_an_hour_still_meets() {
+    let mut world = World::new(Options::default(), 1, 1);
+    world.submit(0, Ask::tokens(30, 600));
+    world.run_ms(2_111);
+    world.break_links(0, 0);
+    world.run_ms(15 * 60_000);
+    world.publish(0);
+    let after = world.submit(0, Ask::tokens(12, 40));
+    world.finish_calls(60_000);
+    assert_undisturbed(&world, world.call(0, after));
+    assert_eq!(world.consumers[0].journal.count("open"), 1);
+    world.assert_quiet();
+    world.assert_agree(0, 0);
+}
+
+#[test]
+fn a_provider_that_goes_silent_is_left_for_the_next() {
+    let mut world = World::new(Options::default(), 2, 1);
+    world.providers[0].cheat = Cheat::SilentAfter(100);
+    let call = world.submit(0, Ask::tokens(50, 600).to(&[0, 1]));
+    world.finish_calls(200_000);
+    let log = world.call(0, call);
+    assert_undisturbed(&world, log);
+    assert_eq!(log.bill().legs.last().unwrap().provider, node_key(&world.providers[1].key));
+}
+
+#[test]
+fn an_unreachable_provider_is_passed_over() {
+    let mut world = World::new(Options::default(), 2, 1);
+    world.crash_provider(0, Default::default());
+    let call = world.submit(0, Ask::tokens(50, 60).to(&[0, 1]));
+    world.finish_calls(60_000);
+    assert_undisturbed(&world, world.call(0, call));
+    let alone = world.submit(0, Ask::tokens(50, 60));
+    world.finish_calls(60_000);
+    assert!(matches!(world.call(0, alone).error(), CallError::ProvidersFailed { .. }));
+}

@@ -1,0 +1,229 @@
+//! Wallets that are empty, slow or refuse; caps; closes.
+
+use super::assert_undisturbed;
+use satgrid_ledger::Account;
+use satgrid_node::consumer::{CallError, FundsLimit};
+use satgrid_tests::world::{Ask, Options, World};
+use satgrid_types::Msat;
+use satgrid_wallet::{
+    fake::{Crash, Fault},
+    port::FailureReason,
+};
+
+#[test]
+fn an_empty_wallet_is_a_funds_error_at_once() {
+    // A channel of 1,000 sat is all reserve.
+    let mut world = World::new(Options { channel_sat: 1_000, ..Options::default() }, 1, 1);
+    let call = world.submit(0, Ask::tokens(30, 300));
+    world.finish_calls(20_000);
+    assert!(matches!(world.call(0, call).error(), CallError::Funds { limit: FundsLimit::Wallet, .. }));
+    assert_eq!(world.consumers[0].journal.count("payment-attempted"), 0);
+    world.assert_quiet();
+}
+
+#[test]
+fn a_wallet_that_runs_dry_under_a_stream_ends_it_in_good_order() {
+    // 30 sat above the reserve; the answer costs 60.
+    let mut world = World::new(Options { channel_sat: 1_030, ..Options::default() }, 1, 1);
+    let call = world.submit(0, Ask::tokens(30, 3_000));
+    world.finish_calls(120_000);
+    let log = world.call(0, call);
+    assert!(matches!(log.error(), CallError::Funds { .. }), "{:?}", log.end);
+    assert!(log.bill().legs[0].receipt.is_some());
+    assert!(log.bill().cost() > Msat(25_000), "nearly all of it was used: {}", log.bill().cost());
+    world.assert_quiet();
+    world.assert_agree(0, 0);
+}
+
+#[test]
+fn caps_hold() {
+    let mut options = Options::default();
+    options.consumer.session_cap = Msat::sat(25);
+    let mut world = World::new(options, 1, 1);
+    let call = world.submit(0, Ask::tokens(30, 3_000));
+    world.finish_calls(120_000);
+    assert!(matches!(world.call(0, call).error(), CallError::Funds { .. }));
+    assert!(world.audit_consumer(0).as_consumer.paid_msat <= 25_000);
+    world.assert_quiet();
+    // Exposure over all sessions: `check_bounds` looks at every step.
+    let mut options = Options::default();
+    options.consumer.exposure_cap = Msat::sat(40);
+    let mut world = World::new(options, 3, 1);
+    for i in 0..6 {
+        world.submit(0, Ask::tokens(30, 900).to(&[i % 3]));
+    }
+    world.finish_calls(200_000);
+    world.assert_quiet();
+}
+
+#[test]
+fn a_stuck_payment_is_never_paid_again_and_serves_when_it_arrives() {
+    let mut world = World::new(Options::default(), 1, 1);
+    let stuck = Fault::Stuck { ms: 40_000, then_settles: true };
+    world.net.script(world.consumers[0].purse.lightning, [stuck]);
+    let call = world.submit(0, Ask::tokens(30, 100));
+    world.run_ms(30_000);
+    assert_eq!(world.consumers[0].journal.count("payment-attempted"), 1);
+    world.finish_calls(60_000);
+    assert_undisturbed(&world, world.call(0, call));
+    assert_eq!(world.consumers[0].journal.count("payment-settled"), 1);
+    world.assert_quiet();
+    world.assert_agree(0, 0);
+}
+
+#[test]
+fn a_stuck_first_payment_sends_the_call_elsewhere_in_time() {
+    let mut world = World::new(Options::default(), 2, 1);
+    let stuck = Fault::Stuck { ms: 300_000, then_settles: false };
+    world.net.script(world.consumers[0].purse.lightning, [stuck]);
+    let call = world.submit(0, Ask::tokens(30, 100).to(&[0, 1]));
+    world.finish_calls(120_000);
+    assert_undisturbed(&world, world.call(0, call));
+    world.run_ms(400_000);
+    world.assert_quiet();
+    world.assert_agree(0, 0);
+    world.assert_agree(1, 0);
+}
+
+#[test]
+fn a_failed_payment_is_tried_again_with_a_new_invoice() {
+    let mut world = World::new(Options::default(), 1, 1);
+    let fail = Fault::Fail(FailureReason::RetriesExhausted);
+    world.net.script(world.consumers[0].purse.lightning, [fail, fail]);
+    let call = world.submit(0, Ask::tokens(30, 100));
+    world.finish_calls(60_000);
+    assert_undisturbed(&world, world.call(0, call));
+    assert_eq!(world.consumers[0].journal.count("payment-failed"), 2);
+    world.assert_quiet();
+    world.assert_agree(0, 0);
+}
+
+#[test]
+fn payments_that_always_fail_leave_the_provider() {
+    let mut world = World::new(Options::default(), 1, 1);
+    let fail = Fault::Fail(FailureReason::RetriesExhausted);
+    world.net.script(world.consumers[0].purse.lightning, [fail; 8]);
+    let call = world.submit(0, Ask::tokens(30, 100));
+    world.finish_calls(60_000);
+    assert!(matches!(world.call(0, call).error(), CallError::ProvidersFailed { .. }));
+    assert!(world.consumers[0].journal.count("payment-failed") <= 4);
+    world.assert_quiet();
+}
+
+#[test]
+fn wallet_events_that_are_lost_or_come_twice_are_booked_once() {
+    for fault in [Fault::LoseEvent, Fault::DuplicateEvent, Fault::Break, Fault::Fee(Msat(90)), Fault::Delay { ms: 2_500 }] {
+        let mut world = World::new(Options::default(), 1, 1);
+        world.net.script(world.consumers[0].purse.lightning, [fault; 40]);
+        let call = world.submit(0, Ask::tokens(30, 1_500));
+        world.finish_calls(300_000);
+        assert_undisturbed(&world, world.call(0, call));
+        world.run_ms(60_000);
+        world.assert_quiet();
+        world.assert_agree(0, 0);
+    }
+}
+
+#[test]
+fn a_close_brings_the_remainder_back() {
+    let mut world = World::new(Options::default(), 1, 1);
+    let (a, b) = (world.providers[0].purse.lightning, world.consumers[0].purse.lightning);
+    world.net.add_channel(a, b, 100_000, Msat::ZERO);
+    world.providers[0].endowment = Msat::sat(100_000);
+    world.consumers[0].config.slices.first = Msat::sat(100);
+    world.crash_consumer(0, Crash::default());
+    world.restart_consumer(0);
+    let call = world.submit(0, Ask::tokens(30, 60));
+    world.finish_calls(60_000);
+    assert_undisturbed(&world, world.call(0, call));
+    world.close_all(0);
+    world.run_ms(10_000);
+    let totals = world.audit_consumer(0).as_consumer;
+    assert_eq!(totals.refunded_msat, totals.paid_msat - totals.charged_msat);
+    assert_eq!(world.audit_provider(0).as_provider.refunded_msat, totals.refunded_msat);
+    world.assert_quiet();
+    world.assert_agree(0, 0);
+    // The next call opens a new session.
+    let next = world.submit(0, Ask::tokens(30, 60));
+    world.finish_calls(60_000);
+    assert_undisturbed(&world, world.call(0, next));
+    assert_eq!(world.consumers[0].journal.count("open"), 2);
+    world.assert_quiet();
+}
+
+#[test]
+fn dust_is_owed_at_once() {
+    let mut world = World::new(Options::default(), 1, 1);
+    let call = world.submit(0, Ask::tokens(30, 60));
+    world.finish_calls(60_000);
+    assert_undisturbed(&world, world.call(0, call));
+    world.close_all(0);
+    world.run_ms(10_000);
+    // 10 sat paid, about 1.3 used; 8.7 is below the dust of 10 sat.
+    let journal = &world.consumers[0].journal;
+    assert_eq!((journal.count("credit-note"), journal.count("refund-received")), (1, 0));
+    assert_eq!(world.providers[0].journal.count("refund-attempted"), 0);
+    world.assert_quiet();
+    world.assert_agree(0, 0);
+}
+
+#[test]
+fn what_cannot_be_paid_back_is_owed_by_a_signed_note() {
+    let mut options = Options::default();
+    options.consumer.slices.first = Msat::sat(100);
+    let mut world = World::new(options, 1, 1);
+    let call = world.submit(0, Ask::tokens(30, 60));
+    world.finish_calls(60_000);
+    assert_undisturbed(&world, world.call(0, call));
+    world.close_all(0);
+    world.run_ms(10_000);
+    // The provider got 100 sat on a channel whose reserve is 10,000: nothing is payable.
+    assert_eq!(world.consumers[0].journal.count("credit-note"), 1);
+    assert_eq!(world.providers[0].journal.count("refund-attempted"), 1);
+    let owed = world.providers[0].journal.books().liabilities();
+    assert_eq!(u128::from(owed.0), u128::from(100_000 - world.audit_provider(0).as_provider.charged_msat));
+    world.assert_quiet();
+    world.assert_agree(0, 0);
+}
+
+#[test]
+fn a_close_survives_deaths_on_both_sides() {
+    for ms in (0..30).map(|i| i * 7) {
+        let mut options = Options { seed: ms, ..Options::default() };
+        options.consumer.slices.first = Msat::sat(100);
+        let mut world = World::new(options, 1, 1);
+        let (a, b) = (world.providers[0].purse.lightning, world.consumers[0].purse.lightning);
+        world.net.add_channel(a, b, 100_000, Msat::ZERO);
+        world.providers[0].endowment = Msat::sat(100_000);
+        world.submit(0, Ask::tokens(30, 60));
+        world.finish_calls(60_000);
+        world.close_all(0);
+        world.run_ms(ms);
+        match ms % 3 {
+            0 => {
+                world.crash_consumer(0, Crash::default());
+                world.run_ms(100);
+                world.restart_consumer(0);
+            }
+            1 => {
+                world.crash_provider(0, Crash::default());
+                world.run_ms(100);
+                world.restart_provider(0);
+            }
+            _ => world.break_links(0, 0),
+        }
+        for _ in 0..4 {
+            world.run_ms(60_000);
+            world.close_all(0);
+        }
+        world.run_ms(60_000);
+        let totals = world.audit_consumer(0).as_consumer;
+        let notes = world.consumers[0].journal.count("credit-note");
+        let back = totals.refunded_msat == totals.paid_msat - totals.charged_msat;
+        assert!(back || notes > 0, "died {ms} ms after the close: neither refunded nor owed");
+        world.assert_quiet();
+        world.assert_agree(0, 0);
+        let due = world.providers[0].journal.books().accounts().filter(|(a, _)| matches!(a, Account::RefundsDue(_))).count();
+        assert!(due <= 1);
+    }
+}
