@@ -7,9 +7,7 @@ use satgrid_ledger::{
     audit::{Detail, Report, audit, cross_check, read_invoice},
     bundle::{Opened, open},
     entry::Entry,
-    log::{
-        FraudProof, Frontier, SignedCheckpoint, empty_root, leaf_hash, verify_consistency, verify_inclusion,
-    },
+    log::{FraudProof, Frontier, SignedCheckpoint, empty_root, leaf_hash, verify_consistency, verify_inclusion},
     statements::{
         Ack, CreditNote, InclusionPromise, Receipt, ReceiptOpening, ReceiptPrivate, RequestOpen, RequestPrivate,
         RunningHash, SessionClose, SessionOpen, SliceDescriptor, private_hash, prompt_hash,

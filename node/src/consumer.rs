@@ -39,10 +39,10 @@ use satgrid_protocol::{
     session::{SessionState, invoice_hash},
 };
 use satgrid_types::{
-    ModelRoot, Msat, NodeKey, PaymentHash, RequestId, SessionId, UnixMs, VerifiedListing, node_key,
+    LightningKey, ModelRoot, Msat, NodeKey, PaymentHash, RequestId, SessionId, UnixMs, VerifiedListing, node_key,
 };
 use sha2::{Digest as _, Sha256};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Names one session of this consumer for its whole life: the index of its key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -67,6 +67,7 @@ pub struct Consumer {
     /// Providers that are not asked again before this time.
     shunned: BTreeMap<NodeKey, (UnixMs, String)>,
     payable: Option<Msat>,
+    direct_peers: BTreeSet<LightningKey>,
     counters: ConsumerCounters,
 }
 
@@ -101,6 +102,7 @@ impl Consumer {
             settled_with: BTreeMap::new(),
             shunned: BTreeMap::new(),
             payable: None,
+            direct_peers: BTreeSet::new(),
             counters: ConsumerCounters::default(),
         }
     }
@@ -198,6 +200,7 @@ impl Consumer {
             ConsumerEvent::PaymentFailed { hash, reason } => self.payment_failed(now, hash, reason),
             ConsumerEvent::PaymentReceived { hash, amount } => self.payment_received(hash, amount),
             ConsumerEvent::Payable(payable) => self.payable = Some(payable),
+            ConsumerEvent::DirectPeers(peers) => self.direct_peers = peers,
             ConsumerEvent::Durable(ticket) => {
                 let released = self.gate.durable(ticket);
                 self.actions.extend(released);
@@ -305,7 +308,17 @@ impl Consumer {
         if self.gate.is_broken() {
             return;
         }
-        self.gate.fail();
+        // Calls that were about to hear of their end: it was not written, so it is another one.
+        for action in self.gate.fail() {
+            if let ConsumerAction::Emit {
+                call,
+                emission: Emission::Finished { bill, .. } | Emission::Failed { bill, .. },
+            } = action
+            {
+                let error = CallError::Journal { reason: text.to_owned() };
+                self.actions.push_back(ConsumerAction::Emit { call, emission: Emission::Failed { error, bill } });
+            }
+        }
         let calls: Vec<(CallId, calls::Place)> = self.calls.iter().map(|(id, call)| (*id, call.place)).collect();
         for (call, place) in calls {
             if let calls::Place::Streaming(index, request) = place {

@@ -41,10 +41,10 @@ impl<A> Gate<A> {
     pub fn durable(&mut self, ticket: Ticket) -> Vec<A> {
         self.waiting.remove(&ticket).unwrap_or_default()
     }
-    /// The journal cannot write: what was authorised by nothing durable never happens.
-    pub fn fail(&mut self) {
+    /// The journal cannot write: what was authorised by nothing durable never happens. Returns what that was.
+    pub fn fail(&mut self) -> Vec<A> {
         self.broken = true;
-        self.waiting.clear();
+        core::mem::take(&mut self.waiting).into_values().flatten().collect()
     }
     pub fn is_broken(&self) -> bool {
         self.broken

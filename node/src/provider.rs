@@ -126,7 +126,9 @@ impl Provider {
         match event {
             ProviderEvent::Offer(offering) => {
                 let root = offering.listing.model_root;
-                self.offerings.retain(|_, old| old.listing.model_root != root || old.engine != offering.engine || old.is_live(now));
+                self.offerings.retain(|_, old| {
+                    old.listing.model_root != root || old.engine != offering.engine || old.is_live(now)
+                });
                 self.offerings.insert(offering.listing.id(), *offering);
             }
             ProviderEvent::LinkUp { link, peer } => self.link_up(link, peer),
@@ -234,7 +236,7 @@ impl Provider {
         if self.gate.is_broken() {
             return;
         }
-        self.gate.fail();
+        drop(self.gate.fail());
         let running: Vec<(JobId, SessionId)> = self.jobs.iter().map(|(job, (id, _))| (*job, *id)).collect();
         for (job, id) in running {
             if let Some(engine) = self.sessions.get(&id).and_then(|s| s.engine) {
@@ -244,7 +246,11 @@ impl Provider {
         self.jobs.clear();
         for link in core::mem::take(&mut self.links).into_keys() {
             let code = crate::CloseCode::Unavailable;
-            self.actions.push_back(ProviderAction::CloseLink { link, code, reason: reason("this node's ledger cannot be written") });
+            self.actions.push_back(ProviderAction::CloseLink {
+                link,
+                code,
+                reason: reason("this node's ledger cannot be written"),
+            });
         }
         self.actions.push_back(ProviderAction::Halt { reason: text.to_owned() });
     }

@@ -9,4 +9,5 @@
 #![allow(clippy::unwrap_used, clippy::wildcard_enum_match_arm)]
 #![forbid(unsafe_code)]
 
+pub mod sim;
 pub mod world;

@@ -154,6 +154,7 @@ impl World {
             epoch: 0,
             step_ms: 10,
             stepping: false,
+            work: BTreeMap::new(),
             endowment: Msat::ZERO,
             halted: None,
             old_refunds: Default::default(),

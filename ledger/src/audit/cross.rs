@@ -69,7 +69,9 @@ fn compare(id: SessionId, provider: &SessionSummary, consumer: &SessionSummary, 
     differ("last receipt", format!("{:?}", provider.last_receipt), format!("{:?}", consumer.last_receipt));
     differ("slices", format!("{:?}", provider.slices), format!("{:?}", consumer.slices));
     // A request that nobody acknowledged costs nothing, and may never have reached the provider.
-    let owed = |s: &SessionSummary| s.abandoned.iter().filter(|(_, a)| a.0.is_some()).map(|a| format!("{a:?}")).collect::<Vec<_>>();
+    let owed = |s: &SessionSummary| {
+        s.abandoned.iter().filter(|(_, a)| a.0.is_some()).map(|a| format!("{a:?}")).collect::<Vec<_>>()
+    };
     differ("abandoned requests", owed(provider).join(", "), owed(consumer).join(", "));
     differ("prompt tokens", provider.prompt_tokens.to_string(), consumer.prompt_tokens.to_string());
     differ("output tokens", provider.output_tokens.to_string(), consumer.output_tokens.to_string());

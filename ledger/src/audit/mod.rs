@@ -6,18 +6,22 @@
 //!
 //! | part | checks |
 //! |---|---|
-//! | `fold` | the file, canonical bytes, sequence, chain, Merkle log, checkpoint, listings, quotes |
-//! | `session` | one session: requests, acknowledgements, receipts, close |
+//! | `fold` | the file, canonical bytes, sequence, chain, Merkle log, checkpoint |
+//! | `evidence` | listings, quotes, openings; everything else is handed to its session |
+//! | `session` | one session: requests, acknowledgements, close |
+//! | `receipt` | receipts |
 //! | `payments` | invoices, slices, refunds |
 //! | `flows` | two-phase rules, double entry, transfers against evidence |
 //! | `cross` | both parties' exports of the same sessions |
 
 mod cross;
+mod evidence;
 mod finding;
 mod flows;
 mod fold;
 mod invoice;
 mod payments;
+mod receipt;
 mod session;
 
 pub use cross::cross_check;

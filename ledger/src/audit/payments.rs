@@ -69,9 +69,16 @@ impl SessionAudit {
         if notes
             .require(k <= next && open, Rule::InvoiceSequence, provider, || format!("slice {k}, the next is {next}"))
         {
+            let old = self.slices.remove(&k);
+            let earlier = old.map(|old| {
+                let mut earlier = old.earlier;
+                earlier.push((old.hash, old.amount));
+                earlier
+            });
             let slice = Slice {
                 hash: facts.payment_hash,
                 amount: terms.amount,
+                earlier: earlier.unwrap_or_default(),
                 max_fee: Msat::ZERO,
                 status: SliceStatus::Invoiced,
                 receipted: false,
@@ -87,7 +94,7 @@ impl SessionAudit {
         notes.require(!busy, Rule::PaymentInFlight, Party::Exporter, || {
             "another payment of the session is in flight".into()
         });
-        let slice = self.slices.get_mut(&k).filter(|slice| slice.hash == hash);
+        let slice = self.slices.get_mut(&k).and_then(|slice| slice.take_up(hash).then_some(slice));
         let Some(slice) = slice else {
             notes.add(Rule::PaymentUnknown, Party::Exporter, format!("slice {k} has no invoice of this payment hash"));
             return Backing::Unjudged;
@@ -143,8 +150,9 @@ impl SessionAudit {
 
     /// Provider: slice `k` arrived.
     pub(super) fn received(&mut self, k: u32, hash: PaymentHash, amount: Msat, notes: &mut Notes) -> Backing {
-        let Some(slice) = self.slices.get_mut(&k).filter(|slice| slice.hash == hash) else {
-            notes.add(Rule::PaymentUnknown, Party::Exporter, format!("{hash} is not the invoice of slice {k}"));
+        let slice = self.slices.get_mut(&k).and_then(|slice| slice.take_up(hash).then_some(slice));
+        let Some(slice) = slice else {
+            notes.add(Rule::PaymentUnknown, Party::Exporter, format!("{hash} is not an invoice of slice {k}"));
             return Backing::Unjudged;
         };
         if slice.status == SliceStatus::Paid {

@@ -301,6 +301,11 @@ const TAMPERED: &[(Rule, Side, &str, Bend)] = &[
         let body = close.peek().unwrap();
         *close = Signed::sign(&SessionClose { remainder: Msat(body.remainder.0 + 1), ..body }, &first_session_key());
     }),
+    (Rule::CloseRemainder, Provider, "a msat more than is owed", |d| {
+        let Evidence::Close(close) = evidence(d, "close", 0) else { unreachable!() };
+        let body = close.peek().unwrap();
+        *close = Signed::sign(&SessionClose { remainder: Msat(body.remainder.0 + 1), ..body }, &first_session_key());
+    }),
     (Rule::CreditNoteAmount, Provider, "a note over less", |d| {
         let Evidence::CreditNote(note) = evidence(d, "credit-note", 0) else { unreachable!() };
         *note = Signed::sign(&CreditNote { amount: Msat(1), ..note.peek().unwrap() }, &provider_key());
@@ -492,6 +497,23 @@ fn a_zero_fee_and_a_costless_request_are_in_order() {
     world.snapshot();
     assert_eq!(report(&world.provider.bundle(Filter::All, false)).findings, []);
     assert_eq!(report(&world.consumer.bundle(Filter::All, false)).findings, []);
+}
+
+#[test]
+fn a_slice_may_be_invoiced_again_and_either_invoice_paid() {
+    let world = World::example();
+    for after in [0, 1] {
+        let mut drafts = drafts_of(&world.provider.journal.entries());
+        let at = find(&drafts, "invoice", 0);
+        let (time, mut again) = drafts[at].clone();
+        let Some(Evidence::Invoice { bolt11: text, descriptor, .. }) = &mut again.evidence else { unreachable!() };
+        let payee = SecretKey::from_slice(&bytes32("provider/lightning")).unwrap();
+        let hash = satgrid_types::PaymentHash([after; 32]);
+        *text = bolt11(&payee, descriptor.amount, &descriptor.description_hash(), &hash, time);
+        drafts.insert(at + usize::from(after), (time, again));
+        let bundle = bundle_of(&chain_entries(drafts), &world.provider.node, Filter::All, false);
+        assert_eq!(report(&bundle).findings, []);
+    }
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! The provider's promise that a receipt is in its log.
 
+use super::receipt_id;
+use crate::entry::{Entry, Evidence};
 use minicbor::{Decode, Encode};
 use satgrid_types::{Digest, NodeKey, ReceiptId, SessionId, Statement, UnixMs};
 
@@ -28,6 +30,21 @@ pub struct InclusionPromise {
 
 impl InclusionPromise {
     pub const VERSION: u32 = 1;
+
+    /// What `node` promises about an entry of its journal; `None` where that holds no receipt.
+    pub fn of(entry: &Entry, node: NodeKey, promised_at: UnixMs) -> Option<InclusionPromise> {
+        let Some(Evidence::Receipt { receipt, .. }) = &entry.evidence else { return None };
+        let session = receipt.peek().ok()?.session;
+        Some(InclusionPromise {
+            version: InclusionPromise::VERSION,
+            node,
+            session,
+            receipt: receipt_id(receipt),
+            leaf: entry.leaf(),
+            index: entry.seq,
+            promised_at,
+        })
+    }
 }
 impl Statement for InclusionPromise {
     const KIND: &'static str = "inclusion-promise";

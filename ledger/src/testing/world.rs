@@ -5,7 +5,6 @@ use crate::{
     bundle::Filter,
     entry::{Draft, Evidence},
     journal::MemoryJournal,
-    log::leaf_hash,
     statements::{
         Ack, CreditNote, CreditReason, InclusionPromise, Receipt, ReceiptOpening, ReceiptPrivate, RefundTo,
         RequestOpen, RequestPrivate, RunningHash, SessionClose, SessionOpen, SliceDescriptor, SlicePaid, ack_id,
@@ -458,16 +457,10 @@ impl World {
         self.consumer_entry(draft);
         session.receipts = session.receipts.saturating_add(1);
         session.last_receipt = Some(id);
-        if let Some(entry) = self.provider.journal.last() {
-            let promise = InclusionPromise {
-                version: InclusionPromise::VERSION,
-                node: session.quote.provider,
-                session: session.id,
-                receipt: id,
-                leaf: leaf_hash(&entry.bytes()),
-                index: entry.seq,
-                promised_at: self.now,
-            };
+        let last = self.provider.journal.last();
+        if let Some(promise) =
+            last.and_then(|entry| InclusionPromise::of(&entry, node_key(&self.provider.node), self.now))
+        {
             let promise = Evidence::Promise(Signed::sign(&promise, &self.provider.node));
             self.consumer_entry(Draft::of(promise));
         }

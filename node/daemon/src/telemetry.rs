@@ -3,7 +3,6 @@
 //! Prompts, completions, keys and words of a seed are never logged. A request is its id, its model and its counts.
 
 use std::io::IsTerminal;
-use tracing::Span;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::ParseError;
 use tracing_subscriber::layer::SubscriberExt;
@@ -28,11 +27,6 @@ pub(crate) fn init(level: &str, format: LogFormat) -> Result<(), ParseError> {
     // Only tests start twice in one process.
     let _ = started;
     Ok(())
-}
-
-/// The span in which everything of one request is done.
-pub(crate) fn request_span(request_id: &str, model: &str) -> Span {
-    tracing::info_span!("request", id = request_id, model)
 }
 
 #[cfg(test)]

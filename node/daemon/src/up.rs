@@ -63,6 +63,8 @@ use tokio_util::sync::CancellationToken;
 
 /// How long the wallet may take to stop.
 const WALLET_STOP: Duration = Duration::from_secs(20);
+/// The `d` of this node's published checkpoints.
+const LOG_NAME: &str = "journal";
 /// Name and version that receipts carry.
 const ENGINE_NAME: &str = "llama.cpp (llama-cpp-2 0.1.160)";
 
@@ -109,7 +111,7 @@ async fn node(config: Config) -> anyhow::Result<()> {
 
     let journal = open_journal(&config).await?;
     let mut fold = Fold::new(ours);
-    let opened: Arc<dyn Journal> = journal;
+    let opened: Arc<dyn Journal> = journal.clone();
     let writer = JournalWriter::open(opened, |entry| fold.entry(entry)).await.context("the ledger does not fold")?;
     let recovered = fold.finish();
 
@@ -151,6 +153,7 @@ async fn node(config: Config) -> anyhow::Result<()> {
         market: market.clone(),
         heard: running.heard.clone(),
     };
+    tokio::spawn(sign_checkpoints(journal.clone(), keys.identity.clone(), running.publisher.clone(), shutdown.clone()));
     let edges = CancellationToken::new();
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(admin::serve(admin_port, admin_state, edges.clone()));
@@ -183,11 +186,10 @@ async fn node(config: Config) -> anyhow::Result<()> {
     tracing::info!("stopping");
     edges.cancel();
     while tasks.join_next().await.is_some() {}
-    if let Some(publisher) = running.publisher {
-        shutdown.cancel();
+    shutdown.cancel();
+    if let Some(publisher) = running.publisher.and_then(Arc::into_inner) {
         publisher.stopped().await;
     }
-    shutdown.cancel();
     running.endpoint.shutdown(Code::SHUTTING_DOWN, "the node is stopping").await;
     running.engines.iter().for_each(|engine| engine.shut_down());
     match tokio::time::timeout(WALLET_STOP, lightning.stop()).await {
@@ -195,7 +197,48 @@ async fn node(config: Config) -> anyhow::Result<()> {
         Ok(Err(error)) => tracing::warn!(%error, "the wallet did not stop cleanly"),
         Err(_) => tracing::warn!("the wallet did not stop in {} s", WALLET_STOP.as_secs()),
     }
+    // The last word on the books: a tree head over everything that this run wrote.
+    if let Err(error) = journal.checkpoint(&keys.identity).await {
+        tracing::warn!(%error, "no checkpoint was signed at the end");
+    }
+    if let Some(journal) = Arc::into_inner(journal) {
+        journal.close().await;
+    }
     outcome
+}
+
+/// Signs a tree head whenever the journal has grown, so that what was written can no longer be unwritten unseen; and
+/// publishes one from time to time where this node lists.
+async fn sign_checkpoints(
+    journal: Arc<SqliteJournal>,
+    key: SigningKey,
+    publisher: Option<Arc<Publisher>>,
+    shutdown: CancellationToken,
+) {
+    const EVERY: Duration = Duration::from_secs(2);
+    const PUBLISH_EVERY: Duration = Duration::from_secs(60);
+    let (mut signed, mut published): (u64, Option<tokio::time::Instant>) = (0, None);
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            () = tokio::time::sleep(EVERY) => {}
+        }
+        let Ok(head) = journal.head().await else { continue };
+        if head.len == signed {
+            continue;
+        }
+        match journal.checkpoint(&key).await {
+            Ok(checkpoint) => {
+                signed = head.len;
+                let due = published.is_none_or(|at| at.elapsed() >= PUBLISH_EVERY);
+                if let (true, Some(publisher)) = (due, &publisher) {
+                    published = Some(tokio::time::Instant::now());
+                    let _ = publisher.checkpoint(LOG_NAME, checkpoint.note().to_owned()).await;
+                }
+            }
+            Err(error) => tracing::warn!(%error, "no checkpoint was signed"),
+        }
+    }
 }
 
 /// What the parts are started with.
@@ -213,7 +256,7 @@ struct Running {
     endpoint: QuicEndpoint,
     quic_listen: Option<SocketAddr>,
     engines: Vec<Arc<LlamaEngine>>,
-    publisher: Option<Publisher>,
+    publisher: Option<Arc<Publisher>>,
     relays: watch::Receiver<Vec<RelayHealth>>,
     /// Events from relays, by what became of them.
     heard: Option<Arc<Listening>>,
@@ -280,7 +323,7 @@ impl Node<'_> {
         tokio::spawn(pump.run());
 
         let publisher = match &provider {
-            Some(provider) => Some(self.publish(&for_sale, &endpoint, provider).await?),
+            Some(provider) => Some(Arc::new(self.publish(&for_sale, &endpoint, provider).await?)),
             None => None,
         };
         let relays = self.config.market.relays.clone();
@@ -380,7 +423,8 @@ impl Node<'_> {
             terms: Terms {
                 min_slice: sat(provider.slice_min_sat),
                 max_slice: sat(provider.slice_max_sat),
-                credit_window: Msat(provider.credit_window_msat),
+                // Work on credit would take the books' prepaid accounts below zero (docs/adr/0004).
+                credit_window: Msat::ZERO,
                 ack_tokens: session.ack_tokens,
                 ack_interval_ms: small(session.ack_ms),
                 window_tokens: session.window_tokens,
@@ -407,6 +451,7 @@ impl Node<'_> {
                 largest: sat(consumer.slice_max_sat),
                 ..SlicePolicy::default()
             },
+            first_routed: sat(consumer.slice_first_sat),
             session_cap: sat(consumer.max_session_sat),
             exposure_cap: sat(consumer.max_exposure_sat),
             fee_per_mille: u64::from(consumer.max_fee_permille),

@@ -1,8 +1,6 @@
 //! Calls: assigned to a provider, moved to the next one when that fails, ended once.
 
-use super::{
-    Bill, CallError, CallId, Consumer, ConsumerAction, ConsumerConfig, Emission, Leg, SessionIndex, Submit,
-};
+use super::{Bill, CallError, CallId, Consumer, ConsumerAction, ConsumerConfig, Emission, Leg, SessionIndex, Submit};
 use crate::CloseCode;
 use satgrid_pricing::cost_alone;
 use satgrid_protocol::metering;

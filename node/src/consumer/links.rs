@@ -132,10 +132,7 @@ impl Session {
         state.available().saturating_sub(unknown_to_provider)
     }
     fn is_setting_up(&self) -> bool {
-        matches!(
-            self.phase,
-            Phase::Connecting | Phase::Greeting | Phase::Quoting | Phase::Opening | Phase::Resuming
-        )
+        matches!(self.phase, Phase::Connecting | Phase::Greeting | Phase::Quoting | Phase::Opening | Phase::Resuming)
     }
     fn is_idle(&self) -> bool {
         self.waiting.is_empty() && self.requests.is_empty() && self.wanted_invoice.is_none() && !self.closing
@@ -424,7 +421,8 @@ impl Consumer {
         }
         if past(session.uncredited_since, self.config.credit_ms) {
             let text = "a slice was paid and is not credited";
-            let paid = session.state.as_ref().and_then(|s| s.slices().values().rev().find(|s| s.status == SliceStatus::Paid));
+            let paid =
+                session.state.as_ref().and_then(|s| s.slices().values().rev().find(|s| s.status == SliceStatus::Paid));
             // The invoice is the provider's signed promise; its preimage, in the entry of the payment, shows it was kept to.
             let proof = paid.map(|slice| slice.bolt11.clone().into_bytes()).unwrap_or_default();
             return self.misbehaved(now, index, "slice-not-credited", text, proof);

@@ -1,6 +1,9 @@
 //! Slices: asked for when the balance runs low, checked, paid once, credited; and the remainder asked back.
 
-use super::{CallError, Consumer, ConsumerAction, ConsumerConfig, FundsLimit, SessionIndex, links::{Phase, Session}};
+use super::{
+    CallError, Consumer, ConsumerAction, ConsumerConfig, FundsLimit, SessionIndex,
+    links::{Phase, Session},
+};
 use satgrid_ledger::{
     entry::{Draft, Evidence},
     statements::{CreditNote, SessionClose, SliceDescriptor},
@@ -9,7 +12,7 @@ use satgrid_protocol::{
     check,
     frame::ConsumerControl,
     session::{SliceStatus, invoice_hash},
-    slices::{self, SliceDemand},
+    slices::{self, SliceDemand, SlicePolicy},
 };
 use satgrid_types::{Msat, PaymentHash, Preimage, SessionId, Signed, UnixMs};
 use satgrid_wallet::invoice::{self, Expected, InvoiceMismatch};
@@ -29,7 +32,10 @@ impl Consumer {
             return;
         }
         let quote = state.quote();
-        let low = slices::low_water(&self.config.slices, &quote.rates, &quote.terms);
+        let direct = self.direct_peers.contains(&quote.lightning_node);
+        let first_slice = if direct { self.config.slices.first } else { self.config.first_routed };
+        let policy = SlicePolicy { first: first_slice, ..self.config.slices };
+        let low = slices::low_water(&policy, &quote.rates, &quote.terms);
         let ahead = session.requests.keys().map(|id| session.ahead(id, low));
         let low = ahead.fold(if session.requests.is_empty() { low } else { Msat::ZERO }, Msat::saturating_add);
         let waiting = session.waiting.iter().filter_map(|call| self.start_need(index, *call));
@@ -49,10 +55,12 @@ impl Consumer {
             spend_cap: self.config.session_cap,
         };
         let (terms, k) = (quote.terms, state.next_k());
-        let amount = slices::next_slice(&self.config.slices, &terms, &demand);
+        let amount = slices::next_slice(&policy, &terms, &demand);
         // What was asked for elsewhere and is not attempted yet will be exposed too, and so will this slice's fee.
         let asked = self.sessions.values().filter_map(|s| s.wanted_invoice.map(|(_, amount, _)| amount));
-        let exposed = asked.map(|amount| amount.saturating_add(fee_limit(&self.config, amount))).fold(self.exposure(), Msat::saturating_add);
+        let exposed = asked
+            .map(|amount| amount.saturating_add(fee_limit(&self.config, amount)))
+            .fold(self.exposure(), Msat::saturating_add);
         let room = self.config.exposure_cap.saturating_sub(exposed);
         let room = room.saturating_sub(fee_limit(&self.config, room));
         let payable = self.payable.unwrap_or(Msat::MAX);
@@ -96,13 +104,7 @@ impl Consumer {
         }
     }
 
-    pub(super) fn invoiced(
-        &mut self,
-        now: UnixMs,
-        index: SessionIndex,
-        descriptor: SliceDescriptor,
-        bolt11: String,
-    ) {
+    pub(super) fn invoiced(&mut self, now: UnixMs, index: SessionIndex, descriptor: SliceDescriptor, bolt11: String) {
         let Some(session) = self.sessions.get_mut(&index) else { return };
         let Some((k, amount, _)) = session.wanted_invoice.take() else {
             return self.drop_link(now, index, crate::CloseCode::Violation, "an invoice that was not asked for");
@@ -138,7 +140,13 @@ impl Consumer {
         };
         let hash = checked.payment_hash();
         if self.by_payment.contains_key(&hash) {
-            return self.misbehaved(now, index, "payment-hash-reuse", "an invoice with a payment hash seen before", proof);
+            return self.misbehaved(
+                now,
+                index,
+                "payment-hash-reuse",
+                "an invoice with a payment hash seen before",
+                proof,
+            );
         }
         let fee = fee_limit(&self.config, amount);
         let draft = state.invoiced(descriptor, bolt11.clone());
@@ -216,9 +224,10 @@ impl Consumer {
     pub(super) fn begin_close(&mut self, now: UnixMs, id: SessionId) {
         let Some(index) = self.index_of(id) else { return };
         let Some(session) = self.sessions.get_mut(&index) else { return };
-        let unanswered = session.state.as_ref().is_some_and(|s| {
-            s.close_statement().is_some() && s.refunded().is_zero() && !s.remainder().is_zero()
-        });
+        let unanswered = session
+            .state
+            .as_ref()
+            .is_some_and(|s| s.close_statement().is_some() && s.refunded().is_zero() && !s.remainder().is_zero());
         if session.phase == Phase::Over && session.link.is_none() && unanswered {
             // The close was said and its answer lost: say it again.
             session.phase = Phase::Asleep;

@@ -1,7 +1,8 @@
 //! Running requests: started when covered, counted token by token, countersigned, finished.
 
 use super::{
-    CallError, CallId, Consumer, ConsumerAction, ConsumerConfig, Emission, FundsLimit, Leg, SessionIndex, calls::Place, links::Session,
+    CallError, CallId, Consumer, ConsumerAction, ConsumerConfig, Emission, FundsLimit, Leg, SessionIndex, calls::Place,
+    links::Session,
 };
 use crate::{LinkId, StreamId};
 use satgrid_ledger::statements::{
@@ -14,9 +15,7 @@ use satgrid_protocol::{
     metering::{self, Grant, Progress},
     session::RequestState,
 };
-use satgrid_types::{
-    BothSigned, FinishReason, Msat, RequestId, Salt, Signed, TokenUsage, UnixMs, cbor, sign_body,
-};
+use satgrid_types::{BothSigned, FinishReason, Msat, RequestId, Salt, Signed, TokenUsage, UnixMs, cbor, sign_body};
 
 /// Times in a row that a call may be refused for want of funds before its provider is left.
 const MAX_SHORT: u32 = 4;
@@ -105,7 +104,9 @@ impl Consumer {
     /// Starts the requests of calls that wait for this session, as far as its balance covers them.
     pub(super) fn start_waiting(&mut self, now: UnixMs, index: SessionIndex) {
         loop {
-            let Some(session) = self.sessions.get(&index).filter(|s| s.is_ready() && !s.closing && !s.short) else { return };
+            let Some(session) = self.sessions.get(&index).filter(|s| s.is_ready() && !s.closing && !s.short) else {
+                return;
+            };
             let Some(&call) = session.waiting.front() else { return };
             let Some(need) = self.start_need(index, call) else { return };
             if self.sessions.get(&index).is_none_or(|s| s.usable_balance() < need) || !self.quote_is_fresh(now, index) {
@@ -125,8 +126,7 @@ impl Consumer {
         let (Some(state), Some(link), Some(call)) = (&session.state, session.link, self.calls.get(&id)) else { return };
         let (prompt, max_output) = (call.prompt(), call.output_left());
         let submit = call.submit();
-        let private =
-            RequestPrivate::new(&salt, &prompt, submit.sampling.clone(), submit.stop.clone(), call.resumed());
+        let private = RequestPrivate::new(&salt, &prompt, submit.sampling.clone(), submit.stop.clone(), call.resumed());
         let open = RequestOpen {
             version: RequestOpen::VERSION,
             session: state.id(),
@@ -171,8 +171,9 @@ impl Consumer {
             call.place = Place::Streaming(index, request);
         }
         let open = ConsumerAction::OpenStream { link, stream, frame: ConsumerFrame::Start(Box::new(start)) };
-        let started = ConsumerAction::Emit { call: id, emission: Emission::Started { provider, request } };
-        self.record(index, vec![draft], vec![open, started]);
+        // Told at once: it promises nothing, and must not come after the call's end.
+        self.actions.push_back(ConsumerAction::Emit { call: id, emission: Emission::Started { provider, request } });
+        self.record(index, vec![draft], vec![open]);
     }
 
     pub(super) fn frame(&mut self, now: UnixMs, link: LinkId, stream: StreamId, frame: ProviderFrame) {
@@ -212,7 +213,12 @@ impl Consumer {
         let (Some(state), Some(link)) = (&session.state, session.link) else { return };
         let Some(live) = session.requests.get(&request) else { return };
         let Ok(offered) = signed.verify(&session.provider()) else {
-            return self.drop_link(now, index, crate::CloseCode::Violation, "an acknowledgement that its provider did not sign");
+            return self.drop_link(
+                now,
+                index,
+                crate::CloseCode::Violation,
+                "an acknowledgement that its provider did not sign",
+            );
         };
         if let Err(fault) = check::ack(state, &request, &offered, &live.counted()) {
             return self.misbehaved(now, index, fault.rule(), &fault.to_string(), cbor::encode(signed));

@@ -7,10 +7,11 @@ use satgrid_protocol::{
     slices::SlicePolicy,
 };
 use satgrid_types::{
-    FinishReason, Msat, NodeKey, PaymentHash, Preimage, RateCard, ReceiptId, RequestId, Sampling, SessionId, TokenUsage,
-    VerifiedListing,
+    FinishReason, LightningKey, Msat, NodeKey, PaymentHash, Preimage, RateCard, ReceiptId, RequestId, Sampling,
+    SessionId, TokenUsage, VerifiedListing,
 };
 use satgrid_wallet::Network;
+use std::collections::BTreeSet;
 use thiserror::Error;
 
 /// Names one call between the API and this role.
@@ -20,7 +21,10 @@ pub struct CallId(pub u64);
 /// The operator's settings and limits.
 #[derive(Debug, Clone)]
 pub struct ConsumerConfig {
+    /// `first` is that for a direct channel.
     pub slices: SlicePolicy,
+    /// First slice to a provider that is paid over a route: larger, since every payment then costs a fee.
+    pub first_routed: Msat,
     /// The most that one session may cost.
     pub session_cap: Msat,
     /// The most that may be lost at one moment, over all sessions: no slice is paid that would go above it.
@@ -49,6 +53,7 @@ impl Default for ConsumerConfig {
     fn default() -> Self {
         ConsumerConfig {
             slices: SlicePolicy::default(),
+            first_routed: SlicePolicy::default().first,
             session_cap: Msat::sat(20_000),
             exposure_cap: Msat::sat(20_000),
             fee_per_mille: 10,
@@ -83,25 +88,64 @@ pub struct Submit {
 pub enum ConsumerEvent {
     Submit(Box<Submit>),
     /// The client went away.
-    Cancel { call: CallId },
+    Cancel {
+        call: CallId,
+    },
     /// The operator wants the remainder back.
-    CloseSession { session: SessionId },
+    CloseSession {
+        session: SessionId,
+    },
     /// The invoice that [`ConsumerAction::MakeCloseInvoice`] asked for.
-    CloseInvoice { session: SessionId, result: Result<String, String> },
-    LinkUp { link: LinkId },
-    LinkFailed { link: LinkId, reason: String },
-    LinkDown { link: LinkId, reason: String },
-    Control { link: LinkId, frame: ProviderControl },
-    Frame { link: LinkId, stream: StreamId, frame: ProviderFrame },
-    StreamClosed { link: LinkId, stream: StreamId },
-    PaymentSettled { hash: PaymentHash, preimage: Preimage, fee: Msat },
+    CloseInvoice {
+        session: SessionId,
+        result: Result<String, String>,
+    },
+    LinkUp {
+        link: LinkId,
+    },
+    LinkFailed {
+        link: LinkId,
+        reason: String,
+    },
+    LinkDown {
+        link: LinkId,
+        reason: String,
+    },
+    Control {
+        link: LinkId,
+        frame: ProviderControl,
+    },
+    Frame {
+        link: LinkId,
+        stream: StreamId,
+        frame: ProviderFrame,
+    },
+    StreamClosed {
+        link: LinkId,
+        stream: StreamId,
+    },
+    PaymentSettled {
+        hash: PaymentHash,
+        preimage: Preimage,
+        fee: Msat,
+    },
     /// Nothing was paid and nothing will be.
-    PaymentFailed { hash: PaymentHash, reason: String },
-    PaymentReceived { hash: PaymentHash, amount: Msat },
+    PaymentFailed {
+        hash: PaymentHash,
+        reason: String,
+    },
+    PaymentReceived {
+        hash: PaymentHash,
+        amount: Msat,
+    },
     /// What the wallet can pay now.
     Payable(Msat),
+    /// Lightning nodes with which the wallet has a usable channel of its own.
+    DirectPeers(BTreeSet<LightningKey>),
     Durable(Ticket),
-    JournalFailed { reason: String },
+    JournalFailed {
+        reason: String,
+    },
     Tick,
 }
 
@@ -109,38 +153,101 @@ pub enum ConsumerEvent {
 #[derive(Debug, Clone)]
 pub enum ConsumerAction {
     Append(Append),
-    Connect { link: LinkId, provider: NodeKey, addresses: Vec<String>, session: SessionIndex },
-    Control { link: LinkId, frame: ConsumerControl },
+    Connect {
+        link: LinkId,
+        provider: NodeKey,
+        addresses: Vec<String>,
+        session: SessionIndex,
+    },
+    Control {
+        link: LinkId,
+        frame: ConsumerControl,
+    },
     /// Opens a request stream whose first frame this is.
-    OpenStream { link: LinkId, stream: StreamId, frame: ConsumerFrame },
-    Send { link: LinkId, stream: StreamId, frame: ConsumerFrame },
+    OpenStream {
+        link: LinkId,
+        stream: StreamId,
+        frame: ConsumerFrame,
+    },
+    Send {
+        link: LinkId,
+        stream: StreamId,
+        frame: ConsumerFrame,
+    },
     /// This side has no more to say on the stream; it ends when the provider has finished too.
-    FinishStream { link: LinkId, stream: StreamId },
-    ResetStream { link: LinkId, stream: StreamId },
-    CloseLink { link: LinkId, code: CloseCode, reason: String },
-    Pay { hash: PaymentHash, bolt11: String, amount: Msat, max_fee: Msat },
+    FinishStream {
+        link: LinkId,
+        stream: StreamId,
+    },
+    ResetStream {
+        link: LinkId,
+        stream: StreamId,
+    },
+    CloseLink {
+        link: LinkId,
+        code: CloseCode,
+        reason: String,
+    },
+    Pay {
+        hash: PaymentHash,
+        bolt11: String,
+        amount: Msat,
+        max_fee: Msat,
+    },
     /// After a restart: find out what became of this payment, and never pay it a second time.
-    ResolvePayment { hash: PaymentHash, bolt11: String, amount: Msat, max_fee: Msat },
-    MakeCloseInvoice { session: SessionId, amount: Msat },
+    ResolvePayment {
+        hash: PaymentHash,
+        bolt11: String,
+        amount: Msat,
+        max_fee: Msat,
+    },
+    MakeCloseInvoice {
+        session: SessionId,
+        amount: Msat,
+    },
     /// The journal has this wallet event: acknowledge it.
-    WalletHandled { hash: PaymentHash },
-    Emit { call: CallId, emission: Emission },
+    WalletHandled {
+        hash: PaymentHash,
+    },
+    Emit {
+        call: CallId,
+        emission: Emission,
+    },
     /// Tell the market room: this provider broke that rule.
-    Penalise { provider: NodeKey, rule: String },
+    Penalise {
+        provider: NodeKey,
+        rule: String,
+    },
     /// Tell the market room: so much was settled with this provider.
-    Settled { provider: NodeKey, amount: Msat },
+    Settled {
+        provider: NodeKey,
+        amount: Msat,
+    },
     /// The journal is broken: take no work and tell the operator.
-    Halt { reason: String },
+    Halt {
+        reason: String,
+    },
 }
 
 /// What a call hears.
 #[derive(Debug, Clone)]
 pub enum Emission {
     /// A provider took the request (again, after a failover).
-    Started { provider: NodeKey, request: RequestId },
-    Tokens { ids: Vec<u32> },
-    Finished { reason: FinishReason, bill: Bill },
-    Failed { error: CallError, bill: Bill },
+    Started {
+        provider: NodeKey,
+        request: RequestId,
+    },
+    Tokens {
+        ids: Vec<u32>,
+    },
+    Finished {
+        reason: FinishReason,
+        bill: Bill,
+    },
+    Failed {
+        error: CallError,
+        bill: Bill,
+    },
 }
 
 /// What a call cost, one leg per provider that worked on it.

@@ -55,7 +55,10 @@ impl Provider {
                     self.say(link, ProviderControl::Hello(Hello::ours()));
                 }
                 ConsumerControl::Hello(hello) => {
-                    self.violation(link, format!("version {} is not spoken here, only {}", hello.version, Hello::VERSION));
+                    self.violation(
+                        link,
+                        format!("version {} is not spoken here, only {}", hello.version, Hello::VERSION),
+                    );
                 }
                 ConsumerControl::WantQuote(..)
                 | ConsumerControl::Open(_)
@@ -170,13 +173,22 @@ impl Provider {
         let reissue = state.slices().get(&k).is_some();
         let reissued = session.reissued.saturating_add(u32::from(reissue));
         if reissued > MAX_REISSUED {
-            return self.refuse(link, Refusal::Protocol, format!("slice {k} was invoiced {MAX_REISSUED} times and not paid"));
+            return self.refuse(
+                link,
+                Refusal::Protocol,
+                format!("slice {k} was invoiced {MAX_REISSUED} times and not paid"),
+            );
         }
         if taken || state.close_statement().is_some() || session.closing.is_some() {
             return self.refuse(link, Refusal::Protocol, format!("slice {k} is settled, or the session is closed"));
         }
-        if !reissue && (k != state.next_k().max(slices_issued(state)) || state.unpaid_invoices() >= MAX_UNPAID_INVOICES) {
-            return self.refuse(link, Refusal::Protocol, format!("slice {k} is not the next one, or two invoices are unpaid"));
+        if !reissue && (k != state.next_k().max(slices_issued(state)) || state.unpaid_invoices() >= MAX_UNPAID_INVOICES)
+        {
+            return self.refuse(
+                link,
+                Refusal::Protocol,
+                format!("slice {k} is not the next one, or two invoices are unpaid"),
+            );
         }
         let descriptor = state.descriptor(k, amount);
         let ticket = InvoiceTicket(self.next_invoice);

@@ -50,12 +50,23 @@ impl Provider {
         }
     }
 
-    fn close_now(&mut self, now: UnixMs, link: LinkId, id: SessionId, close: &Signed<SessionClose>, body: &SessionClose) {
+    fn close_now(
+        &mut self,
+        now: UnixMs,
+        link: LinkId,
+        id: SessionId,
+        close: &Signed<SessionClose>,
+        body: &SessionClose,
+    ) {
         let Some(session) = self.sessions.get(&id) else { return };
         let (remainder, terms) = (session.state.remainder(), session.state.quote().terms);
         let draft = session.state.closed(close);
         if remainder.is_zero() {
-            return self.record(id, vec![draft], vec![ProviderAction::Control { link, frame: ProviderControl::Closed }]);
+            return self.record(
+                id,
+                vec![draft],
+                vec![ProviderAction::Control { link, frame: ProviderControl::Closed }],
+            );
         }
         let refusal = if remainder < terms.refund_dust {
             Some(CreditReason::Dust)

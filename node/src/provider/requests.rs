@@ -3,9 +3,7 @@
 use super::{EngineId, Provider, ProviderAction};
 use crate::{LinkId, StreamId};
 use satgrid_engine::port::{Command, EngineEvent, FinishReason as EngineFinish, Job, JobId};
-use satgrid_ledger::statements::{
-    Ack, Receipt, ReceiptOpening, ReceiptPrivate, RequestOpen, RunningHash, prompt_hash,
-};
+use satgrid_ledger::statements::{Ack, Receipt, ReceiptOpening, ReceiptPrivate, RequestOpen, RunningHash, prompt_hash};
 use satgrid_pricing::{charge, cost_alone, numerators};
 use satgrid_protocol::{
     frame::{ConsumerFrame, MAX_CHUNK_TOKENS, MAX_PROMPT_TOKENS, MAX_STOPS, ProviderFrame, Refusal, StartRequest},
@@ -41,9 +39,17 @@ pub(super) struct Request {
 enum Phase {
     Running,
     /// The run is over; its receipt waits for the last acknowledgement and for its turn.
-    Finishing { reason: FinishReason, error: Option<String>, at: UnixMs },
+    Finishing {
+        reason: FinishReason,
+        error: Option<String>,
+        at: UnixMs,
+    },
     /// The receipt is with the consumer since `at`.
-    Offered { body: Box<Receipt>, signed: Signed<Receipt>, at: UnixMs },
+    Offered {
+        body: Box<Receipt>,
+        signed: Signed<Receipt>,
+        at: UnixMs,
+    },
 }
 
 /// The acknowledgement that is out, and when and for what the last one was offered.
@@ -117,19 +123,29 @@ impl Provider {
             return self.refuse_request(link, stream, Refusal::Protocol, "this request id was used before");
         }
         let quote = match state.quote_of(&open.quote) {
-            Some(quote) if now <= quote.valid_until && state.close_statement().is_none() && session.closing.is_none() => quote,
-            Some(_) => return self.refuse_request(link, stream, Refusal::Quote, "the quote has expired: ask for a new one"),
+            Some(quote)
+                if now <= quote.valid_until && state.close_statement().is_none() && session.closing.is_none() =>
+            {
+                quote
+            }
+            Some(_) => {
+                return self.refuse_request(link, stream, Refusal::Quote, "the quote has expired: ask for a new one");
+            }
             None => return self.refuse_request(link, stream, Refusal::Quote, "no such quote in this session"),
         };
         let Some(engine) = engine.filter(|engine| !self.down.contains(engine)) else {
             return self.refuse_request(link, stream, Refusal::Unavailable, "the engine for this model is not running");
         };
-        if session.requests.len() >= self.config.max_requests_per_session || self.jobs.len() >= self.config.max_requests {
+        if session.requests.len() >= self.config.max_requests_per_session || self.jobs.len() >= self.config.max_requests
+        {
             return self.refuse_request(link, stream, Refusal::Busy, "all slots and places in the queue are taken");
         }
         let room = quote.context_length.saturating_sub(open.prompt_tokens);
         if room == 0 {
-            let text = format!("a prompt of {} tokens leaves no room in a context of {}", open.prompt_tokens, quote.context_length);
+            let text = format!(
+                "a prompt of {} tokens leaves no room in a context of {}",
+                open.prompt_tokens, quote.context_length
+            );
             return self.refuse_request(link, stream, Refusal::Context, text);
         }
         let max_output = open.max_output.min(room).max(1);
@@ -147,7 +163,12 @@ impl Provider {
             return self.refuse_request(link, stream, Refusal::Funds, text);
         }
         let Ok(reserve) = cost_alone(&granted.usage(), &quote.rates) else {
-            return self.refuse_request(link, stream, Refusal::Protocol, "the price of this request does not fit 64 bits");
+            return self.refuse_request(
+                link,
+                stream,
+                Refusal::Protocol,
+                "the price of this request does not fit 64 bits",
+            );
         };
         let draft = state.request(now, open.evidence(), open.request, reserve);
         let job = JobId(self.next_job);
@@ -360,7 +381,8 @@ impl Provider {
             None => Some(session.state.reserve(now, request, more)?),
         };
         let mut then = Vec::new();
-        if grows && running
+        if grows
+            && running
             && let Some(engine) = session.engine
             && let Some(live) = session.requests.get_mut(&request)
         {
@@ -373,7 +395,8 @@ impl Provider {
     /// A slice arrived: work that waited for money goes on.
     pub(super) fn funds_arrived(&mut self, now: UnixMs, id: SessionId) {
         let Some(session) = self.sessions.get(&id) else { return };
-        let waiting: Vec<RequestId> = session.requests.iter().filter(|(_, r)| r.is_running()).map(|(id, _)| *id).collect();
+        let waiting: Vec<RequestId> =
+            session.requests.iter().filter(|(_, r)| r.is_running()).map(|(id, _)| *id).collect();
         for request in waiting {
             if let Ok((drafts, then)) = self.with_grant(now, id, request, None)
                 && !(drafts.is_empty() && then.is_empty())
@@ -393,7 +416,14 @@ impl Provider {
         }
     }
 
-    fn run_over(&mut self, now: UnixMs, id: SessionId, request: RequestId, reason: FinishReason, error: Option<String>) {
+    fn run_over(
+        &mut self,
+        now: UnixMs,
+        id: SessionId,
+        request: RequestId,
+        reason: FinishReason,
+        error: Option<String>,
+    ) {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         let Some(live) = session.requests.get_mut(&request) else { return };
         self.jobs.remove(&live.job);

@@ -3,13 +3,13 @@
 use super::{EngineId, Provider, ProviderAction, requests::Request};
 use crate::LinkId;
 use satgrid_engine::port::Command;
+use satgrid_ledger::statements::{Receipt, SessionClose};
 use satgrid_pricing::cost_alone;
 use satgrid_protocol::{
     exposure::ProviderExposure,
     frame::{OpenRequest, ProviderControl, Refusal},
     session::{DETACHED_MS, SessionState},
 };
-use satgrid_ledger::statements::{Receipt, SessionClose};
 use satgrid_types::{BothSigned, Msat, RequestId, SessionId, Signed, UnixMs};
 use std::collections::{BTreeMap, VecDeque};
 

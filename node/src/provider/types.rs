@@ -78,19 +78,53 @@ pub struct PendingRefund {
 pub enum ProviderEvent {
     /// A listing was published (again): quote under it from now on.
     Offer(Box<Offering>),
-    LinkUp { link: LinkId, peer: NodeKey },
-    LinkDown { link: LinkId },
-    Control { link: LinkId, frame: ConsumerControl },
-    Request { link: LinkId, stream: StreamId, frame: ConsumerFrame },
-    StreamClosed { link: LinkId, stream: StreamId },
-    Engine { engine: EngineId, event: EngineEvent },
-    InvoiceMade { ticket: InvoiceTicket, result: Result<String, String> },
-    PaymentReceived { hash: PaymentHash, amount: Msat },
-    RefundSettled { hash: PaymentHash, amount: Msat, preimage: Option<Preimage>, fee: Msat },
+    LinkUp {
+        link: LinkId,
+        peer: NodeKey,
+    },
+    LinkDown {
+        link: LinkId,
+    },
+    Control {
+        link: LinkId,
+        frame: ConsumerControl,
+    },
+    Request {
+        link: LinkId,
+        stream: StreamId,
+        frame: ConsumerFrame,
+    },
+    StreamClosed {
+        link: LinkId,
+        stream: StreamId,
+    },
+    Engine {
+        engine: EngineId,
+        event: EngineEvent,
+    },
+    InvoiceMade {
+        ticket: InvoiceTicket,
+        result: Result<String, String>,
+    },
+    PaymentReceived {
+        hash: PaymentHash,
+        amount: Msat,
+    },
+    RefundSettled {
+        hash: PaymentHash,
+        amount: Msat,
+        preimage: Option<Preimage>,
+        fee: Msat,
+    },
     /// Nothing was paid and nothing will be.
-    RefundFailed { hash: PaymentHash, reason: String },
+    RefundFailed {
+        hash: PaymentHash,
+        reason: String,
+    },
     Durable(Ticket),
-    JournalFailed { reason: String },
+    JournalFailed {
+        reason: String,
+    },
     Tick,
 }
 
@@ -98,18 +132,50 @@ pub enum ProviderEvent {
 #[derive(Debug, Clone)]
 pub enum ProviderAction {
     Append(Append),
-    Control { link: LinkId, frame: ProviderControl },
-    Send { link: LinkId, stream: StreamId, frame: ProviderFrame },
+    Control {
+        link: LinkId,
+        frame: ProviderControl,
+    },
+    Send {
+        link: LinkId,
+        stream: StreamId,
+        frame: ProviderFrame,
+    },
     /// No more frames from us on this stream.
-    FinishStream { link: LinkId, stream: StreamId },
-    CloseLink { link: LinkId, code: CloseCode, reason: String },
-    MakeInvoice { ticket: InvoiceTicket, amount: Msat, description_hash: Digest, expiry_secs: u32 },
-    Engine { engine: EngineId, command: Command },
+    FinishStream {
+        link: LinkId,
+        stream: StreamId,
+    },
+    CloseLink {
+        link: LinkId,
+        code: CloseCode,
+        reason: String,
+    },
+    MakeInvoice {
+        ticket: InvoiceTicket,
+        amount: Msat,
+        description_hash: Digest,
+        expiry_secs: u32,
+    },
+    Engine {
+        engine: EngineId,
+        command: Command,
+    },
     /// The journal has this wallet event: acknowledge it.
-    WalletHandled { hash: PaymentHash },
-    PayRefund { session: SessionId, hash: PaymentHash, bolt11: String, amount: Msat, max_fee: Msat },
+    WalletHandled {
+        hash: PaymentHash,
+    },
+    PayRefund {
+        session: SessionId,
+        hash: PaymentHash,
+        bolt11: String,
+        amount: Msat,
+        max_fee: Msat,
+    },
     /// The journal is broken: take no work and tell the operator.
-    Halt { reason: String },
+    Halt {
+        reason: String,
+    },
 }
 
 /// What the operator sees counted.

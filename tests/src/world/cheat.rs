@@ -30,6 +30,21 @@ pub enum Cheat {
     SilentAfter(u32),
 }
 
+impl Cheat {
+    pub const ALL: [Cheat; 10] = [
+        Cheat::OvercountAck,
+        Cheat::OvercountReceipt,
+        Cheat::Overcharge,
+        Cheat::OutputHash,
+        Cheat::InvoiceAmount,
+        Cheat::InvoiceTerms,
+        Cheat::InvoicePayee,
+        Cheat::InvoiceReuse,
+        Cheat::NeverCredits,
+        Cheat::SilentAfter(40),
+    ];
+}
+
 /// Bends a frame, if this cheat does; `None` swallows it.
 pub(super) fn bend(cheat: Cheat, key: &SigningKey, frame: ProviderFrame) -> Option<ProviderFrame> {
     match (cheat, frame) {

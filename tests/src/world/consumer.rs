@@ -32,7 +32,7 @@ impl Ask {
         self
     }
     pub fn seeded(mut self, seed: u64) -> Ask {
-        self.sampling = Sampling { temperature_micro: 800_000, seed, ..Sampling::default() };
+        self.sampling = Sampling { temperature_micro: 700_000, seed, ..Sampling::default() };
         self
     }
 }
@@ -86,7 +86,8 @@ impl World {
         let call = CallId(self.consumers[c].next_call);
         self.consumers[c].next_call += 1;
         self.say(|| format!("consumer {c} {call:?}: {} + {} tokens", ask.prompt.len(), ask.max_output));
-        let log = CallLog { prompt: ask.prompt.clone(), max_output: ask.max_output, ..CallLog::default() };
+        let (prompt, sampling) = (ask.prompt.clone(), ask.sampling.clone());
+        let log = CallLog { prompt, max_output: ask.max_output, sampling, ..CallLog::default() };
         self.consumers[c].calls.insert(call, log);
         self.tell_payable(c);
         let submit = Submit {

@@ -13,13 +13,14 @@ use satgrid_ledger::{
 };
 use satgrid_pricing::cost_alone;
 use satgrid_types::{Msat, TokenUsage, node_key};
+use std::collections::BTreeSet;
 
 /// The text that a run without any trouble gives.
 pub fn undisturbed(toy: &ToyConfig, prompt: &[u32], max_output: u32, seed: Option<u64>) -> Vec<u32> {
     let mut engine = ToyEngine::new(ToyConfig { faults: Default::default(), ..toy.clone() });
     let mut sampling = satgrid_engine::sampling::Sampling { temperature: 0.0, ..Default::default() };
     if let Some(seed) = seed {
-        sampling.temperature = 0.8;
+        sampling.temperature = 0.7;
         sampling.seed = seed;
     }
     let id = JobId(0);
@@ -50,6 +51,8 @@ impl World {
     pub(super) fn check_bounds(&self) {
         for (c, node) in self.consumers.iter().enumerate() {
             let Some(role) = &node.role else { continue };
+            let waiting = node.calls.values().any(|log| log.end.is_none() && !log.orphaned);
+            assert!(node.halted.is_none() || !waiting, "consumer {c} has halted and a client still waits");
             let most = role.exposure();
             let cap = node.config.exposure_cap;
             assert!(most <= cap, "consumer {c} may lose {most}, its cap is {cap}");
@@ -79,6 +82,22 @@ impl World {
             let cap = Msat(window.0 * open as u64);
             let most = role.exposure();
             assert!(most <= cap || node.toy.faults.overrun, "provider {p} may lose {most}, {open} windows are {cap}");
+            // By the engine's own count: no work beyond what it says, and none that is not prepaid.
+            let worked = node.work.values().map(|usage| cost_alone(usage, &node.quoted).unwrap());
+            let worked = worked.fold(Msat::ZERO, Msat::saturating_add);
+            let mut acked = Msat::ZERO;
+            let (mut charged, mut paid) = (Msat::ZERO, Msat::ZERO);
+            for session in role.session_states() {
+                let sum = session.requests().values().fold(Msat::ZERO, |sum, r| sum.saturating_add(r.acked_cost()));
+                acked = acked.saturating_add(sum);
+                charged = charged.saturating_add(session.charged());
+                paid = paid.saturating_add(session.paid());
+            }
+            let halted = node.halted.is_some() || node.toy.faults.overrun;
+            let unsigned = worked.saturating_sub(acked);
+            assert!(unsigned <= most || halted, "provider {p} did {unsigned} of unsigned work, it said at most {most}");
+            let all = worked.saturating_add(charged);
+            assert!(all <= paid || halted, "provider {p} did work for {all} on {paid}");
         }
         assert_eq!(self.net.total(), self.net.minted(), "money neither appears nor vanishes");
     }
@@ -103,9 +122,19 @@ impl World {
     /// # Panics
     /// Where something is not.
     pub fn assert_quiet(&self) {
+        self.assert_quiet_but(&BTreeSet::new());
+    }
+
+    /// As [`World::assert_quiet`]; the audits of these providers, which lie, may find something. Returns all audits.
+    ///
+    /// # Panics
+    /// Where something is not as it must be.
+    pub fn assert_quiet_but(&self, cheats: &BTreeSet<usize>) -> (Vec<Report>, Vec<Report>) {
+        let (mut sellers, mut buyers) = (Vec::new(), Vec::new());
         for (p, node) in self.providers.iter().enumerate() {
             let report = self.audit_provider(p);
-            assert!(report.is_clean(), "provider {p}'s audit: {:#?}", report.findings);
+            assert!(report.is_clean() || cheats.contains(&p), "provider {p}'s audit: {:#?}", report.findings);
+            sellers.push(report);
             self.assert_lightning(&format!("provider {p}"), node.journal.books(), node.purse.lightning, node.endowment);
             if let Some(role) = &node.role {
                 assert_eq!(role.open_requests(), 0, "provider {p} still runs requests");
@@ -115,6 +144,7 @@ impl World {
         for (c, node) in self.consumers.iter().enumerate() {
             let report = self.audit_consumer(c);
             assert!(report.is_clean(), "consumer {c}'s audit: {:#?}", report.findings);
+            buyers.push(report);
             assert_eq!(node.journal.books().holds().count(), 0, "consumer {c} still holds reservations");
             self.assert_lightning(&format!("consumer {c}"), node.journal.books(), node.purse.lightning, node.endowment);
             if let Some(role) = &node.role {
@@ -122,6 +152,7 @@ impl World {
                 self.assert_folds(&format!("consumer {c}"), &node.key, &node.journal, role.session_states());
             }
         }
+        (sellers, buyers)
     }
 
     fn assert_lightning(
@@ -163,8 +194,15 @@ impl World {
     /// # Panics
     /// Where they do not.
     pub fn assert_agree(&self, p: usize, c: usize) {
-        let buyer = self.audit_consumer(c);
-        let mut findings = cross_check(&self.audit_provider(p), &buyer);
+        self.assert_reports_agree((p, &self.audit_provider(p)), (c, &self.audit_consumer(c)));
+    }
+
+    /// As [`World::assert_agree`], where the audits have been made.
+    ///
+    /// # Panics
+    /// Where they do not.
+    pub fn assert_reports_agree(&self, (p, seller): (usize, &Report), (c, buyer): (usize, &Report)) {
+        let mut findings = cross_check(seller, buyer);
         // A session whose opening was lost on the way, and under which nothing was paid, is nobody's concern.
         let empty = |id| buyer.sessions.get(&id).is_some_and(|s| s.paid_msat == 0 && s.charged_msat == 0);
         findings.retain(|f| !(f.rule == Rule::CrossMissing && f.session.is_some_and(empty)));
@@ -182,6 +220,12 @@ impl World {
             assert_eq!(ours.last_receipt(), theirs.last_receipt(), "the receipt chain");
             assert_eq!(ours.refunded(), theirs.refunded(), "refunded");
         }
+    }
+
+    /// The whole text that a call should get.
+    pub fn undisturbed(&self, log: &super::CallLog) -> Vec<u32> {
+        let seed = (log.sampling.temperature_micro > 0).then_some(log.sampling.seed);
+        undisturbed(&self.options.toy, &log.prompt, log.max_output, seed)
     }
 
     /// The canonical bytes of every journal: equal for equal seeds.

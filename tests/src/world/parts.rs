@@ -2,7 +2,10 @@
 
 use super::{cheat::Cheat, journal::SimJournal};
 use ed25519_dalek::SigningKey;
-use satgrid_engine::toy::{ToyConfig, ToyEngine};
+use satgrid_engine::{
+    port::JobId,
+    toy::{ToyConfig, ToyEngine},
+};
 use satgrid_node::{
     LinkId, StreamId,
     consumer::{Bill, CallError, CallId, Consumer, ConsumerConfig},
@@ -10,7 +13,7 @@ use satgrid_node::{
 };
 use satgrid_types::{
     Bindings, BuildId, EngineProfile, FinishReason, LightningKey, Listing, ModelRoot, Msat, MsatPerMtok, NodeKey, Part,
-    PaymentHash, RateCard, RequestId, Speed, TokenizerHash, UnixMs, VerifiedListing, lightning_binding_message, node_key, nostr_key,
+    PaymentHash, RateCard, RequestId, Sampling, Speed, TokenUsage, TokenizerHash, UnixMs, VerifiedListing, lightning_binding_message, node_key, nostr_key,
     sign_node_binding, verify_listing,
 };
 use satgrid_wallet::{fake::FakeNetwork, payment::Slices};
@@ -62,6 +65,8 @@ pub struct ProviderNode {
     /// Virtual time that one engine step takes, in ms.
     pub step_ms: u64,
     pub(super) stepping: bool,
+    /// What the engine has done for jobs that are not over.
+    pub work: BTreeMap<JobId, TokenUsage>,
     /// What its wallet held when the world began.
     pub endowment: Msat,
     /// Halted by its journal.
@@ -76,6 +81,7 @@ pub struct ProviderNode {
 pub struct CallLog {
     pub prompt: Vec<u32>,
     pub max_output: u32,
+    pub sampling: Sampling,
     pub tokens: Vec<u32>,
     /// When each chunk came.
     pub chunk_times: Vec<UnixMs>,

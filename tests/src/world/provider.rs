@@ -65,6 +65,7 @@ impl World {
         node.role = None;
         node.epoch += 1;
         node.stepping = false;
+        node.work.clear();
         node.journal.crash(survive);
         let lightning = node.purse.lightning;
         node.purse = super::Purse::new(lightning);
@@ -125,10 +126,27 @@ impl World {
             let Some(event) = self.providers[p].engine.poll_event() else { break };
             any = true;
             self.say(|| format!("engine {p}: {event:?}"));
+            self.count_work(p, &event);
             self.tell_provider(p, epoch, ProviderEvent::Engine { engine: ENGINE, event });
         }
         if any {
             self.kick_engine(p);
+        }
+    }
+
+    fn count_work(&mut self, p: usize, event: &EngineEvent) {
+        let work = &mut self.providers[p].work;
+        match event {
+            EngineEvent::Prefilled { job, upto, cached } => {
+                let usage = work.entry(*job).or_default();
+                (usage.prompt, usage.cached_prompt) = (*upto, *cached);
+            }
+            EngineEvent::Tokens { job, ids, .. } => work.entry(*job).or_default().completion += ids.len() as u32,
+            EngineEvent::Finished { job, .. } | EngineEvent::Failed { job, .. } => {
+                work.remove(job);
+            }
+            EngineEvent::Down { .. } => work.clear(),
+            EngineEvent::Up => {}
         }
     }
 
@@ -182,7 +200,11 @@ impl World {
     fn command(&mut self, p: usize, command: Command) {
         let job = match &command {
             Command::Start(job) => Some(job.id),
-            _ => None,
+            Command::Cancel { job } => {
+                self.providers[p].work.remove(job);
+                None
+            }
+            Command::Grant { .. } | Command::ForgetSession { .. } => None,
         };
         let refused = self.providers[p].engine.handle(command).is_err();
         if let Some(job) = job.filter(|_| refused) {

@@ -77,7 +77,7 @@ pub(super) const MODEL_KEYS: &[&str] = &[
 ];
 
 /// Keys of one `[[api.keys]]` table.
-pub(super) const API_KEY_KEYS: &[&str] = &["name", "secret", "limit_msat", "models"];
+pub(super) const API_KEY_KEYS: &[&str] = &["name", "secret"];
 
 const fn key(path: &'static str, kind: Kind, preset: Preset, help: &'static str) -> Key {
     Key { path, kind, preset, help }
@@ -116,8 +116,6 @@ pub(super) const KEYS: &[Key] = &[
     key("session.ack_tokens", Number, Value("128"), "both sides sign after so many tokens ..."),
     key("session.ack_ms", Number, Value("1000"), "... or after so many milliseconds"),
     key("session.window_tokens", Number, Value("256"), "a provider pauses when so much work is not yet acknowledged"),
-    key("session.chunk_tokens", Number, Value("32"), "most tokens in one chunk of a stream"),
-    key("session.invoices_ahead", Number, Value("2"), "slice invoices that a provider issues ahead"),
     key("session.invoice_expiry_s", Number, Value("120"), "life of a slice invoice"),
     key("session.quote_validity_s", Number, Value("600"), "life of a quote"),
     key("session.stream_hold_s", Number, Value("60"), "how long a broken stream can be taken up again"),
@@ -129,12 +127,6 @@ pub(super) const KEYS: &[Key] = &[
     key("provider.listing_expiry_s", Number, Value("1800"), "life of a listing; it is published anew at half of it"),
     key("provider.slice_min_sat", Number, Value("10"), "smallest slice that it accepts"),
     key("provider.slice_max_sat", Number, Value("5000"), "largest slice that it accepts"),
-    key(
-        "provider.credit_window_msat",
-        Number,
-        Value("0"),
-        "work given on credit before the first payment, over all peers",
-    ),
     key("provider.requests_per_peer", Number, Value("16"), "open requests of one consumer"),
     key("provider.models", Tables(MODEL_KEYS), Value("[]"), "what is for sale"),
     key("consumer.slice_first_sat", Number, Value("250"), "first slice to a provider over a route"),
@@ -145,19 +137,6 @@ pub(super) const KEYS: &[Key] = &[
         "first slice over a direct channel, or where fees are at most 1 %",
     ),
     key("consumer.slice_max_sat", Number, Value("5000"), "largest slice that it pays"),
-    key("consumer.slice_growth", Number, Value("2"), "a slice is at most so many times the one before ..."),
-    key(
-        "consumer.slice_share_percent",
-        Number,
-        Value("10"),
-        "... and this share of what was settled and audited clean with that provider",
-    ),
-    key(
-        "consumer.low_water_permille",
-        Number,
-        Value("1500"),
-        "pay the next slice below this many thousandths of what is spent during one payment",
-    ),
     key("consumer.max_session_sat", Number, Value("10000"), "most that one session may spend"),
     key("consumer.max_exposure_sat", Number, Value("20000"), "most that may be prepaid and unused over all providers"),
     key(
@@ -266,7 +245,6 @@ mod tests {
         check("quik_listen", Some("quic_listen"));
         check("slice_mx_sat", Some("slice_max_sat"));
         check("model", Some("models"));
-        check("credit", Some("credit_window_msat"));
         check("colour", None);
     }
 }

@@ -39,13 +39,6 @@ impl Secret {
         let value = text.trim_end_matches(['\r', '\n']);
         if value.is_empty() { Err(SecretError::Empty(self.clone())) } else { Ok(value.to_owned()) }
     }
-
-    pub(crate) fn as_file(&self) -> Option<&Path> {
-        match self {
-            Secret::File(path) => Some(path),
-            Secret::Env(_) => None,
-        }
-    }
 }
 
 /// Only the owner may read a secret's file.

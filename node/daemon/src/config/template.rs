@@ -33,8 +33,7 @@ pub(crate) fn render(set: &BTreeMap<&str, String>, offer_models: bool) -> String
     text
 }
 
-const API_KEYS: &str =
-    "\n# [[api.keys]]\n# name = \"laptop\"\n# secret = \"file:keys/laptop\"\n# limit_msat = 1000000\n";
+const API_KEYS: &str = "\n# [[api.keys]]\n# name = \"laptop\"\n# secret = \"file:keys/laptop\"\n";
 
 const MODELS: &str = "\n# [[provider.models]]\n# name = \"gemma-3-270m\"\n# price_in_msat_per_mtok = 1000000\n\
     # price_out_msat_per_mtok = 4000000\n# profile = \"exact\"\n# slots = 8\n# context = 2048\n";

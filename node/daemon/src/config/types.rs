@@ -81,11 +81,6 @@ pub(crate) struct Api {
 pub(crate) struct ApiKey {
     pub name: String,
     pub secret: Secret,
-    /// Unset: no limit of its own.
-    pub limit_msat: Option<u64>,
-    /// Empty: every model.
-    #[serde(default)]
-    pub models: Vec<String>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -94,8 +89,6 @@ pub(crate) struct Session {
     pub ack_tokens: u32,
     pub ack_ms: u64,
     pub window_tokens: u32,
-    pub chunk_tokens: u32,
-    pub invoices_ahead: u32,
     pub invoice_expiry_s: u64,
     pub quote_validity_s: u64,
     pub stream_hold_s: u64,
@@ -112,7 +105,6 @@ pub(crate) struct Provider {
     pub listing_expiry_s: u64,
     pub slice_min_sat: u64,
     pub slice_max_sat: u64,
-    pub credit_window_msat: u64,
     pub requests_per_peer: u32,
     pub models: Vec<ModelForSale>,
 }
@@ -175,9 +167,6 @@ pub(crate) struct Consumer {
     pub slice_first_sat: u64,
     pub slice_first_direct_sat: u64,
     pub slice_max_sat: u64,
-    pub slice_growth: u32,
-    pub slice_share_percent: u32,
-    pub low_water_permille: u32,
     pub max_session_sat: u64,
     pub max_exposure_sat: u64,
     pub max_fee_permille: u32,

@@ -92,8 +92,6 @@ fn session(config: &Config, found: &mut Found) {
     let counts = [
         ("session.ack_tokens", u64::from(s.ack_tokens)),
         ("session.ack_ms", s.ack_ms),
-        ("session.chunk_tokens", u64::from(s.chunk_tokens)),
-        ("session.invoices_ahead", u64::from(s.invoices_ahead)),
         ("session.invoice_expiry_s", s.invoice_expiry_s),
         ("session.quote_validity_s", s.quote_validity_s),
         ("session.idle_close_s", s.idle_close_s),
@@ -106,12 +104,6 @@ fn session(config: &Config, found: &mut Found) {
         "session.window_tokens",
         format!("{} is less than session.ack_tokens = {}: every stream would stall", s.window_tokens, s.ack_tokens),
         "make it at least twice session.ack_tokens",
-    );
-    found.check(
-        s.chunk_tokens <= s.ack_tokens,
-        "session.chunk_tokens",
-        format!("{} is more than session.ack_tokens = {}", s.chunk_tokens, s.ack_tokens),
-        "make it at most session.ack_tokens",
     );
 }
 
@@ -210,13 +202,6 @@ fn consumer(config: &Config, found: &mut Found) {
             "choose a smaller first slice or a larger slice_max_sat",
         );
     }
-    found.check(c.slice_growth >= 1, "consumer.slice_growth", "slices would shrink to nothing", "make it at least 1");
-    found.check(
-        c.slice_share_percent <= 100,
-        "consumer.slice_share_percent",
-        format!("{} % is more than everything", c.slice_share_percent),
-        "choose 0 to 100",
-    );
     found.check(
         c.max_exposure_sat >= c.slice_first_direct_sat,
         "consumer.max_exposure_sat",
@@ -339,13 +324,11 @@ mod tests {
         check("api.admin", "127.0.0.1:8402", "api.admin");
         check("session.ack_ms", "0", "session.ack_ms");
         check("session.window_tokens", "64", "session.window_tokens");
-        check("session.chunk_tokens", "129", "session.chunk_tokens");
         check("provider.slice_min_sat", "6000", "provider.slice_min_sat");
         check("provider.public_addresses", "nowhere", "provider.public_addresses");
         check("provider.public_addresses", "", "provider.public_addresses");
         check("provider.listing_expiry_s", "5", "provider.listing_expiry_s");
         check("consumer.slice_first_sat", "9000", "consumer.slice_first_sat");
-        check("consumer.slice_share_percent", "101", "consumer.slice_share_percent");
         check("consumer.max_exposure_sat", "1", "consumer.max_exposure_sat");
         check("market.relays", "http://x", "market.relays");
         check("wallet.chain", "bitcoind:rpc@127.0.0.1:1", "wallet.chain_password");

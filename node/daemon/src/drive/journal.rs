@@ -7,7 +7,7 @@ use satgrid_ledger::{
     entry::{Draft, Entry},
     journal::{Journal, JournalError, MAX_APPEND, MAX_READ},
 };
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
 /// Appends that may wait; roles are held back by their own windows long before.
@@ -22,7 +22,6 @@ const _: () = assert!(JOBS_AT_ONCE * DRAFTS_PER_JOB <= MAX_APPEND);
 #[derive(Clone)]
 pub(crate) struct JournalWriter {
     queue: mpsc::Sender<Job>,
-    books: Arc<RwLock<Books>>,
 }
 
 struct Job {
@@ -50,10 +49,9 @@ impl JournalWriter {
                 each(entry);
             }
         }
-        let books = Arc::new(RwLock::new(books));
         let (queue, inbox) = mpsc::channel(QUEUE);
-        tokio::spawn(write(journal, books.clone(), inbox));
-        Ok(JournalWriter { queue, books })
+        tokio::spawn(write(journal, books, inbox));
+        Ok(JournalWriter { queue })
     }
 
     /// Appends all drafts or none; durable when it returns `Ok`. Calls are written in the order in which they are made.
@@ -65,14 +63,9 @@ impl JournalWriter {
             written.await.map_err(|_| "the journal's writer has stopped".to_owned())?
         }
     }
-
-    /// The books as of the last durable entry.
-    pub(crate) fn books(&self) -> Books {
-        self.books.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
 }
 
-async fn write(journal: Arc<dyn Journal>, books: Arc<RwLock<Books>>, mut inbox: mpsc::Receiver<Job>) {
+async fn write(journal: Arc<dyn Journal>, mut books: Books, mut inbox: mpsc::Receiver<Job>) {
     let mut broken: Option<String> = None;
     let mut waiting = Vec::new();
     while inbox.recv_many(&mut waiting, JOBS_AT_ONCE).await > 0 {
@@ -81,7 +74,7 @@ async fn write(journal: Arc<dyn Journal>, books: Arc<RwLock<Books>>, mut inbox: 
             jobs.for_each(|job| drop(job.done.send(Err(reason.clone()))));
             continue;
         }
-        if let Err(reason) = commit(journal.as_ref(), &books, jobs.collect()).await {
+        if let Err(reason) = commit(journal.as_ref(), &mut books, jobs.collect()).await {
             tracing::error!(%reason, "the journal cannot be written; no work is taken until this is mended and the node restarted");
             broken = Some(reason);
         }
@@ -91,25 +84,22 @@ async fn write(journal: Arc<dyn Journal>, books: Arc<RwLock<Books>>, mut inbox: 
 /// Proves each job against the books, writes those that pass, and answers all.
 ///
 /// An error breaks the writer for good: the books may be ahead of the disk then, and only a restart brings them together.
-async fn commit(journal: &dyn Journal, books: &RwLock<Books>, jobs: Vec<Job>) -> Result<(), String> {
+async fn commit(journal: &dyn Journal, books: &mut Books, jobs: Vec<Job>) -> Result<(), String> {
     let at = now();
     let mut passed = Vec::with_capacity(jobs.len());
     let mut drafts = Vec::new();
     let mut fault = None;
-    {
-        let mut books = books.write().unwrap_or_else(PoisonError::into_inner);
-        for job in jobs {
-            if fault.is_none() {
-                let applied = job.drafts.iter().try_for_each(|draft| books.apply(at, draft));
-                fault = applied.err().map(|error| format!("an entry does not balance: {error}"));
+    for job in jobs {
+        if fault.is_none() {
+            let applied = job.drafts.iter().try_for_each(|draft| books.apply(at, draft));
+            fault = applied.err().map(|error| format!("an entry does not balance: {error}"));
+        }
+        match &fault {
+            None => {
+                drafts.extend(job.drafts);
+                passed.push(job.done);
             }
-            match &fault {
-                None => {
-                    drafts.extend(job.drafts);
-                    passed.push(job.done);
-                }
-                Some(reason) => drop(job.done.send(Err(reason.clone()))),
-            }
+            Some(reason) => drop(job.done.send(Err(reason.clone()))),
         }
     }
     let written = if drafts.is_empty() {

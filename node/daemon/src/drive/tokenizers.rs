@@ -27,8 +27,6 @@ const MAX_LOADED: usize = 8;
 pub(crate) struct Vocabulary {
     pub tokenizer: Arc<LlamaTokenizer>,
     pub template: Template,
-    /// Pieces of the begin and end tokens, as templates want them.
-    pub hash: TokenizerHash,
 }
 
 /// The tokenizers that this node has at hand.
@@ -70,7 +68,7 @@ impl Tokenizers {
         let (bos, eos) = (text(special.bos).await?, text(special.eos).await?);
         let template = Template::new(tokenizer.chat_template().as_deref(), &bos, &eos)?;
         tracing::info!(tokenizer = %hash.short(), template = template.name(), "tokenizer loaded");
-        let vocabulary = Arc::new(Vocabulary { tokenizer, template, hash });
+        let vocabulary = Arc::new(Vocabulary { tokenizer, template });
         if loaded.len() >= MAX_LOADED {
             loaded.pop_first();
         }

@@ -123,6 +123,10 @@ impl WalletPump {
 
     async fn tell_balance(&self) {
         let Some(consumer) = &self.consumer else { return };
+        if let Ok(channels) = self.wallet.channels().await {
+            let peers = channels.iter().filter(|c| c.usable).map(|c| c.counterparty).collect();
+            let _ = consumer.send(consumer::Message::Event(ConsumerEvent::DirectPeers(peers))).await;
+        }
         if let Ok(balance) = self.wallet.balance().await {
             let _ = consumer.send(consumer::Message::Event(ConsumerEvent::Payable(balance.payable))).await;
         }

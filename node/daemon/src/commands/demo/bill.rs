@@ -8,9 +8,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use super::chat::Chat;
-use super::client::{Direction, Payment, PaymentState, Wallet};
+use super::client::{Direction, Payment, PaymentState, Status, Wallet};
 use super::ledgers::{Ledger, Ledgers, ReceiptRow, Slice, Verdict};
-use super::nodes::Market;
+use super::nodes::{self, Market};
 
 /// Balances follow a payment by a round trip, a refund by some more.
 const SETTLE_WITHIN: Duration = Duration::from_secs(10);
@@ -39,6 +39,8 @@ pub(super) struct Settled {
     after: Wallets,
     payments: BTreeMap<&'static str, Vec<Payment>>,
     exposures: Vec<Exposure>,
+    /// Nodes that have stopped taking work, and why.
+    halted: Vec<String>,
 }
 
 /// The most that a side could have lost at any moment.
@@ -57,11 +59,9 @@ pub(super) async fn settle(market: &mut Market, before: &Wallets) -> anyhow::Res
         Ok(status.open_calls == 0 && !flying)
     };
     until(quiet).await?;
-    // What the largest exposures were, before restarts and refunds change what nodes remember.
-    let exposures = exposures(market).await?;
-
     let sessions = consumer.status().await?.consumer.context("the consumer has no status")?.sessions;
-    let open: Vec<_> = sessions.into_iter().filter(|session| !session.remainder_msat.is_zero()).collect();
+    let dust = Msat(nodes::REFUND_DUST_SAT * 1_000);
+    let open: Vec<_> = sessions.into_iter().filter(|session| session.remainder_msat >= dust).collect();
     for session in &open {
         let provider = market.node_with(session.provider).map_or("a provider", |node| node.name);
         market.clock.say(format!("session with {provider} ends; {} to come back", session.remainder_msat));
@@ -88,18 +88,15 @@ pub(super) async fn settle(market: &mut Market, before: &Wallets) -> anyhow::Res
     for node in market.nodes() {
         payments.insert(node.name, node.admin.payments().await?);
     }
-    Ok(Settled { after: Wallets::read(market).await?, payments, exposures })
-}
-
-async fn exposures(market: &Market) -> anyhow::Result<Vec<Exposure>> {
-    let mut exposures = Vec::new();
+    let (mut exposures, mut halted) = (Vec::new(), Vec::new());
     for node in market.nodes() {
-        let status = node.admin.status().await?;
-        let largest = status.provider.map(|p| p.largest_exposure_msat);
-        let largest_msat = largest.or(status.consumer.map(|c| c.largest_exposure_msat)).unwrap_or_default();
-        exposures.push(Exposure { name: node.name, largest_msat });
+        let Status { provider, consumer, .. } = node.admin.status().await?;
+        let of_provider = provider.map(|p| (p.largest_exposure_msat, p.halted));
+        let (largest, why) = of_provider.or(consumer.map(|c| (c.largest_exposure_msat, c.halted))).unwrap_or_default();
+        exposures.push(Exposure { name: node.name, largest_msat: largest.max(node.exposure_before) });
+        halted.extend(why.map(|why| format!("{}: {why}", node.name)));
     }
-    Ok(exposures)
+    Ok(Settled { after: Wallets::read(market).await?, payments, exposures, halted })
 }
 
 /// The balance has moved by what the payment list says.
@@ -185,6 +182,8 @@ pub(super) struct Bill {
     pub(super) cost_msat: Msat,
     pub(super) checks: Vec<Check>,
     pub(super) verdicts: Vec<Verdict>,
+    /// Tokens that came after a dead provider's last acknowledgement: had for nothing.
+    pub(super) free_tokens: u32,
     /// Names of the providers, by key.
     #[serde(skip)]
     pub(super) names: BTreeMap<NodeKey, &'static str>,
@@ -213,6 +212,7 @@ impl Bill {
             wallet(&mut checks, &row, &settled, &closed)?;
             wallets.push(row);
         }
+        checks.hold("every node still takes work", settled.halted.is_empty(), settled.halted.join("; "));
         for verdict in &ledgers.verdicts {
             let files = verdict.files.join(" with ");
             checks.hold(format!("{files} verifies"), verdict.clean, verdict.findings.join("; "));
@@ -220,6 +220,7 @@ impl Bill {
 
         let names: BTreeMap<NodeKey, &'static str> = ledgers.ledgers.iter().map(|l| (l.node, l.name)).collect();
         let payee = |slice: &Slice| providers.iter().find(|p| p.slices.iter().any(|s| s.hash == slice.hash));
+        let charged_tokens = chat.usage.cost_details.providers.iter().map(|leg| leg.completion_tokens).sum();
         let slices = consumer.slices.iter().map(|slice| SliceRow {
             provider: payee(slice).map_or("nobody", |provider| provider.name),
             k: slice.place.map(|(_, k)| k),
@@ -236,6 +237,7 @@ impl Bill {
             cost_msat: Msat(chat.usage.cost_msat),
             checks: checks.0,
             verdicts: ledgers.verdicts,
+            free_tokens: chat.usage.completion_tokens.saturating_sub(charged_tokens),
             names,
         })
     }
@@ -281,7 +283,9 @@ fn usage(checks: &mut Checks, chat: &Chat, consumer: &Ledger) {
     let ended = consumer.receipts.len() as u64 + consumer.abandoned;
     checks.same("requests that ended", &[("in the usage", legs.len() as u64), ("in the consumer's ledger", ended)]);
     for receipt in &consumer.receipts {
-        let Some(leg) = legs.iter().find(|leg| leg.receipt_id.as_ref() == Some(&receipt.id.to_string())) else { continue };
+        let Some(leg) = legs.iter().find(|leg| leg.receipt_id.as_ref() == Some(&receipt.id.to_string())) else {
+            continue;
+        };
         let short = receipt.id.short();
         checks.same(
             format!("receipt {short}: cost in msat"),
@@ -295,8 +299,15 @@ fn usage(checks: &mut Checks, chat: &Chat, consumer: &Ledger) {
             ],
         );
     }
-    let completion: u32 = legs.iter().map(|leg| leg.completion_tokens).sum();
-    checks.same("tokens out", &[("in the usage", chat.usage.completion_tokens), ("over its providers", completion)]);
+    let charged: u32 = legs.iter().map(|leg| leg.completion_tokens).sum();
+    let received = chat.usage.completion_tokens;
+    if chat.killed.is_none() {
+        checks.same("tokens out", &[("received", received), ("charged", charged)]);
+    } else {
+        // What came after the dead provider's last acknowledgement is nobody's claim.
+        let detail = format!("{received} received, {charged} charged");
+        checks.hold("tokens out: no more charged than received", charged <= received, detail);
+    }
 }
 
 /// One payer and one payee: their wallets and ledgers agree on every payment.
@@ -319,7 +330,11 @@ fn edge(checks: &mut Checks, consumer: &Ledger, provider: &Ledger, settled: &Set
     let arrived = sent.iter().filter(|(hash, amount)| back.get(hash) == Some(amount)).count();
     if !sent.is_empty() {
         let from_wallet = listed(settled, name, Direction::Outbound)?;
-        checks.hold(format!("{name}: every refund is in both ledgers and its wallet"), arrived == sent.len() && sent == from_wallet, format!("{arrived} of {}", sent.len()));
+        checks.hold(
+            format!("{name}: every refund is in both ledgers and its wallet"),
+            arrived == sent.len() && sent == from_wallet,
+            format!("{arrived} of {}", sent.len()),
+        );
     }
     let shared: Vec<&ReceiptRow> = consumer.receipts.iter().filter(|r| r.provider == provider.node).collect();
     let theirs: BTreeSet<_> = provider.receipts.iter().map(|receipt| receipt.id).collect();
@@ -350,14 +365,24 @@ fn books(checks: &mut Checks, consumer: &Ledger, providers: &[&Ledger]) {
     let paid = signed(sum(consumer.slices.iter().map(|slice| slice.amount)));
     let back = signed(sum(consumer.refunds.iter().map(|refund| refund.amount)));
     // A refund's routing fee is taken from the refund; between neighbours there is none.
-    checks.same("paid = cost + still prepaid + refunded, in msat", &[("paid", paid), ("together", c.expense + c.prepaid_asset + back)]);
+    checks.same(
+        "paid = cost + still prepaid + refunded, in msat",
+        &[("paid", paid), ("together", c.expense + c.prepaid_asset + back)],
+    );
     checks.same(
         "msat over Lightning, net",
-        &[("out of the consumer's ledger", -c.lightning - c.routing_fees), ("into the providers'", over(|p| p.balances.lightning))],
+        &[
+            ("out of the consumer's ledger", -c.lightning - c.routing_fees),
+            ("into the providers'", over(|p| p.balances.lightning)),
+        ],
     );
 }
 
-fn listed(settled: &Settled, name: &str, direction: Direction) -> anyhow::Result<BTreeMap<satgrid_types::PaymentHash, Msat>> {
+fn listed(
+    settled: &Settled,
+    name: &str,
+    direction: Direction,
+) -> anyhow::Result<BTreeMap<satgrid_types::PaymentHash, Msat>> {
     let rows = settled.payments.get(name).with_context(|| format!("no payments of {name}"))?;
     let rows = rows.iter().filter(|payment| is_settled(payment, direction));
     Ok(rows.map(|payment| (payment.payment_hash, payment.amount_msat)).collect())
@@ -398,7 +423,8 @@ fn wallet(checks: &mut Checks, row: &WalletRow, settled: &Settled, closed: &[Lig
             &[("in its channels", balance), ("in the list", by_list)],
         );
     } else {
-        let text = format!("{name}: {} channel closed after the kill; its balance is on its way to the chain", closed.len());
+        let text =
+            format!("{name}: {} channel closed after the kill; its balance is on its way to the chain", closed.len());
         checks.hold(text, true, "not compared");
     }
     Ok(())

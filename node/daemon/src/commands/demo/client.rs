@@ -6,7 +6,6 @@ use satgrid_types::{LightningKey, Msat, NodeKey, PaymentHash, SessionId};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -37,14 +36,12 @@ pub(super) struct Status {
 
 #[derive(Debug, Clone, Deserialize)]
 pub(super) struct ProviderStatus {
-    pub(super) open_requests: usize,
     pub(super) largest_exposure_msat: Msat,
     pub(super) halted: Option<String>,
 }
 
 #[derive(Debug, Clone, Deserialize)]
 pub(super) struct ConsumerStatus {
-    pub(super) counters: BTreeMap<String, u64>,
     pub(super) open_calls: usize,
     pub(super) largest_exposure_msat: Msat,
     pub(super) sessions: Vec<SessionStatus>,
@@ -73,7 +70,6 @@ pub(super) struct Balance {
 #[derive(Debug, Clone, Deserialize)]
 pub(super) struct Channel {
     pub(super) counterparty: LightningKey,
-    pub(super) ours_msat: Msat,
     pub(super) usable: bool,
 }
 

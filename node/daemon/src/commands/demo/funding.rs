@@ -58,7 +58,8 @@ pub(super) async fn open_channels(market: &mut Market) -> anyhow::Result<()> {
         let waited = Instant::now();
         while waited.elapsed() < Duration::from_secs(1) {
             if all_usable(market).await? {
-                let text = format!("a channel of {CHANNEL_SAT} sat to each provider, {CONFIRMATIONS} blocks deep and usable");
+                let text =
+                    format!("a channel of {CHANNEL_SAT} sat to each provider, {CONFIRMATIONS} blocks deep and usable");
                 market.clock.say(text);
                 return Ok(());
             }
@@ -101,7 +102,9 @@ pub(super) async fn wait_for_listings(market: &mut Market) -> anyhow::Result<()>
         Ok(client.get(&health).send().await?.status().is_success().then_some(()))
     })
     .await?;
-    market.clock.say(format!("the consumer has verified {wanted} listings; the gateway is ready at {}", market.api_url()));
+    market
+        .clock
+        .say(format!("the consumer has verified {wanted} listings; the gateway is ready at {}", market.api_url()));
     Ok(())
 }
 

@@ -35,7 +35,7 @@ use std::time::{Duration, Instant};
 use super::print;
 use crate::cli::{DemoArgs, Format, Globals};
 use crate::failure::{Findings, HintExt};
-use crate::models::{CATALOGUE, CHUNK_BYTES, HubOptions, Reference, Store, identify, pull};
+use crate::models::{CATALOGUE, CHUNK_BYTES, HubOptions, Reference, Store, identify, inspect, pull};
 use crate::progress::Bytes;
 use crate::signals;
 use nodes::{ForSale, Market};
@@ -100,6 +100,9 @@ async fn walk(globals: &Globals, args: &DemoArgs, market: &mut Market, for_sale:
         prompt: args.prompt.clone().unwrap_or_else(|| PROMPT.to_owned()),
         max_tokens: args.max_tokens,
     };
+    if !for_sale.has_template {
+        market.clock.say("this model has no chat template: it gets the prompt as it stands, and continues it");
+    }
     let aloud = globals.format == Format::Text;
     let chat = chat::stream(market, &request, aloud, args.kill_provider_after).await?;
     funding::revive(market).await?;
@@ -144,7 +147,8 @@ fn for_sale(config: &crate::config::Models, file: Option<&Path>) -> anyhow::Resu
         let hub = HubOptions { chunk_bytes: CHUNK_BYTES, endpoint: None, token: None };
         let pulled = pull(&store, &Reference::Catalogue(entry), None, &hub, Bytes::new);
         let pulled = pulled.hint("--model FILE uses a GGUF file of yours instead")?;
-        return Ok(ForSale { name: pulled.record.name, path: pulled.path, catalogue: None, models_dir });
+        let has_template = inspect(&pulled.path)?.has_template;
+        return Ok(ForSale { name: pulled.record.name, path: pulled.path, has_template, catalogue: None, models_dir });
     };
     let path = std::path::absolute(file)?;
     let identified = match identify(&store, &path, Bytes::new) {
@@ -163,5 +167,6 @@ fn for_sale(config: &crate::config::Models, file: Option<&Path>) -> anyhow::Resu
         hex::encode(identified.root),
         hex::encode(identified.inspected.tokenizer.hash),
     );
-    Ok(ForSale { name: stem, path, catalogue: Some(catalogue), models_dir })
+    let has_template = identified.inspected.has_template;
+    Ok(ForSale { name: stem, path, has_template, catalogue: Some(catalogue), models_dir })
 }

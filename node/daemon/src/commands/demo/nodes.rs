@@ -1,7 +1,7 @@
 //! The processes of the market: their folders, seeds, ports and configurations.
 
 use anyhow::{Context, bail};
-use satgrid_types::{LightningKey, NodeKey};
+use satgrid_types::{LightningKey, Msat, NodeKey};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs::DirBuilder;
@@ -10,9 +10,9 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::Clock;
 use super::children::Child;
 use super::client::{Admin, Rpc, Status};
-use super::Clock;
 use crate::commands::init::{new_phrase, write_new};
 use crate::config;
 use crate::failure::HintExt;
@@ -23,7 +23,9 @@ const INPUT_PRICE: u64 = 100_000_000;
 const OUTPUT_PRICES: [u64; 2] = [400_000_000, 600_000_000];
 /// Both sides sign this often: a short answer shows several signatures.
 const ACK_TOKENS: u32 = 16;
-const WINDOW_TOKENS: u32 = 64;
+const WINDOW_TOKENS: u32 = 32;
+/// Remainders from this on are paid back at the end.
+pub(super) const REFUND_DUST_SAT: u64 = 1;
 /// A block reward is more than the cap that a careful operator sets.
 const MAX_BALANCE_SAT: u64 = 21_000_000 * 100_000_000;
 /// Sequences at once; each takes memory for its context.
@@ -38,6 +40,8 @@ const MARKER: &str = "satgrid-demo";
 pub(super) struct ForSale {
     pub(super) name: String,
     pub(super) path: PathBuf,
+    /// A base model has none: it continues text.
+    pub(super) has_template: bool,
     /// The consumer's own catalogue, where the shipped one does not know the model.
     pub(super) catalogue: Option<String>,
     pub(super) models_dir: PathBuf,
@@ -55,6 +59,8 @@ pub(super) struct Node {
     log: PathBuf,
     child: Option<Child>,
     identity: Option<Identity>,
+    /// What it had at risk at most, as it last said before it was killed.
+    pub(super) exposure_before: Msat,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -147,7 +153,7 @@ impl Node {
             ("api.admin", text(admin)),
             ("session.ack_tokens", ACK_TOKENS.to_string()),
             ("session.window_tokens", WINDOW_TOKENS.to_string()),
-            ("session.chunk_tokens", ACK_TOKENS.to_string()),
+            ("session.refund_dust_sat", REFUND_DUST_SAT.to_string()),
             ("market.relays", format!("[{}]", text(&market.relay_url))),
             ("wallet.chain", text(format!("esplora:{}", market.chain_url))),
             ("wallet.listen", text(lightning)),
@@ -159,7 +165,17 @@ impl Node {
         let config = market.dir.join(format!("{name}.toml"));
         write_new(&config, &config::render(&all, false), 0o600)?;
         let log = market.dir.join("logs").join(format!("{name}.log"));
-        Ok(Node { name, admin: Admin::new(admin, &dir)?, dir, output_price, config, log, child: None, identity: None })
+        Ok(Node {
+            name,
+            admin: Admin::new(admin, &dir)?,
+            dir,
+            output_price,
+            config,
+            log,
+            child: None,
+            identity: None,
+            exposure_before: Msat::ZERO,
+        })
     }
 
     fn start(&mut self) -> anyhow::Result<()> {
@@ -281,6 +297,9 @@ impl Market {
     pub(super) async fn kill(&mut self, key: NodeKey) -> anyhow::Result<&'static str> {
         for node in &mut self.providers {
             if node.identity.is_some_and(|identity| identity.node_key == key) {
+                if let Some(provider) = node.admin.status().await?.provider {
+                    node.exposure_before = provider.largest_exposure_msat;
+                }
                 if let Some(mut child) = node.child.take() {
                     child.kill().await?;
                 }

@@ -34,8 +34,16 @@ pub(super) fn bill(bill: &Bill, chat: &Chat) -> String {
     section(&mut out, "THE ANSWER", &answer(chat));
     section(&mut out, "THE BILL (msat)", &costs(bill, chat));
     section(&mut out, "SLICES, each one Lightning payment", &slices(bill));
-    section(&mut out, &format!("RECEIPTS, signed by both sides ({} acknowledgements before)", bill.acks), &receipts(bill));
-    section(&mut out, "LIGHTNING BALANCES (msat), from the wallets' own lists, and what the ledgers say", &wallets(bill));
+    section(
+        &mut out,
+        &format!("RECEIPTS, signed by both sides ({} acknowledgements before)", bill.acks),
+        &receipts(bill),
+    );
+    section(
+        &mut out,
+        "LIGHTNING BALANCES (msat), from the wallets' own lists, and what the ledgers say",
+        &wallets(bill),
+    );
     section(&mut out, "THE MOST THAT EACH SIDE COULD HAVE LOST (msat)", &exposures(bill));
     section(&mut out, "AUDIT, by satgrid-ledger verify on the exported files", &audit(bill));
     section(&mut out, "COMPARED TO THE MSAT", &checks(bill));
@@ -45,9 +53,18 @@ pub(super) fn bill(bill: &Bill, chat: &Chat) -> String {
 fn answer(chat: &Chat) -> String {
     let usage = &chat.usage;
     let rows = vec![
-        vec!["tokens".to_owned(), format!("{} in, {} out ({})", usage.prompt_tokens, usage.completion_tokens, chat.finish_reason)],
-        vec!["time to first token".to_owned(), format!("{} ms, session and first payment included", chat.first_token_ms)],
-        vec!["speed".to_owned(), format!("{:.1} tokens/s while paying; {} ms in all", chat.tokens_per_s, chat.total_ms)],
+        vec![
+            "tokens".to_owned(),
+            format!("{} in, {} out ({})", usage.prompt_tokens, usage.completion_tokens, chat.finish_reason),
+        ],
+        vec![
+            "time to first token".to_owned(),
+            format!("{} ms, session and first payment included", chat.first_token_ms),
+        ],
+        vec![
+            "speed".to_owned(),
+            format!("{:.1} tokens/s while paying; {} ms in all", chat.tokens_per_s, chat.total_ms),
+        ],
     ];
     print::table(&["", ""], rows)
 }
@@ -69,6 +86,10 @@ fn costs(bill: &Bill, chat: &Chat) -> String {
         }
         let kept = if leg.receipt_id.is_some() { "receipt" } else { "charged at the last acknowledgement" };
         rows.push(vec![name.to_owned(), kept.to_owned(), String::new(), String::new(), right(leg.cost_msat)]);
+    }
+    if bill.free_tokens > 0 {
+        let what = "not yet acknowledged, so free".to_owned();
+        rows.push(vec![String::new(), what, right(bill.free_tokens), String::new(), right(0)]);
     }
     let mut total = |what: &str, msat: u64| {
         rows.push(vec![what.to_owned(), String::new(), String::new(), String::new(), right(msat)]);
@@ -99,12 +120,19 @@ fn receipts(bill: &Bill) -> String {
 
 fn wallets(bill: &Bill) -> String {
     let rows = bill.wallets.iter().map(|row| {
-        let mut cells = vec![row.name.to_owned(), right(row.before_msat.0), right(row.out_msat.0), right(row.fees_msat.0)];
+        let mut cells =
+            vec![row.name.to_owned(), right(row.before_msat.0), right(row.out_msat.0), right(row.fees_msat.0)];
         cells.extend([right(row.in_msat.0), right(row.after_msat.0), right(row.ledger_msat)]);
         cells
     });
     let header = [
-        "", "         BEFORE", "            OUT", "           FEES", "             IN", "          AFTER", "     LEDGER NET",
+        "",
+        "         BEFORE",
+        "            OUT",
+        "           FEES",
+        "             IN",
+        "          AFTER",
+        "     LEDGER NET",
     ];
     print::table(&header, rows.collect())
 }
