@@ -162,9 +162,14 @@ impl Sim {
         providers.shuffle(&mut self.rng);
         let prompt = if self.rng.gen_bool(0.2) { self.rng.gen_range(600..1_600) } else { self.rng.gen_range(1..200) };
         let mut ask = Ask::tokens(prompt, self.rng.gen_range(1..500)).to(&providers);
-        ask.sampling = Sampling { seed: self.rng.gen_range(0..1_000), temperature_micro: 700_000, ..Sampling::default() };
+        ask.sampling =
+            Sampling { seed: self.rng.gen_range(0..1_000), temperature_micro: 700_000, ..Sampling::default() };
         ask.allow_fallbacks = self.rng.gen_bool(0.9);
-        Fault::Call { consumer, ask: Box::new(ask), cancel_after_ms: self.rng.gen_bool(0.15).then(|| self.rng.gen_range(0..4_000)) }
+        Fault::Call {
+            consumer,
+            ask: Box::new(ask),
+            cancel_after_ms: self.rng.gen_bool(0.15).then(|| self.rng.gen_range(0..4_000)),
+        }
     }
 
     pub(super) fn add(&mut self, at: UnixMs, fault: Fault) {
@@ -216,7 +221,8 @@ impl Sim {
 
     fn verdict(&mut self) {
         let world = &self.world;
-        let cheats: BTreeSet<usize> = (0..world.providers.len()).filter(|p| world.providers[*p].cheat != Cheat::None).collect();
+        let cheats: BTreeSet<usize> =
+            (0..world.providers.len()).filter(|p| world.providers[*p].cheat != Cheat::None).collect();
         let honest: BTreeSet<_> = (0..world.providers.len()).filter(|p| !cheats.contains(p)).collect();
         let (sellers, buyers) = world.assert_quiet_but(&cheats);
         for c in 0..world.consumers.len() {

@@ -405,6 +405,10 @@ impl World {
     }
 }
 
-fn genesis(key: &ed25519_dalek::SigningKey, nostr: &secp256k1::Keypair, lightning: satgrid_types::LightningKey) -> Evidence {
+fn genesis(
+    key: &ed25519_dalek::SigningKey,
+    nostr: &secp256k1::Keypair,
+    lightning: satgrid_types::LightningKey,
+) -> Evidence {
     Evidence::Genesis { node: node_key(key), nostr: nostr_key(nostr), lightning, network: "regtest".into() }
 }

@@ -3,7 +3,13 @@
 #![allow(clippy::unwrap_used)]
 
 use satgrid_tests::sim::{self, Stats};
-use std::{ops::Range, panic, sync::Mutex, sync::atomic::{AtomicU64, Ordering}, thread};
+use std::{
+    ops::Range,
+    panic,
+    sync::Mutex,
+    sync::atomic::{AtomicU64, Ordering},
+    thread,
+};
 
 const SEEDS: Range<u64> = 0..200;
 const THREADS: usize = 2;
@@ -25,20 +31,22 @@ fn sim_200_seeds() {
     let results: Mutex<(Stats, Vec<(u64, String)>)> = Mutex::default();
     thread::scope(|scope| {
         for _ in 0..THREADS {
-            scope.spawn(|| loop {
-                let seed = next.fetch_add(1, Ordering::Relaxed);
-                if seed >= seeds.end {
-                    break;
-                }
-                let run = panic::catch_unwind(|| sim::run(seed, trace));
-                let mut results = results.lock().unwrap();
-                match run {
-                    Ok((stats, _)) => results.0.add(stats),
-                    Err(cause) => {
-                        let text = cause.downcast_ref::<String>().cloned();
-                        let text = text.or_else(|| cause.downcast_ref::<&str>().map(ToString::to_string));
-                        let text = text.unwrap_or_default().chars().take(600).collect();
-                        results.1.push((seed, text));
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= seeds.end {
+                        break;
+                    }
+                    let run = panic::catch_unwind(|| sim::run(seed, trace));
+                    let mut results = results.lock().unwrap();
+                    match run {
+                        Ok((stats, _)) => results.0.add(stats),
+                        Err(cause) => {
+                            let text = cause.downcast_ref::<String>().cloned();
+                            let text = text.or_else(|| cause.downcast_ref::<&str>().map(ToString::to_string));
+                            let text = text.unwrap_or_default().chars().take(600).collect();
+                            results.1.push((seed, text));
+                        }
                     }
                 }
             });
@@ -48,7 +56,9 @@ fn sim_200_seeds() {
     failed.sort();
     println!("{} seeds: {stats:?}", seeds.end - seeds.start);
     for (seed, text) in &failed {
-        println!("seed {seed} failed: {text}\n  replay: SATGRID_SEEDS={seed} cargo test -p satgrid-tests --test sim -- --nocapture");
+        println!(
+            "seed {seed} failed: {text}\n  replay: SATGRID_SEEDS={seed} cargo test -p satgrid-tests --test sim -- --nocapture"
+        );
     }
     assert!(failed.is_empty(), "{} of {} seeds failed", failed.len(), seeds.end - seeds.start);
     assert!(seeds != SEEDS || stats.reached_everything(), "some kind of trouble never happened: {stats:?}");

@@ -318,14 +318,10 @@ impl SessionAudit {
         notes.version(SessionClose::KIND, close.version, SessionClose::VERSION);
         let remainder = self.remainder();
         let consumer = Party::Consumer(self.consumer);
-        // The consumer may know of a later acknowledgement or receipt whose countersignature was lost on its way: then
-        // it asks the provider for less than the provider's books say. For more it may not ask.
-        let fair = if self.as_provider { close.remainder <= remainder } else { close.remainder == remainder };
-        notes.require(fair, Rule::CloseRemainder, consumer, || {
+        notes.require(close.remainder == remainder, Rule::CloseRemainder, consumer, || {
             format!("claims {}, paid less charged is {remainder}", close.remainder)
         });
-        let last = self.as_provider || close.last_receipt == self.last_receipt;
-        notes.require(last, Rule::CloseRemainder, consumer, || {
+        notes.require(close.last_receipt == self.last_receipt, Rule::CloseRemainder, consumer, || {
             format!("names receipt {:?}, the last is {:?}", close.last_receipt, self.last_receipt)
         });
         self.closed = true;

@@ -1,6 +1,6 @@
 //! Driving the consumer role, and being its clients.
 
-use super::{CallLog, Who, What, World, parts};
+use super::{CallLog, What, Who, World, parts};
 use rand::Rng;
 use satgrid_node::{
     consumer::{CallId, Consumer, ConsumerAction, ConsumerEvent, Emission, Submit},

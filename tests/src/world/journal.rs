@@ -1,9 +1,6 @@
 //! A journal in memory that books every draft before it takes it, answers after a while, and can lose its tail.
 
-use satgrid_ledger::{
-    Books, Draft, Entry, Head,
-    entry::Evidence,
-};
+use satgrid_ledger::{Books, Draft, Entry, Head, entry::Evidence};
 use satgrid_node::Ticket;
 use satgrid_types::UnixMs;
 use std::collections::VecDeque;

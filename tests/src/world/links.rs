@@ -67,10 +67,14 @@ impl World {
 
     fn by_end(&self, consumer: Option<usize>, provider: Option<usize>, end: LinkId) -> Option<u64> {
         let of_consumer = |l: &Link| {
-            consumer.is_some_and(|c| l.consumer == c && l.consumer_end == end && l.consumer_epoch == self.consumers[c].epoch)
+            consumer.is_some_and(|c| {
+                l.consumer == c && l.consumer_end == end && l.consumer_epoch == self.consumers[c].epoch
+            })
         };
         let of_provider = |l: &Link| {
-            provider.is_some_and(|p| l.provider == p && l.provider_end == end && l.provider_epoch == self.providers[p].epoch)
+            provider.is_some_and(|p| {
+                l.provider == p && l.provider_end == end && l.provider_epoch == self.providers[p].epoch
+            })
         };
         self.links.iter().rev().find(|(_, l)| of_consumer(l) || of_provider(l)).map(|(id, _)| *id)
     }
@@ -107,7 +111,8 @@ impl World {
 
     /// Something between the two breaks: both sides notice, nothing more arrives.
     pub fn break_links(&mut self, c: usize, p: usize) {
-        let ids: Vec<u64> = self.links.iter().filter(|(_, l)| l.consumer == c && l.provider == p).map(|(id, _)| *id).collect();
+        let ids: Vec<u64> =
+            self.links.iter().filter(|(_, l)| l.consumer == c && l.provider == p).map(|(id, _)| *id).collect();
         for id in ids {
             self.break_link(id);
         }
@@ -118,7 +123,11 @@ impl World {
         let Some(link) = self.links.remove(&id) else { return };
         let reason = "the connection was lost".to_owned();
         self.say(|| format!("link {id} breaks"));
-        self.tell_consumer(link.consumer, link.consumer_epoch, ConsumerEvent::LinkDown { link: link.consumer_end, reason });
+        self.tell_consumer(
+            link.consumer,
+            link.consumer_epoch,
+            ConsumerEvent::LinkDown { link: link.consumer_end, reason },
+        );
         self.tell_provider(link.provider, link.provider_epoch, ProviderEvent::LinkDown { link: link.provider_end });
     }
 

@@ -13,8 +13,8 @@ use satgrid_node::{
 };
 use satgrid_types::{
     Bindings, BuildId, EngineProfile, FinishReason, LightningKey, Listing, ModelRoot, Msat, MsatPerMtok, NodeKey, Part,
-    PaymentHash, RateCard, RequestId, Sampling, Speed, TokenUsage, TokenizerHash, UnixMs, VerifiedListing, lightning_binding_message, node_key, nostr_key,
-    sign_node_binding, verify_listing,
+    PaymentHash, RateCard, RequestId, Sampling, Speed, TokenUsage, TokenizerHash, UnixMs, VerifiedListing,
+    lightning_binding_message, node_key, nostr_key, sign_node_binding, verify_listing,
 };
 use satgrid_wallet::{fake::FakeNetwork, payment::Slices};
 use secp256k1::{Keypair, SECP256K1};

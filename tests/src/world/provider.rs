@@ -12,10 +12,7 @@ use satgrid_node::{
 };
 use satgrid_protocol::frame::{self, ProviderControl};
 use satgrid_types::{Digest, Msat, node_key};
-use satgrid_wallet::{
-    fake::Crash,
-    port::InvoiceRequest,
-};
+use satgrid_wallet::{fake::Crash, port::InvoiceRequest};
 
 const ENGINE: EngineId = EngineId(0);
 /// How long a wallet takes to make an invoice.
@@ -210,7 +207,11 @@ impl World {
         if let Some(job) = job.filter(|_| refused) {
             let error = JobError::Backend { reason: "the engine is down".into() };
             let epoch = self.providers[p].epoch;
-            self.tell_provider(p, epoch, ProviderEvent::Engine { engine: ENGINE, event: EngineEvent::Failed { job, error } });
+            self.tell_provider(
+                p,
+                epoch,
+                ProviderEvent::Engine { engine: ENGINE, event: EngineEvent::Failed { job, error } },
+            );
         }
         self.kick_engine(p);
     }

@@ -118,7 +118,12 @@ impl World {
     }
 
     fn report(&mut self, who: Who, hash: PaymentHash, outcome: Outcome) {
-        self.say(|| format!("{who:?} payment {hash}: {}", if matches!(outcome, Outcome::Settled { .. }) { "settled" } else { "failed" }));
+        self.say(|| {
+            format!(
+                "{who:?} payment {hash}: {}",
+                if matches!(outcome, Outcome::Settled { .. }) { "settled" } else { "failed" }
+            )
+        });
         match who {
             Who::Provider(p) => {
                 let epoch = self.providers[p].epoch;
@@ -147,6 +152,9 @@ impl World {
         let payable = self.net.balance(self.consumers[c].purse.lightning).map(|b| b.payable).unwrap_or_default();
         let epoch = self.consumers[c].epoch;
         self.tell_consumer(c, epoch, ConsumerEvent::Payable(payable));
+        let channels = self.net.channels(self.consumers[c].purse.lightning).unwrap_or_default();
+        let peers = channels.iter().filter(|c| c.usable).map(|c| c.counterparty).collect();
+        self.tell_consumer(c, epoch, ConsumerEvent::DirectPeers(peers));
     }
 
     /// The role has booked the event: the wallet may forget it.

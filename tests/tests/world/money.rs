@@ -112,7 +112,9 @@ fn payments_that_always_fail_leave_the_provider() {
 
 #[test]
 fn wallet_events_that_are_lost_or_come_twice_are_booked_once() {
-    for fault in [Fault::LoseEvent, Fault::DuplicateEvent, Fault::Break, Fault::Fee(Msat(90)), Fault::Delay { ms: 2_500 }] {
+    for fault in
+        [Fault::LoseEvent, Fault::DuplicateEvent, Fault::Break, Fault::Fee(Msat(90)), Fault::Delay { ms: 2_500 }]
+    {
         let mut world = World::new(Options::default(), 1, 1);
         world.net.script(world.consumers[0].purse.lightning, [fault; 40]);
         let call = world.submit(0, Ask::tokens(30, 1_500));
@@ -223,7 +225,8 @@ fn a_close_survives_deaths_on_both_sides() {
         assert!(back || notes > 0, "died {ms} ms after the close: neither refunded nor owed");
         world.assert_quiet();
         world.assert_agree(0, 0);
-        let due = world.providers[0].journal.books().accounts().filter(|(a, _)| matches!(a, Account::RefundsDue(_))).count();
+        let due =
+            world.providers[0].journal.books().accounts().filter(|(a, _)| matches!(a, Account::RefundsDue(_))).count();
         assert!(due <= 1);
     }
 }

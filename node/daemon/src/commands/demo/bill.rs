@@ -67,7 +67,9 @@ pub(super) async fn settle(market: &mut Market, before: &Wallets) -> anyhow::Res
         market.clock.say(format!("session with {provider} ends; {} to come back", session.remainder_msat));
         consumer.close_session(session.session).await?;
     }
-    let refunds = open.len();
+    // Who was killed has not found its peers again: its remainder comes as a signed credit note instead.
+    let pays_back = |key| market.node_with(key).is_some_and(|node| !node.was_killed);
+    let refunds = open.iter().filter(|session| pays_back(session.provider)).count();
     until(async || {
         market.check()?;
         let back = consumer.payments().await?.iter().filter(|payment| is_settled(payment, Direction::Inbound)).count();
@@ -179,6 +181,8 @@ pub(super) struct Bill {
     pub(super) exposures: Vec<Exposure>,
     pub(super) paid_msat: Msat,
     pub(super) refunded_msat: Msat,
+    /// Neither used nor paid back: still prepaid, or owed by a credit note.
+    pub(super) owed_msat: i128,
     pub(super) cost_msat: Msat,
     pub(super) checks: Vec<Check>,
     pub(super) verdicts: Vec<Verdict>,
@@ -234,6 +238,7 @@ impl Bill {
             exposures: settled.exposures,
             paid_msat: sum(consumer.slices.iter().map(|slice| slice.amount)),
             refunded_msat: sum(consumer.refunds.iter().map(|refund| refund.amount)),
+            owed_msat: consumer.balances.prepaid_asset,
             cost_msat: Msat(chat.usage.cost_msat),
             checks: checks.0,
             verdicts: ledgers.verdicts,

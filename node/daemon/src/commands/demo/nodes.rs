@@ -61,6 +61,7 @@ pub(super) struct Node {
     identity: Option<Identity>,
     /// What it had at risk at most, as it last said before it was killed.
     pub(super) exposure_before: Msat,
+    pub(super) was_killed: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -175,6 +176,7 @@ impl Node {
             child: None,
             identity: None,
             exposure_before: Msat::ZERO,
+            was_killed: false,
         })
     }
 
@@ -300,6 +302,7 @@ impl Market {
                 if let Some(provider) = node.admin.status().await?.provider {
                     node.exposure_before = provider.largest_exposure_msat;
                 }
+                node.was_killed = true;
                 if let Some(mut child) = node.child.take() {
                     child.kill().await?;
                 }

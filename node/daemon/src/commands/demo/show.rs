@@ -91,13 +91,16 @@ fn costs(bill: &Bill, chat: &Chat) -> String {
         let what = "not yet acknowledged, so free".to_owned();
         rows.push(vec![String::new(), what, right(bill.free_tokens), String::new(), right(0)]);
     }
-    let mut total = |what: &str, msat: u64| {
+    let mut total = |what: &str, msat: i128| {
         rows.push(vec![what.to_owned(), String::new(), String::new(), String::new(), right(msat)]);
     };
-    total("cost", chat.usage.cost_msat);
-    total("paid in slices", bill.paid_msat.0);
-    total("refunded at the end", bill.refunded_msat.0);
-    total("routing fees", chat.usage.cost_details.routing_fees_msat);
+    total("cost", chat.usage.cost_msat.into());
+    total("paid in slices", bill.paid_msat.0.into());
+    total("refunded at the end", bill.refunded_msat.0.into());
+    if bill.owed_msat != 0 {
+        total("owed, by a signed credit note", bill.owed_msat);
+    }
+    total("routing fees", chat.usage.cost_details.routing_fees_msat.into());
     print::table(&["", "", "         TOKENS", "      MSAT/MTOK", "           MSAT"], rows)
 }
 

@@ -1,0 +1,33 @@
+//! Memory of the nodes at rest.
+
+use crate::machine::{children, resident};
+use crate::market::Market;
+use crate::report::{Goal, Report};
+use std::time::{Duration, Instant};
+
+/// Of a gateway at rest, in MB.
+const GOAL_MB: f64 = 120.0;
+/// A tokenizer's process ends a minute after its last call; this long it is waited for.
+const UNLOADED_WITHIN: Duration = Duration::from_secs(150);
+
+pub async fn measure(market: &Market, at_rest_since: Instant, report: &mut Report) {
+    let gateway = market.consumer.pid();
+    while !children(gateway).is_empty() {
+        assert!(at_rest_since.elapsed() < UNLOADED_WITHIN, "the tokenizer's process does not end");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    let consumer = resident(gateway).unwrap();
+    report.figure("gateway at rest, tokenizer unloaded", "MB resident", consumer.all, Goal::AtMost(GOAL_MB));
+    let provider = resident(market.provider.pid()).unwrap();
+    report.figure("provider's node beside its engine", "MB resident", provider.all, Goal::None);
+    let engines: f64 = children(market.provider.pid()).iter().filter_map(|pid| resident(*pid)).map(|r| r.all).sum();
+    report.note(format!(
+        "memory: gateway {:.1} MB of its own and {:.1} MB of mapped files (the program); provider {:.1} and {:.1}; \
+         its engine's process {engines:.0} MB; {} s after the last call",
+        consumer.anonymous,
+        consumer.all - consumer.anonymous,
+        provider.anonymous,
+        provider.all - provider.anonymous,
+        at_rest_since.elapsed().as_secs(),
+    ));
+}

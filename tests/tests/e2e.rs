@@ -1,0 +1,146 @@
+//! The shipped binary, end to end: real processes, a real chain, relay and Lightning, real (if tiny) weights; played
+//! fairly and unfairly. Ignored by default because it needs the built `satgrid`: `tests/scripts/e2e.sh` runs it.
+//!
+//! | test | what |
+//! |---|---|
+//! | `a_paid_answer_on_the_real_model` | the demo as `make demo` runs it |
+//! | `a_killed_provider_is_replaced_in_mid_stream` | SIGKILL for the serving provider; the bill sums both legs |
+//! | `a_market_under_bad_input_and_bad_luck` | one market on a tiny model, left running, and everything that is done to it |
+//! | `ports_that_are_taken` | told at once, by number |
+//!
+//! Nothing here looks inside the program: files, ports, exit codes and the auditor's verdict are all there is.
+#![allow(clippy::unwrap_used)]
+
+#[path = "e2e/bad_input.rs"]
+mod bad_input;
+#[path = "e2e/bad_luck.rs"]
+mod bad_luck;
+#[path = "e2e/http.rs"]
+mod http;
+#[path = "e2e/market.rs"]
+mod market;
+#[path = "e2e/openai.rs"]
+mod openai;
+
+use market::{Market, demo, satgrid, tiny_model};
+use serde_json::Value;
+use std::time::Instant;
+
+fn real_model() -> std::path::PathBuf {
+    let path = std::env::var_os("SATGRID_TEST_MODEL").expect("SATGRID_TEST_MODEL names the real model: e2e.sh sets it");
+    path.into()
+}
+
+/// Every comparison that the demo makes holds, and there are as many as there should be.
+#[track_caller]
+fn adds_up(document: &Value) {
+    let checks = document["bill"]["checks"].as_array().unwrap();
+    let wrong: Vec<&Value> = checks.iter().filter(|check| check["holds"] != true).collect();
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    assert!(checks.len() >= 20, "only {} comparisons", checks.len());
+    for verdict in document["bill"]["verdicts"].as_array().unwrap() {
+        assert_eq!(verdict["clean"], true, "{verdict}");
+    }
+}
+
+/// The figures once more, by other hands than the demo's.
+#[track_caller]
+fn sums(document: &Value) {
+    let bill = &document["bill"];
+    let usage = &document["chat"]["usage"];
+    let number = |value: &Value| value.as_i64().unwrap();
+    let slices: i64 = bill["slices"].as_array().unwrap().iter().map(|slice| number(&slice["amount"])).sum();
+    assert_eq!(slices, number(&bill["paid_msat"]));
+    let legs: i64 =
+        usage["cost_details"]["providers"].as_array().unwrap().iter().map(|leg| number(&leg["cost_msat"])).sum();
+    assert_eq!(legs, number(&usage["cost_msat"]));
+    let wallets = bill["wallets"].as_array().unwrap();
+    let consumer = wallets.iter().find(|wallet| wallet["name"] == "consumer").unwrap();
+    let spent = number(&consumer["before_msat"]) - number(&consumer["after_msat"]);
+    assert_eq!(spent, number(&usage["cost_msat"]) + number(&bill["owed_msat"]), "what left the wallet is the cost");
+    let moved: i64 = wallets.iter().map(|w| number(&w["after_msat"]) - number(&w["before_msat"])).sum();
+    assert_eq!(moved, 0, "neighbours lose nothing between them");
+}
+
+#[test]
+#[ignore = "needs the built binary: tests/scripts/e2e.sh"]
+fn a_paid_answer_on_the_real_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let began = Instant::now();
+    let document = demo(dir.path(), &["--model", real_model().to_str().unwrap()]);
+    adds_up(&document);
+    sums(&document);
+    assert_eq!(document["chat"]["usage"]["completion_tokens"], 96);
+    let slices = document["bill"]["slices"].as_array().unwrap().len();
+    assert!((3..=6).contains(&slices), "{slices} slices");
+    let first_token = &document["chat"]["first_token_ms"];
+    eprintln!("real model: {:.1} s, first token after {first_token} ms", began.elapsed().as_secs_f32());
+}
+
+#[test]
+#[ignore = "needs the built binary: tests/scripts/e2e.sh"]
+fn a_killed_provider_is_replaced_in_mid_stream() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = real_model();
+    let document = demo(dir.path(), &["--model", model.to_str().unwrap(), "--kill-provider-after", "20"]);
+    adds_up(&document);
+    sums(&document);
+    let chat = &document["chat"];
+    assert_eq!(chat["killed"], "provider-a", "the cheaper one serves first");
+    assert_eq!(chat["usage"]["completion_tokens"], 96, "the stream went on to its end");
+    let legs = chat["usage"]["cost_details"]["providers"].as_array().unwrap();
+    assert_eq!(legs.len(), 2);
+    assert!(legs[0]["receipt_id"].is_null(), "the dead sign nothing");
+    assert!(legs[1]["receipt_id"].is_string());
+    // The second leg reads the prompt and everything that had arrived.
+    let received = 96 - legs[1]["completion_tokens"].as_i64().unwrap();
+    let prompt = chat["usage"]["prompt_tokens"].as_i64().unwrap();
+    assert_eq!(legs[1]["prompt_tokens"].as_i64().unwrap(), prompt + received);
+    assert!(legs[0]["completion_tokens"].as_i64().unwrap() <= received, "charged at most for what arrived");
+}
+
+#[test]
+#[ignore = "needs the built binary: tests/scripts/e2e.sh"]
+fn a_market_under_bad_input_and_bad_luck() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = tiny_model(dir.path());
+    let mut market = Market::start(&dir.path().join("market"), &model);
+    adds_up(&market.document);
+    sums(&market.document);
+
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        market.case("bad input", bad_input::requests(&market)).await;
+        market.case("several streams at once", bad_input::several_at_once(&market)).await;
+        market.case("the official openai client", openai::streams(&market)).await;
+        market.case("an empty wallet", bad_input::empty_wallet(&market)).await;
+    });
+    market.audit("after paid work");
+    runtime.block_on(async {
+        market.case("an engine killed in mid-stream", bad_luck::engine_killed(&market)).await;
+    });
+    bad_luck::consumer_killed_while_paying(&mut market, &runtime);
+    market.audit("after a consumer was killed while paying");
+    runtime.block_on(async {
+        market.case("the relay killed", bad_luck::relay_down(&market)).await;
+        market.case("both providers killed in mid-stream", bad_luck::everyone_killed(&market)).await;
+    });
+    market.audit("after both providers were killed");
+    market.stop();
+}
+
+#[test]
+#[ignore = "needs the built binary: tests/scripts/e2e.sh"]
+fn ports_that_are_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let model = tiny_model(dir.path());
+    let market = dir.path().join("market");
+    let args = ["devnet", "demo", "--port", &port, "--model", model.to_str().unwrap()];
+    let output = satgrid().args(args).arg("--dir").arg(&market).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains(&format!("port {port}")) && said.contains("hint:"), "{said}");
+    assert!(!market.exists(), "nothing was begun");
+}
