@@ -1,7 +1,7 @@
 //! The golden vectors under `tests/vectors/`, read back: what docs/ledger-format.md means, held against this crate.
 //!
 //! `tests/interop/` runs the same files through a second implementation.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::disallowed_methods)]
 
 use satgrid_ledger::{
     audit::{Detail, Report, audit, cross_check, read_invoice},

@@ -88,7 +88,7 @@ fn holds(key: &[u8], message: &[u8], signature: &[u8]) -> bool {
 fn ed25519() -> Vec<Value> {
     let crafted = ED25519.iter().map(|(name, key, message, signature)| {
         let (key, signature) = (hex::decode(key).unwrap(), hex::decode(signature).unwrap());
-        (format!("{name}"), key, message.as_bytes().to_vec(), signature)
+        (name.to_string(), key, message.as_bytes().to_vec(), signature)
     });
     // RFC 8032, 7.1, tests 1 to 3.
     let rfc = [

@@ -31,11 +31,7 @@ use std::{
     path::Path,
     sync::{Arc, RwLock},
 };
-use tokio::{
-    net::TcpListener,
-    sync::{mpsc, watch},
-};
-use tokio_util::sync::CancellationToken;
+use tokio::sync::{mpsc, watch};
 
 /// The file of the token, below the node's folder.
 pub(crate) const TOKEN_FILE: &str = "admin-token";
@@ -76,13 +72,9 @@ pub(crate) fn token(dir: &Path) -> anyhow::Result<String> {
     Ok(token)
 }
 
-/// Serves until the token is cancelled.
-pub(crate) async fn serve(listener: TcpListener, state: State, shutdown: CancellationToken) -> anyhow::Result<()> {
-    let address = listener.local_addr()?;
-    if !address.ip().is_loopback() {
-        anyhow::bail!("api.admin {address} is not a loopback address");
-    }
-    let guarded = Router::new()
+/// The guarded routes.
+pub(crate) fn router(state: State) -> Router {
+    Router::new()
         .route("/admin/v1/status", get(status))
         .route("/admin/v1/wallet", get(wallet))
         .route("/admin/v1/wallet/address", post(new_address))
@@ -91,9 +83,7 @@ pub(crate) async fn serve(listener: TcpListener, state: State, shutdown: Cancell
         .route("/admin/v1/wallet/payments", get(payments))
         .route("/admin/v1/sessions/{session}/close", post(close_session))
         .layer(axum::middleware::from_fn_with_state(state.clone(), authorise))
-        .with_state(state);
-    let served = axum::serve(listener, guarded).with_graceful_shutdown(shutdown.cancelled_owned());
-    Ok(served.await?)
+        .with_state(state)
 }
 
 /// Lets in whoever shows the token. Hashes are compared, so that time tells nothing of it.

@@ -45,7 +45,8 @@ impl Checks {
     }
     fn entry(&mut self, entry: &Entry) {
         let (provider, consumer) = (self.provider, self.consumer);
-        match &entry.evidence {
+        let Some(evidence) = &entry.evidence else { return };
+        match evidence {
             Evidence::Quote(quote) => self.one(quote, provider),
             Evidence::Open(open) => {
                 self.consumer = open.peek().unwrap().consumer;
@@ -87,7 +88,7 @@ fn bare_loop(checks: &[Check]) -> f64 {
     checks.len() as f64 / began.elapsed().as_secs_f64()
 }
 
-pub fn measure(binary: &Path, size: Size, report: &mut Report) {
+pub(crate) fn measure(binary: &Path, size: Size, report: &mut Report) {
     assert!(binary.is_file(), "{} is not there: `make build` makes it", binary.display());
     let began = Instant::now();
     let world = history(size.audit_receipts);

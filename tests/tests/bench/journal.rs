@@ -37,9 +37,14 @@ async fn ours(path: &Path, drafts: &[Draft], group: usize) -> f64 {
     let began = Instant::now();
     let (mut asked, mut written) = (0, 0);
     for wave in drafts.chunks(group) {
-        let appends: Vec<_> = wave.iter().map(|draft| journal.append(UnixMs(1), vec![draft.clone()])).collect();
         // All of the wave ask before the writer runs: this runtime has one thread.
-        let asks: Vec<_> = appends.into_iter().map(|append| tokio::task::spawn_local(append)).collect();
+        let asks: Vec<_> = wave
+            .iter()
+            .map(|draft| {
+                let (journal, draft) = (journal.clone(), draft.clone());
+                tokio::spawn(async move { journal.append(UnixMs(1), vec![draft]).await })
+            })
+            .collect();
         asked += wave.len();
         for ask in asks {
             written += ask.await.unwrap().unwrap().len();
@@ -74,7 +79,7 @@ fn sqlite_alone(path: &Path, rows: &[(i64, Vec<u8>, Option<Vec<u8>>)], group: us
     rows.len() as f64 / began.elapsed().as_secs_f64()
 }
 
-pub async fn measure(size: Size, report: &mut Report) {
+pub(crate) async fn measure(size: Size, report: &mut Report) {
     let dir = tempfile::tempdir_in(std::env::var_os("BENCH_DISK").unwrap_or_else(|| "..".into())).unwrap();
     let sample = drafts();
     let all: Vec<Draft> = sample.iter().cycle().take(size.journal_entries).cloned().collect();
@@ -91,9 +96,8 @@ pub async fn measure(size: Size, report: &mut Report) {
         let some = (size.journal_entries * group / GROUPS[2]).max(group * 20).min(all.len());
         let mut turns = Vec::new();
         for turn in 0..size.journal_turns {
-            let local = tokio::task::LocalSet::new();
             let path = dir.path().join(format!("ours-{group}-{turn}"));
-            let a = local.run_until(ours(&path, &all[..some], group)).await;
+            let a = ours(&path, &all[..some], group).await;
             let b = sqlite_alone(&dir.path().join(format!("alone-{group}-{turn}")), &rows[..some], group);
             eprintln!("journal, groups of {group}, turn {turn}: {a:.0} entries/s; SQLite alone {b:.0}");
             turns.push((a, b));

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs::read_to_string;
 
-pub struct Machine {
+pub(crate) struct Machine {
     model: String,
     cores: usize,
     load: String,
@@ -14,7 +14,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    pub fn look() -> Machine {
+    pub(crate) fn look() -> Machine {
         let read = |path: &str| read_to_string(path).unwrap_or_default();
         let cpuinfo = read("/proc/cpuinfo");
         let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
@@ -58,20 +58,20 @@ fn field_kb(text: &str, name: &str) -> Option<u64> {
 
 /// Resident memory of a process, in MB of 1,000,000 bytes.
 #[derive(Debug, Clone, Copy)]
-pub struct Resident {
-    pub all: f64,
+pub(crate) struct Resident {
+    pub(crate) all: f64,
     /// Heap and stacks; the rest are pages of files, the program's above all, which the system can drop.
-    pub anonymous: f64,
+    pub(crate) anonymous: f64,
 }
 
-pub fn resident(pid: u32) -> Option<Resident> {
+pub(crate) fn resident(pid: u32) -> Option<Resident> {
     let status = read_to_string(format!("/proc/{pid}/status")).ok()?;
     let mb = |name| field_kb(&status, name).map(|kb| kb as f64 * 1.024e-3);
     Some(Resident { all: mb("VmRSS")?, anonymous: mb("RssAnon")? })
 }
 
 /// Processes that this one started and that still run.
-pub fn children(pid: u32) -> Vec<u32> {
+pub(crate) fn children(pid: u32) -> Vec<u32> {
     let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
     let of = |task: std::fs::DirEntry| read_to_string(task.path().join("children")).unwrap_or_default();
     let lists: Vec<String> = tasks.flatten().map(of).collect();
@@ -79,7 +79,7 @@ pub fn children(pid: u32) -> Vec<u32> {
 }
 
 /// Processor time of a process, its threads and the children that it waited for, in seconds.
-pub fn processor_seconds(pid: u32) -> f64 {
+pub(crate) fn processor_seconds(pid: u32) -> f64 {
     // Fields 14 and 15 of `stat`, in ticks of 10 ms; the name in field 2 may hold spaces.
     let stat = read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let rest = stat.rsplit_once(')').map_or("", |(_, rest)| rest);

@@ -12,11 +12,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-pub const MODEL: &str = "gemma-3-270m";
+pub(crate) const MODEL: &str = "gemma-3-270m";
 /// Sequences that the provider runs at once, and open requests that it allows one consumer.
-pub const SLOTS: u32 = 16;
+pub(crate) const SLOTS: u32 = 16;
 /// Positions of one sequence.
-pub const CONTEXT: u32 = 1_024;
+pub(crate) const CONTEXT: u32 = 1_024;
 /// In msat per million tokens: dear enough that slices are paid during every stream.
 const INPUT_PRICE: u64 = 10_000_000;
 const OUTPUT_PRICE: u64 = 40_000_000;
@@ -28,7 +28,7 @@ const POLL: Duration = Duration::from_millis(100);
 const STOP_WITHIN: Duration = Duration::from_secs(20);
 
 /// A process that does not outlive this one.
-pub struct Process {
+pub(crate) struct Process {
     child: Child,
 }
 
@@ -39,23 +39,23 @@ impl Drop for Process {
     }
 }
 
-pub struct Node {
+pub(crate) struct Node {
     process: Process,
     admin: SocketAddr,
     dir: PathBuf,
     client: Client,
 }
 
-pub struct Market {
-    pub client: Client,
-    pub provider: Node,
-    pub consumer: Node,
+pub(crate) struct Market {
+    pub(crate) client: Client,
+    pub(crate) provider: Node,
+    pub(crate) consumer: Node,
     /// Ends in `/v1`.
-    pub api: String,
-    pub binary: PathBuf,
+    pub(crate) api: String,
+    pub(crate) binary: PathBuf,
     /// The file that is sold.
-    pub model: PathBuf,
-    pub threads: u32,
+    pub(crate) model: PathBuf,
+    pub(crate) threads: u32,
     _relay: Process,
     _chain: Process,
     /// Goes last.
@@ -106,7 +106,7 @@ fn threads() -> u32 {
 }
 
 impl Market {
-    pub async fn start(binary: &Path) -> Market {
+    pub(crate) async fn start(binary: &Path) -> Market {
         let temporary = tempfile::tempdir().unwrap();
         let dir = temporary.path().to_owned();
         let client = Client::builder().no_proxy().timeout(Duration::from_secs(300)).build().unwrap();
@@ -184,7 +184,7 @@ impl Market {
     }
 
     /// Ends the nodes as an operator would, then the network below them.
-    pub async fn stop(mut self) {
+    pub(crate) async fn stop(mut self) {
         for node in [&mut self.consumer, &mut self.provider] {
             let pid = node.pid().to_string();
             let _ = Command::new("kill").args(["-TERM", &pid]).status();
@@ -230,15 +230,15 @@ impl Parts<'_> {
 }
 
 impl Node {
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.process.child.id()
     }
 
-    pub async fn get(&self, path: &str) -> Value {
+    pub(crate) async fn get(&self, path: &str) -> Value {
         self.ask(self.client.get(self.url(path))).await.unwrap_or_else(|error| panic!("{path}: {error}"))
     }
 
-    pub async fn post(&self, path: &str, body: &Value) -> Value {
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> Value {
         self.ask(self.client.post(self.url(path)).json(body)).await.unwrap_or_else(|error| panic!("{path}: {error}"))
     }
 

@@ -10,7 +10,7 @@ const GOAL_MB: f64 = 120.0;
 /// A tokenizer's process ends a minute after its last call; this long it is waited for.
 const UNLOADED_WITHIN: Duration = Duration::from_secs(150);
 
-pub async fn measure(market: &Market, at_rest_since: Instant, report: &mut Report) {
+pub(crate) async fn measure(market: &Market, at_rest_since: Instant, report: &mut Report) {
     let gateway = market.consumer.pid();
     while !children(gateway).is_empty() {
         assert!(at_rest_since.elapsed() < UNLOADED_WITHIN, "the tokenizer's process does not end");

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use std::time::Duration;
 
 /// The middle of the values; the mean of the two in the middle.
-pub fn median(values: &[f64]) -> f64 {
+pub(crate) fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     match sorted.len() {
@@ -17,7 +17,7 @@ pub fn median(values: &[f64]) -> f64 {
 
 /// What a figure is to be.
 #[derive(Clone, Copy)]
-pub enum Goal {
+pub(crate) enum Goal {
     AtLeast(f64),
     AtMost(f64),
     /// Shown beside the others.
@@ -34,14 +34,14 @@ struct Row {
 }
 
 #[derive(Default)]
-pub struct Report {
+pub(crate) struct Report {
     rows: Vec<Row>,
     notes: Vec<String>,
 }
 
 impl Report {
     /// `turns` holds a figure and its baseline, measured right after one another: the median of their ratios counts.
-    pub fn ratio(&mut self, what: &str, unit: &str, turns: &[(f64, f64)], goal: Goal) {
+    pub(crate) fn ratio(&mut self, what: &str, unit: &str, turns: &[(f64, f64)], goal: Goal) {
         let ratios: Vec<f64> = turns.iter().map(|(figure, baseline)| figure / baseline).collect();
         let figures: Vec<f64> = turns.iter().map(|turn| turn.0).collect();
         let baselines: Vec<f64> = turns.iter().map(|turn| turn.1).collect();
@@ -52,18 +52,18 @@ impl Report {
         self.rows.push(Row { what: what.into(), measured, result, goal, value });
     }
 
-    pub fn figure(&mut self, what: &str, unit: &str, value: f64, goal: Goal) {
+    pub(crate) fn figure(&mut self, what: &str, unit: &str, value: f64, goal: Goal) {
         let result = format!("{value:.1} {unit}");
         self.rows.push(Row { what: what.into(), measured: String::new(), result, goal, value });
     }
 
     /// Says what else the reader should know; shown at once and below the table.
-    pub fn note(&mut self, text: String) {
+    pub(crate) fn note(&mut self, text: String) {
         eprintln!("{text}");
         self.notes.push(text);
     }
 
-    pub fn print(&self, before: &Machine, after: &Machine, took: Duration) {
+    pub(crate) fn print(&self, before: &Machine, after: &Machine, took: Duration) {
         let mut text =
             String::from("\nRATIOS FROM ONE RUN (medians of alternating turns; smallest and largest in brackets)\n\n");
         let head = ["what", "measured : baseline", "ratio or figure", "goal", ""].map(str::to_owned);

@@ -155,7 +155,7 @@ fn bare(market: &Market, streams: u32, prompt: u32, output: u32) -> Bare {
 }
 
 /// Opens the session, fetches the tokenizer, and lets slices grow to what 16 streams need.
-pub async fn warm_up(market: &Market) {
+pub(crate) async fn warm_up(market: &Market) {
     let since = Instant::now();
     paid(market, 16).await;
     paid_crowd(market, SLOTS, 32).await;
@@ -179,7 +179,7 @@ fn processor_times(market: &Market) -> [f64; 3] {
 }
 
 /// One stream at a time.
-pub async fn single(market: &Market, size: Size, report: &mut Report) {
+pub(crate) async fn single(market: &Market, size: Size, report: &mut Report) {
     let (mut speed, mut first, mut tails, mut used) = (Vec::new(), Vec::new(), Vec::new(), [0.0; 3]);
     let paid_before = slices_and_receipts(market).await;
     for turn in 1..=size.single_turns {
@@ -218,7 +218,7 @@ pub async fn single(market: &Market, size: Size, report: &mut Report) {
 }
 
 /// 16 streams at once.
-pub async fn crowd(market: &Market, size: Size, report: &mut Report) {
+pub(crate) async fn crowd(market: &Market, size: Size, report: &mut Report) {
     let (mut speed, mut used) = (Vec::new(), [0.0; 3]);
     let (mut first, mut bare_first) = (Vec::new(), Vec::new());
     let paid_before = slices_and_receipts(market).await;

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 /// From nothing to a paid answer, on a busy machine.
 const READY_WITHIN: Duration = Duration::from_secs(180);
+/// Of each node's log, where a test fails.
+const LOG_LINES: usize = 30;
 const ENDS_WITHIN: Duration = Duration::from_secs(60);
 
 fn beside(name: &str) -> PathBuf {
@@ -206,6 +208,13 @@ impl Market {
 /// Where a test fails, its processes end all the same: the demo's children with the demo.
 impl Drop for Market {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            for node in &self.nodes {
+                let log = std::fs::read_to_string(self.dir.join(format!("logs/{}.log", node.name))).unwrap_or_default();
+                let lines: Vec<&str> = log.lines().collect();
+                eprintln!("--- {}\n{}", node.name, lines[lines.len().saturating_sub(LOG_LINES)..].join("\n"));
+            }
+        }
         for child in self.restarted.iter_mut().chain([&mut self.demo]) {
             let _ = child.kill();
             let _ = child.wait();

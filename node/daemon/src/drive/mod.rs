@@ -14,6 +14,7 @@
 
 pub(crate) mod consumer;
 pub(crate) mod engines;
+pub(crate) mod figures;
 pub(crate) mod journal;
 pub(crate) mod links;
 pub(crate) mod market;

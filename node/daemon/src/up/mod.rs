@@ -1,0 +1,177 @@
+//! `satgrid up`: assembles a node from its configuration, runs it until it is told to stop, and takes it down in order.
+//!
+//! Order up: journal, wallet, engines, links, roles, market, edges. Order down: edges first, so that nobody is promised
+//! anything more; then the shutdown token, which ends drivers and links; the wallet last, cleanly, since a wallet that is
+//! killed may lose its channels.
+
+mod checkpoints;
+mod open;
+mod parts;
+
+pub(crate) use open::catalogue;
+
+use crate::admin;
+use crate::config::Config;
+use crate::drive::{figures::Figures, journal::JournalWriter, market::Market, now, tokenizers::Tokenizers};
+use crate::failure::HintExt;
+use crate::service::Gateway;
+use crate::signals;
+use anyhow::{Context, bail};
+use parts::Node;
+use satgrid_api::{Api, MetricsRegistry, admin_router, serve_admin};
+use satgrid_ledger::{
+    entry::{Draft, Evidence},
+    journal::Journal,
+};
+use satgrid_ledger_sqlite::SqliteJournal;
+use satgrid_node::recover::Fold;
+use satgrid_protocol_quic::Code;
+use satgrid_types::{NostrKey, node_key};
+use satgrid_wallet::Lightning;
+use std::{
+    net::SocketAddr,
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+/// How long the wallet may take to stop.
+const WALLET_STOP: Duration = Duration::from_secs(20);
+
+/// Runs a node until a signal. Blocks.
+pub(crate) fn run(config: Config) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let result = runtime.block_on(node(config));
+    // Tasks that still wait for a peer are not waited for.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
+}
+
+async fn node(config: Config) -> anyhow::Result<()> {
+    if !config.is_provider() && !config.is_consumer() {
+        bail!("node.roles is empty: nothing to run");
+    }
+    let shutdown = CancellationToken::new();
+    let keys = open::keys(&config)?;
+    let ours = node_key(&keys.identity);
+    let nostr = NostrKey(keys.nostr.x_only_public_key().0.serialize());
+    tracing::info!(node = %ours, network = config.node.network.name(), "starting");
+    let admin_token = admin::token(&config.node.dir)?;
+
+    // Ports first: a port that is taken is told at once, before money or models are touched.
+    let admin_port = listen(config.api.admin, "api.admin").await?;
+    let api_port = if config.is_consumer() { Some(listen(config.api.listen, "api.listen").await?) } else { None };
+
+    let journal = open::open_journal(&config).await?;
+    let mut fold = Fold::new(ours);
+    let opened: Arc<dyn Journal> = journal.clone();
+    let writer = JournalWriter::open(opened, |entry| fold.entry(entry)).await.context("the ledger does not fold")?;
+    let recovered = fold.finish();
+
+    let wallet = open::open_wallet(&config, &keys).await?;
+    let lightning: Arc<dyn Lightning> = wallet.clone();
+    if !recovered.has_genesis {
+        let (lightning, network) = (lightning.node_id(), config.node.network.name().to_owned());
+        let genesis = Evidence::Genesis { node: ours, nostr, lightning, network };
+        writer.append(vec![Draft::of(genesis)]).await.map_err(anyhow::Error::msg)?;
+    }
+
+    let node = Node {
+        config: &config,
+        keys: &keys,
+        nostr,
+        journal: writer,
+        wallet: lightning.clone(),
+        shutdown: shutdown.clone(),
+    };
+    let market = Market::new(catalogue(&config)?);
+    let running = node.start(recovered, &market).await?;
+
+    let relays = running.relays.clone();
+    let connected = move || {
+        let health = relays.borrow();
+        (health.iter().filter(|relay| relay.connected).count(), health.len())
+    };
+    let admin_state = admin::State {
+        token: admin_token,
+        node_key: ours,
+        nostr_key: nostr,
+        wallet: wallet.clone(),
+        network: config.node.network.name(),
+        quic_listen: running.quic_listen,
+        provider: running.provider_view.clone(),
+        consumer: running.consumer_view.clone(),
+        consumer_inbox: running.consumer.clone(),
+        relays: running.relays.clone(),
+        market: market.clone(),
+        heard: running.heard.clone(),
+    };
+    tokio::spawn(checkpoints::sign_checkpoints(
+        journal.clone(),
+        keys.identity.clone(),
+        running.publisher.clone(),
+        shutdown.clone(),
+    ));
+    let edges = CancellationToken::new();
+    let mut tasks = tokio::task::JoinSet::new();
+    let mut admin_routes = admin::router(admin_state);
+    if let (Some(port), Some(inbox), Some(view)) = (api_port, &running.consumer, &running.consumer_view) {
+        let gateway = Arc::new(Gateway {
+            market: market.clone(),
+            tokenizers: Tokenizers::new(config.node.dir.join("tokenizers"), running.endpoint.clone()),
+            consumer: inbox.clone(),
+            wallet: lightning.clone(),
+            view: view.clone(),
+            relays: Box::new(connected),
+            allow_unverified_names: config.consumer.allow_unverified_names,
+            only: open::patterns("consumer.only", &config.consumer.only)?,
+            prefer: open::patterns("consumer.prefer", &config.consumer.prefer)?,
+            next_call: AtomicU64::new(0),
+            started: now(),
+        });
+        let api = Api::new(gateway.clone(), open::api_config(&config)?);
+        let mut registry = MetricsRegistry::default();
+        registry.register(api.metrics());
+        registry.register(Arc::new(Figures { provider: running.provider_view.clone(), consumer: view.clone() }));
+        admin_routes = admin_routes.merge(admin_router(gateway, registry));
+        tracing::info!(address = %port.local_addr()?, "OpenAI-compatible endpoint");
+        let edges = edges.clone();
+        tasks.spawn(async move { Ok(api.serve(port, edges.cancelled_owned()).await?) });
+    }
+    let admin_edges = edges.clone();
+    tasks.spawn(async move { Ok(serve_admin(admin_port, admin_routes, admin_edges.cancelled_owned()).await?) });
+    tracing::info!("up");
+
+    let outcome = tokio::select! {
+        () = signals::stop() => Ok(()),
+        Some(ended) = tasks.join_next() => ended.context("an edge panicked").flatten().and_then(|()| bail!("an edge ended by itself")),
+    };
+    tracing::info!("stopping");
+    edges.cancel();
+    while tasks.join_next().await.is_some() {}
+    shutdown.cancel();
+    if let Some(publisher) = running.publisher.and_then(Arc::into_inner) {
+        publisher.stopped().await;
+    }
+    running.endpoint.shutdown(Code::SHUTTING_DOWN, "the node is stopping").await;
+    running.engines.iter().for_each(|engine| engine.shut_down());
+    match tokio::time::timeout(WALLET_STOP, lightning.stop()).await {
+        Ok(Ok(())) => tracing::info!("stopped"),
+        Ok(Err(error)) => tracing::warn!(%error, "the wallet did not stop cleanly"),
+        Err(_) => tracing::warn!("the wallet did not stop in {} s", WALLET_STOP.as_secs()),
+    }
+    // The last word on the books: a tree head over everything that this run wrote.
+    if let Err(error) = journal.checkpoint(&keys.identity).await {
+        tracing::warn!(%error, "no checkpoint was signed at the end");
+    }
+    SqliteJournal::clone(&journal).close().await;
+    outcome
+}
+
+async fn listen(address: SocketAddr, key: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address)
+        .await
+        .with_context(|| format!("{key} {address} cannot be listened on"))
+        .hint(format!("another process may hold the port; set {key} to another"))
+}

@@ -1,0 +1,300 @@
+//! The parts of a running node: what starts each, and what each is started with.
+
+use super::open::{Keys, wallet_network};
+use crate::config::Config;
+use crate::drive::{
+    consumer::{self, ConsumerDriver, ConsumerView},
+    engines::{self, ForSale, Identity, TokenizersForSale},
+    fresh_seed,
+    journal::JournalWriter,
+    market::{Listening, Market},
+    now, payments,
+    provider::{self, ProviderDriver, ProviderView},
+    wallet::WalletPump,
+};
+use crate::failure::HintExt;
+use anyhow::Context;
+use satgrid_engine::port::Engine;
+use satgrid_engine_llama::LlamaEngine;
+use satgrid_market_nostr::{Publisher, PublisherConfig, RelayConfig, RelayHealth};
+use satgrid_node::{
+    consumer::{Consumer, ConsumerConfig, ConsumerEvent},
+    provider::{EngineId, Offering, Provider, ProviderConfig, ProviderEvent},
+    recover::Recovered,
+};
+use satgrid_protocol::slices::SlicePolicy;
+use satgrid_protocol_quic::{
+    Limits, QuicEndpoint,
+    artefact::{ArtefactServer, ServeLimits},
+};
+use satgrid_types::{Digest, Msat, NostrKey, Terms};
+use satgrid_wallet::{FailureReason, Lightning, payment::Outcome};
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, SocketAddr},
+    sync::{Arc, RwLock},
+    time::Duration,
+};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+/// Name and version that receipts carry.
+const ENGINE_NAME: &str = "llama.cpp (llama-cpp-sys-2 0.1.161)";
+
+/// What the parts are started with.
+pub(super) struct Node<'a> {
+    pub config: &'a Config,
+    pub keys: &'a Keys,
+    pub nostr: NostrKey,
+    pub journal: JournalWriter,
+    pub wallet: Arc<dyn Lightning>,
+    pub shutdown: CancellationToken,
+}
+
+/// The parts that run.
+pub(super) struct Running {
+    pub endpoint: QuicEndpoint,
+    pub quic_listen: Option<SocketAddr>,
+    pub engines: Vec<Arc<LlamaEngine>>,
+    pub publisher: Option<Arc<Publisher>>,
+    pub relays: watch::Receiver<Vec<RelayHealth>>,
+    /// Events from relays, by what became of them.
+    pub heard: Option<Arc<Listening>>,
+    pub consumer: Option<mpsc::Sender<consumer::Message>>,
+    pub provider_view: Option<Arc<RwLock<ProviderView>>>,
+    pub consumer_view: Option<Arc<RwLock<ConsumerView>>>,
+}
+
+impl Node<'_> {
+    pub(super) async fn start(&self, recovered: Recovered, market: &Market) -> anyhow::Result<Running> {
+        let (handled, handled_inbox) = mpsc::unbounded_channel();
+        let (ended, ended_inbox) = mpsc::unbounded_channel();
+        let payments = payments::start(self.wallet.clone(), ended, handled.clone());
+        let for_sale = if self.config.is_provider() { engines::start(self.config).await? } else { Vec::new() };
+        let endpoint = self.endpoint()?;
+        let quic_listen = if self.config.is_provider() { Some(endpoint.local_addr()?) } else { None };
+
+        let consumer_view = self.config.is_consumer().then(Arc::default);
+        let consumer = consumer_view.clone().map(|view| {
+            let mut role = Consumer::new(self.consumer_config(), self.keys.sessions, fresh_seed());
+            role.restore(recovered.consumer_sessions, recovered.opened, recovered.settled_with);
+            consumer::start(ConsumerDriver {
+                role,
+                master: self.keys.sessions,
+                journal: self.journal.clone(),
+                wallet: self.wallet.clone(),
+                payments: payments.clone(),
+                handled: handled.clone(),
+                endpoint: endpoint.clone(),
+                market: market.clone(),
+                view,
+                shutdown: self.shutdown.clone(),
+            })
+        });
+        let provider_view = self.config.is_provider().then(Arc::default);
+        let provider = provider_view.clone().map(|view| {
+            let mut role = Provider::new(self.provider_config(), self.keys.identity.clone(), fresh_seed());
+            role.restore(now(), recovered.provider_sessions, recovered.refunds);
+            let artefacts = for_sale.iter().map(|m| (Digest(m.engine.facts().tokenizer_hash), m.tokenizer.clone()));
+            let served = Arc::new(TokenizersForSale(artefacts.collect()));
+            let driver = ProviderDriver {
+                role,
+                journal: self.journal.clone(),
+                wallet: self.wallet.clone(),
+                payments: payments.clone(),
+                handled: handled.clone(),
+                engines: for_sale.iter().map(|m| (m.id, m.engine.clone() as Arc<dyn Engine>)).collect(),
+                artefacts: ArtefactServer::new(served, ServeLimits::default()),
+                view,
+                shutdown: self.shutdown.clone(),
+            };
+            provider::start(driver, endpoint.clone())
+        });
+        tokio::spawn(route_ended(ended_inbox, provider.clone(), consumer.clone()));
+        let pump = WalletPump {
+            wallet: self.wallet.clone(),
+            journal: self.journal.clone(),
+            payments,
+            provider: provider.clone(),
+            consumer: consumer.clone(),
+            handled: handled_inbox,
+            shutdown: self.shutdown.clone(),
+        };
+        tokio::spawn(pump.run());
+
+        let publisher = match &provider {
+            Some(provider) => Some(Arc::new(self.publish(&for_sale, &endpoint, provider).await?)),
+            None => None,
+        };
+        let relays = self.config.market.relays.clone();
+        let heard = if self.config.is_consumer() && !relays.is_empty() {
+            let listening = Listening::start(market, relays, self.shutdown.clone()).await;
+            Some(Arc::new(listening.context("market.relays cannot be used")?))
+        } else {
+            None
+        };
+        let health = match (&heard, &publisher) {
+            (Some(listening), _) => listening.health(),
+            (None, Some(publisher)) => publisher.health(),
+            (None, None) => watch::channel(Vec::new()).1,
+        };
+        let engines = for_sale.into_iter().map(|model| model.engine).collect();
+        Ok(Running {
+            endpoint,
+            quic_listen,
+            engines,
+            publisher,
+            relays: health,
+            heard,
+            consumer,
+            provider_view,
+            consumer_view,
+        })
+    }
+
+    fn endpoint(&self) -> anyhow::Result<QuicEndpoint> {
+        let limits = Limits::default();
+        if self.config.is_provider() {
+            let address = self.config.provider.quic_listen;
+            return QuicEndpoint::bind(address, self.keys.identity.clone(), limits, &self.shutdown)
+                .with_context(|| format!("provider.quic_listen {address} cannot be used"))
+                .hint("another process may hold the port; choose another");
+        }
+        let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+        Ok(QuicEndpoint::bind_client(any, limits, &self.shutdown)?)
+    }
+
+    /// Lists what is for sale, and tells the role every version before anyone can ask for it.
+    async fn publish(
+        &self,
+        for_sale: &[ForSale],
+        endpoint: &QuicEndpoint,
+        provider: &mpsc::Sender<provider::Message>,
+    ) -> anyhow::Result<Publisher> {
+        let mut addresses = self.config.provider.public_addresses.clone();
+        if addresses.is_empty() {
+            // Without a public address the node is sold where it listens: right for one machine or one network.
+            addresses.push(endpoint.local_addr()?.to_string());
+        }
+        let by = Identity {
+            node: &self.keys.identity,
+            nostr: self.nostr,
+            wallet: self.wallet.as_ref(),
+            addresses,
+            region: self.config.provider.region.clone(),
+        };
+        let listings = for_sale.iter().map(|model| engines::listing(model, &by)).collect();
+        let mut config = PublisherConfig::new(
+            RelayConfig::new(self.config.market.relays.clone()),
+            u64::from_be_bytes(fresh_seed()[..8].try_into()?),
+        );
+        config.lifetime = Duration::from_secs(self.config.provider.listing_expiry_s);
+        let publisher = Publisher::start(config, self.keys.nostr, self.shutdown.clone())
+            .await
+            .context("market.relays cannot be used")?;
+        let engines: BTreeMap<[u8; 32], &ForSale> =
+            for_sale.iter().map(|model| (model.engine.facts().model_root, model)).collect();
+        let facts: BTreeMap<[u8; 32], (EngineId, satgrid_types::RateCard, satgrid_types::EngineProfile)> = engines
+            .iter()
+            .map(|(root, model)| (*root, (model.id, model.rates, engines::profile(&model.engine.facts()))))
+            .collect();
+        let (mut offered, provider) = (publisher.offered(), provider.clone());
+        tokio::spawn(async move {
+            while offered.changed().await.is_ok() {
+                let listings = offered.borrow_and_update().clone();
+                for listing in listings {
+                    let Some((engine, rates, profile)) = facts.get(&listing.model_root.0).copied() else { continue };
+                    let build = listing.build;
+                    let offering = Offering { listing, engine, rates, profile, build };
+                    let event = ProviderEvent::Offer(Box::new(offering));
+                    let _ = provider.send(provider::Message::Event(event)).await;
+                }
+            }
+        });
+        publisher.offer(listings).await?.context("the listing of this node is not valid")?;
+        Ok(publisher)
+    }
+
+    fn provider_config(&self) -> ProviderConfig {
+        let (session, provider) = (&self.config.session, &self.config.provider);
+        let small = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
+        let slots: u32 = provider.models.iter().map(|model| model.slots).sum();
+        ProviderConfig {
+            terms: Terms {
+                min_slice: sat(provider.slice_min_sat),
+                max_slice: sat(provider.slice_max_sat),
+                // Work on credit would take the books' prepaid accounts below zero (docs/adr/0004).
+                credit_window: Msat::ZERO,
+                ack_tokens: session.ack_tokens,
+                ack_interval_ms: small(session.ack_ms),
+                window_tokens: session.window_tokens,
+                invoice_expiry_secs: small(session.invoice_expiry_s),
+                refund_dust: sat(session.refund_dust_sat),
+                resume_ms: small(session.stream_hold_s.saturating_mul(1_000)),
+                idle_close_ms: small(session.idle_close_s.saturating_mul(1_000)),
+                ..Terms::default()
+            },
+            quote_validity_ms: session.quote_validity_s.saturating_mul(1_000),
+            max_requests_per_session: provider.requests_per_peer as usize,
+            // As many again may wait as run.
+            max_requests: (slots as usize).saturating_mul(2).max(1),
+            engine_name: ENGINE_NAME.to_owned(),
+            ..ProviderConfig::default()
+        }
+    }
+
+    fn consumer_config(&self) -> ConsumerConfig {
+        let consumer = &self.config.consumer;
+        ConsumerConfig {
+            slices: SlicePolicy {
+                first: sat(consumer.slice_first_direct_sat),
+                largest: sat(consumer.slice_max_sat),
+                ..SlicePolicy::default()
+            },
+            first_routed: sat(consumer.slice_first_sat),
+            session_cap: sat(consumer.max_session_sat),
+            exposure_cap: sat(consumer.max_exposure_sat),
+            fee_per_mille: u64::from(consumer.max_fee_permille),
+            network: wallet_network(self.config.node.network),
+            idle_ms: self.config.session.idle_close_s.saturating_mul(1_000),
+            ..ConsumerConfig::default()
+        }
+    }
+}
+
+fn sat(sat: u64) -> Msat {
+    Msat::from_sat(sat).unwrap_or(Msat::MAX)
+}
+
+/// Tells the role whose payment it was how it ended.
+async fn route_ended(
+    mut ended: mpsc::UnboundedReceiver<payments::Ended>,
+    provider: Option<mpsc::Sender<provider::Message>>,
+    consumer: Option<mpsc::Sender<consumer::Message>>,
+) {
+    while let Some(payments::Ended { owner, hash, amount, outcome }) = ended.recv().await {
+        let text = |reason: FailureReason| reason.to_string();
+        match owner {
+            payments::Owner::Slice => {
+                let event = match outcome {
+                    Outcome::Settled { preimage, fee } => ConsumerEvent::PaymentSettled { hash, preimage, fee },
+                    Outcome::Failed { reason } => ConsumerEvent::PaymentFailed { hash, reason: text(reason) },
+                };
+                if let Some(consumer) = &consumer {
+                    let _ = consumer.send(consumer::Message::Event(event)).await;
+                }
+            }
+            payments::Owner::Refund => {
+                let event = match outcome {
+                    Outcome::Settled { preimage, fee } => {
+                        ProviderEvent::RefundSettled { hash, amount, preimage: Some(preimage), fee }
+                    }
+                    Outcome::Failed { reason } => ProviderEvent::RefundFailed { hash, reason: text(reason) },
+                };
+                if let Some(provider) = &provider {
+                    let _ = provider.send(provider::Message::Event(event)).await;
+                }
+            }
+        }
+    }
+}
