@@ -128,6 +128,10 @@ class Books:
             if len(transfers) > 1024:
                 raise Refused("transfer/malformed")
             flows = self.take(at, transfers)
+            shared = next((h[4] for h in (*flows[1].values(), *(e[1] for e in flows[2])) if h[4]), None)
+            shared = shared or next((i for a in flows[0] for i in a[1:]), None)
+            for ident in flows[1].keys() & self.holds.keys():
+                self.holds[ident] = (*self.holds[ident][:4], self.holds[ident][4] or shared)
             touched = {a for a, s in self.sums.items() if saved[0].get(a) != s}
             if any(a[0] in NEVER_NEGATIVE and self.balance(a, True) < 0 for a in touched):
                 raise Refused("transfer/overdrawn")
@@ -163,7 +167,7 @@ class Books:
                 if kind == 0:
                     self.post(net, debit, credit, amount)
                 else:
-                    self.holds[ident] = opened[ident] = debit, credit, amount, op.get(3)
+                    self.holds[ident] = opened[ident] = debit, credit, amount, op.get(3), (*debit[1:], *credit[1:], None)[0]
                     self.sums[debit][2] += amount
                     self.sums[credit][3] += amount
                 continue
@@ -171,7 +175,7 @@ class Books:
             if hold is None:
                 refuse("transfer/two-phase")
                 continue
-            debit, credit, amount, expires = hold
+            debit, credit, amount, expires, _ = hold
             self.sums[debit][2] -= amount
             self.sums[credit][3] -= amount
             ended.append((op[0], hold, kind))
@@ -198,7 +202,7 @@ class Session:
     open: dict
     quotes: dict
     as_provider: bool
-    slices: dict = field(default_factory=dict)  # k: [payment hash, amount, status, in a receipt]
+    slices: dict = field(default_factory=dict)  # k: [payment hash, amount, status, in a receipt, replaced invoices]
     requests: dict = field(default_factory=dict)  # id: [request-open, last ack id, last ack, holds]
     ended: set = field(default_factory=set)
     numerators: int = 0
@@ -327,11 +331,10 @@ class Audit:
             self.over[session.ident] = self.sessions.pop(session.ident)
             self.by_key.pop(session.open[2])
             for s in session.slices.values():
-                if s[0] in self.payments:
-                    self.payments[s[0]] = None
+                self.payments |= {h: None for h in (s[0], *s[4]) if h in self.payments}
 
     def of(self, hold, session) -> bool:
-        return session.ident in (*hold[0][1:], *hold[1][1:])
+        return session.ident == hold[4]
 
     def is_over(self, s) -> bool:
         settled = all(self.books.balance((a, s.ident)) == 0 for a in (PREPAID, ASSET, DUE))
@@ -354,8 +357,7 @@ class Audit:
             return self.receipt(f, opening)
         if handler:
             return handler(f)
-        opened = [hold for hold in self.flows[1].values()]
-        idents = [ident for hold in opened for ident in (*hold[0][1:], *hold[1][1:])]
+        idents = [hold[4] for hold in self.flows[1].values() if hold[4]]
         return self.sessions.get(idents[0]) if idents and kind is None else None, ("alone",) if kind is None else ("nothing",)
 
     def genesis(self, f):
@@ -419,7 +421,8 @@ class Audit:
         self.require(facts["amount"] == d[3], "invoice/amount")
         old = s.slices.get(k)
         if self.require(k <= max(s.slices, default=-1) + 1 and (not old or old[2] in ("invoiced", "failed")), "invoice/sequence"):
-            s.slices[k] = [facts["payment_hash"], d[3], "invoiced", False]
+            replaced = {**old[4], old[0]: old[1]} if old else {}
+            s.slices[k] = [facts["payment_hash"], d[3], "invoiced", False, replaced]
         self.claim(facts["payment_hash"], (s.ident, k))
         return s, ("nothing",)
 
@@ -427,19 +430,26 @@ class Audit:
         if self.require(payment_hash not in self.payments, "invoice/reuse"):
             self.payments[payment_hash] = what
 
-    def slice(self, payment_hash):
+    def slice(self, payment_hash, take=False):
         what = self.payments.get(payment_hash)
         if not what or what[1] == "refund":
             raise Refused("payment/unknown")
         s = self.session(what[0])
         held = s.slices.get(what[1])
-        return s, held if held and held[0] == payment_hash else None
+        return s, held if held and (self.taken_up(held, payment_hash) if take else held[0] == payment_hash) else None
+
+    def taken_up(self, held, payment_hash) -> bool:
+        """An invoice that was replaced can be paid until its slice is."""
+        if held[0] != payment_hash and held[2] != "paid" and payment_hash in held[4]:
+            held[4][held[0]] = held[1]
+            held[:2] = payment_hash, held[4].pop(payment_hash)
+        return held[0] == payment_hash
 
     def attempted(self, f):
         s = self.session(f[0])
         held = s.slices.get(f[1])
         self.require(all(other[2] != "attempted" for other in s.slices.values()), "payment/in-flight")
-        if not self.require(held and held[0] == f[2], "payment/unknown"):
+        if not self.require(held and self.taken_up(held, f[2]), "payment/unknown"):
             return s, None
         self.require(held[2] not in ("paid", "attempted"), "payment/twice")
         held[2] = "attempted"
@@ -459,7 +469,7 @@ class Audit:
         return s, ("exactly", {(ASSET, s.ident): held[1], (FEES,): f[3], (LIGHTNING,): -held[1] - f[3]})
 
     def received(self, f):
-        s, held = self.slice(f[0])
+        s, held = self.slice(f[0], take=True)
         if not self.require(held, "payment/unknown") or not self.require(held[2] != "paid", "payment/twice"):
             return s, None
         held[2] = "paid"
@@ -681,7 +691,7 @@ class Audit:
                 self.require(self.checkpoint[2] == root_of(self.leaves), "log/root")
         sums = self.books.sums.values()
         self.require(sum(s[0] for s in sums) == sum(s[1] for s in sums), "transfer/trial")
-        for *_, expires in self.books.holds.values():
+        for *_, expires, _ in self.books.holds.values():
             self.require(expires is None or expires + HOUR >= self.last[2], "transfer/overdue")
         chosen = {1: lambda s: s.ident == self.filter[1][0], 2: lambda s: self.filter[1][0] in (s.open[1], s.open[2])}.get(self.filter[0])
         self.sessions |= self.over
@@ -715,7 +725,7 @@ def cross(a: Audit, b: Audit) -> set:
     for one, other in ((a, b), (b, a)):
         for ident, s in one.sessions.items():
             if ident not in other.sessions:
-                if both and not s.as_provider and s.open[1] == other.node:
+                if both and not s.as_provider and s.open[1] == other.node and (s.paid or s.charged):
                     rules.add("cross/missing")
             elif s.as_provider:
                 theirs = other.sessions[ident]
