@@ -54,3 +54,27 @@ impl<A> Gate<A> {
         self.waiting.len()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn effects_wait_for_their_entry_and_what_comes_behind_waits_too() {
+        let mut gate = Gate::default();
+        assert_eq!(gate.behind(vec!["free"]), vec!["free"], "nothing is awaited");
+        let (first, second) = (gate.append(Vec::new(), vec!["a"]), gate.append(Vec::new(), vec!["b"]));
+        assert!(gate.behind(vec!["c"]).is_empty());
+        assert_eq!(gate.durable(first.ticket), vec!["a"]);
+        assert_eq!(gate.durable(second.ticket), vec!["b", "c"]);
+        assert_eq!((gate.durable(second.ticket), gate.backlog()), (vec![], 0), "once");
+    }
+
+    #[test]
+    fn what_was_not_written_never_happens() {
+        let mut gate = Gate::default();
+        let append = gate.append(Vec::new(), vec!["pay"]);
+        assert_eq!(gate.fail(), vec!["pay"]);
+        assert!(gate.durable(append.ticket).is_empty() && gate.is_broken());
+    }
+}

@@ -4,7 +4,10 @@
 //! plus `per_request x 1,000,000`; a session's charge is `ceil(sum of numerators over its requests / 1,000,000)` msat.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 #![forbid(unsafe_code)]
-#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects, clippy::cast_possible_truncation, clippy::float_arithmetic))]
+#![cfg_attr(
+    not(test),
+    deny(clippy::arithmetic_side_effects, clippy::cast_possible_truncation, clippy::float_arithmetic)
+)]
 
 use satgrid_types::{Msat, Numerators, RateCard, TokenUsage};
 use thiserror::Error;

@@ -15,8 +15,8 @@ use satgrid_ledger::statements::{
     Ack, CreditNote, Receipt, RequestOpen, RequestPrivate, SessionClose, SessionOpen, SliceDescriptor,
 };
 use satgrid_types::{
-    BothSigned, FinishReason, ListingId, ModelRoot, Msat, Numerators, PaymentHash, Quote, ReceiptId, RequestId, Salt, SessionId,
-    Signature, Signed,
+    BothSigned, FinishReason, ListingId, ModelRoot, Msat, Numerators, PaymentHash, Quote, ReceiptId, RequestId, Salt,
+    SessionId, Signature, Signed,
     cbor::{self, CodecError},
 };
 

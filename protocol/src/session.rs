@@ -30,8 +30,8 @@ use satgrid_ledger::{
 };
 use satgrid_pricing::ChargeError;
 use satgrid_types::{
-    AckId, BothSigned, Msat, NodeKey, Numerators, PaymentHash, Preimage, Quote, QuoteId, ReceiptId, RequestId, SessionId, Signed,
-    TransferId, UnixMs, Verified,
+    AckId, BothSigned, Msat, NodeKey, Numerators, PaymentHash, Preimage, Quote, QuoteId, ReceiptId, RequestId,
+    SessionId, Signed, TransferId, UnixMs, Verified,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use thiserror::Error;
@@ -135,10 +135,7 @@ impl SessionState {
 
     /// The entries that begin a session.
     pub fn open_drafts(quote: &Verified<Quote>, open: &Verified<SessionOpen>) -> Vec<Draft> {
-        vec![
-            Draft::of(Evidence::Quote(quote.evidence().clone())),
-            Draft::of(Evidence::Open(open.evidence().clone())),
-        ]
+        vec![Draft::of(Evidence::Quote(quote.evidence().clone())), Draft::of(Evidence::Open(open.evidence().clone()))]
     }
 
     pub fn side(&self) -> Side {
@@ -284,8 +281,12 @@ impl SessionState {
     pub fn refund_received(&self, payment_hash: PaymentHash, amount: Msat) -> Draft {
         let id = transfer_id(self.id, None, TransferKind::RefundCredit, 0);
         let (debit, credit) = (Account::Lightning, Account::PrepaidAsset(self.id));
-        Draft::of(Evidence::RefundReceived { session: self.id, payment_hash, amount })
-            .with([Transfer::post(id, debit, credit, amount.min(self.remainder()))])
+        Draft::of(Evidence::RefundReceived { session: self.id, payment_hash, amount }).with([Transfer::post(
+            id,
+            debit,
+            credit,
+            amount.min(self.remainder()),
+        )])
     }
 
     /// Takes a durable draft into the state. Drafts about other sessions change nothing.
@@ -363,7 +364,8 @@ impl SessionState {
         self.current_quote = id;
         if self.quotes.len() > MAX_QUOTES {
             let used: BTreeSet<QuoteId> = self.requests.values().map(|r| r.open().quote).collect();
-            let oldest = self.quotes.iter().filter(|(q, _)| **q != id && !used.contains(q)).min_by_key(|(_, q)| q.issued_at);
+            let oldest =
+                self.quotes.iter().filter(|(q, _)| **q != id && !used.contains(q)).min_by_key(|(_, q)| q.issued_at);
             if let Some((&oldest, _)) = oldest {
                 self.quotes.remove(&oldest);
             }
@@ -395,7 +397,8 @@ pub const REQUEST_DEADLINE_MS: u64 = 30 * 60 * 1_000;
 /// How long a provider keeps requests open whose consumer is gone, in ms. Only their bookkeeping: nothing runs. A consumer
 /// that comes back shows an acknowledgement whose frame was lost, and both sides stand at the same figure again.
 pub const DETACHED_MS: u64 = 25 * 60 * 1_000;
-const _: () = assert!(REQUEST_DEADLINE_MS + DETACHED_MS < HOLD_TIMEOUT_MS, "a hold never expires under an open request");
+const _: () =
+    assert!(REQUEST_DEADLINE_MS + DETACHED_MS < HOLD_TIMEOUT_MS, "a hold never expires under an open request");
 
 fn hold_expiry(now: UnixMs) -> Option<UnixMs> {
     Some(now.plus_ms(HOLD_TIMEOUT_MS))

@@ -225,9 +225,9 @@ impl Sim {
             (0..world.providers.len()).filter(|p| world.providers[*p].cheat != Cheat::None).collect();
         let honest: BTreeSet<_> = (0..world.providers.len()).filter(|p| !cheats.contains(p)).collect();
         let (sellers, buyers) = world.assert_quiet_but(&cheats);
-        for c in 0..world.consumers.len() {
+        for (c, buyer) in buyers.iter().enumerate() {
             for p in &honest {
-                world.assert_reports_agree((*p, &sellers[*p]), (c, &buyers[c]));
+                world.assert_reports_agree((*p, &sellers[*p]), (c, buyer));
             }
             let keys: BTreeSet<_> = honest.iter().map(|p| node_key(&world.providers[*p].key)).collect();
             let mut settled: BTreeSet<PaymentHash> = BTreeSet::new();

@@ -182,6 +182,7 @@ impl World {
             calls: BTreeMap::new(),
             next_call: 0,
             never_signs: false,
+            greed: 1,
             epoch: 0,
             halted: None,
             penalised: Vec::new(),

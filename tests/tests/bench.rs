@@ -13,7 +13,7 @@
 //! | `memory` | the gateway at rest, its tokenizer's process gone | 120 MB |
 //!
 //! `SATGRID_BIN` names the node; `satgrid-ledger` lies beside it. `BENCH=long` takes more turns and longer streams;
-//! `BENCH_ONLY=streams,journal,audit,memory` picks.
+//! `BENCH_ONLY=streams,journal,audit,memory` picks; `BENCH_THREADS` sets the engine's threads, of both sides.
 #![allow(clippy::unwrap_used)]
 
 #[path = "bench/audit.rs"]
@@ -49,6 +49,7 @@ struct Size {
     journal_turns: u32,
     journal_entries: usize,
     audit_turns: u32,
+    /// Their history must fit the life of one listing.
     audit_receipts: u32,
 }
 
@@ -57,10 +58,10 @@ const SHORT: Size = Size {
     single_tokens: 128,
     crowd_turns: 3,
     crowd_tokens: 96,
-    journal_turns: 3,
+    journal_turns: 9,
     journal_entries: 20_000,
     audit_turns: 3,
-    audit_receipts: 20_000,
+    audit_receipts: 16_000,
 };
 
 const LONG: Size = Size {
@@ -68,10 +69,10 @@ const LONG: Size = Size {
     single_tokens: 512,
     crowd_turns: 5,
     crowd_tokens: 256,
-    journal_turns: 5,
+    journal_turns: 15,
     journal_entries: 100_000,
     audit_turns: 5,
-    audit_receipts: 20_000,
+    audit_receipts: 16_000,
 };
 
 /// The shipped binaries.

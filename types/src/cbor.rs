@@ -41,10 +41,7 @@ pub fn decode<'b, T: Decode<'b, ()> + Encode<()>>(bytes: &'b [u8]) -> Result<T, 
 }
 
 /// As [`decode`], for input from a peer: the length is checked first.
-pub fn decode_limited<'b, T: Decode<'b, ()> + Encode<()>>(
-    bytes: &'b [u8],
-    limit: usize,
-) -> Result<T, CodecError> {
+pub fn decode_limited<'b, T: Decode<'b, ()> + Encode<()>>(bytes: &'b [u8], limit: usize) -> Result<T, CodecError> {
     if bytes.len() > limit {
         return Err(CodecError::TooLong { given: bytes.len(), limit });
     }

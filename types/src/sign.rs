@@ -243,7 +243,8 @@ mod tests {
     #[test]
     fn a_small_order_key_signs_nothing() {
         let signed = Signed::sign(&Note { text: "x".into() }, &key(1));
-        let identity = NodeKey([1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        let identity =
+            NodeKey([1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
         assert!(signed.verify(&identity).is_err());
     }
 }

@@ -10,6 +10,7 @@ use satgrid_engine::port::{Command, EngineEvent, Job, JobId};
 use satgrid_engine::sampling::Sampling;
 
 use crate::backend::LlamaBackend;
+use crate::facts;
 use crate::scheduler::Scheduler;
 use crate::settings::{EngineSettings, WorkerArgs, environment};
 
@@ -61,6 +62,10 @@ pub fn measure(exe: &Path, subcommand: &[&str], settings: &EngineSettings, load:
 pub fn run(settings: &EngineSettings, load: Load) -> Result<Report, BareError> {
     let (mut backend, shape) =
         LlamaBackend::open(settings, |_| {}).map_err(|error| BareError::Open(error.to_string()))?;
+    // As an engine of the node does before its first job: it brings the weights' pages and the caches in.
+    if facts::measure(&mut backend, &shape).is_none() {
+        return Err(BareError::Job("the model does not compute".into()));
+    }
     let mut scheduler = Scheduler::new(shape);
     let begin = Instant::now();
     for stream in 0..load.streams {

@@ -320,6 +320,30 @@ pub(crate) fn promise_of_another_leaf(lab: &Lab) -> Vec<u8> {
     })
 }
 
+/// Honest: slice 0 was invoiced twice, and the first of its invoices was paid.
+pub(crate) fn replaced_invoice_paid(lab: &Lab) -> Vec<u8> {
+    edited(lab, Provider, |lab, d| {
+        let at = position(d, |e| matches!(e, Evidence::Invoice { .. })) + 1;
+        let time = d[at].0;
+        d.insert(at, (time, Draft::of(invoice(lab, 0, 1, time).0)));
+    })
+}
+
+/// Slice 0 was invoiced a second time over 1 sat instead of 10, the first invoice was paid, and the second amount credited.
+pub(crate) fn replaced_invoice_credited_wrongly(lab: &Lab) -> Vec<u8> {
+    edited(lab, Provider, |lab, d| {
+        let at = position(d, |e| matches!(e, Evidence::Invoice { .. })) + 1;
+        let time = d[at].0;
+        d.insert(at, (time, Draft::of(invoice(lab, 0, 1, time).0)));
+        let received = position(d, |e| matches!(e, Evidence::PaymentReceived { .. }));
+        for transfer in &mut d[received].1.transfers {
+            if let TransferOp::Post { amount, .. } = &mut transfer.op {
+                *amount = Msat(2 * amount.0);
+            }
+        }
+    })
+}
+
 fn party(lab: &Lab, side: Side) -> &Party {
     match side {
         Provider => &lab.world.provider,

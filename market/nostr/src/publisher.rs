@@ -216,7 +216,8 @@ impl Worker {
 
     /// Whoever quotes must know a version before a reader can ask for it.
     fn tell_offered(&self) {
-        let told = |ids: &[VerifiedListing]| ids.iter().map(VerifiedListing::id).eq(self.outbox.offered().map(|e| e.id));
+        let told =
+            |ids: &[VerifiedListing]| ids.iter().map(VerifiedListing::id).eq(self.outbox.offered().map(|e| e.id));
         if told(&self.tell_offered.borrow()) {
             return;
         }

@@ -299,16 +299,22 @@ impl Consumer {
     /// Whether the current quote serves; asks for a new one where it has run out.
     pub(super) fn quote_is_fresh(&mut self, now: UnixMs, index: SessionIndex) -> bool {
         let Some(session) = self.sessions.get_mut(&index) else { return false };
-        let (Some(state), Some(link)) = (&session.state, session.link) else { return false };
-        if now.plus_ms(QUOTE_MARGIN_MS) < state.quote().valid_until {
+        let Some(state) = &session.state else { return false };
+        if session.quote_wanted.is_none() && now.plus_ms(QUOTE_MARGIN_MS) < state.quote().valid_until {
             return true;
         }
-        // Not while an invoice is on its way: its terms name the quote under which it was asked for.
+        self.renew_quote(now, index);
+        false
+    }
+
+    /// Asks for a new quote, once. Not while an invoice is on its way: its terms name the quote it was asked for under.
+    pub(super) fn renew_quote(&mut self, now: UnixMs, index: SessionIndex) {
+        let Some(session) = self.sessions.get_mut(&index) else { return };
+        let Some(link) = session.link else { return };
         if session.quote_wanted.is_none() && session.wanted_invoice.is_none() {
             session.quote_wanted = Some(now);
             self.ask_quote(index, link);
         }
-        false
     }
 
     fn quoted(&mut self, now: UnixMs, index: SessionIndex, link: LinkId, signed: &Signed<Quote>) {

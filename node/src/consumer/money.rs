@@ -110,8 +110,20 @@ impl Consumer {
             return self.drop_link(now, index, crate::CloseCode::Violation, "an invoice that was not asked for");
         };
         let Some(state) = &session.state else { return };
+        if session.closing {
+            // Asked for before the close was: nothing more is paid in.
+            return;
+        }
+        let wanted = state.descriptor(k, amount);
+        if descriptor == (SliceDescriptor { quote: descriptor.quote, ..wanted.clone() })
+            && descriptor.quote != wanted.quote
+        {
+            // Made under a quote that was lost on its way to us. Ask again; a provider that goes on like this is left.
+            self.renew_quote(now, index);
+            return self.count_failure(now, index, "an invoice under a quote that was never given");
+        }
         let proof = bolt11.clone().into_bytes();
-        if let Err(fault) = check::descriptor(&descriptor, &state.descriptor(k, amount)) {
+        if let Err(fault) = check::descriptor(&descriptor, &wanted) {
             return self.misbehaved(now, index, "invoice-terms", &fault.to_string(), proof);
         }
         let expected = Expected {
@@ -245,7 +257,7 @@ impl Consumer {
         let ready = |s: &&mut Session| s.closing && s.is_ready() && !s.close_asked;
         let Some(session) = self.sessions.get_mut(&index).filter(ready) else { return };
         let (Some(state), Some(link)) = (&session.state, session.link) else { return };
-        let uncredited = state.paid() > session.credited;
+        let uncredited = state.paid() > session.credited || session.wanted_invoice.is_some();
         if !session.requests.is_empty() || state.attempted().is_some() || uncredited {
             return;
         }

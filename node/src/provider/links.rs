@@ -230,6 +230,12 @@ impl Provider {
             self.counters.payments_unknown += 1;
             return self.actions.push_back(handled);
         };
+        if session.state.close_statement().is_some() {
+            // The consumer asked for its remainder and then paid more, on an invoice that cannot be called back: it is a
+            // gift. Nothing could be bought with it, and the session's account is closed.
+            self.counters.payments_unknown += 1;
+            return self.actions.push_back(handled);
+        }
         let Ok(draft) = session.state.received(hash, amount) else {
             // Told twice (a payment hash credits once), or paid on an invoice that was replaced.
             let twice = session.state.slice_by_hash(&hash).is_some_and(|(_, s)| s.payment_hash == Some(hash));

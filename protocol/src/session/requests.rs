@@ -10,8 +10,8 @@ use satgrid_ledger::{
 };
 use satgrid_pricing::{charge, marginal_charge, numerators};
 use satgrid_types::{
-    AckId, BothSigned, Digest, FinishReason, Msat, Numerators, RateCard, RequestId, Signed, TokenUsage,
-    TransferId, UnixMs,
+    AckId, BothSigned, Digest, FinishReason, Msat, Numerators, RateCard, RequestId, Signed, TokenUsage, TransferId,
+    UnixMs,
 };
 
 /// One open request.
@@ -102,7 +102,13 @@ impl SessionState {
     }
 
     /// An acknowledgement that both signed, and what must be reserved further for the work that it allows.
-    pub fn acked(&self, now: UnixMs, ack: &BothSigned<Ack>, id: RequestId, reserve_more: Msat) -> Result<Draft, SessionError> {
+    pub fn acked(
+        &self,
+        now: UnixMs,
+        ack: &BothSigned<Ack>,
+        id: RequestId,
+        reserve_more: Msat,
+    ) -> Result<Draft, SessionError> {
         let k = self.next_hold(&id)?;
         Ok(Draft::of(Evidence::Ack(ack.clone())).with(self.hold(now, id, k, reserve_more)))
     }
@@ -178,7 +184,8 @@ impl SessionState {
         let request = self.requests.get(&id).ok_or(SessionError::UnknownRequest(id))?;
         let numerators = request.acked_numerators();
         let cost = marginal_charge(self.settled, numerators)?;
-        let evidence = Evidence::Abandoned { session: self.id, request: id, last_ack: request.last_ack_id(), numerators };
+        let evidence =
+            Evidence::Abandoned { session: self.id, request: id, last_ack: request.last_ack_id(), numerators };
         Ok(Draft::of(evidence).with(self.settle(&id, cost)?))
     }
 
@@ -215,7 +222,11 @@ impl SessionState {
         Ok(transfers)
     }
 
-    pub(super) fn apply_request(&mut self, signed: &Signed<RequestOpen>, transfers: &[Transfer]) -> Result<(), SessionError> {
+    pub(super) fn apply_request(
+        &mut self,
+        signed: &Signed<RequestOpen>,
+        transfers: &[Transfer],
+    ) -> Result<(), SessionError> {
         let Ok(open) = signed.verify(&self.open.consumer) else { return Ok(()) };
         if open.session != self.id {
             return Ok(());

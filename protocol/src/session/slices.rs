@@ -209,8 +209,10 @@ impl SessionState {
             self.by_hash.insert(hash, k);
         }
         let (amount, status) = (d.amount, SliceStatus::Invoiced);
-        self.slices
-            .insert(k, SliceState { amount, bolt11: bolt11.to_owned(), payment_hash, max_fee: Msat::ZERO, status, again });
+        self.slices.insert(
+            k,
+            SliceState { amount, bolt11: bolt11.to_owned(), payment_hash, max_fee: Msat::ZERO, status, again },
+        );
         Ok(())
     }
 

@@ -427,7 +427,8 @@ fn quotes_of_a_session_are_bounded_and_those_in_use_stay() {
         let mut quote = pair.consumer.state.quote().clone();
         quote.nonce = i;
         quote.issued_at = quote.issued_at.plus_ms(1);
-        let quote = Signed::sign(&quote, &pair.provider_key).verify(&satgrid_types::node_key(&pair.provider_key)).unwrap();
+        let quote =
+            Signed::sign(&quote, &pair.provider_key).verify(&satgrid_types::node_key(&pair.provider_key)).unwrap();
         let draft = pair.consumer.state.requote(&quote);
         pair.consumer.take(pair.now, draft);
     }

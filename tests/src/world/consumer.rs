@@ -171,6 +171,7 @@ impl World {
             }
             ConsumerAction::MakeCloseInvoice { session, amount } => {
                 let lightning = self.consumers[c].purse.lightning;
+                let amount = Msat(amount.0 * self.consumers[c].greed);
                 let request = InvoiceRequest { amount, description_hash: Digest([1; 32]), expiry_secs: 3_600 };
                 let result = self.net.create_invoice(self.now, lightning, request).map_err(|e| e.to_string());
                 let epoch = self.consumers[c].epoch;

@@ -58,7 +58,8 @@ impl SimJournal {
 
     /// The process dies: of the appends that were not answered, the first `survive` reached the disk after all.
     pub fn crash(&mut self, survive: usize) {
-        let kept = self.pending.iter().take(survive).last().map_or(self.durable, |(_, len)| *len);
+        let last = survive.checked_sub(1).and_then(|at| self.pending.get(at));
+        let kept = last.map_or(self.durable, |(_, len)| *len);
         self.entries.truncate(kept);
         self.pending.clear();
         self.durable = kept;

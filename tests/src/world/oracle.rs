@@ -66,7 +66,10 @@ impl World {
             let fees = node.journal.books().balance(&Account::RoutingFees).max(0);
             let fees = Msat(u64::try_from(fees).unwrap());
             let lost = gone.saturating_sub(signed).saturating_sub(fees);
-            assert!(lost <= most || node.halted.is_some(), "consumer {c} lost {lost}, it said at most {most}");
+            assert!(
+                lost <= most || node.halted.is_some(),
+                "consumer {c} lost {lost} (of {gone} gone, {signed} signed for, {fees} fees), it said at most {most}"
+            );
         }
         for (p, node) in self.providers.iter().enumerate() {
             let Some(role) = &node.role else { continue };

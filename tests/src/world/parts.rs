@@ -126,6 +126,8 @@ pub struct ConsumerNode {
     pub next_call: u64,
     /// Its countersignatures never leave: a consumer that takes and does not sign.
     pub never_signs: bool,
+    /// Asks for so many times its remainder when it closes.
+    pub greed: u64,
     pub epoch: u64,
     pub halted: Option<String>,
     pub penalised: Vec<(NodeKey, String)>,

@@ -98,7 +98,7 @@ fn free_ports<const N: usize>() -> [SocketAddr; N] {
     held.map(|(tcp, _)| tcp.local_addr().unwrap())
 }
 
-/// The engine's threads: one for each core, but never all of a small machine's where there are more than two.
+/// The engine's threads, of the paid side and of the bare one: one for each core, or `BENCH_THREADS`.
 fn threads() -> u32 {
     std::env::var("BENCH_THREADS").ok().and_then(|text| text.parse().ok()).unwrap_or_else(|| {
         std::thread::available_parallelism().map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(1))
@@ -109,7 +109,9 @@ impl Market {
     pub(crate) async fn start(binary: &Path) -> Market {
         let temporary = tempfile::tempdir().unwrap();
         let dir = temporary.path().to_owned();
-        let client = Client::builder().no_proxy().timeout(Duration::from_secs(300)).build().unwrap();
+        // No connection is kept: between two turns the bare engine runs, and a server closes what idles that long.
+        let client = Client::builder().no_proxy().pool_max_idle_per_host(0).timeout(Duration::from_secs(300));
+        let client = client.build().unwrap();
         let model = PathBuf::from(run(binary, &["models", "pull", MODEL]).trim());
         let (chain, chain_url) = spawn_and_hear(binary, "chain", &dir);
         let (relay, relay_url) = spawn_and_hear(binary, "relay", &dir);

@@ -27,7 +27,7 @@ pub(crate) async fn requests(market: &Market) {
     let body = json!({ "model": market.model, "messages": hello, "max_tokens": 1_000_000 });
     check("answer over the context", body, 400, "context_length_exceeded").await;
     let free = json!({ "model": market.model, "messages": hello, "max_tokens": 8,
-        "provider": { "max_price": { "completion": 1 } } });
+        "provider": { "max_price": { "completion_msat_per_mtok": 1 } } });
     let (status, error) = answer(post(market, &free).await).await;
     assert_eq!(status, 503, "{error}");
     assert!(error["error"]["metadata"]["reasons"].as_array().is_some_and(|why| !why.is_empty()), "{error}");

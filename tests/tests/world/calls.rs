@@ -152,7 +152,7 @@ fn the_same_seed_gives_the_same_journals() {
         world.run_ms(3_000);
         world.crash_provider(0, Default::default());
         world.finish_calls(60_000);
-        assert_eq!(world.call(0, satgrid_node::consumer::CallId(0)).is_ok(), true);
+        assert!(world.call(0, satgrid_node::consumer::CallId(0)).is_ok());
         world.fingerprint()
     };
     assert_eq!(run(7), run(7));

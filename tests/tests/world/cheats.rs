@@ -115,6 +115,27 @@ fn who_takes_a_slice_and_does_not_say_so_costs_one_slice() {
 }
 
 #[test]
+fn a_refund_is_what_is_owed_whatever_the_invoice_asks_for() {
+    let mut options = Options::default();
+    options.consumer.slices.first = Msat::sat(100);
+    let mut world = World::new(options, 1, 1);
+    let (a, b) = (world.providers[0].purse.lightning, world.consumers[0].purse.lightning);
+    world.net.add_channel(a, b, 100_000, Msat::ZERO);
+    world.providers[0].endowment = Msat::sat(100_000);
+    world.consumers[0].greed = 50;
+    let call = world.submit(0, Ask::tokens(30, 60));
+    world.finish_calls(60_000);
+    assert_undisturbed(&world, world.call(0, call));
+    world.close_all(0);
+    world.run_ms(10_000);
+    let provider = &world.providers[0];
+    assert_eq!((provider.journal.count("refund-attempted"), provider.journal.count("credit-note")), (0, 1));
+    assert_eq!(world.net.balance(a).unwrap().lightning_total, Msat::sat(100_100), "nothing left it");
+    world.assert_quiet();
+    world.assert_agree(0, 0);
+}
+
+#[test]
 fn a_consumer_that_never_signs_gets_one_window() {
     let mut world = World::new(Options::default(), 1, 1);
     world.consumers[0].never_signs = true;

@@ -84,6 +84,18 @@ impl LdkWallet {
         }
     }
 
+    /// Connects to every peer with whom there is a channel and no connection, at the address that worked last. A peer
+    /// that was restarted is found again at once instead of at ldk-node's next try. Returns how many were found.
+    pub async fn reconnect(&self) -> Result<usize, WalletError> {
+        self.blocking(|node| {
+            let partners: Vec<_> = node.list_channels().iter().map(|channel| channel.counterparty_node_id).collect();
+            let lost =
+                node.list_peers().into_iter().filter(|peer| !peer.is_connected && partners.contains(&peer.node_id));
+            lost.filter(|peer| node.connect(peer.node_id, peer.address.clone(), true).is_ok()).count()
+        })
+        .await
+    }
+
     /// The address that the node listens on, if it does.
     pub fn listen_addr(&self) -> Option<SocketAddr> {
         self.node.listening_addresses()?.iter().find_map(|addr| addr.to_string().parse().ok())

@@ -5,6 +5,7 @@ use satgrid_ledger::entry::{Draft, Evidence};
 use satgrid_node::{consumer::ConsumerEvent, provider::ProviderEvent};
 use satgrid_types::PaymentHash;
 use satgrid_wallet::{Lightning, WalletEvent};
+use satgrid_wallet_ldk::LdkWallet;
 use std::{sync::Arc, time::Duration};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -13,6 +14,25 @@ use tokio_util::sync::CancellationToken;
 const BOOKED_WITHIN: Duration = Duration::from_secs(30);
 /// How often the roles hear what can be paid.
 const BALANCE_EVERY: Duration = Duration::from_secs(5);
+
+/// How often peers are looked for that have a channel with us and no connection. A slice cannot be paid to a provider
+/// that was restarted before it is found again, and ldk-node itself looks once a minute.
+const RECONNECT_EVERY: Duration = Duration::from_secs(2);
+
+/// Keeps the wallet connected to its channels' peers.
+pub(crate) async fn keep_connected(wallet: Arc<LdkWallet>, shutdown: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            () = tokio::time::sleep(RECONNECT_EVERY) => {}
+        }
+        match wallet.reconnect().await {
+            Ok(0) => {}
+            Ok(found) => tracing::info!(peers = found, "Lightning peers found again"),
+            Err(_) => return,
+        }
+    }
+}
 
 /// Where events go.
 pub(crate) struct WalletPump {

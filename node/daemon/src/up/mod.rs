@@ -12,7 +12,9 @@ pub(crate) use open::catalogue;
 
 use crate::admin;
 use crate::config::Config;
-use crate::drive::{figures::Figures, journal::JournalWriter, market::Market, now, tokenizers::Tokenizers};
+use crate::drive::{
+    figures::Figures, journal::JournalWriter, market::Market, now, tokenizers::Tokenizers, wallet::keep_connected,
+};
 use crate::failure::HintExt;
 use crate::service::Gateway;
 use crate::signals;
@@ -113,6 +115,7 @@ async fn node(config: Config) -> anyhow::Result<()> {
         running.publisher.clone(),
         shutdown.clone(),
     ));
+    tokio::spawn(keep_connected(wallet.clone(), shutdown.clone()));
     let edges = CancellationToken::new();
     let mut tasks = tokio::task::JoinSet::new();
     let mut admin_routes = admin::router(admin_state);

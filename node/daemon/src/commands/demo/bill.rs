@@ -67,9 +67,7 @@ pub(super) async fn settle(market: &mut Market, before: &Wallets) -> anyhow::Res
         market.clock.say(format!("session with {provider} ends; {} to come back", session.remainder_msat));
         consumer.close_session(session.session).await?;
     }
-    // Who was killed has not found its peers again: its remainder comes as a signed credit note instead.
-    let pays_back = |key| market.node_with(key).is_some_and(|node| !node.was_killed);
-    let refunds = open.iter().filter(|session| pays_back(session.provider)).count();
+    let refunds = open.len();
     until(async || {
         market.check()?;
         let back = consumer.payments().await?.iter().filter(|payment| is_settled(payment, Direction::Inbound)).count();

@@ -112,9 +112,19 @@ pub(super) async fn wait_for_listings(market: &mut Market) -> anyhow::Result<()>
 pub(super) async fn revive(market: &mut Market) -> anyhow::Result<()> {
     let dead: Vec<&'static str> =
         market.providers.iter().filter(|node| !node.is_running()).map(|node| node.name).collect();
+    if dead.is_empty() {
+        return Ok(());
+    }
     for name in dead {
         market.restart(name).await?;
     }
+    // What was on its way to it when it died is decided once the peers have found each other. ldk-node 0.7.1 may also
+    // close such a channel by force; then the bill says so.
+    let usable = wait("the channels after the kill", || async { Ok(all_usable(market).await?.then_some(())) }).await;
+    market.clock.say(match usable {
+        Ok(()) => "its channel is usable again".to_owned(),
+        Err(error) => format!("{error}"),
+    });
     Ok(())
 }
 

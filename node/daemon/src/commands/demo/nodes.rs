@@ -61,7 +61,6 @@ pub(super) struct Node {
     identity: Option<Identity>,
     /// What it had at risk at most, as it last said before it was killed.
     pub(super) exposure_before: Msat,
-    pub(super) was_killed: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -176,7 +175,6 @@ impl Node {
             child: None,
             identity: None,
             exposure_before: Msat::ZERO,
-            was_killed: false,
         })
     }
 
@@ -302,7 +300,6 @@ impl Market {
                 if let Some(provider) = node.admin.status().await?.provider {
                     node.exposure_before = provider.largest_exposure_msat;
                 }
-                node.was_killed = true;
                 if let Some(mut child) = node.child.take() {
                     child.kill().await?;
                 }
