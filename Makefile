@@ -35,8 +35,8 @@ bench: build ## speed and memory, printed as ratios from one run
 	@tests/scripts/model.sh >/dev/null
 	@$(ENV) exec cargo test $$LOCKED -p satgrid-tests --test bench -- --ignored --test-threads 1 --nocapture
 
-sim: ## the whole market in virtual time (SEEDS=200, or SEED=n for one)
-	@$(ENV) SIM_SEEDS="$(or $(SEEDS),200)" SIM_SEED="$(SEED)" exec cargo test $$LOCKED -p satgrid-tests --test sim -- --nocapture
+sim: ## the whole market in virtual time (SEEDS=0..200, or one seed with its trace: SEEDS=7)
+	@$(ENV) SATGRID_SEEDS="$(or $(SEEDS),0..200)" exec cargo test $$LOCKED -p satgrid-tests --test sim -- --nocapture
 
 clean-cache: ## remove the cache: tools, models, CI's target folder (not ./target)
 	rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}/satgrid"

@@ -191,15 +191,7 @@ impl Books {
         if draft.transfers.is_empty() {
             return Ok(());
         }
-        let mut step = Step::new(self, at);
-        if draft.transfers.len() > MAX_TRANSFERS {
-            return Err(BooksError::TooMany { given: draft.transfers.len() });
-        }
-        for transfer in &draft.transfers {
-            step.take(transfer)?;
-        }
-        step.check_overdrawn()?;
-        let Step { sums, holds, known, .. } = step;
+        let Step { sums, holds, known, .. } = Step::of(self, at, draft)?;
         self.sums.extend(sums);
         // A routing fee names no session; it belongs to that of the payment beside it.
         let shared = known.iter().find_map(|(.., session)| *session);
@@ -220,9 +212,7 @@ impl Books {
 
     /// Whether [`Books::apply`] would accept the draft.
     pub fn check(&self, at: UnixMs, draft: &Draft) -> Result<(), BooksError> {
-        let mut step = Step::new(self, at);
-        draft.transfers.iter().try_for_each(|transfer| step.take(transfer))?;
-        step.check_overdrawn()
+        Step::of(self, at, draft).map(drop)
     }
 
     /// Forgets a session that is over: nothing pending, nothing left in its accounts. False where that is not so.
@@ -260,6 +250,18 @@ struct Step<'a> {
 impl<'a> Step<'a> {
     fn new(books: &'a Books, at: UnixMs) -> Step<'a> {
         Step { books, at, sums: BTreeMap::new(), holds: BTreeMap::new(), known: Vec::new(), touched: BTreeSet::new() }
+    }
+
+    /// What the whole draft changes, or why it may not.
+    fn of(books: &'a Books, at: UnixMs, draft: &Draft) -> Result<Step<'a>, BooksError> {
+        let given = draft.transfers.len();
+        if given > MAX_TRANSFERS {
+            return Err(BooksError::TooMany { given });
+        }
+        let mut step = Step::new(books, at);
+        draft.transfers.iter().try_for_each(|transfer| step.take(transfer))?;
+        step.check_overdrawn()?;
+        Ok(step)
     }
 
     fn take(&mut self, transfer: &Transfer) -> Result<(), BooksError> {

@@ -14,6 +14,8 @@ phase "format" tests/scripts/lint.sh format
 phase "clippy, light crates" tests/scripts/lint.sh light
 phase "tests, light crates" cargo test $LOCKED
 if [ "${1:-all}" = fast ]; then exit 0; fi
+phase "golden vectors are current" cargo run $LOCKED -q -p satgrid-ledger --example make_vectors --features testing -- --check
+phase "second verifier" tests/interop/run.sh
 
 phase "deny" tests/scripts/deny.sh
 phase "build" tests/scripts/build.sh

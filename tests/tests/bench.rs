@@ -43,6 +43,8 @@ struct Size {
     /// Turns of one stream, and its tokens.
     single_turns: u32,
     single_tokens: u32,
+    /// Turns of short answers, for the first token.
+    first_turns: u32,
     /// Turns of 16 streams, and the tokens of each.
     crowd_turns: u32,
     crowd_tokens: u32,
@@ -56,8 +58,9 @@ struct Size {
 const SHORT: Size = Size {
     single_turns: 5,
     single_tokens: 128,
+    first_turns: 11,
     crowd_turns: 3,
-    crowd_tokens: 96,
+    crowd_tokens: 64,
     journal_turns: 9,
     journal_entries: 20_000,
     audit_turns: 3,
@@ -67,6 +70,7 @@ const SHORT: Size = Size {
 const LONG: Size = Size {
     single_turns: 9,
     single_tokens: 512,
+    first_turns: 21,
     crowd_turns: 5,
     crowd_tokens: 256,
     journal_turns: 15,
@@ -112,6 +116,7 @@ fn bench() {
             streams::warm_up(&up).await;
             if wanted("streams") {
                 streams::single(&up, size, &mut report).await;
+                streams::first_token(&up, size, &mut report).await;
                 streams::crowd(&up, size, &mut report).await;
             }
             market = Some((up, Instant::now()));

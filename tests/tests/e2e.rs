@@ -125,6 +125,7 @@ fn a_market_under_bad_input_and_bad_luck() {
         market.case("the relay killed", bad_luck::relay_down(&market)).await;
         market.case("both providers killed in mid-stream", bad_luck::everyone_killed(&market)).await;
     });
+    bad_luck::providers_return(&mut market, &runtime);
     market.audit("after both providers were killed");
     market.stop();
 }

@@ -5,7 +5,7 @@
 //! | Lightning and on-chain | the seed itself, as the embedded node's entropy | its own (on chain BIP-84) | the same words open the funds in other wallets |
 //! | Nostr | BIP-32 over secp256k1, NIP-06 | `m/44'/1237'/0'/0/0` | the same words log in to other Nostr clients |
 //! | node identity (QUIC, receipts) | SLIP-0010 over ed25519 | `m/1935766631'/0'/0'` | `1935766631` is "satg" |
-//! | session key `i` | SLIP-0010 over ed25519 | `m/1935766631'/1'/i'` | a consumer shows each provider another key, and can still prove an old one |
+//! | session keys | SLIP-0010 over ed25519 | `m/1935766631'/1'/0'` is their master; key `i` is SHA-256(`"satgrid-session-key-v1\0"`, master, `i` as u64 big-endian) | a consumer shows each provider another key, and can still prove an old one |
 //!
 //! The curves' master keys come from HMACs under different names ("Bitcoin seed", "ed25519 seed"), and the secp256k1
 //! paths differ in their first hardened step, so no key tells anything about another. There is no passphrase: a second

@@ -63,7 +63,10 @@ pub struct Auditor {
     pub(super) quotes: BTreeMap<NodeKey, BTreeMap<QuoteId, Quote>>,
     pub(super) sessions: BTreeMap<SessionId, SessionAudit>,
     pub(super) by_key: BTreeMap<NodeKey, SessionId>,
+    /// First halves of the ids of sessions that are over.
     pub(super) over: BTreeSet<[u8; 16]>,
+    /// How many of those the header's filter does not select.
+    pub(super) strays: u64,
     pub(super) payments: BTreeMap<PaymentHash, Payment>,
     /// First halves of all payment hashes that were ever invoiced or attempted.
     pub(super) hashes: BTreeSet<[u8; 16]>,
@@ -103,6 +106,7 @@ impl Auditor {
             sessions: BTreeMap::new(),
             by_key: BTreeMap::new(),
             over: BTreeSet::new(),
+            strays: 0,
             payments: BTreeMap::new(),
             hashes: BTreeSet::new(),
             books: Books::new(),
@@ -283,6 +287,9 @@ impl Auditor {
             return;
         }
         if let Some(audit) = self.sessions.remove(&id) {
+            if !self.selects(id, &audit) {
+                self.strays = self.strays.saturating_add(1);
+            }
             for slice in audit.slices.values() {
                 self.payments.remove(&slice.hash);
                 for (hash, _) in &slice.earlier {
@@ -348,23 +355,21 @@ impl Auditor {
         self.report
     }
 
+    /// Whether the header's filter selects the session. Whole ids are compared: the header is the exporter's word.
+    fn selects(&self, id: SessionId, audit: &SessionAudit) -> bool {
+        match self.report.filter {
+            Filter::All | Filter::Time(..) => true,
+            Filter::Session(only) => id == only,
+            Filter::Peer(peer) => audit.provider == peer || audit.consumer == peer,
+        }
+    }
+
     /// A partial export holds no other session than the header says.
     fn check_filter(&mut self, open: &BTreeMap<SessionId, SessionAudit>) {
-        let strays: Vec<SessionId> = match self.report.filter {
-            Filter::All | Filter::Time(..) => Vec::new(),
-            Filter::Session(only) => {
-                let retired = self.over.iter().filter(|id| **id != half(&only.0)).count();
-                if retired > 0 {
-                    self.find(None, Rule::BundleFilter, format!("{retired} other sessions"));
-                }
-                open.keys().copied().filter(|id| *id != only).collect()
-            }
-            Filter::Peer(peer) => {
-                let of_peer = |audit: &SessionAudit| audit.provider == peer || audit.consumer == peer;
-                open.iter().filter(|(_, audit)| !of_peer(audit)).map(|(id, _)| *id).collect()
-            }
-        };
-        for id in strays {
+        if self.strays > 0 {
+            self.find(None, Rule::BundleFilter, format!("{} other sessions that are over", self.strays));
+        }
+        for id in open.iter().filter(|(id, audit)| !self.selects(**id, audit)).map(|(id, _)| *id).collect::<Vec<_>>() {
             self.find(None, Rule::BundleFilter, format!("session {id}"));
         }
     }

@@ -479,6 +479,32 @@ fn the_file_itself_is_judged() {
 }
 
 #[test]
+fn a_header_that_selects_another_session_or_peer_is_found() {
+    let world = World::example();
+    let check = |what: &str, bundle: Vec<u8>, named: [u8; 32]| {
+        assert_eq!(report(&bundle).findings, [], "{what}");
+        let at = bundle.windows(32).position(|bytes| bytes == named).unwrap();
+        for byte in [0, 15, 16, 31] {
+            let mut bent = bundle.clone();
+            bent[at + byte] ^= 8;
+            let report = report(&bent);
+            assert!(report.has(Rule::BundleFilter), "{what}, byte {byte}: {:?}", report.findings);
+        }
+    };
+    for party in [&world.provider, &world.consumer] {
+        let whole = report(&party.bundle(Filter::All, false));
+        for (id, session) in &whole.sessions {
+            // One of the sessions is over and forgotten by the end, the others are open.
+            check("session", party.bundle(Filter::Session(*id), false), id.0);
+            let consumer = session.consumer.unwrap();
+            check("consumer", party.bundle(Filter::Peer(consumer), false), consumer.0);
+        }
+    }
+    let provider = node_key(&world.provider.node);
+    check("provider", world.consumer.bundle(Filter::Peer(provider), false), provider.0);
+}
+
+#[test]
 fn more_than_the_consumer_allowed_is_found() {
     let mut world = World::new();
     let mut session = world.open();

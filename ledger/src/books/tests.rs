@@ -51,6 +51,20 @@ fn a_reservation_is_ended_once() {
 }
 
 #[test]
+fn a_draft_has_a_limit_that_check_and_apply_share() {
+    let many = |given: usize| draft((0..u32::try_from(given).unwrap()).map(|n| hold(n, 1)));
+    let mut books = funded(10_000);
+    let too_many = Err(BooksError::TooMany { given: MAX_TRANSFERS + 1 });
+    assert_eq!(books.check(NOW, &many(MAX_TRANSFERS + 1)), too_many);
+    assert_eq!(books.apply(NOW, &many(MAX_TRANSFERS + 1)), too_many);
+    // 1,000 is the funding's number, whose id a hold may not take again.
+    let at_limit = draft(many(MAX_TRANSFERS + 1).transfers.into_iter().filter(|transfer| transfer.id != id(1_000)));
+    assert_eq!(at_limit.transfers.len(), MAX_TRANSFERS);
+    assert_eq!(books.check(NOW, &at_limit), Ok(()));
+    assert_eq!(books.apply(NOW, &at_limit), Ok(()));
+}
+
+#[test]
 fn holds_fall_due_and_expire() {
     let mut books = funded(100);
     books.apply(NOW, &draft([hold(0, 10)])).unwrap();

@@ -5,7 +5,9 @@
 
 mod bundles;
 pub mod conformance;
+mod party;
 mod world;
 
 pub use bundles::*;
+pub use party::*;
 pub use world::*;

@@ -263,6 +263,13 @@ async fn payments(Shared(state): Shared<State>) -> Answer {
 
 async fn close_session(Shared(state): Shared<State>, UrlPath(session): UrlPath<SessionId>) -> Answer {
     let inbox = state.consumer_inbox.as_ref().ok_or(Failed(StatusCode::NOT_FOUND, "this node does not buy".into()))?;
+    let known = state
+        .consumer
+        .as_ref()
+        .and_then(|view| view.read().ok().map(|v| v.sessions.iter().any(|s| s.session == session)));
+    if known != Some(true) {
+        return Err(Failed(StatusCode::NOT_FOUND, format!("no session {session} at this node")));
+    }
     let event = consumer::Message::Event(ConsumerEvent::CloseSession { session });
     inbox.send(event).await.map_err(failed)?;
     Ok(Json(json!({})))

@@ -288,7 +288,10 @@ impl Gateway {
                 ServiceError::InsufficientFunds(Box::new(Shortfall { required, available, limit, topup }))
             }
             CallError::NoProvider { why } => ServiceError::NoProvider { model: name.to_owned(), why: vec![why] },
-            error => ended(error, bill, 0, 0),
+            error @ (CallError::ProvidersFailed { .. }
+            | CallError::Cancelled
+            | CallError::Busy
+            | CallError::Journal { .. }) => ended(error, bill, 0, 0),
         }
     }
 

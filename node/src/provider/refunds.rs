@@ -95,7 +95,7 @@ impl Provider {
         let attempt = session.state.refund_attempted(hash, amount, max_fee);
         self.by_payment.insert(hash, id);
         let refunding = ProviderAction::Control { link, frame: ProviderControl::Refunding(hash, amount) };
-        let pay = ProviderAction::PayRefund { session: id, hash, bolt11, amount, max_fee };
+        let pay = ProviderAction::PayRefund { session: id, hash, bolt11, amount, max_fee, recover: false };
         self.record(id, vec![attempt], vec![refunding, pay]);
     }
 
@@ -119,6 +119,7 @@ impl Provider {
             bolt11: refund.bolt11,
             amount: refund.amount,
             max_fee: Msat::ZERO,
+            recover: true,
         });
     }
 

@@ -171,6 +171,8 @@ pub enum ProviderAction {
         bolt11: String,
         amount: Msat,
         max_fee: Msat,
+        /// It was begun before a restart: find out what became of it and never pay it twice.
+        recover: bool,
     },
     /// The journal is broken: take no work and tell the operator.
     Halt {

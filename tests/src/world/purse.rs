@@ -63,6 +63,7 @@ impl World {
                     Input::Observed { usable, outbound_in_flight }
                 }
             };
+            self.say(|| format!("{who:?} wallet on {hash}: {input:?}"));
             self.payment_input(who, hash, input);
         }
         let lightning = self.purse(who).lightning;

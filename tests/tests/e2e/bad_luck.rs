@@ -49,12 +49,9 @@ pub(crate) async fn engine_killed(market: &Market) {
 pub(crate) fn consumer_killed_while_paying(market: &mut Market, runtime: &tokio::runtime::Runtime) {
     let began = Instant::now();
     runtime.block_on(kill_while_paying(market));
-    let config = market.node("consumer").config.clone();
-    let log = std::fs::File::options().append(true).open(market.dir.join("logs/consumer.log")).unwrap();
-    let mut up = satgrid();
-    let child = up.args(["up", "--config"]).arg(config).stdout(Stdio::null()).stderr(log).spawn().unwrap();
+    let child = up(market, "consumer");
     market.restarted.push(child);
-    runtime.block_on(resolved(market));
+    market.forced_close = runtime.block_on(resolved(market));
     eprintln!("  the consumer killed while paying: {:.1} s", began.elapsed().as_secs_f32());
 }
 
@@ -84,8 +81,9 @@ fn kinds(entries: &[Value], kind: &str) -> usize {
     entries.iter().filter(|entry| entry["kind"] == kind).count()
 }
 
-/// Every attempt has one end, and the providers received each payment once at most.
-async fn resolved(market: &Market) {
+/// Every attempt has one end, and the providers received each payment once at most. Whether a channel was closed by
+/// force on the way: ldk-node 0.7.1 may do so after a kill.
+async fn resolved(market: &Market) -> bool {
     let consumer = market.node("consumer");
     wait_for("the consumer, restarted", Duration::from_secs(60), || admin(consumer, "status")).await;
     let (chain, _) = market.part("chain");
@@ -116,8 +114,16 @@ async fn resolved(market: &Market) {
     for name in ["provider-a", "provider-b"] {
         received.extend(settled(&admin(market.node(name), "wallet/payments").await.unwrap(), "inbound"));
     }
-    assert_eq!(paid, received, "what one side paid, the other received, each payment once");
     let entries = market.ledger("consumer");
+    let forced = kinds(&entries, "channel-closed") > 0;
+    if forced {
+        // A slice below the dust limit that was in flight at a forced close is left to the miners: its payer may call it
+        // failed and its payee received. Anything else would be a payment from nowhere.
+        assert!(paid.iter().all(|(hash, amount)| received.get(hash) == Some(amount)), "{paid:?} {received:?}");
+        assert!(received.len() <= paid.len() + 1, "{paid:?} {received:?}");
+    } else {
+        assert_eq!(paid, received, "what one side paid, the other received, each payment once");
+    }
     let hashes: Vec<String> =
         entries.iter().filter(|e| e["kind"] == "payment-attempted").map(Value::to_string).collect();
     assert_eq!(hashes.len(), hashes.iter().collect::<BTreeSet<_>>().len());
@@ -134,6 +140,7 @@ async fn resolved(market: &Market) {
         (status == 200).then_some(reply)
     });
     assert_eq!(works.await["usage"]["completion_tokens"], 8);
+    forced
 }
 
 /// Settled payments of one direction: hash to amount.
@@ -175,4 +182,31 @@ pub(crate) async fn everyone_killed(market: &Market) {
     assert!(status == 502 || status == 503, "{status}: {error}");
     let known = admin(market.node("consumer"), "status").await.unwrap();
     assert_eq!(known["consumer"]["open_calls"], 0, "{known}");
+}
+
+/// Starts both providers again; the consumer ends its sessions with them, and with that the requests that they died in.
+pub(crate) fn providers_return(market: &mut Market, runtime: &tokio::runtime::Runtime) {
+    let began = Instant::now();
+    for name in ["provider-a", "provider-b"] {
+        let child = up(market, name);
+        market.restarted.push(child);
+    }
+    runtime.block_on(async {
+        for name in ["provider-a", "provider-b"] {
+            wait_for("a provider, restarted", Duration::from_secs(60), || admin(market.node(name), "status")).await;
+        }
+        // Until the consumer comes back to it, a provider holds what it died in for its consumer to take up again.
+        let consumer = market.node("consumer");
+        let status = admin(consumer, "status").await.unwrap();
+        for session in status["consumer"]["sessions"].as_array().unwrap() {
+            admin_post(consumer, &format!("sessions/{}/close", session["session"].as_str().unwrap())).await;
+        }
+    });
+    eprintln!("  both providers are back: {:.1} s", began.elapsed().as_secs_f32());
+}
+
+fn up(market: &Market, name: &str) -> std::process::Child {
+    let log = std::fs::File::options().append(true).open(market.dir.join(format!("logs/{name}.log"))).unwrap();
+    let mut up = satgrid();
+    up.args(["up", "--config"]).arg(&market.node(name).config).stdout(Stdio::null()).stderr(log).spawn().unwrap()
 }

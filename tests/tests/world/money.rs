@@ -85,6 +85,22 @@ fn a_stuck_first_payment_sends_the_call_elsewhere_in_time() {
     world.assert_agree(1, 0);
 }
 
+/// The HTLC is out, `pay` broke before it could say so, the payee goes away, and the second sending finds no route: its
+/// failed row is about the second sending and proves nothing about the first.
+#[test]
+fn a_refused_second_sending_does_not_end_a_payment_that_is_out() {
+    let mut world = World::new(Options::default(), 2, 1);
+    world.net.script(world.consumers[0].purse.lightning, [Fault::Break]);
+    let call = world.submit(0, Ask::tokens(30, 100).to(&[0, 1]));
+    let sent = |w: &World| w.net.balance(w.consumers[0].purse.lightning).unwrap().outbound_in_flight;
+    world.run_while("the payment leaves", 5_000, |w| !sent(w));
+    world.crash_provider(0, Crash::default());
+    // The bounds are checked at every step.
+    world.finish_calls(60_000);
+    assert!(world.call(0, call).end.is_some());
+    assert_eq!(world.consumers[0].journal.count("payment-failed"), 0);
+}
+
 #[test]
 fn a_failed_payment_is_tried_again_with_a_new_invoice() {
     let mut world = World::new(Options::default(), 1, 1);

@@ -297,9 +297,18 @@ impl Payment {
         None
     }
 
-    /// A failed row while `pay` is being called belongs to the attempt before it.
+    /// A failed row ends a payment only where it can be no other sending's: while `pay` is being called it belongs to the
+    /// attempt before, and where an earlier sending may be out it may tell of a later one that was refused (the wallet
+    /// writes a row for that too). The failure's own event, shown until it is acknowledged, or the quiet time ends those.
     fn looked_failed(&mut self, reason: FailureReason) -> Option<Outcome> {
-        if self.paying { None } else { self.fail(reason) }
+        if self.paying {
+            return None;
+        }
+        if self.may_be_out && self.phase == Phase::Unknown {
+            self.no_row = true;
+            return None;
+        }
+        self.fail(reason)
     }
 
     fn observed(&mut self, now: UnixMs, usable: bool, outbound_in_flight: bool) -> Option<Outcome> {

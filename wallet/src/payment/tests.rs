@@ -70,7 +70,10 @@ fn the_table() {
     check(start(), &[row_failed()], Phase::Attempted); // the row of an earlier try
     check(start(), &[Input::Accepted, row_failed()], failed(FailureReason::Rejected));
     check(recovered(), &[Input::Looked(PaymentState::InFlight)], Phase::InFlight);
-    check(recovered(), &[row_failed()], failed(FailureReason::Rejected));
+    // After a restart a failed row may tell of a repetition that was refused; the failure's own event is proof.
+    check(recovered(), &[row_failed()], Phase::Unknown);
+    let told = Input::Failed { reason: FailureReason::Rejected };
+    check(recovered(), &[row_failed(), told], failed(FailureReason::Rejected));
     check(recovered(), &[Input::Looked(PaymentState::Unknown)], Phase::Unknown);
     check(recovered(), &[Input::Looked(PaymentState::Unknown), USABLE, Input::Accepted], Phase::InFlight);
     check(recovered(), &[Input::Looked(PaymentState::Unknown), USABLE, Input::Refused(no_route())], Phase::Unknown);

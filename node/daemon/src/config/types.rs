@@ -91,7 +91,6 @@ pub(crate) struct Session {
     pub window_tokens: u32,
     pub invoice_expiry_s: u64,
     pub quote_validity_s: u64,
-    pub stream_hold_s: u64,
     pub idle_close_s: u64,
     pub refund_dust_sat: u64,
 }
@@ -191,7 +190,6 @@ pub(crate) struct Wallet {
     pub listen: SocketAddr,
     pub alias: Option<String>,
     pub max_balance_sat: u64,
-    pub channel_sat: u64,
     pub trusted_0conf: Vec<String>,
 }
 

@@ -264,12 +264,6 @@ fn wallet(config: &Config, found: &mut Found) {
         format!("{} sat is a lot of money in a hot wallet", w.max_balance_sat),
         format!("choose at most {BALANCE_CEILING_SAT}"),
     );
-    found.check(
-        w.channel_sat >= 20_000,
-        "wallet.channel_sat",
-        format!("a channel of {} sat is mostly reserve", w.channel_sat),
-        "choose at least 20000",
-    );
     for id in &w.trusted_0conf {
         found.check(
             id.len() == 66 && (id.starts_with("02") || id.starts_with("03")) && hex::decode(id).is_ok(),
@@ -332,7 +326,6 @@ mod tests {
         check("consumer.max_exposure_sat", "1", "consumer.max_exposure_sat");
         check("market.relays", "http://x", "market.relays");
         check("wallet.chain", "bitcoind:rpc@127.0.0.1:1", "wallet.chain_password");
-        check("wallet.channel_sat", "1000", "wallet.channel_sat");
         check("wallet.trusted_0conf", "02ab", "wallet.trusted_0conf");
         check("log.level", "satgrid=loud", "log.level");
     }

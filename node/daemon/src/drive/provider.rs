@@ -181,9 +181,9 @@ impl Running {
                 let _ = self.driver.payments.send(payments::Command::Booked { hash });
                 let _ = self.driver.handled.send(hash);
             }
-            ProviderAction::PayRefund { hash, bolt11, amount, max_fee, .. } => {
+            ProviderAction::PayRefund { hash, bolt11, amount, max_fee, recover, .. } => {
                 let owner = payments::Owner::Refund;
-                let pay = payments::Command::Pay { owner, hash, bolt11, amount, max_fee, recover: false };
+                let pay = payments::Command::Pay { owner, hash, bolt11, amount, max_fee, recover };
                 let _ = self.driver.payments.send(pay);
             }
             ProviderAction::Halt { reason } => {

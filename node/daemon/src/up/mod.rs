@@ -26,10 +26,11 @@ use satgrid_ledger::{
     journal::Journal,
 };
 use satgrid_ledger_sqlite::SqliteJournal;
-use satgrid_node::recover::Fold;
+use satgrid_node::recover::{Fold, Recovered};
 use satgrid_protocol_quic::Code;
 use satgrid_types::{NostrKey, node_key};
 use satgrid_wallet::Lightning;
+use satgrid_wallet_ldk::LdkWallet;
 use std::{
     net::SocketAddr,
     sync::{Arc, atomic::AtomicU64},
@@ -54,12 +55,10 @@ async fn node(config: Config) -> anyhow::Result<()> {
     if !config.is_provider() && !config.is_consumer() {
         bail!("node.roles is empty: nothing to run");
     }
-    let shutdown = CancellationToken::new();
     let keys = open::keys(&config)?;
     let ours = node_key(&keys.identity);
     let nostr = NostrKey(keys.nostr.x_only_public_key().0.serialize());
     tracing::info!(node = %ours, network = config.node.network.name(), "starting");
-    let admin_token = admin::token(&config.node.dir)?;
 
     // Ports first: a port that is taken is told at once, before money or models are touched.
     let admin_port = listen(config.api.admin, "api.admin").await?;
@@ -73,103 +72,137 @@ async fn node(config: Config) -> anyhow::Result<()> {
 
     let wallet = open::open_wallet(&config, &keys).await?;
     let lightning: Arc<dyn Lightning> = wallet.clone();
-    if !recovered.has_genesis {
-        let (lightning, network) = (lightning.node_id(), config.node.network.name().to_owned());
-        let genesis = Evidence::Genesis { node: ours, nostr, lightning, network };
-        writer.append(vec![Draft::of(genesis)]).await.map_err(anyhow::Error::msg)?;
-    }
-
-    let node = Node {
-        config: &config,
-        keys: &keys,
-        nostr,
-        journal: writer,
-        wallet: lightning.clone(),
-        shutdown: shutdown.clone(),
-    };
-    let market = Market::new(catalogue(&config)?);
-    let running = node.start(recovered, &market).await?;
-
-    let relays = running.relays.clone();
-    let connected = move || {
-        let health = relays.borrow();
-        (health.iter().filter(|relay| relay.connected).count(), health.len())
-    };
-    let admin_state = admin::State {
-        token: admin_token,
-        node_key: ours,
-        nostr_key: nostr,
-        wallet: wallet.clone(),
-        network: config.node.network.name(),
-        quic_listen: running.quic_listen,
-        provider: running.provider_view.clone(),
-        consumer: running.consumer_view.clone(),
-        consumer_inbox: running.consumer.clone(),
-        relays: running.relays.clone(),
-        market: market.clone(),
-        heard: running.heard.clone(),
-    };
-    tokio::spawn(checkpoints::sign_checkpoints(
-        journal.clone(),
-        keys.identity.clone(),
-        running.publisher.clone(),
-        shutdown.clone(),
-    ));
-    tokio::spawn(keep_connected(wallet.clone(), shutdown.clone()));
-    let edges = CancellationToken::new();
-    let mut tasks = tokio::task::JoinSet::new();
-    let mut admin_routes = admin::router(admin_state);
-    if let (Some(port), Some(inbox), Some(view)) = (api_port, &running.consumer, &running.consumer_view) {
-        let gateway = Arc::new(Gateway {
-            market: market.clone(),
-            tokenizers: Tokenizers::new(config.node.dir.join("tokenizers"), running.endpoint.clone()),
-            consumer: inbox.clone(),
-            wallet: lightning.clone(),
-            view: view.clone(),
-            relays: Box::new(connected),
-            allow_unverified_names: config.consumer.allow_unverified_names,
-            only: open::patterns("consumer.only", &config.consumer.only)?,
-            prefer: open::patterns("consumer.prefer", &config.consumer.prefer)?,
-            next_call: AtomicU64::new(0),
-            started: now(),
-        });
-        let api = Api::new(gateway.clone(), open::api_config(&config)?);
-        let mut registry = MetricsRegistry::default();
-        registry.register(api.metrics());
-        registry.register(Arc::new(Figures { provider: running.provider_view.clone(), consumer: view.clone() }));
-        admin_routes = admin_routes.merge(admin_router(gateway, registry));
-        tracing::info!(address = %port.local_addr()?, "OpenAI-compatible endpoint");
-        let edges = edges.clone();
-        tasks.spawn(async move { Ok(api.serve(port, edges.cancelled_owned()).await?) });
-    }
-    let admin_edges = edges.clone();
-    tasks.spawn(async move { Ok(serve_admin(admin_port, admin_routes, admin_edges.cancelled_owned()).await?) });
-    tracing::info!("up");
-
-    let outcome = tokio::select! {
-        () = signals::stop() => Ok(()),
-        Some(ended) = tasks.join_next() => ended.context("an edge panicked").flatten().and_then(|()| bail!("an edge ended by itself")),
-    };
-    tracing::info!("stopping");
-    edges.cancel();
-    while tasks.join_next().await.is_some() {}
-    shutdown.cancel();
-    if let Some(publisher) = running.publisher.and_then(Arc::into_inner) {
-        publisher.stopped().await;
-    }
-    running.endpoint.shutdown(Code::SHUTTING_DOWN, "the node is stopping").await;
-    running.engines.iter().for_each(|engine| engine.shut_down());
+    let identity = keys.identity.clone();
+    let opened =
+        Opened { config, keys, nostr, journal: journal.clone(), writer, recovered, wallet, admin_port, api_port };
+    let outcome = opened.run().await;
     match tokio::time::timeout(WALLET_STOP, lightning.stop()).await {
         Ok(Ok(())) => tracing::info!("stopped"),
         Ok(Err(error)) => tracing::warn!(%error, "the wallet did not stop cleanly"),
         Err(_) => tracing::warn!("the wallet did not stop in {} s", WALLET_STOP.as_secs()),
     }
     // The last word on the books: a tree head over everything that this run wrote.
-    if let Err(error) = journal.checkpoint(&keys.identity).await {
+    if let Err(error) = journal.checkpoint(&identity).await {
         tracing::warn!(%error, "no checkpoint was signed at the end");
     }
     SqliteJournal::clone(&journal).close().await;
     outcome
+}
+
+/// Everything that was opened: what has to be closed whatever happens, and what runs in between.
+struct Opened {
+    config: Config,
+    keys: open::Keys,
+    nostr: NostrKey,
+    journal: Arc<SqliteJournal>,
+    writer: JournalWriter,
+    recovered: Recovered,
+    wallet: Arc<LdkWallet>,
+    admin_port: TcpListener,
+    api_port: Option<TcpListener>,
+}
+
+impl Opened {
+    /// Starts the parts, serves until a signal, and ends the parts again. The wallet and the journal stay open.
+    async fn run(self) -> anyhow::Result<()> {
+        let Opened { config, keys, nostr, journal, writer, recovered, wallet, admin_port, api_port } = self;
+        let ours = node_key(&keys.identity);
+        let lightning: Arc<dyn Lightning> = wallet.clone();
+        let admin_token = admin::token(&config.node.dir)?;
+        let shutdown = CancellationToken::new();
+        // Whatever fails on the way up takes the drivers down with it.
+        let _ends_with_this = shutdown.clone().drop_guard();
+        if !recovered.has_genesis {
+            let (lightning, network) = (lightning.node_id(), config.node.network.name().to_owned());
+            let genesis = Evidence::Genesis { node: ours, nostr, lightning, network };
+            writer.append(vec![Draft::of(genesis)]).await.map_err(anyhow::Error::msg)?;
+        }
+
+        let node = Node {
+            config: &config,
+            keys: &keys,
+            nostr,
+            journal: writer,
+            wallet: lightning.clone(),
+            shutdown: shutdown.clone(),
+        };
+        let market = Market::new(catalogue(&config)?);
+        let running = node.start(recovered, &market).await?;
+
+        let relays = running.relays.clone();
+        let connected = move || {
+            let health = relays.borrow();
+            (health.iter().filter(|relay| relay.connected).count(), health.len())
+        };
+        let admin_state = admin::State {
+            token: admin_token,
+            node_key: ours,
+            nostr_key: nostr,
+            wallet: wallet.clone(),
+            network: config.node.network.name(),
+            quic_listen: running.quic_listen,
+            provider: running.provider_view.clone(),
+            consumer: running.consumer_view.clone(),
+            consumer_inbox: running.consumer.clone(),
+            relays: running.relays.clone(),
+            market: market.clone(),
+            heard: running.heard.clone(),
+        };
+        tokio::spawn(checkpoints::sign_checkpoints(
+            journal.clone(),
+            keys.identity.clone(),
+            running.publisher.clone(),
+            shutdown.clone(),
+        ));
+        tokio::spawn(keep_connected(wallet.clone(), shutdown.clone()));
+        let edges = CancellationToken::new();
+        let mut tasks = tokio::task::JoinSet::new();
+        let mut admin_routes = admin::router(admin_state);
+        if let (Some(port), Some(inbox), Some(view)) = (api_port, &running.consumer, &running.consumer_view) {
+            let gateway = Arc::new(Gateway {
+                market: market.clone(),
+                tokenizers: Tokenizers::new(config.node.dir.join("tokenizers"), running.endpoint.clone()),
+                consumer: inbox.clone(),
+                wallet: lightning.clone(),
+                view: view.clone(),
+                relays: Box::new(connected),
+                allow_unverified_names: config.consumer.allow_unverified_names,
+                only: open::patterns("consumer.only", &config.consumer.only)?,
+                prefer: open::patterns("consumer.prefer", &config.consumer.prefer)?,
+                next_call: AtomicU64::new(0),
+                started: now(),
+            });
+            let api = Api::new(gateway.clone(), open::api_config(&config)?);
+            let mut registry = MetricsRegistry::default();
+            registry.register(api.metrics());
+            registry.register(Arc::new(Figures { provider: running.provider_view.clone(), consumer: view.clone() }));
+            admin_routes = admin_routes.merge(admin_router(gateway, registry));
+            tracing::info!(address = %port.local_addr()?, "OpenAI-compatible endpoint");
+            let edges = edges.clone();
+            tasks.spawn(async move { Ok(api.serve(port, edges.cancelled_owned()).await?) });
+        }
+        let admin_edges = edges.clone();
+        tasks.spawn(async move { Ok(serve_admin(admin_port, admin_routes, admin_edges.cancelled_owned()).await?) });
+        tracing::info!("up");
+
+        let outcome = tokio::select! {
+            () = signals::stop() => Ok(()),
+            Some(ended) = tasks.join_next() => match ended.context("an edge panicked") {
+                Ok(Ok(())) => Err(anyhow::anyhow!("an edge ended by itself")),
+                Ok(Err(error)) | Err(error) => Err(error),
+            },
+        };
+        tracing::info!("stopping");
+        edges.cancel();
+        while tasks.join_next().await.is_some() {}
+        shutdown.cancel();
+        if let Some(publisher) = running.publisher.and_then(Arc::into_inner) {
+            publisher.stopped().await;
+        }
+        running.endpoint.shutdown(Code::SHUTTING_DOWN, "the node is stopping").await;
+        running.engines.iter().for_each(|engine| engine.shut_down());
+        outcome
+    }
 }
 
 async fn listen(address: SocketAddr, key: &str) -> anyhow::Result<TcpListener> {

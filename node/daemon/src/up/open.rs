@@ -27,7 +27,7 @@ pub(super) struct Keys {
 }
 
 pub(super) fn keys(config: &Config) -> anyhow::Result<Keys> {
-    let words = config.wallet.seed.read().hint("`satgrid init` makes one")?;
+    let words = config.wallet.seed.read().hint("`satgrid init` makes one; only its owner may read it (chmod 600)")?;
     let seed = Phrase::parse(&words).context("the seed's words are not right")?.seed();
     let nostr = secp256k1::Keypair::from_seckey_slice(secp256k1::SECP256K1, seed.nostr().as_ref())?;
     let (identity, sessions) = (seed.identity(), seed.session(0).to_bytes());

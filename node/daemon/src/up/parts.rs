@@ -230,7 +230,6 @@ impl Node<'_> {
                 window_tokens: session.window_tokens,
                 invoice_expiry_secs: small(session.invoice_expiry_s),
                 refund_dust: sat(session.refund_dust_sat),
-                resume_ms: small(session.stream_hold_s.saturating_mul(1_000)),
                 idle_close_ms: small(session.idle_close_s.saturating_mul(1_000)),
                 ..Terms::default()
             },

@@ -77,17 +77,22 @@ pub(super) fn run(globals: &Globals, args: &DemoArgs) -> anyhow::Result<()> {
             walked = walk(globals, args, &mut market, &for_sale) => walked,
             () = signals::stop() => Err(anyhow::anyhow!("interrupted")),
         };
-        if walked.is_err() {
-            market.show_why();
+        match &walked {
+            Ok(_) if args.keep => {
+                eprint!("{}", show::try_it(&market, &for_sale));
+                signals::stop().await;
+            }
+            Ok(_) => {}
+            Err(_) => market.show_why(),
         }
         market.stop().await;
         clock.say(format!("everything is stopped; logs, ledgers and the bill are in {}", dir.display()));
-        walked
+        if walked? { Ok(()) } else { Err(anyhow::Error::new(Findings)) }
     })
 }
 
-/// From nothing to a paid and proven answer.
-async fn walk(globals: &Globals, args: &DemoArgs, market: &mut Market, for_sale: &ForSale) -> anyhow::Result<()> {
+/// From nothing to a paid and proven answer; whether everything adds up.
+async fn walk(globals: &Globals, args: &DemoArgs, market: &mut Market, for_sale: &ForSale) -> anyhow::Result<bool> {
     market.start(args.port, for_sale).await?;
     funding::fund(market).await?;
     funding::open_channels(market).await?;
@@ -123,11 +128,7 @@ async fn walk(globals: &Globals, args: &DemoArgs, market: &mut Market, for_sale:
         true => "every sum matches to the msat, and both ledgers verify",
         false => "SOMETHING DOES NOT MATCH: see the list above",
     });
-    if args.keep {
-        eprint!("{}", show::try_it(market, for_sale));
-        signals::stop().await;
-    }
-    if bill.adds_up() { Ok(()) } else { Err(anyhow::Error::new(Findings)) }
+    Ok(bill.adds_up())
 }
 
 /// The one port that people type. Better said now than after half a minute.

@@ -28,7 +28,7 @@ fn defaults_are_those_of_the_money_design() {
     let config = load_text("", &[], &[]).unwrap().config;
     let session = &config.session;
     assert_eq!((session.ack_tokens, session.ack_ms, session.window_tokens), (128, 1000, 256));
-    assert_eq!((session.invoice_expiry_s, session.quote_validity_s, session.stream_hold_s), (120, 600, 60));
+    assert_eq!((session.invoice_expiry_s, session.quote_validity_s), (120, 600));
     assert_eq!((session.idle_close_s, session.refund_dust_sat), (300, 10));
     let consumer = &config.consumer;
     assert_eq!((consumer.slice_first_sat, consumer.slice_first_direct_sat, consumer.slice_max_sat), (250, 10, 5000));
