@@ -14,6 +14,7 @@
 //!
 //! `SATGRID_BIN` names the node; `satgrid-ledger` lies beside it. `BENCH=long` takes more turns and longer streams;
 //! `BENCH_ONLY=streams,journal,audit,memory` picks; `BENCH_THREADS` sets the engine's threads, of both sides.
+#![allow(clippy::wildcard_enum_match_arm)]
 #![allow(clippy::unwrap_used)]
 
 #[path = "bench/audit.rs"]

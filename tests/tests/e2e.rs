@@ -22,7 +22,7 @@ mod market;
 #[path = "e2e/openai.rs"]
 mod openai;
 
-use market::{Market, demo, satgrid, tiny_model};
+use market::{Market, demo, satgrid, tiny_model, try_demo};
 use serde_json::Value;
 use std::time::Instant;
 
@@ -82,7 +82,18 @@ fn a_paid_answer_on_the_real_model() {
 fn a_killed_provider_is_replaced_in_mid_stream() {
     let dir = tempfile::tempdir().unwrap();
     let model = real_model();
-    let document = demo(dir.path(), &["--model", model.to_str().unwrap(), "--kill-provider-after", "20"]);
+    let args = ["--model", model.to_str().unwrap(), "--kill-provider-after", "20"];
+    // ldk-node 0.7.1 may close a channel by force whose node was killed while a payment settled. The demo kills between
+    // two payments, but a node under load may still be at it.
+    let forced = |dir: &std::path::Path| {
+        let log = std::fs::read_to_string(dir.join("market/logs/consumer.log")).unwrap_or_default();
+        log.contains("force-closed")
+    };
+    let document = try_demo(dir.path(), &args).unwrap_or_else(|failure| {
+        assert!(forced(dir.path()), "{failure}");
+        eprintln!("  ldk-node closed the dead provider's channel by force; once more");
+        demo(dir.path(), &args)
+    });
     adds_up(&document);
     sums(&document);
     let chat = &document["chat"];

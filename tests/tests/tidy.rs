@@ -199,7 +199,7 @@ fn the_shipped_binary_has_no_test_features() {
             let turns_on: Vec<&str> = turns_on.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
             let shipped = feature == "default" || !TEST_FEATURES.contains(&feature.as_str());
             let test_part = |part: &&str| TEST_FEATURES.contains(&part.rsplit(['/', ':']).next().unwrap_or(part));
-            if shipped && turns_on.iter().any(|part| test_part(&part)) {
+            if shipped && turns_on.iter().any(test_part) {
                 faults.push(format!("feature {feature} of {name} turns on {turns_on:?}"));
             }
         }

@@ -43,6 +43,7 @@ impl Checks {
         self.all.push(check::<T>(both.body(), self.provider, both.provider_signature()));
         self.all.push(check::<T>(both.body(), self.consumer, both.consumer_signature()));
     }
+    #[allow(clippy::wildcard_enum_match_arm)]
     fn entry(&mut self, entry: &Entry) {
         let (provider, consumer) = (self.provider, self.consumer);
         let Some(evidence) = &entry.evidence else { return };

@@ -56,8 +56,11 @@ async fn ours(path: &Path, drafts: &[Draft], group: usize) -> f64 {
     drafts.len() as f64 / took.as_secs_f64()
 }
 
+/// Number, canonical bytes, opening.
+type Row = (i64, Vec<u8>, Option<Vec<u8>>);
+
 /// The same bytes in the same groups, and nothing else: no hashes, no chain, no log, no channel between tasks.
-fn sqlite_alone(path: &Path, rows: &[(i64, Vec<u8>, Option<Vec<u8>>)], group: usize) -> f64 {
+fn sqlite_alone(path: &Path, rows: &[Row], group: usize) -> f64 {
     let mut database = rusqlite::Connection::open(path).unwrap();
     database.pragma_update(None, "journal_mode", "WAL").unwrap();
     database.pragma_update(None, "synchronous", "FULL").unwrap();

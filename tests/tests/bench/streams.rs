@@ -79,8 +79,9 @@ async fn paid(market: &Market, max_tokens: u32) -> Paid {
     let end = sent.elapsed();
     let text = String::from_utf8(text).unwrap();
     assert!(text.trim_end().ends_with("[DONE]"), "a stream broke off: {}", &text[text.len().saturating_sub(500)..]);
-    let chunks = text.lines().filter_map(|line| serde_json::from_str::<Value>(line.strip_prefix("data: ")?).ok());
-    let usage = chunks.filter(|chunk| !chunk["usage"].is_null()).last().expect("usage was asked for")["usage"].clone();
+    let mut chunks =
+        text.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line.strip_prefix("data: ")?).ok());
+    let usage = chunks.find(|chunk| !chunk["usage"].is_null()).expect("usage was asked for")["usage"].clone();
     let number = |value: &Value| u32::try_from(value.as_u64().unwrap_or(0)).unwrap();
     assert!(usage["receipt_ids"].as_array().is_some_and(|ids| !ids.is_empty()), "no receipt: {usage}");
     assert_eq!(number(&usage["completion_tokens"]), max_tokens, "{usage}");

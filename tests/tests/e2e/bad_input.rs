@@ -62,7 +62,7 @@ pub(crate) async fn requests(market: &Market) {
 pub(crate) async fn several_at_once(market: &Market) {
     let stream = async |tokens: u32| {
         let mut events = Events::open(market, &long(market, tokens)).await;
-        events.to_the_end().await;
+        events.read_out().await;
         assert!(events.done, "{:?}", events.error);
         let usage = events.usage.unwrap();
         assert_eq!(usage["completion_tokens"], tokens);

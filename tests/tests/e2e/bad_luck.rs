@@ -27,7 +27,7 @@ pub(crate) async fn engine_killed(market: &Market) {
     let provider = market.node(&name);
     let engine = child_with(provider.pid, "engine-worker").expect("the provider has an engine process");
     signal("KILL", engine);
-    events.to_the_end().await;
+    events.read_out().await;
     assert!(events.done, "the stream ended early: {:?}", events.error);
     let usage = events.usage.unwrap();
     assert_eq!(usage["completion_tokens"], 300, "{usage}");
@@ -72,7 +72,7 @@ async fn kill_while_paying(market: &Market) {
         }
     }
     signal("KILL", consumer.pid);
-    events.to_the_end().await;
+    events.read_out().await;
     assert!(!events.done, "the gateway is gone: its stream is not whole");
     assert!(attempted() > before, "this call was paid for");
 }
@@ -162,7 +162,7 @@ pub(crate) async fn relay_down(market: &Market) {
     })
     .await;
     let mut events = Events::open(market, &long(market, 8)).await;
-    events.to_the_end().await;
+    events.read_out().await;
     assert!(events.done, "{:?}", events.error);
 }
 
@@ -173,7 +173,7 @@ pub(crate) async fn everyone_killed(market: &Market) {
     for name in ["provider-a", "provider-b"] {
         signal("KILL", market.node(name).pid);
     }
-    events.to_the_end().await;
+    events.read_out().await;
     assert!(!events.done, "[DONE] would mean that the answer is whole");
     let error = events.error.expect("the stream ends in an error");
     let charged = error["metadata"]["cost_msat"].as_u64();

@@ -58,7 +58,7 @@ impl Events {
     }
 
     /// Reads on until the stream ends or breaks.
-    pub(crate) async fn to_the_end(&mut self) {
+    pub(crate) async fn read_out(&mut self) {
         while self.more().await {}
     }
 

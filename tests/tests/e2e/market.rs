@@ -56,13 +56,21 @@ pub(crate) fn tiny_model(dir: &Path) -> PathBuf {
 }
 
 /// Runs the demo to its end; it must succeed. What it printed comes back.
+#[track_caller]
 pub(crate) fn demo(dir: &Path, args: &[&str]) -> Value {
+    try_demo(dir, args).unwrap_or_else(|failure| panic!("{failure}"))
+}
+
+/// Runs the demo to its end: what it printed, or everything that it said where it failed.
+pub(crate) fn try_demo(dir: &Path, args: &[&str]) -> Result<Value, String> {
     let mut command = satgrid();
     command.args(["devnet", "demo", "--format", "json", "--port", &free_port().to_string()]);
     let output = command.arg("--dir").arg(dir.join("market")).args(args).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{}\n{said}\n{}", output.status, String::from_utf8_lossy(&output.stdout));
-    serde_json::from_slice(&output.stdout).unwrap()
+    if !output.status.success() {
+        return Err(format!("{}\n{said}\n{}", output.status, String::from_utf8_lossy(&output.stdout)));
+    }
+    Ok(serde_json::from_slice(&output.stdout).unwrap())
 }
 
 /// A node of the market.
@@ -200,10 +208,7 @@ impl Market {
         let values = serde_json::Deserializer::from_slice(&output.stdout).into_iter::<Value>();
         values
             .map(Result::unwrap)
-            .flat_map(|value| match value {
-                Value::Array(rows) => rows,
-                row => vec![row],
-            })
+            .flat_map(|value| value.as_array().cloned().unwrap_or_else(|| vec![value.clone()]))
             .collect()
     }
 

@@ -55,7 +55,7 @@ pub(super) async fn settle(market: &mut Market, before: &Wallets) -> anyhow::Res
     let consumer = market.consumer()?.admin.clone();
     let quiet = async || -> anyhow::Result<bool> {
         let status = consumer.status().await?.consumer.context("the consumer has no status")?;
-        let flying = consumer.payments().await?.iter().any(is_flying);
+        let flying = consumer.payments().await?.iter().any(Payment::is_flying);
         Ok(status.open_calls == 0 && !flying)
     };
     until(quiet).await?;
@@ -113,10 +113,6 @@ async fn until(mut done: impl AsyncFnMut() -> anyhow::Result<bool>) -> anyhow::R
         tokio::time::sleep(POLL).await;
     }
     Ok(())
-}
-
-fn is_flying(payment: &Payment) -> bool {
-    payment.direction == Direction::Outbound && payment.state == PaymentState::InFlight
 }
 
 fn is_settled(payment: &Payment, direction: Direction) -> bool {

@@ -83,6 +83,13 @@ pub(super) struct Payment {
     pub(super) state: PaymentState,
 }
 
+impl Payment {
+    /// Paid by us, and its end is not known yet.
+    pub(super) fn is_flying(&self) -> bool {
+        self.direction == Direction::Outbound && self.state == PaymentState::InFlight
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Direction {

@@ -73,17 +73,21 @@ pub(super) fn run(globals: &Globals, args: &DemoArgs) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut market = Market::new(dir.clone(), clock.clone());
+        let mut interrupted = false;
         let walked = tokio::select! {
             walked = walk(globals, args, &mut market, &for_sale) => walked,
-            () = signals::stop() => Err(anyhow::anyhow!("interrupted")),
+            () = signals::stop() => {
+                interrupted = true;
+                Err(anyhow::anyhow!("interrupted"))
+            }
         };
         match &walked {
             Ok(_) if args.keep => {
                 eprint!("{}", show::try_it(&market, &for_sale));
                 signals::stop().await;
             }
-            Ok(_) => {}
-            Err(_) => market.show_why(),
+            Err(_) if !interrupted => market.show_why(),
+            Ok(_) | Err(_) => {}
         }
         market.stop().await;
         clock.say(format!("everything is stopped; logs, ledgers and the bill are in {}", dir.display()));
