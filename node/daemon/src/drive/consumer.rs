@@ -126,6 +126,11 @@ impl Running {
                     self.links.remove(link);
                     self.early.retain(|(of, _), _| of != link);
                 }
+                if let ConsumerEvent::CloseSession { .. } = &event {
+                    // After a restart the role knows whom it owes to, not where they are reached now.
+                    let live = self.driver.market.live();
+                    live.iter().for_each(|listing| self.driver.role.learn(listing));
+                }
                 Some(event)
             }
             Message::Call(submit, emissions) => {
