@@ -6,6 +6,16 @@ use core::{fmt, str::FromStr};
 use minicbor::{Decode, Encode};
 use thiserror::Error;
 
+/// Reads lower-case hex of exactly `bytes.len()` bytes. Identifiers have one text form, as they have one encoding: two
+/// spellings of one key would be one key to a reader and two texts to a signature over them.
+pub(crate) fn decode_lower_hex(text: &str, bytes: &mut [u8]) -> Result<(), hex::FromHexError> {
+    if let Some(index) = text.bytes().position(|byte| byte.is_ascii_uppercase()) {
+        let c = text[index..].chars().next().unwrap_or_default();
+        return Err(hex::FromHexError::InvalidHexCharacter { c, index });
+    }
+    hex::decode_to_slice(text, bytes)
+}
+
 /// A text that should have been the hex of an identifier.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("expected {expected} bytes in hex, got {given:?}")]
@@ -44,7 +54,7 @@ macro_rules! id {
             type Err = IdParseError;
             fn from_str(text: &str) -> Result<Self, IdParseError> {
                 let mut bytes = [0u8; $len];
-                hex::decode_to_slice(text, &mut bytes)
+                crate::decode_lower_hex(text, &mut bytes)
                     .map_err(|_| IdParseError { expected: $len, given: text.chars().take(80).collect() })?;
                 Ok($name(bytes))
             }
@@ -97,3 +107,17 @@ id!(/// A plain SHA-256 digest with no narrower meaning.
     Digest, 32);
 id!(/// 128-bit deterministic id of a transfer.
     TransferId, 16);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_identifier_has_one_text_form() {
+        let text = "ab".repeat(32);
+        assert_eq!(text.parse::<NodeKey>().unwrap().to_string(), text);
+        for bad in [text.to_uppercase(), text[1..].to_owned(), format!("{text}00"), "zz".repeat(32), "é".repeat(32)] {
+            assert!(bad.parse::<NodeKey>().is_err(), "{bad}");
+        }
+    }
+}

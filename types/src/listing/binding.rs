@@ -126,7 +126,7 @@ mod hex_signature {
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Option<Signature>, D::Error> {
         let Some(text) = <Option<String>>::deserialize(d)? else { return Ok(None) };
         let mut bytes = [0u8; 64];
-        hex::decode_to_slice(text, &mut bytes).map_err(D::Error::custom)?;
+        crate::decode_lower_hex(&text, &mut bytes).map_err(D::Error::custom)?;
         Ok(Some(Signature(bytes)))
     }
 }

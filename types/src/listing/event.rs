@@ -118,7 +118,7 @@ impl<'de> Deserialize<'de> for SchnorrSignature {
     fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         let text = <std::borrow::Cow<'de, str>>::deserialize(d)?;
         let mut bytes = [0u8; 64];
-        hex::decode_to_slice(text.as_bytes(), &mut bytes).map_err(serde::de::Error::custom)?;
+        crate::decode_lower_hex(&text, &mut bytes).map_err(serde::de::Error::custom)?;
         Ok(SchnorrSignature(bytes))
     }
 }
