@@ -2,7 +2,6 @@
 
 use super::{Bill, CallError, CallId, Consumer, ConsumerAction, ConsumerConfig, Emission, Leg, SessionIndex, Submit};
 use crate::CloseCode;
-use satgrid_pricing::cost_alone;
 use satgrid_protocol::metering;
 use satgrid_types::{FinishReason, Msat, NodeKey, RequestId, UnixMs, VerifiedListing};
 use std::collections::VecDeque;
@@ -239,20 +238,5 @@ impl Consumer {
     pub(super) fn leave(&mut self, now: UnixMs, index: SessionIndex, provider: NodeKey, why: &str) {
         self.shunned.insert(provider, (now.plus_ms(self.config.shun_ms), why.to_owned()));
         self.drop_link(now, index, CloseCode::Done, why);
-    }
-
-    /// A rough figure for the bill so far and what runs: for display while a call is open.
-    pub fn running_cost(&self, id: CallId) -> Msat {
-        let Some(call) = self.calls.get(&id) else { return Msat::ZERO };
-        let open = match call.place {
-            Place::Streaming(index, request) => self
-                .sessions
-                .get(&index)
-                .and_then(|s| s.state.as_ref()?.request_state(&request).map(|r| (r.acked(), *r.rates())))
-                .and_then(|(usage, rates)| cost_alone(&usage, &rates).ok())
-                .unwrap_or_default(),
-            Place::Waiting(_) | Place::Nowhere => Msat::ZERO,
-        };
-        call.bill.cost().saturating_add(open)
     }
 }
