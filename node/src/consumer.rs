@@ -35,7 +35,7 @@ use rand_chacha::{
 };
 use satgrid_ledger::entry::{Draft, Evidence};
 use satgrid_protocol::{
-    frame::{ConsumerControl, reason},
+    frame::{ConsumerControl, ProviderFrame, reason},
     session::{SessionState, invoice_hash},
 };
 use satgrid_types::{
@@ -68,6 +68,12 @@ pub struct Consumer {
     shunned: BTreeMap<NodeKey, (UnixMs, String)>,
     payable: Option<Msat>,
     direct_peers: BTreeSet<LightningKey>,
+    /// Sessions with a connection, work, or a close under way. All others cost nothing per event.
+    live: BTreeSet<SessionIndex>,
+    /// The earliest deadline of the live sessions and of the calls.
+    wake: Option<UnixMs>,
+    /// Sum of what each session says that it may lose, kept as sessions change.
+    exposed: Msat,
     counters: ConsumerCounters,
 }
 
@@ -103,6 +109,9 @@ impl Consumer {
             shunned: BTreeMap::new(),
             payable: None,
             direct_peers: BTreeSet::new(),
+            live: BTreeSet::new(),
+            wake: None,
+            exposed: Msat::ZERO,
             counters: ConsumerCounters::default(),
         }
     }
@@ -131,6 +140,7 @@ impl Consumer {
             let unresolved = state.attempted().map(|(_, slice)| slice.clone());
             let open: Vec<RequestId> = state.requests().keys().copied().collect();
             self.sessions.insert(index, links::Session::asleep(session_key(&self.master, index), state));
+            self.refresh(index);
             for request in open {
                 self.abandon(index, request);
             }
@@ -164,7 +174,7 @@ impl Consumer {
     }
     /// "Most you can lose now", over all sessions.
     pub fn exposure(&self) -> Msat {
-        self.session_states().fold(Msat::ZERO, |sum, s| sum.saturating_add(s.consumer_exposure().most()))
+        self.exposed
     }
     /// Providers that are avoided now, and why.
     pub fn shunned(&self, now: UnixMs) -> impl Iterator<Item = (&NodeKey, &str)> {
@@ -185,6 +195,7 @@ impl Consumer {
             }
             return;
         }
+        let quiet = self.changes_no_deadline(&event) && self.wake.is_none_or(|at| at > now);
         match event {
             ConsumerEvent::Submit(submit) => self.submit(now, *submit),
             ConsumerEvent::Cancel { call } => self.cancel(call),
@@ -208,7 +219,37 @@ impl Consumer {
             ConsumerEvent::JournalFailed { reason } => self.journal_failed(&reason),
             ConsumerEvent::Tick => {}
         }
-        self.tick(now);
+        if !quiet {
+            self.tick(now);
+        }
+    }
+
+    /// Chunks and the journal's answers come by the thousand. A chunk moves its request's deadline to a later time only,
+    /// unless money has run out: then it may have been the last that is covered.
+    fn changes_no_deadline(&self, event: &ConsumerEvent) -> bool {
+        match event {
+            ConsumerEvent::Frame { link, frame: ProviderFrame::Chunk(..), .. } => {
+                self.links.get(link).and_then(|i| self.sessions.get(i)).is_some_and(|s| !s.unfunded)
+            }
+            ConsumerEvent::Durable(_) => true,
+            ConsumerEvent::Frame { .. }
+            | ConsumerEvent::Submit(_)
+            | ConsumerEvent::Cancel { .. }
+            | ConsumerEvent::CloseSession { .. }
+            | ConsumerEvent::CloseInvoice { .. }
+            | ConsumerEvent::LinkUp { .. }
+            | ConsumerEvent::LinkFailed { .. }
+            | ConsumerEvent::LinkDown { .. }
+            | ConsumerEvent::Control { .. }
+            | ConsumerEvent::StreamClosed { .. }
+            | ConsumerEvent::PaymentSettled { .. }
+            | ConsumerEvent::PaymentFailed { .. }
+            | ConsumerEvent::PaymentReceived { .. }
+            | ConsumerEvent::Payable(_)
+            | ConsumerEvent::DirectPeers(_)
+            | ConsumerEvent::JournalFailed { .. }
+            | ConsumerEvent::Tick => false,
+        }
     }
 
     /// The next thing to be done, until there is none.
@@ -221,9 +262,7 @@ impl Consumer {
         if self.gate.is_broken() {
             return None;
         }
-        let sessions = self.sessions.values().filter_map(|s| s.next_deadline(&self.config));
-        let calls = self.calls.values().filter_map(|c| c.next_deadline(&self.config));
-        sessions.chain(calls).min()
+        self.wake
     }
 
     // Helpers that every part uses.
@@ -247,8 +286,18 @@ impl Consumer {
                 return false;
             }
         }
+        self.refresh(index);
         self.append(drafts, then);
         true
+    }
+
+    /// A session changed: what it may lose is summed anew, and time has an eye on it.
+    fn refresh(&mut self, index: SessionIndex) {
+        let Some(session) = self.sessions.get_mut(&index) else { return };
+        let most = session.state.as_ref().map_or(Msat::ZERO, |s| s.consumer_exposure().most());
+        self.exposed = self.exposed.saturating_sub(session.exposed).saturating_add(most);
+        session.exposed = most;
+        self.live.insert(index);
     }
 
     fn say(&mut self, link: LinkId, frame: ConsumerControl) {
@@ -340,12 +389,16 @@ impl Consumer {
             return;
         }
         self.tick_calls(now);
-        let indices: Vec<SessionIndex> = self.sessions.keys().copied().collect();
-        for index in indices {
+        for index in self.live.iter().copied().collect::<Vec<SessionIndex>>() {
             self.tick_session(now, index);
             self.start_waiting(now, index);
             self.top_up(now, index);
             self.continue_close(index);
         }
+        let sessions = &self.sessions;
+        self.live.retain(|index| sessions.get(index).is_some_and(links::Session::is_live));
+        let sessions = self.live.iter().filter_map(|index| self.sessions.get(index)?.next_deadline(&self.config));
+        let calls = self.calls.values().filter_map(|c| c.next_deadline(&self.config));
+        self.wake = sessions.chain(calls).min();
     }
 }

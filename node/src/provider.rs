@@ -26,7 +26,7 @@ use rand_chacha::{
     ChaCha20Rng,
     rand_core::{RngCore, SeedableRng},
 };
-use satgrid_engine::port::{Command, JobId};
+use satgrid_engine::port::{Command, EngineEvent, JobId};
 use satgrid_ledger::entry::Draft;
 use satgrid_protocol::{
     frame::{ProviderControl, ProviderFrame, Refusal, reason},
@@ -53,9 +53,22 @@ pub struct Provider {
     by_payment: BTreeMap<PaymentHash, SessionId>,
     /// Engines whose process is dead.
     down: BTreeSet<EngineId>,
+    /// Sessions that time can change: with open requests, or a close that waits. All others cost nothing per event.
+    live: BTreeSet<SessionId>,
+    /// The earliest deadline of the live sessions.
+    wake: Option<UnixMs>,
+    /// Sum of what each session says that it may lose, kept as sessions change.
+    exposed: Msat,
     /// The time of the event in hand.
     now: UnixMs,
     counters: ProviderCounters,
+}
+
+/// What an event may have changed, as far as time and deadlines go.
+enum Touched {
+    Nothing,
+    Session(SessionId),
+    Anything,
 }
 
 impl Provider {
@@ -76,6 +89,9 @@ impl Provider {
             next_invoice: 0,
             by_payment: BTreeMap::new(),
             down: BTreeSet::new(),
+            live: BTreeSet::new(),
+            wake: None,
+            exposed: Msat::ZERO,
             now: UnixMs(0),
             counters: ProviderCounters::default(),
         }
@@ -90,6 +106,7 @@ impl Provider {
         for refund in refunds {
             self.retry_refund(refund);
         }
+        self.tick(now);
     }
 
     // Getters.
@@ -108,7 +125,7 @@ impl Provider {
     }
     /// "Most you can lose now", over all sessions.
     pub fn exposure(&self) -> Msat {
-        self.sessions.values().fold(Msat::ZERO, |sum, s| sum.saturating_add(s.exposure().most()))
+        self.exposed
     }
 
     // What happened.
@@ -123,6 +140,7 @@ impl Provider {
             }
             return;
         }
+        let touched = self.touched_by(&event);
         match event {
             ProviderEvent::Offer(offering) => {
                 let root = offering.listing.model_root;
@@ -148,7 +166,55 @@ impl Provider {
             ProviderEvent::JournalFailed { reason } => self.journal_failed(&reason),
             ProviderEvent::Tick => {}
         }
-        self.tick(now);
+        self.settle(now, &touched);
+    }
+
+    /// Tokens and the journal's answers come by the thousand: they are looked at where they land, and nowhere else.
+    fn touched_by(&self, event: &ProviderEvent) -> Touched {
+        match event {
+            ProviderEvent::Engine { event: EngineEvent::Tokens { job, .. }, .. } => {
+                self.jobs.get(job).map_or(Touched::Nothing, |(id, _)| Touched::Session(*id))
+            }
+            ProviderEvent::Durable(_) => Touched::Nothing,
+            ProviderEvent::Offer(_)
+            | ProviderEvent::LinkUp { .. }
+            | ProviderEvent::LinkDown { .. }
+            | ProviderEvent::Control { .. }
+            | ProviderEvent::Request { .. }
+            | ProviderEvent::StreamClosed { .. }
+            | ProviderEvent::Engine { .. }
+            | ProviderEvent::InvoiceMade { .. }
+            | ProviderEvent::PaymentReceived { .. }
+            | ProviderEvent::RefundSettled { .. }
+            | ProviderEvent::RefundFailed { .. }
+            | ProviderEvent::JournalFailed { .. }
+            | ProviderEvent::Tick => Touched::Anything,
+        }
+    }
+
+    /// What falls due, and when to look again.
+    fn settle(&mut self, now: UnixMs, touched: &Touched) {
+        let due = self.wake.is_some_and(|at| at <= now);
+        match touched {
+            Touched::Nothing if !due => {}
+            Touched::Session(id) if !due => {
+                self.refresh(id);
+                let next = self.sessions.get(id).and_then(|s| s.next_deadline(self.config.signature_timeout_ms));
+                self.wake = [self.wake, next].into_iter().flatten().min();
+            }
+            Touched::Nothing | Touched::Session(_) | Touched::Anything => self.tick(now),
+        }
+    }
+
+    /// A session changed: what it may lose is summed anew, and time has an eye on it.
+    fn refresh(&mut self, id: &SessionId) {
+        let Some(session) = self.sessions.get_mut(id) else { return };
+        let most = session.exposure().most();
+        self.exposed = self.exposed.saturating_sub(session.exposed).saturating_add(most);
+        session.exposed = most;
+        if session.is_live() {
+            self.live.insert(*id);
+        }
     }
 
     /// The next thing to be done, until there is none.
@@ -161,7 +227,7 @@ impl Provider {
         if self.gate.is_broken() {
             return None;
         }
-        self.sessions.values().filter_map(|s| s.next_deadline(self.config.signature_timeout_ms)).min()
+        self.wake
     }
 
     // Helpers that every part uses.
@@ -185,6 +251,7 @@ impl Provider {
                 return;
             }
         }
+        self.refresh(&session);
         if !drafts.is_empty() {
             self.append(drafts, then);
         } else {

@@ -120,6 +120,7 @@ impl Consumer {
         if let (Some(call), Some(session)) = (self.calls.get_mut(&id), self.sessions.get_mut(&index)) {
             call.place = Place::Waiting(index);
             session.waiting.push_back(id);
+            self.live.insert(index);
         }
     }
 
@@ -129,6 +130,7 @@ impl Consumer {
             call.place = Place::Waiting(index);
             call.waiting_since = now;
             session.waiting.push_front(id);
+            self.live.insert(index);
         }
     }
 

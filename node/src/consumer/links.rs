@@ -69,6 +69,8 @@ pub(super) struct Session {
     /// The provider reserved more for what runs than we did, and refused the next request: nothing starts before a slice
     /// is credited or a receipt frees something.
     pub short: bool,
+    /// Its part of what the consumer says that it may lose.
+    pub exposed: Msat,
 }
 
 impl Session {
@@ -95,6 +97,7 @@ impl Session {
             close_asked: false,
             unfunded: false,
             short: false,
+            exposed: Msat::ZERO,
         }
     }
 
@@ -130,6 +133,10 @@ impl Session {
         let Some(state) = &self.state else { return Msat::ZERO };
         let unknown_to_provider = state.paid().saturating_sub(self.credited);
         state.available().saturating_sub(unknown_to_provider)
+    }
+    /// Something here can go on or fall due.
+    pub(super) fn is_live(&self) -> bool {
+        self.link.is_some() || self.closing || !self.waiting.is_empty() || !self.requests.is_empty()
     }
     fn is_setting_up(&self) -> bool {
         matches!(self.phase, Phase::Connecting | Phase::Greeting | Phase::Quoting | Phase::Opening | Phase::Resuming)
@@ -176,6 +183,7 @@ impl Consumer {
             session.phase = Phase::Connecting;
             session.phase_since = now;
         }
+        self.live.insert(index);
         self.actions.push_back(ConsumerAction::Connect { link, provider, addresses, session: index });
     }
 

@@ -57,7 +57,8 @@ impl Consumer {
         let (terms, k) = (quote.terms, state.next_k());
         let amount = slices::next_slice(&policy, &terms, &demand);
         // What was asked for elsewhere and is not attempted yet will be exposed too, and so will this slice's fee.
-        let asked = self.sessions.values().filter_map(|s| s.wanted_invoice.map(|(_, amount, _)| amount));
+        let live = self.live.iter().filter_map(|index| self.sessions.get(index));
+        let asked = live.filter_map(|s| s.wanted_invoice.map(|(_, amount, _)| amount));
         let exposed = asked
             .map(|amount| amount.saturating_add(fee_limit(&self.config, amount)))
             .fold(self.exposure(), Msat::saturating_add);
@@ -248,6 +249,7 @@ impl Consumer {
             return;
         }
         session.closing = true;
+        self.live.insert(index);
         self.wake(now, index);
         self.continue_close(index);
     }

@@ -27,6 +27,8 @@ pub(super) struct Session {
     pub closing: Option<(LinkId, Signed<SessionClose>)>,
     /// Invoices that replaced an unpaid one, since the last payment.
     pub reissued: u32,
+    /// Its part of what the provider says that it may lose.
+    pub exposed: Msat,
 }
 
 impl Session {
@@ -40,7 +42,13 @@ impl Session {
             detached_at: None,
             closing: None,
             reissued: 0,
+            exposed: Msat::ZERO,
         }
+    }
+
+    /// Something here can fall due with time.
+    pub(super) fn is_live(&self) -> bool {
+        !self.state.requests().is_empty() || self.detached_at.is_some() || self.closing.is_some()
     }
 
     pub(super) fn exposure(&self) -> ProviderExposure {
@@ -75,6 +83,7 @@ impl Provider {
         let mut session = Session::new(state, None, None);
         session.detached_at = open.then_some(now);
         self.sessions.insert(id, session);
+        self.refresh(&id);
     }
 
     pub(super) fn link_down(&mut self, now: UnixMs, link: LinkId) {
@@ -209,8 +218,7 @@ impl Provider {
         if self.gate.is_broken() {
             return;
         }
-        let ids: Vec<SessionId> = self.sessions.keys().copied().collect();
-        for id in ids {
+        for id in self.live.iter().copied().collect::<Vec<SessionId>>() {
             let Some(session) = self.sessions.get(&id) else { continue };
             if session.detached_at.is_some_and(|at| now.since(at) >= DETACHED_MS) {
                 self.abandon_all(id);
@@ -221,6 +229,11 @@ impl Provider {
             }
             self.tick_requests(now, id);
             self.continue_close(now, id);
+            self.refresh(&id);
         }
+        let sessions = &self.sessions;
+        self.live.retain(|id| sessions.get(id).is_some_and(Session::is_live));
+        let timeout = self.config.signature_timeout_ms;
+        self.wake = self.live.iter().filter_map(|id| self.sessions.get(id)?.next_deadline(timeout)).min();
     }
 }

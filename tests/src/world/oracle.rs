@@ -54,6 +54,8 @@ impl World {
             let waiting = node.calls.values().any(|log| log.end.is_none() && !log.orphaned);
             assert!(node.halted.is_none() || !waiting, "consumer {c} has halted and a client still waits");
             let most = role.exposure();
+            let summed = role.session_states().map(|s| s.consumer_exposure().most());
+            assert_eq!(most, summed.fold(Msat::ZERO, Msat::saturating_add), "consumer {c}: the kept sum and the sum");
             let cap = node.config.exposure_cap;
             assert!(most <= cap, "consumer {c} may lose {most}, its cap is {cap}");
             // By the wallet's own figures: what left it and was not received back as signed-for work.

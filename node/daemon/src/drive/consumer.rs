@@ -18,12 +18,15 @@ use satgrid_wallet::{InvoiceRequest, Lightning};
 use std::{
     collections::BTreeMap,
     sync::{Arc, RwLock},
+    time::Duration,
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 /// Messages that may wait; senders are held back beyond.
 const INBOX: usize = 4_096;
+/// The lists of the operators' view are built at most this often.
+const VIEW_INTERVAL: Duration = Duration::from_millis(200);
 /// How long a refund invoice stands.
 const REFUND_INVOICE_SECS: u32 = 3_600;
 
@@ -44,7 +47,7 @@ pub(crate) enum Message {
     },
 }
 
-/// What operators are shown, renewed after every event.
+/// What operators are shown: figures renewed after every event, lists soon after they changed.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct ConsumerView {
     pub counters: satgrid_node::consumer::ConsumerCounters,
@@ -87,13 +90,17 @@ struct Running {
     calls: BTreeMap<CallId, mpsc::UnboundedSender<Emission>>,
     /// Frames for streams that are still being opened: a cancellation, at most.
     early: BTreeMap<(LinkId, StreamId), Vec<ConsumerFrame>>,
+    /// When the view's lists were built, and whether something happened since that may change them.
+    listed_at: Instant,
+    lists_stale: bool,
 }
 
 /// Starts the driver; messages go to what is returned.
 pub(crate) fn start(driver: ConsumerDriver) -> mpsc::Sender<Message> {
     let (inbox, messages) = mpsc::channel(INBOX);
     let (links, calls, early) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-    let running = Running { driver, inbox: inbox.clone(), links, calls, early };
+    let (listed_at, lists_stale) = (Instant::now(), true);
+    let running = Running { driver, inbox: inbox.clone(), links, calls, early, listed_at, lists_stale };
     tokio::spawn(running.run(messages));
     inbox
 }
@@ -101,8 +108,10 @@ pub(crate) fn start(driver: ConsumerDriver) -> mpsc::Sender<Message> {
 impl Running {
     async fn run(mut self, mut messages: mpsc::Receiver<Message>) {
         self.act();
+        self.show(true);
         loop {
             let wake = until(self.driver.role.poll_timeout());
+            let wake = if self.lists_stale { wake.min(VIEW_INTERVAL) } else { wake };
             let event = tokio::select! {
                 () = self.driver.shutdown.cancelled() => return,
                 message = messages.recv() => match message {
@@ -112,9 +121,12 @@ impl Running {
                 () = tokio::time::sleep(wake) => Some(ConsumerEvent::Tick),
             };
             if let Some(event) = event {
+                // A chunk changes no list.
+                let chunk = matches!(event, ConsumerEvent::Frame { frame: ProviderFrame::Chunk(..), .. });
+                self.lists_stale |= !chunk && !matches!(event, ConsumerEvent::Tick);
                 self.driver.role.handle(now(), event);
                 self.act();
-                self.show();
+                self.show(false);
             }
         }
     }
@@ -305,7 +317,7 @@ impl Running {
         });
     }
 
-    fn show(&self) {
+    fn show(&mut self, at_once: bool) {
         let Ok(mut view) = self.driver.view.write() else { return };
         let role = &self.driver.role;
         let exposure = role.exposure();
@@ -313,6 +325,10 @@ impl Running {
         view.open_calls = role.open_calls();
         view.exposure = exposure;
         view.largest_exposure = view.largest_exposure.max(exposure);
+        if !at_once && (!self.lists_stale || self.listed_at.elapsed() < VIEW_INTERVAL) {
+            return;
+        }
+        (self.listed_at, self.lists_stale) = (Instant::now(), false);
         view.sessions = role
             .session_states()
             .map(|state| SessionView {
