@@ -30,6 +30,9 @@ if [ "${CI:-}" = true ] && [ -z "${CARGO_TARGET_DIR:-}" ]; then
         export CARGO_TARGET_DIR="$ci_target"
     fi
 fi
+# Property tests draw the same cases each time in CI, so that a submission is judged by what it changed; at a desk and in
+# the long runs they explore.
+if [ "${CI:-}" = true ]; then export PROPTEST_RNG_SEED="${PROPTEST_RNG_SEED:-20261122}"; fi
 # The shipped binary, for whoever runs it from a script or a test.
 SATGRID_BIN="${CARGO_TARGET_DIR:-$PWD/target}/debug/satgrid"
 export SATGRID_BIN

@@ -156,8 +156,9 @@ pub struct Balance {
     pub onchain_confirmed_sat: u64,
     /// Everything on chain, unconfirmed and reserved included.
     pub onchain_total_sat: u64,
-    /// Some outbound payment is out on some channel. `false` once a channel is usable again is part of the proof that
-    /// a forgotten payment never left ([`crate::payment`]).
+    /// Some outbound payment is out on some channel, or an event waits to be read that may tell of its end. `false` once
+    /// a channel is usable again is part of the proof that a forgotten payment never left ([`crate::payment`]). Whoever
+    /// fills it looks at the channels first and at the events after them, so that an end between the two is not missed.
     pub outbound_in_flight: bool,
 }
 

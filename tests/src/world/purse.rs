@@ -55,9 +55,6 @@ impl World {
                 },
                 Action::Look { hash } => Input::Looked(self.net.lookup(lightning, hash).unwrap()),
                 Action::Observe => {
-                    if self.net.poll_event(lightning).is_some() {
-                        continue;
-                    }
                     let usable = self.net.channels(lightning).unwrap().iter().any(|c| c.usable);
                     let outbound_in_flight = self.net.balance(lightning).unwrap().outbound_in_flight;
                     Input::Observed { usable, outbound_in_flight }

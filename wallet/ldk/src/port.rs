@@ -106,7 +106,12 @@ impl Lightning for LdkWallet {
 
     async fn balance(&self) -> Result<Balance, WalletError> {
         let anchors = self.anchors.clone();
-        self.blocking(move |node| balance::balance(&node.list_channels(), &node.list_balances(), &anchors)).await
+        self.blocking(move |node| {
+            let mut balance = balance::balance(&node.list_channels(), &node.list_balances(), &anchors);
+            balance.outbound_in_flight |= node.next_event().is_some();
+            balance
+        })
+        .await
     }
 
     async fn channels(&self) -> Result<Vec<Channel>, WalletError> {

@@ -137,7 +137,8 @@ impl FakeNetwork {
             closing_sat: me.closing.0 / 1_000,
             onchain_confirmed_sat: me.onchain_sat,
             onchain_total_sat: me.onchain_sat,
-            outbound_in_flight: self.channels.values().any(|c| c.htlcs.values().any(|h| c.ends[h.payer_side] == node)),
+            outbound_in_flight: !me.events.is_empty()
+                || self.channels.values().any(|c| c.htlcs.values().any(|h| c.ends[h.payer_side] == node)),
             ..Balance::default()
         };
         for channel in self.channels(node)? {

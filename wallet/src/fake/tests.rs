@@ -237,6 +237,40 @@ proptest! {
     }
 }
 
+/// Sent, forgotten in a crash, failed: its event waits when the same invoice could go out again. Sent again before the
+/// event is read, the failure would be taken for the second sending's, the slice paid by another invoice, and then twice.
+#[test]
+fn nothing_is_sent_again_while_an_event_waits() {
+    let (mut network, payer, payee) = pair(5, FaultRates::NONE);
+    let mut consumer = Consumer { slices: Slices::new(2), journal: Vec::new() };
+    network.script(payer, [Fault::Stuck { ms: 3_000, then_settles: false }]);
+    let made = network.create_invoice(UnixMs(0), payee, ask(10_000)).unwrap();
+    let intent = Intent {
+        hash: made.payment_hash,
+        bolt11: made.bolt11,
+        amount: Msat(10_000),
+        max_fee: Msat(100),
+        expires_at: UnixMs(120_000),
+    };
+    consumer.journal.push((0, intent.clone(), None));
+    consumer.slices.start(UnixMs(0), 0, intent).unwrap();
+    consumer.act(&mut network, payer);
+    network.crash(UnixMs(10), payer, Crash { lose_rows_ms: 2_000, close_channels: false });
+    network.restart(UnixMs(20), payer);
+    consumer.recover(UnixMs(20));
+    for ms in (0..20_000).step_by(700) {
+        network.handle_timeout(UnixMs(ms));
+        if ms >= 3_000 {
+            network.connect(payer, payee, "127.0.0.1:9735".parse().unwrap()).unwrap();
+        }
+        consumer.slices.handle_timeout(UnixMs(ms));
+        consumer.act(&mut network, payer);
+    }
+    let ends: Vec<_> = consumer.journal.iter().map(|(.., outcome)| *outcome).collect();
+    assert_eq!(ends, [Some(Outcome::Failed { reason: FailureReason::RetriesExhausted })]);
+    assert_eq!(network.balance(payee).unwrap().lightning_total, Msat::ZERO, "a payment called failed came after all");
+}
+
 #[test]
 fn the_same_seed_gives_the_same_events() {
     let run = |seed| {

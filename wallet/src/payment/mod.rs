@@ -10,7 +10,7 @@
 //! |---|---|---|---|
 //! | `Attempted` | the attempt is in the journal | `pay` to return | it may be out: recovered as `Unknown` |
 //! | `InFlight` | `pay` returned `Ok`, or the wallet has a pending row | the outcome's event; looks it up every [`LOOK_EVERY_MS`] | recovered as `Unknown` |
-//! | `Unknown` | recovered without an outcome, or `pay` broke midway | a row in the wallet, else a usable channel to send the *same* BOLT 11 over | the same |
+//! | `Unknown` | recovered without an outcome, or `pay` broke midway | a row in the wallet, else a usable channel, with nothing out, to send the *same* BOLT 11 over | the same |
 //! | `Settled` | a preimage that hashes to the payment hash | nothing, ever | settled |
 //! | `Failed` | the wallet says so, the first `pay` was refused, or it is proved never sent | nothing; the slice may be paid by another invoice | failed |
 //!
@@ -18,8 +18,9 @@
 //!
 //! The embedded wallet writes its payment row after it has handed over the HTLC, so after a crash a payment may be out
 //! and have no row, or have a row and never have left. Therefore: an outcome in the journal wins; else the wallet's row;
-//! else, once a channel is usable, the same BOLT 11 is sent again (its payment id is its hash: a payment that is out
-//! answers `Ok` and nothing more happens). A refusal of such a second sending proves nothing, because the wallet looks
+//! else the same BOLT 11 is sent again, once a channel is usable and nothing has been out, nor an event waited to be read,
+//! for [`STILL_MS`]. (Its payment id is its hash, so a payment that is out would answer `Ok`; but if the first sending
+//! ended in the meantime, its failure would be taken for the second's, which is out.) A refusal of such a second sending proves nothing, because the wallet looks
 //! for a route before it looks for a duplicate. A payment without outcome ends as [`FailureReason::NeverSent`] only when
 //! all of this held for [`QUIET_MS`]: its invoice has expired (the payee would refuse it now), a channel is usable (so
 //! everything held back has been sent or dropped), and no outbound HTLC is on any channel.
@@ -47,6 +48,9 @@ use thiserror::Error;
 pub const LOOK_EVERY_MS: u64 = 5_000;
 /// While a payment's fate is unknown the wallet is asked this often.
 pub const RESOLVE_EVERY_MS: u64 = 1_000;
+/// How long nothing may have been out before the same invoice is sent again: an HTLC's end takes a moment to become an
+/// event.
+pub const STILL_MS: u64 = 1_000;
 /// How long the proof that nothing is out has to hold.
 pub const QUIET_MS: u64 = 30_000;
 const _: () = assert!(RESOLVE_EVERY_MS < LOOK_EVERY_MS && LOOK_EVERY_MS < QUIET_MS);
@@ -128,7 +132,7 @@ pub enum Input {
     },
     Looked(PaymentState),
     /// `usable`: a channel that could carry the payment is ready and its peer connected. `outbound_in_flight`: as in
-    /// [`crate::Balance`]. Report it only when the wallet's event queue is empty.
+    /// [`crate::Balance`], which counts an event that waits to be read.
     Observed {
         usable: bool,
         outbound_in_flight: bool,
@@ -155,7 +159,9 @@ pub struct Payment {
     paying: bool,
     /// No row was found since the phase became `Unknown`.
     no_row: bool,
-    /// Since when nothing is out.
+    /// Since when a channel is usable and nothing is out.
+    still_since: Option<UnixMs>,
+    /// Since when that holds and the invoice has expired.
     quiet_since: Option<UnixMs>,
     /// Some `pay` before the current one may have sent it.
     may_be_out: bool,
@@ -189,6 +195,7 @@ impl Payment {
             wake_at: None,
             paying: false,
             no_row: false,
+            still_since: None,
             quiet_since: None,
             may_be_out: false,
         }
@@ -249,6 +256,7 @@ impl Payment {
 
     fn pay(&mut self, now: UnixMs) {
         self.paying = true;
+        self.still_since = None;
         self.actions.push_back(Action::Pay { bolt11: self.intent.bolt11.clone(), max_fee: self.intent.max_fee });
         self.wake_at = Some(now.plus_ms(LOOK_EVERY_MS));
     }
@@ -315,16 +323,16 @@ impl Payment {
         if self.phase.is_over() {
             return None;
         }
-        let expired = now >= self.intent.expires_at;
-        if !(usable && !outbound_in_flight && expired) {
-            self.quiet_since = None;
-        } else {
-            let since = *self.quiet_since.get_or_insert(now);
-            if now.since(since) >= QUIET_MS {
-                return self.fail(FailureReason::NeverSent);
-            }
+        if !usable || outbound_in_flight {
+            (self.still_since, self.quiet_since) = (None, None);
+            return None;
         }
-        if self.phase == Phase::Unknown && self.no_row && usable && !expired && !self.paying {
+        let still_since = *self.still_since.get_or_insert(now);
+        if now >= self.intent.expires_at {
+            let since = *self.quiet_since.get_or_insert(now);
+            return (now.since(since) >= QUIET_MS).then(|| self.fail(FailureReason::NeverSent)).flatten();
+        }
+        if self.phase == Phase::Unknown && self.no_row && !self.paying && now.since(still_since) >= STILL_MS {
             self.pay(now);
         }
         None

@@ -75,8 +75,9 @@ fn the_table() {
     let told = Input::Failed { reason: FailureReason::Rejected };
     check(recovered(), &[row_failed(), told], failed(FailureReason::Rejected));
     check(recovered(), &[Input::Looked(PaymentState::Unknown)], Phase::Unknown);
-    check(recovered(), &[Input::Looked(PaymentState::Unknown), USABLE, Input::Accepted], Phase::InFlight);
-    check(recovered(), &[Input::Looked(PaymentState::Unknown), USABLE, Input::Refused(no_route())], Phase::Unknown);
+    let no_row = || Input::Looked(PaymentState::Unknown);
+    check(recovered(), &[no_row(), USABLE, USABLE, Input::Accepted], Phase::InFlight);
+    check(recovered(), &[no_row(), USABLE, USABLE, Input::Refused(no_route())], Phase::Unknown);
 }
 
 #[test]
@@ -86,13 +87,17 @@ fn after_a_crash_the_same_invoice_goes_out_again_only_over_a_usable_channel() {
     payment.handle(UnixMs(1), USABLE).unwrap();
     assert_eq!(pays(&mut payment), 0, "the wallet has not yet been asked for a row");
     payment.handle(UnixMs(2), Input::Looked(PaymentState::Unknown)).unwrap();
-    payment.handle(UnixMs(3), OFFLINE).unwrap();
-    assert_eq!(pays(&mut payment), 0);
-    payment.handle(UnixMs(4), USABLE).unwrap();
+    for (at, observed) in [(3, USABLE), (900, OFFLINE), (1_100, USABLE), (2_000, BUSY), (2_100, USABLE)] {
+        payment.handle(UnixMs(at), observed.clone()).unwrap();
+        assert_eq!(pays(&mut payment), 0, "at {at}: {observed:?}");
+    }
+    payment.handle(UnixMs(2_099 + STILL_MS), USABLE).unwrap();
+    assert_eq!(pays(&mut payment), 0, "an end may still be on its way to the event queue");
+    payment.handle(UnixMs(2_100 + STILL_MS), USABLE).unwrap();
     assert_eq!(drain(&mut payment), [Action::Pay { bolt11: "invoice 1".into(), max_fee: Msat(10) }]);
-    payment.handle(UnixMs(5), USABLE).unwrap();
+    payment.handle(UnixMs(2_101 + STILL_MS), USABLE).unwrap();
     assert_eq!(pays(&mut payment), 0, "one call at a time");
-    payment.handle(UnixMs(6), Input::Accepted).unwrap();
+    payment.handle(UnixMs(2_102 + STILL_MS), Input::Accepted).unwrap();
     assert_eq!(*payment.phase(), Phase::InFlight);
 }
 
