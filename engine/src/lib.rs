@@ -6,6 +6,7 @@
 //! - [`sampling`], [`stop`], [`utf8`], [`template`]: from logits to a token, from tokens to text, from messages to a
 //!   prompt.
 //! - [`gguf`], [`facts`], [`root`], [`tokenizer_artefact`]: what a model file says, and the hashes that name it.
+//! - [`stage`]: a model over several machines: the ports of a stage and of the ring between, and hidden rows as bytes.
 //! - [`tiny`]: a seeded random model for tests. `toy` (a feature): a deterministic engine without weights, for tests
 //!   and simulation.
 //!
@@ -21,6 +22,7 @@ pub mod gguf;
 pub mod port;
 pub mod root;
 pub mod sampling;
+pub mod stage;
 pub mod stop;
 pub mod template;
 pub mod tiny;
