@@ -243,7 +243,7 @@ proptest! {
 fn nothing_is_sent_again_while_an_event_waits() {
     let (mut network, payer, payee) = pair(5, FaultRates::NONE);
     let mut consumer = Consumer { slices: Slices::new(2), journal: Vec::new() };
-    network.script(payer, [Fault::Stuck { ms: 3_000, then_settles: false }]);
+    network.script(payer, [Fault::Stuck { ms: 4_000, then_settles: false }]);
     let made = network.create_invoice(UnixMs(0), payee, ask(10_000)).unwrap();
     let intent = Intent {
         hash: made.payment_hash,
@@ -260,7 +260,7 @@ fn nothing_is_sent_again_while_an_event_waits() {
     consumer.recover(UnixMs(20));
     for ms in (0..20_000).step_by(700) {
         network.handle_timeout(UnixMs(ms));
-        if ms >= 3_000 {
+        if ms >= 4_000 {
             network.connect(payer, payee, "127.0.0.1:9735".parse().unwrap()).unwrap();
         }
         consumer.slices.handle_timeout(UnixMs(ms));
