@@ -172,6 +172,10 @@ impl Consumer {
     pub fn session_states(&self) -> impl Iterator<Item = &SessionState> {
         self.sessions.values().filter_map(|s| s.state.as_ref())
     }
+    /// Every session that was opened, and in one word where it stands.
+    pub fn sessions(&self) -> impl Iterator<Item = (&SessionState, &'static str)> {
+        self.sessions.values().filter_map(|s| s.state.as_ref().map(|state| (state, s.word())))
+    }
     /// "Most you can lose now", over all sessions.
     pub fn exposure(&self) -> Msat {
         self.exposed

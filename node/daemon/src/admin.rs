@@ -4,6 +4,7 @@
 use crate::drive::{
     consumer::{self, ConsumerView},
     market::{Listening, Market},
+    now,
     provider::ProviderView,
 };
 use anyhow::Context;
@@ -16,9 +17,11 @@ use axum::{
     routing::{get, post},
 };
 use rand::RngCore;
+use satgrid_engine::port::Engine;
+use satgrid_engine_llama::LlamaEngine;
 use satgrid_market_nostr::RelayHealth;
 use satgrid_node::consumer::ConsumerEvent;
-use satgrid_types::{LightningKey, Msat, NodeKey, NostrKey, SessionId};
+use satgrid_types::{LightningKey, Msat, NodeKey, NostrKey, SessionId, UnixMs};
 use satgrid_wallet::{Direction, Lightning, OpenChannel, PaymentState};
 use satgrid_wallet_ldk::LdkWallet;
 use serde::Deserialize;
@@ -49,6 +52,10 @@ pub(crate) struct State {
     pub consumer: Option<Arc<RwLock<ConsumerView>>>,
     pub consumer_inbox: Option<mpsc::Sender<consumer::Message>>,
     pub relays: watch::Receiver<Vec<RelayHealth>>,
+    pub api_listen: Option<SocketAddr>,
+    /// What is for sale, by its listed name, with the engine that runs it.
+    pub engines: Vec<(String, Arc<LlamaEngine>)>,
+    pub started: UnixMs,
     pub market: Market,
     pub heard: Option<Arc<Listening>>,
 }
@@ -121,6 +128,14 @@ async fn status(Shared(state): Shared<State>) -> Answer {
         .iter()
         .map(|r| json!({ "url": r.url, "connected": r.connected, "last_error": r.last_error }))
         .collect();
+    let engines: Vec<Value> = state
+        .engines
+        .iter()
+        .map(|(model, engine)| {
+            let facts = engine.facts();
+            json!({ "model": model, "process": engine.process_id(), "slots": facts.slots, "context": facts.context })
+        })
+        .collect();
     let mut refused = state.market.refusals();
     if let Some(heard) = &state.heard {
         refused.extend(heard.counters().into_iter().filter(|(reason, _)| *reason != "accepted"));
@@ -131,7 +146,11 @@ async fn status(Shared(state): Shared<State>) -> Answer {
         "lightning_node": state.wallet.node_id(),
         "lightning_listen": state.wallet.listen_addr(),
         "network": state.network,
+        "version": env!("CARGO_PKG_VERSION"),
+        "uptime_s": now().since(state.started) / 1_000,
         "quic_listen": state.quic_listen,
+        "api_listen": state.api_listen,
+        "engines": engines,
         "provider": provider.map(|view| provider_json(&view)),
         "consumer": consumer.map(|view| consumer_json(&view)),
         "relays": relays,
@@ -149,6 +168,9 @@ fn provider_json(view: &ProviderView) -> Value {
         },
         "open_requests": view.open_requests,
         "links": view.links,
+        "sessions": view.sessions,
+        "prepaid_msat": view.prepaid,
+        "refunds_due_msat": view.refunds_due,
         "exposure_msat": view.exposure,
         "largest_exposure_msat": view.largest_exposure,
         "halted": view.halted,
@@ -162,7 +184,7 @@ fn consumer_json(view: &ConsumerView) -> Value {
         .iter()
         .map(|s| {
             json!({
-                "session": s.session, "provider": s.provider, "paid_msat": s.paid, "charged_msat": s.charged,
+                "session": s.session, "provider": s.provider, "state": s.state, "paid_msat": s.paid, "charged_msat": s.charged,
                 "remainder_msat": s.remainder, "refunded_msat": s.refunded,
             })
         })

@@ -69,6 +69,8 @@ pub(crate) enum Command {
     Models(ModelsCommand),
     /// Run this node: provider, consumer or both, as configured
     Up,
+    /// What the running node does, owes and may lose: roles, sessions, wallet, engines, relays
+    Status,
     /// What is for sale, and why a model is or is not to be had
     #[command(subcommand)]
     Market(MarketCommand),

@@ -134,6 +134,18 @@ impl Session {
         let unknown_to_provider = state.paid().saturating_sub(self.credited);
         state.available().saturating_sub(unknown_to_provider)
     }
+    /// Where it stands, for the operator.
+    pub(super) fn word(&self) -> &'static str {
+        let left = self.state.as_ref().is_some_and(|s| !s.remainder().is_zero());
+        match self.phase {
+            Phase::Over if left => "owed",
+            Phase::Over => "settled",
+            _ if self.closing => "closing",
+            Phase::Asleep => "asleep",
+            Phase::Ready => "ready",
+            Phase::Connecting | Phase::Greeting | Phase::Quoting | Phase::Opening | Phase::Resuming => "connecting",
+        }
+    }
     /// Something here can go on or fall due.
     pub(super) fn is_live(&self) -> bool {
         self.link.is_some() || self.closing || !self.waiting.is_empty() || !self.requests.is_empty()

@@ -1,5 +1,6 @@
 //! The commands, one file each. Data goes to standard output, talk to standard error.
 
+mod admin_client;
 mod config;
 mod demo;
 mod devnet;
@@ -10,6 +11,7 @@ mod ledger;
 mod market;
 mod models;
 mod print;
+mod status;
 mod up;
 mod wallet;
 
@@ -28,6 +30,7 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Config(command) => config::run(&globals, &command),
         Command::Models(command) => models::run(&globals, &command),
         Command::Up => up::run(&globals),
+        Command::Status => status::run(&globals),
         Command::Market(command) => market::run(&globals, &command),
         Command::Wallet(command) => wallet::run(&globals, &command),
         Command::Ledger { args } => return Ok(ledger::run(args)),

@@ -1,21 +1,14 @@
 //! `satgrid wallet ...`: asks the running node over its admin port.
 
-use super::print;
-use crate::admin::TOKEN_FILE;
+use super::{admin_client::Admin, print};
 use crate::cli::{Format, Globals, WalletCommand};
-use crate::failure::HintExt;
-use anyhow::{Context, bail};
 use serde_json::{Value, json};
 
 pub(super) fn run(globals: &Globals, command: &WalletCommand) -> anyhow::Result<()> {
     let config = globals.load()?.config;
-    let token = std::fs::read_to_string(config.node.dir.join(TOKEN_FILE))
-        .with_context(|| format!("no {TOKEN_FILE} in {}", config.node.dir.display()))
-        .hint("`satgrid up` makes it; is this the right --config?")?;
-    let base = format!("http://{}/admin/v1", config.api.admin);
+    let admin = Admin::of(&config)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let admin = Admin { client: reqwest::Client::new(), base, token: token.trim().to_owned() };
         match command {
             WalletCommand::Balance => balance(globals.format, &admin.get("wallet").await?),
             WalletCommand::Address => {
@@ -39,31 +32,6 @@ pub(super) fn run(globals: &Globals, command: &WalletCommand) -> anyhow::Result<
             }
         }
     })
-}
-
-struct Admin {
-    client: reqwest::Client,
-    base: String,
-    token: String,
-}
-
-impl Admin {
-    async fn get(&self, path: &str) -> anyhow::Result<Value> {
-        self.answer(self.client.get(format!("{}/{path}", self.base))).await
-    }
-    async fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
-        self.answer(self.client.post(format!("{}/{path}", self.base)).json(body)).await
-    }
-    async fn answer(&self, request: reqwest::RequestBuilder) -> anyhow::Result<Value> {
-        let sent = request.bearer_auth(&self.token).send().await;
-        let response = sent.context("the node does not answer on its admin port").hint("is `satgrid up` running?")?;
-        let status = response.status();
-        let answer: Value = response.json().await.unwrap_or_default();
-        if !status.is_success() {
-            bail!("{}", answer["error"].as_str().unwrap_or("the node refused"));
-        }
-        Ok(answer)
-    }
 }
 
 fn balance(format: Format, answer: &Value) -> anyhow::Result<()> {

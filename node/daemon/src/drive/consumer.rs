@@ -63,6 +63,8 @@ pub(crate) struct ConsumerView {
 pub(crate) struct SessionView {
     pub session: SessionId,
     pub provider: NodeKey,
+    /// Where it stands, in one word.
+    pub state: &'static str,
     pub paid: Msat,
     pub charged: Msat,
     pub remainder: Msat,
@@ -330,10 +332,11 @@ impl Running {
         }
         (self.listed_at, self.lists_stale) = (Instant::now(), false);
         view.sessions = role
-            .session_states()
-            .map(|state| SessionView {
+            .sessions()
+            .map(|(state, word)| SessionView {
                 session: state.id(),
                 provider: state.provider(),
+                state: word,
                 paid: state.paid(),
                 charged: state.charged(),
                 remainder: state.remainder(),

@@ -20,8 +20,9 @@ use satgrid_wallet::{Invoice, InvoiceRequest, Lightning};
 use std::{
     collections::BTreeMap,
     sync::{Arc, RwLock},
+    time::Duration,
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 /// Messages that may wait; senders are held back beyond.
@@ -35,12 +36,19 @@ pub(crate) enum Message {
     Stream { link: LinkId, stream: StreamId, sender: FrameSender },
 }
 
-/// What operators are shown, renewed after every event.
+/// The sums over all sessions are built at most this often.
+const VIEW_INTERVAL: Duration = Duration::from_millis(200);
+
+/// What operators are shown: figures renewed after every event, sums over all sessions soon after they changed.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct ProviderView {
     pub counters: satgrid_node::provider::ProviderCounters,
     pub open_requests: usize,
     pub links: usize,
+    pub sessions: usize,
+    /// Prepaid by buyers and not used, in sessions that are open; what is left in those that were closed.
+    pub prepaid: Msat,
+    pub refunds_due: Msat,
     pub exposure: Msat,
     pub largest_exposure: Msat,
     pub halted: Option<String>,
@@ -64,6 +72,9 @@ struct Running {
     inbox: mpsc::Sender<Message>,
     links: BTreeMap<LinkId, Outbound>,
     next_link: u64,
+    /// When the view's sums were built, and whether something happened since that may change them.
+    summed_at: Instant,
+    sums_stale: bool,
 }
 
 /// Starts the driver; messages go to what is returned.
@@ -73,7 +84,8 @@ pub(crate) fn start(driver: ProviderDriver, endpoint: QuicEndpoint) -> mpsc::Sen
         tokio::spawn(pump_engine(*id, engine.clone(), inbox.clone()));
     }
     tokio::spawn(accept(endpoint, inbox.clone()));
-    let running = Running { driver, inbox: inbox.clone(), links: BTreeMap::new(), next_link: 0 };
+    let (links, summed_at, sums_stale) = (BTreeMap::new(), Instant::now(), true);
+    let running = Running { driver, inbox: inbox.clone(), links, next_link: 0, summed_at, sums_stale };
     tokio::spawn(running.run(messages));
     inbox
 }
@@ -81,8 +93,10 @@ pub(crate) fn start(driver: ProviderDriver, endpoint: QuicEndpoint) -> mpsc::Sen
 impl Running {
     async fn run(mut self, mut messages: mpsc::Receiver<Message>) {
         self.act();
+        self.show(true);
         loop {
             let wake = until(self.driver.role.poll_timeout());
+            let wake = if self.sums_stale { wake.min(VIEW_INTERVAL) } else { wake };
             let event = tokio::select! {
                 () = self.driver.shutdown.cancelled() => return,
                 message = messages.recv() => match message {
@@ -92,9 +106,11 @@ impl Running {
                 () = tokio::time::sleep(wake) => Some(ProviderEvent::Tick),
             };
             if let Some(event) = event {
+                // What the engine says moves no money by itself.
+                self.sums_stale |= !matches!(event, ProviderEvent::Engine { .. } | ProviderEvent::Tick);
                 self.driver.role.handle(now(), event);
                 self.act();
-                self.show();
+                self.show(false);
             }
         }
     }
@@ -217,7 +233,7 @@ impl Running {
         });
     }
 
-    fn show(&self) {
+    fn show(&mut self, at_once: bool) {
         let Ok(mut view) = self.driver.view.write() else { return };
         let exposure = self.driver.role.exposure();
         view.counters = *self.driver.role.counters();
@@ -225,6 +241,16 @@ impl Running {
         view.links = self.links.len();
         view.exposure = exposure;
         view.largest_exposure = view.largest_exposure.max(exposure);
+        if !at_once && (!self.sums_stale || self.summed_at.elapsed() < VIEW_INTERVAL) {
+            return;
+        }
+        (self.summed_at, self.sums_stale) = (Instant::now(), false);
+        (view.sessions, view.prepaid, view.refunds_due) = (0, Msat::ZERO, Msat::ZERO);
+        for state in self.driver.role.session_states() {
+            view.sessions += 1;
+            let sum = if state.close_statement().is_some() { &mut view.refunds_due } else { &mut view.prepaid };
+            *sum = sum.saturating_add(state.remainder());
+        }
     }
 }
 

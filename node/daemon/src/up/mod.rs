@@ -145,6 +145,9 @@ impl Opened {
             consumer: running.consumer_view.clone(),
             consumer_inbox: running.consumer.clone(),
             relays: running.relays.clone(),
+            api_listen: api_port.as_ref().and_then(|port| port.local_addr().ok()),
+            engines: running.engines.clone(),
+            started: now(),
             market: market.clone(),
             heard: running.heard.clone(),
         };
@@ -200,7 +203,7 @@ impl Opened {
             publisher.stopped().await;
         }
         running.endpoint.shutdown(Code::SHUTTING_DOWN, "the node is stopping").await;
-        running.engines.iter().for_each(|engine| engine.shut_down());
+        running.engines.iter().for_each(|(_, engine)| engine.shut_down());
         outcome
     }
 }

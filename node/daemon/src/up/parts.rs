@@ -55,7 +55,7 @@ pub(super) struct Node<'a> {
 pub(super) struct Running {
     pub endpoint: QuicEndpoint,
     pub quic_listen: Option<SocketAddr>,
-    pub engines: Vec<Arc<LlamaEngine>>,
+    pub engines: Vec<(String, Arc<LlamaEngine>)>,
     pub publisher: Option<Arc<Publisher>>,
     pub relays: watch::Receiver<Vec<RelayHealth>>,
     /// Events from relays, by what became of them.
@@ -138,7 +138,7 @@ impl Node<'_> {
             (None, Some(publisher)) => publisher.health(),
             (None, None) => watch::channel(Vec::new()).1,
         };
-        let engines = for_sale.into_iter().map(|model| model.engine).collect();
+        let engines = for_sale.into_iter().map(|model| (model.name, model.engine)).collect();
         Ok(Running {
             endpoint,
             quic_listen,
