@@ -199,7 +199,7 @@ impl CostReply {
 
 impl UsageReply {
     pub(crate) fn of(bill: &Bill) -> UsageReply {
-        let TokenUsage { prompt, cached_prompt, completion, reasoning } = bill.usage;
+        let TokenUsage { prompt, cached_prompt, completion, reasoning, part: _ } = bill.usage;
         UsageReply {
             prompt_tokens: prompt,
             completion_tokens: completion,

@@ -164,7 +164,12 @@ impl Demand {
     /// Usage at this provider with so many output tokens.
     pub(crate) fn usage(&self, provider: &NodeKey, output_tokens: u32) -> TokenUsage {
         let cached = self.cached.get(provider).copied().unwrap_or(0).min(self.prompt_tokens);
-        TokenUsage { prompt: self.prompt_tokens, cached_prompt: cached, completion: output_tokens, reasoning: 0 }
+        TokenUsage {
+            prompt: self.prompt_tokens,
+            cached_prompt: cached,
+            completion: output_tokens,
+            ..TokenUsage::default()
+        }
     }
 }
 

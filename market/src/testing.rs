@@ -83,6 +83,7 @@ impl Offer {
                 cached_input: MsatPerMtok(100_000),
                 output: MsatPerMtok(self.output),
                 per_request: Msat(0),
+                ..RateCard::default()
             },
             context_length: self.context_length,
             slots: self.slots,

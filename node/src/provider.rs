@@ -17,6 +17,7 @@ mod refunds;
 mod requests;
 mod sessions;
 mod types;
+mod words;
 
 pub use types::*;
 

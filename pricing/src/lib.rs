@@ -22,6 +22,8 @@ pub enum ChargeError {
     Overflow,
     #[error("the usage contradicts itself: more cached than prompt tokens, or more reasoning than output tokens")]
     Inconsistent,
+    #[error("the usage counts layer or expert work, and the quote has no price for it")]
+    Unpriced,
 }
 
 /// The exact numerators of one request at its quote's rates.
@@ -30,11 +32,20 @@ pub fn numerators(usage: &TokenUsage, rates: &RateCard) -> Result<Numerators, Ch
         return Err(ChargeError::Inconsistent);
     }
     let fresh = usage.prompt.checked_sub(usage.cached_prompt).ok_or(ChargeError::Inconsistent)?;
-    let started = usage.prompt > 0 || usage.completion > 0;
+    let part = usage.part.unwrap_or_default();
+    let started = usage.prompt > 0 || usage.completion > 0 || part.position_layers > 0 || part.expert_rows > 0;
+    // Work that the quote has no price for is nobody's to charge.
+    let unpriced = (part.position_layers > 0 && rates.position_layer.is_none())
+        || (part.expert_rows > 0 && rates.expert_row.is_none());
+    if unpriced {
+        return Err(ChargeError::Unpriced);
+    }
     let parts = [
         (u64::from(fresh), rates.input.0),
         (u64::from(usage.cached_prompt), rates.cached_input.0),
         (u64::from(usage.completion), rates.output.0),
+        (part.position_layers, rates.position_layer.unwrap_or_default().0),
+        (part.expert_rows, rates.expert_row.unwrap_or_default().0),
         (if started { PER_MILLION } else { 0 }, rates.per_request.0),
     ];
     parts.iter().try_fold(Numerators::ZERO, |sum, (count, rate)| {
@@ -66,10 +77,10 @@ pub fn cost_alone(usage: &TokenUsage, rates: &RateCard) -> Result<Msat, ChargeEr
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use satgrid_types::MsatPerMtok;
+    use satgrid_types::{MsatPerMtok, PartUsage, WorkKind};
 
     fn usage(prompt: u32, cached: u32, completion: u32) -> TokenUsage {
-        TokenUsage { prompt, cached_prompt: cached, completion, reasoning: 0 }
+        TokenUsage { prompt, cached_prompt: cached, completion, ..TokenUsage::default() }
     }
     fn rates(input: u64, cached: u64, output: u64, per_request: u64) -> RateCard {
         RateCard {
@@ -77,6 +88,7 @@ mod tests {
             cached_input: MsatPerMtok(cached),
             output: MsatPerMtok(output),
             per_request: Msat(per_request),
+            ..RateCard::default()
         }
     }
     #[track_caller]
@@ -92,6 +104,19 @@ mod tests {
         check(usage(1_000_001, 0, 0), rates(1, 0, 0, 0), 2);
         check(usage(1_000, 400, 50), rates(2_000_000, 500_000, 8_000_000, 0), 600 * 2 + 200 + 50 * 8);
         check(usage(1, 0, 0), rates(0, 0, 0, 700), 700);
+    }
+
+    #[test]
+    fn parts_are_priced_by_position_layers_and_expert_rows() {
+        let part = PartUsage::default().plus(WorkKind::Prefill, 500, 6).unwrap().plus(WorkKind::Decode, 1, 6).unwrap();
+        let usage = TokenUsage::of_part(PartUsage { expert_rows: 10, ..part });
+        let rates = RateCard { per_request: Msat(3), ..RateCard::default() };
+        assert_eq!(cost_alone(&usage, &rates), Err(ChargeError::Unpriced));
+        let rates = RateCard { position_layer: Some(MsatPerMtok(1_000_000)), ..rates };
+        assert_eq!(cost_alone(&usage, &rates), Err(ChargeError::Unpriced), "its expert rows have no price");
+        let rates = RateCard { expert_row: Some(MsatPerMtok(2_000_000)), ..rates };
+        assert_eq!(cost_alone(&usage, &rates), Ok(Msat(501 * 6 + 20 + 3)));
+        assert_eq!(cost_alone(&TokenUsage::of_part(PartUsage::default()), &rates), Ok(Msat(0)), "nothing was begun");
     }
 
     #[test]

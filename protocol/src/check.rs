@@ -206,6 +206,8 @@ pub fn receipt(
         private_hash,
         error: offered.error.clone(),
         slices: offered.slices.clone(),
+        part: offered.part,
+        split: offered.split.clone().zip(offered.stage_root),
     };
     let ours = state.receipt(id, facts)?;
     cost(offered.numerators, ours.numerators, offered.cost, ours.cost)?;

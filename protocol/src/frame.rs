@@ -10,13 +10,14 @@
 //! | control | [`ConsumerControl`] | [`ProviderControl`] |
 //! | request | [`ConsumerFrame`] | [`ProviderFrame`] |
 
+use crate::hop::Ticket;
 use minicbor::{Decode, Encode};
 use satgrid_ledger::statements::{
     Ack, CreditNote, Receipt, RequestOpen, RequestPrivate, SessionClose, SessionOpen, SliceDescriptor,
 };
 use satgrid_types::{
-    BothSigned, FinishReason, ListingId, ModelRoot, Msat, Numerators, PaymentHash, Quote, ReceiptId, RequestId, Salt,
-    SessionId, Signature, Signed,
+    BothSigned, FinishReason, ListingId, ModelRoot, Msat, NodeKey, Numerators, PaymentHash, Quote, ReceiptId,
+    RequestId, Salt, SessionId, Signature, Signed,
     cbor::{self, CodecError},
 };
 
@@ -158,7 +159,47 @@ pub enum ConsumerFrame {
     /// Countersignature of the receipt.
     #[n(3)]
     Receipt(#[n(0)] Signature),
+    /// To a worker: where the rows of this request go next. May come again, when the next node was replaced.
+    #[n(4)]
+    Route(#[n(0)] Box<PartRoute>),
+    /// To a worker: the work is over; its receipt is due.
+    #[n(5)]
+    Done,
 }
+
+/// Where a worker sends the rows of a request.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct PartRoute {
+    /// The lead's number of the request: rows name it by this.
+    #[n(0)]
+    pub slot: u64,
+    #[n(1)]
+    pub next: NodeKey,
+    /// `host:port`, as in listings.
+    #[n(2)]
+    pub addresses: Vec<String>,
+    /// For the next node: to be shown to it.
+    #[n(3)]
+    pub ticket: Signed<Ticket>,
+    /// Rows that this worker sent before and kept go to the next node first, for this sequence, from here on to there.
+    #[n(4)]
+    pub resend: Vec<Resend>,
+}
+
+/// Kept rows to be sent again: to rebuild what a lost worker held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct Resend {
+    #[n(0)]
+    pub sequence: u32,
+    #[n(1)]
+    pub upto: u32,
+}
+
+/// Addresses of a route.
+pub const MAX_ADDRESSES: usize = 8;
+/// Sequences whose rows one route may have sent again.
+pub const MAX_RESENDS: usize = 256;
 
 /// A request with the private side that its signed part commits to.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]

@@ -1,6 +1,7 @@
 //! What two nodes say to each other, and what follows from it for both.
 //!
 //! * [`frame`]: the messages of a session, one canonical encoding each, with a limit on everything;
+//! * [`hop`]: hidden rows between the nodes of a ring, and the tickets that allow them;
 //! * [`session`]: the state of one session as a fold over its journal entries, the same on both sides;
 //! * [`metering`]: how far work may run ahead of acknowledgements and of money;
 //! * [`slices`]: when the next instalment is due and how large it is;
@@ -14,6 +15,7 @@
 pub mod check;
 pub mod exposure;
 pub mod frame;
+pub mod hop;
 pub mod metering;
 pub mod session;
 pub mod slices;

@@ -5,9 +5,13 @@
 //!
 //! * prompt: at most one unacknowledged piece (`prefill_piece` tokens), granted only as a whole piece that is covered;
 //! * output: at most `window_tokens` beyond the last countersigned acknowledgement, as many as the funds cover.
+//!
+//! Work on a part of a model runs on the same rules: its units (positions through the ordered layers, or expert rows) take
+//! the place of output tokens, at what one unit costs. [`Meter`] says which a request is.
 
-use satgrid_pricing::{PER_MILLION, numerators};
-use satgrid_types::{Msat, RateCard, Terms, TokenUsage};
+use satgrid_ledger::statements::{PartOrder, RequestOpen};
+use satgrid_pricing::{ChargeError, PER_MILLION, cost_alone, numerators};
+use satgrid_types::{Msat, MsatPerMtok, RateCard, Terms, TokenUsage};
 
 /// Positions that the engine may evaluate and emit; both only grow.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -21,7 +25,7 @@ pub struct Grant {
 impl Grant {
     /// The work that this grant allows, as if nothing came from the cache: what must be reserved for it.
     pub fn usage(&self) -> TokenUsage {
-        TokenUsage { prompt: self.prompt_upto, cached_prompt: 0, completion: self.output_upto, reasoning: 0 }
+        TokenUsage { prompt: self.prompt_upto, completion: self.output_upto, ..TokenUsage::default() }
     }
 }
 
@@ -57,12 +61,141 @@ const START_TOKENS: u32 = 8;
 pub fn start_cost(prompt_tokens: u32, max_output: u32, rates: &RateCard, terms: &Terms) -> Option<Msat> {
     let piece = prompt_tokens.min(terms.prefill_piece.max(1));
     let output = if piece == prompt_tokens { max_output.min(START_TOKENS) } else { 0 };
-    let usage = TokenUsage { prompt: piece, cached_prompt: 0, completion: output, reasoning: 0 };
-    satgrid_pricing::cost_alone(&usage, rates).ok()
+    let usage = TokenUsage { prompt: piece, completion: output, ..TokenUsage::default() };
+    cost_alone(&usage, rates).ok()
 }
 
+/// What a request is metered by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Meter {
+    Tokens {
+        prompt_tokens: u32,
+        max_output: u32,
+    },
+    /// Work on a part of a model: a unit is a position through the ordered layers, or an expert row.
+    Part(PartOrder),
+}
+
+impl Meter {
+    pub fn of(open: &RequestOpen) -> Meter {
+        match open.part {
+            Some(order) => Meter::Part(order),
+            None => Meter::Tokens { prompt_tokens: open.prompt_tokens, max_output: open.max_output },
+        }
+    }
+
+    /// The largest grant that windows and funds allow. For part work `output_upto` counts units.
+    pub fn grant(&self, acked: &TokenUsage, funds: Msat, rates: &RateCard, terms: &Terms) -> Grant {
+        let progress = |prompt_tokens, max_output, acked, funds, rates| {
+            grant(&Progress { prompt_tokens, max_output, acked, funds, rates, terms: *terms })
+        };
+        match self {
+            Meter::Tokens { prompt_tokens, max_output } => progress(*prompt_tokens, *max_output, *acked, funds, *rates),
+            Meter::Part(order) => {
+                let most = u32::try_from(order.max_positions).unwrap_or(u32::MAX);
+                let funds = funds.saturating_sub(rates.per_request);
+                progress(0, most, self.units(acked), funds, self.unit_rates(rates))
+            }
+        }
+    }
+
+    /// What all the work that a grant allows costs: what must be reserved for it.
+    pub fn cost(&self, grant: Grant, rates: &RateCard) -> Result<Msat, ChargeError> {
+        match self {
+            Meter::Tokens { .. } => cost_alone(&grant.usage(), rates),
+            Meter::Part(_) => cost_alone(&grant.usage(), &self.unit_rates(rates)),
+        }
+    }
+
+    /// What must be available before the request starts.
+    pub fn start_cost(&self, rates: &RateCard, terms: &Terms) -> Option<Msat> {
+        match self {
+            Meter::Tokens { prompt_tokens, max_output } => start_cost(*prompt_tokens, *max_output, rates, terms),
+            // Never less than the window, which holds at least one batch of the engine.
+            Meter::Part(order) => {
+                let window = u64::from(terms.window_tokens.max(1)).min(order.max_positions);
+                let output_upto = u32::try_from(window).unwrap_or(u32::MAX);
+                self.cost(Grant { prompt_upto: 0, output_upto }, rates).ok()
+            }
+        }
+    }
+
+    /// What must be free beside a running request's reservation so that it does not wait for a payment: `low` water, or the
+    /// next two prompt pieces, and never more than the rest of it can cost.
+    pub fn ahead(&self, acked: &TokenUsage, reserved: Msat, low: Msat, rates: &RateCard, terms: &Terms) -> Msat {
+        let cost = |prompt_upto, output_upto| {
+            self.cost(Grant { prompt_upto, output_upto }, rates).unwrap_or(Msat::MAX).saturating_sub(reserved)
+        };
+        match self {
+            Meter::Tokens { prompt_tokens, max_output } => {
+                let pieces = terms.prefill_piece.max(1).saturating_mul(2);
+                let prompt = acked.prompt.saturating_add(pieces).min(*prompt_tokens);
+                low.max(cost(prompt, 0)).min(cost(*prompt_tokens, *max_output))
+            }
+            Meter::Part(order) => {
+                let most = u32::try_from(order.max_positions).unwrap_or(u32::MAX);
+                let next = self.units(acked).completion.saturating_add(terms.window_tokens.max(1).saturating_mul(2));
+                low.max(cost(0, next.min(most))).min(cost(0, most))
+            }
+        }
+    }
+
+    pub fn ack_due(&self, done: &TokenUsage, offered: &TokenUsage, ms_since_offer: u64, terms: &Terms) -> bool {
+        ack_due(&self.units(done), &self.units(offered), ms_since_offer, terms)
+    }
+
+    /// Whether the grant allows more than what is done.
+    pub fn goes_on(&self, grant: Grant, done: &TokenUsage) -> bool {
+        let done = self.units(done);
+        match self {
+            Meter::Tokens { prompt_tokens, .. } if done.prompt < *prompt_tokens => grant.prompt_upto > done.prompt,
+            Meter::Tokens { .. } | Meter::Part(_) => grant.output_upto > done.completion,
+        }
+    }
+
+    /// Usage as the meter counts it.
+    pub fn units(&self, usage: &TokenUsage) -> TokenUsage {
+        match self {
+            Meter::Tokens { .. } => *usage,
+            Meter::Part(order) => {
+                let part = usage.part.unwrap_or_default();
+                let units = match order.layers {
+                    Some(_) => part.positions().unwrap_or(u64::MAX),
+                    None => part.expert_rows,
+                };
+                let completion = u32::try_from(units).unwrap_or(u32::MAX);
+                TokenUsage { completion, ..TokenUsage::default() }
+            }
+        }
+    }
+
+    /// What a unit costs, where output tokens stand.
+    fn unit_rates(&self, rates: &RateCard) -> RateCard {
+        let unit = match self {
+            Meter::Tokens { .. } => return *rates,
+            Meter::Part(PartOrder { layers: Some(range), .. }) => {
+                rates.position_layer.unwrap_or_default().0.saturating_mul(range.layers().into())
+            }
+            Meter::Part(PartOrder { layers: None, .. }) => rates.expert_row.unwrap_or_default().0,
+        };
+        RateCard { output: MsatPerMtok(unit), per_request: rates.per_request, ..RateCard::default() }
+    }
+}
+
+/// The terms of a worker whose window is given in msat: in units, rounded up, and never less than one batch of its engine.
+pub fn part_terms(terms: &Terms, order_layers: u32, rates: &RateCard, window: Msat, batch: u32) -> Terms {
+    let unit = rates.position_layer.unwrap_or_default().0.saturating_mul(order_layers.into());
+    let units = window.0.saturating_mul(PER_MILLION).checked_div(unit).unwrap_or(u64::MAX);
+    let batch = batch.max(1);
+    let window_tokens = u32::try_from(units).unwrap_or(u32::MAX).clamp(batch.saturating_mul(2), MAX_PART_WINDOW);
+    Terms { window_tokens, ack_tokens: batch.min(window_tokens), ..*terms }
+}
+
+/// Positions that may be unacknowledged, whatever they cost.
+pub const MAX_PART_WINDOW: u32 = 8_192;
+
 fn covers(p: &Progress, grant: Grant) -> bool {
-    satgrid_pricing::cost_alone(&grant.usage(), &p.rates).is_ok_and(|cost| cost <= p.funds)
+    cost_alone(&grant.usage(), &p.rates).is_ok_and(|cost| cost <= p.funds)
 }
 
 fn affordable_output(p: &Progress, prompt_upto: u32, window: u32) -> u32 {
@@ -92,7 +225,8 @@ pub fn ack_due(done: &TokenUsage, offered: &TokenUsage, ms_since_offer: u64, ter
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use satgrid_types::MsatPerMtok;
+    use satgrid_ledger::statements::WireType;
+    use satgrid_types::{LayerRange, MsatPerMtok, NodeKey, PartUsage, RequestId, WorkKind};
 
     fn progress(prompt: u32, acked: (u32, u32), funds: u64) -> Progress {
         Progress {
@@ -105,6 +239,7 @@ mod tests {
                 cached_input: MsatPerMtok(500_000),
                 output: MsatPerMtok(10_000_000),
                 per_request: Msat(0),
+                ..RateCard::default()
             },
             terms: Terms::default(),
         }
@@ -135,6 +270,35 @@ mod tests {
         assert!(!ack_due(&at(10, 127), &at(10, 0), 999, &terms));
         assert!(ack_due(&at(10, 128), &at(10, 0), 0, &terms));
         assert!(ack_due(&at(10, 1), &at(10, 0), 1_000, &terms));
+    }
+
+    #[test]
+    fn part_work_is_metered_in_positions() {
+        let order = PartOrder {
+            layers: LayerRange::new(2, 12),
+            lead: NodeKey([1; 32]),
+            request: RequestId([2; 32]),
+            wire: WireType::F32,
+            max_positions: 5_000,
+        };
+        let meter = Meter::Part(order);
+        // 10 layers at 100 msat per thousand position-layers: a msat a position.
+        let rates =
+            RateCard { position_layer: Some(MsatPerMtok(100_000)), per_request: Msat(5), ..RateCard::default() };
+        let terms = part_terms(&Terms::default(), 10, &rates, Msat(600), 256);
+        assert_eq!((terms.window_tokens, terms.ack_tokens), (600, 256));
+        assert_eq!(part_terms(&Terms::default(), 10, &rates, Msat(3), 256).window_tokens, 512, "two batches at least");
+        let grant = |done: u64, funds| {
+            let part = PartUsage::default().plus(WorkKind::Prefill, done, 10).unwrap();
+            meter.grant(&TokenUsage::of_part(part), Msat(funds), &rates, &terms).output_upto
+        };
+        assert_eq!(grant(0, 10_000), 600);
+        assert_eq!(grant(0, 105), 100, "funds, less what a request costs");
+        assert_eq!(grant(4_700, 10_000), 5_000, "the order");
+        assert_eq!(meter.start_cost(&rates, &terms), Some(Msat(605)));
+        let at = |positions| TokenUsage::of_part(PartUsage::default().plus(WorkKind::Decode, positions, 10).unwrap());
+        assert!(!meter.ack_due(&at(255), &at(0), 999, &terms) && meter.ack_due(&at(256), &at(0), 0, &terms));
+        assert!(meter.ack_due(&at(1), &at(0), 1_000, &terms));
     }
 
     proptest! {

@@ -265,8 +265,13 @@ def numerators(usage: dict, rates: dict):
     """None where the usage has no price."""
     if usage[1] > usage[0] or usage[3] > usage[2]:
         return None
-    started = usage[0] > 0 or usage[2] > 0
-    parts = [(usage[0] - usage[1]) * rates[0], usage[1] * rates[1], usage[2] * rates[2], started * rates[3] * 1_000_000]
+    part = usage.get(4, {})
+    layers, experts = part.get(4, 0), part.get(5, 0)
+    if (layers and 4 not in rates) or (experts and 5 not in rates):
+        return None
+    started = usage[0] > 0 or usage[2] > 0 or layers > 0 or experts > 0
+    parts = [layers * rates.get(4, 0), experts * rates.get(5, 0)]
+    parts += [(usage[0] - usage[1]) * rates[0], usage[1] * rates[1], usage[2] * rates[2], started * rates[3] * 1_000_000]
     return sum(parts) if sum(parts) < U64 else None
 
 

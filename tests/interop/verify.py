@@ -236,7 +236,7 @@ class Audit:
     def __init__(self, data: bytes):
         self.findings, self.sessions, self.over = [], {}, {}
         self.listings, self.quotes, self.by_key, self.payments, self.books = {}, {}, {}, {}, Books()
-        self.network = None
+        self.network, self.legs, self.accounted = None, {}, set()
         items = read_items(data)
         head = next(items, (None, None))
         if head[0] == 4:
@@ -379,7 +379,8 @@ class Audit:
         said = self.listings.get(q[4])
         if self.require(said, "quote/listing"):
             r = said["rates"]
-            self.require(all(q[12][n] <= r[k] for n, k in enumerate(("input", "cached_input", "output", "per_request"))), "quote/dearer")
+            rates = enumerate(("input", "cached_input", "output", "per_request", "position_layer", "expert_row"))
+            self.require(all(q[12].get(n, 0) <= r.get(k, 0) for n, k in rates), "quote/dearer")
             same = [q[1].hex(), q[2].hex(), q[5].hex(), q[6].hex(), q[7], q[9].hex()]
             listed = [said[k] for k in ("node_key", "lightning_node", "model_root", "tokenizer", "quantisation", "build")]
             self.require(same == listed and ("exact", "fast")[q[8]] in said["profiles"] and q[14] // 1000 <= said["expires_at"], "quote/terms")
@@ -499,8 +500,67 @@ class Audit:
         return s, ("work",)
 
     def usage_fits(self, usage, request, before) -> bool:
-        grows = all(usage[n] >= before[n] for n in range(4))
+        part, earlier = usage.get(4), before.get(4)
+        grows = all(usage[n] >= before[n] for n in range(4)) and (not earlier or part and all(part[n] >= earlier[n] for n in range(6)))
         return grows and usage[1] <= usage[0] <= request[4] and usage[3] <= usage[2] <= request[5]
+
+    def work_fits(self, usage, request) -> bool:
+        """Part work is counted where it was ordered, and as it was ordered (3.9)."""
+        order, part = request.get(8), usage.get(4)
+        if part is None:
+            return True
+        if order is None:
+            return False
+        positions = sum(part[n] for n in range(4))
+        width = max(0, order[0][1] - order[0][0]) if 0 in order else None
+        tallies = width is None or (part[4] == positions * width and part[5] == 0)
+        return tallies and positions <= order[4]
+
+    def leg(self, s, order, usage, ident, rows):
+        """One worker's part in a request of ours ended."""
+        if not self.whole or s.as_provider:
+            return
+        self.require(order[1] == self.node, "stage/work")
+        if order[2] in self.accounted:
+            return self.find("stage/orphan")
+        self.legs.setdefault(order[2], []).append((order, usage.get(4, dict.fromkeys(range(6), 0)), ident, rows))
+
+    def split(self, r):
+        """Our receipt to a customer against those of the workers (3.9)."""
+        legs, split = self.legs.pop(r[4], []), r.get(36)
+        if split is None:
+            self.require(not any(ident for _, _, ident, _ in legs), "stage/root")
+            return
+        self.accounted.add(r[4])
+        ids = sorted((order[0][0] if 0 in order else 0, ident) for order, _, ident, _ in legs if ident)
+        self.require(r.get(32) == root_of([leaf_hash(ident) for _, ident in ids]), "stage/root")
+        layers, own = split[0], [(a[0], a[1]) for a in split[1]]
+        bought = [(leg[0][0][0], leg[0][0][1]) for leg in legs if 0 in leg[0]]
+        ends = any(a == 0 for a, _ in own) and any(b == layers for _, b in own)
+        if not (ends and layers and len(own) <= 8 and all(b <= layers for _, b in own + bought)):
+            return self.find("stage/tiling")
+        for layer in sorted({0, *(n for pair in own + bought for n in pair)}):
+            if layer >= layers:
+                continue
+            mine = sum(a <= layer < b for a, b in own)
+            theirs = [u for order, u, _, _ in legs if 0 in order and order[0][0] <= layer < order[0][1]]
+            if (mine, bool(theirs)) not in ((1, False), (0, True)):
+                return self.find("stage/tiling", layer)
+            first, every = (sum(u[n] for u in theirs for n in range(k)) for k in (3, 4))
+            lost = any(not leg[3] for leg in legs if 0 in leg[0] and leg[0][0][0] <= layer < leg[0][0][1])
+            conserved = first == split[2] if all(leg[3] for leg in legs) else lost or every >= split[2]
+            if theirs and not conserved:
+                return self.find("stage/conservation", layer)
+        chain = sorted((leg for leg in legs if 0 in leg[0]), key=lambda leg: leg[0][0][0])
+        ranges = [tuple(leg[0][0].items()) for leg in chain]
+        if not chain or len(set(ranges)) < len(ranges) or not all(leg[3] for leg in chain):
+            return
+        rows = split[3]
+        for leg in chain:
+            if leg[3][0] != rows:
+                return self.find("stage/rows")
+            rows = leg[3][1]
+        self.require(rows == split[4], "stage/rows")
 
     def ack(self, f):
         s = self.session(peek("ack", f[0])[1])
@@ -512,6 +572,7 @@ class Audit:
         before = live[2] or {3: 0, 4: dict.fromkeys(range(4), 0)}
         self.require(a[3] > before[3], "ack/sequence")
         self.require(self.usage_fits(a[4], live[0], before[4]), "ack/usage")
+        self.require(self.work_fits(a[4], live[0]), "stage/work")
         if quote := s.quotes.get(live[0][3]):
             self.require(numerators(a[4], quote[12]) == a[5] and a[6] == charge(a[5]), "ack/cost")
         live[1:3] = sha(message("ack", f[0][0])), a
@@ -538,6 +599,11 @@ class Audit:
             request, last_id, last = live[:3]
             self.require(r.get(28) == last_id, "receipt/last-ack")
             self.require(self.usage_fits(r[15], request, last[4] if last else dict.fromkeys(range(4), 0)), "receipt/usage")
+            work = r.get(35)
+            self.require(request.get(8) == (work[0] if work else None) and self.work_fits(r[15], request), "stage/work")
+            self.require((32 in r) == (36 in r), "stage/root")
+            if work:
+                self.leg(s, work[0], r[15], sha(message("receipt", f[0][0])), (work[1], work[2]))
             if opening and last and last[4][2] == r[15][2]:
                 self.require(opening[1][1] == last[7], "receipt/usage")
         if opening:
@@ -564,14 +630,20 @@ class Audit:
         self.require(r[21] == s.receipted, "receipt/cumulative")
         s.receipts.append((sha(message("receipt", f[0][0])), self.seq, self.leaf))
         s.tokens = [s.tokens[0] + r[15][0], s.tokens[1] + r[15][2]]
+        if self.whole and s.as_provider and not (live and live[0].get(8)):
+            self.split(r)
         return self.charged(s, cost)
 
     def abandon(self, f):
         s = self.session(f[0])
         if not self.require(f[1] in s.requests, "request/unknown"):
             return s, None
-        _, last_id, last, _ = s.requests.pop(f[1])
+        opened, last_id, last, _ = s.requests.pop(f[1])
         s.ended.add(f[1])
+        if opened.get(8):
+            self.leg(s, opened[8], last[4] if last else {}, last_id, None)
+        elif s.as_provider:
+            self.legs.pop(f[1], None)
         owed = last[5] if last else 0
         self.require((f.get(2), f[3]) == (last_id, owed), "abandoned/charge")
         s.abandoned[f[1]] = last_id, owed

@@ -7,7 +7,7 @@ use crate::{
 use minicbor::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
-/// What whole-model work costs, in integers: msat per million tokens, plus a fixed amount per request.
+/// What work costs, in integers: msat per million units of it, plus a fixed amount per request.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Hash, Encode, Decode, Serialize, Deserialize)]
 #[cbor(map)]
 pub struct RateCard {
@@ -19,6 +19,14 @@ pub struct RateCard {
     pub output: MsatPerMtok,
     #[n(3)]
     pub per_request: Msat,
+    /// Layer work: msat per million position-layers. Absent where no layers are sold.
+    #[n(4)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub position_layer: Option<MsatPerMtok>,
+    /// Expert work: msat per million expert rows. Absent where no experts are sold.
+    #[n(5)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expert_row: Option<MsatPerMtok>,
 }
 
 impl RateCard {
@@ -28,6 +36,8 @@ impl RateCard {
             && self.cached_input <= listed.cached_input
             && self.output <= listed.output
             && self.per_request <= listed.per_request
+            && self.position_layer.unwrap_or_default() <= listed.position_layer.unwrap_or_default()
+            && self.expert_row.unwrap_or_default() <= listed.expert_row.unwrap_or_default()
     }
 }
 

@@ -26,7 +26,8 @@ impl LayerRange {
         self.end
     }
     pub const fn layers(&self) -> u32 {
-        self.end - self.start
+        // Decoded ranges are not checked; a backward one has no layers.
+        self.end.saturating_sub(self.start)
     }
 }
 

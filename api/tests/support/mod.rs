@@ -44,6 +44,7 @@ pub(crate) fn rates() -> RateCard {
         cached_input: MsatPerMtok(2_500_000),
         output: MsatPerMtok(40_000_000),
         per_request: Msat(0),
+        ..RateCard::default()
     }
 }
 
@@ -51,7 +52,7 @@ pub(crate) fn leg(provider: u8, receipt: Option<u8>, prompt: u32, completion: u3
     Leg {
         provider: NodeKey([provider; 32]),
         receipt: receipt.map(|n| ReceiptId([n; 32])),
-        usage: TokenUsage { prompt, cached_prompt: 0, completion, reasoning: 0 },
+        usage: TokenUsage { prompt, completion, ..TokenUsage::default() },
         rates: rates(),
         cost: Msat(u64::from(prompt) * 10 + u64::from(completion) * 40),
     }
@@ -59,7 +60,7 @@ pub(crate) fn leg(provider: u8, receipt: Option<u8>, prompt: u32, completion: u3
 
 pub(crate) fn bill() -> Bill {
     Bill {
-        usage: TokenUsage { prompt: 9, cached_prompt: 0, completion: 3, reasoning: 0 },
+        usage: TokenUsage { prompt: 9, completion: 3, ..TokenUsage::default() },
         cost: Msat(210),
         routing_fees: Msat(0),
         legs: vec![leg(0xaa, Some(0x11), 9, 3)],
@@ -69,7 +70,7 @@ pub(crate) fn bill() -> Bill {
 /// One provider died after two tokens without a receipt; the second took its output over as input.
 pub(crate) fn bill_of_two() -> Bill {
     Bill {
-        usage: TokenUsage { prompt: 9, cached_prompt: 0, completion: 5, reasoning: 0 },
+        usage: TokenUsage { prompt: 9, completion: 5, ..TokenUsage::default() },
         cost: Msat(170 + 230),
         routing_fees: Msat(1_000),
         legs: vec![leg(0xaa, None, 9, 2), leg(0xbb, Some(0x22), 11, 3)],

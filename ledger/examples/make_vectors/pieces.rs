@@ -195,9 +195,15 @@ fn pricing() -> Vec<Value> {
         cached_input: MsatPerMtok(cached),
         output: MsatPerMtok(output),
         per_request: Msat(per_request),
+        ..RateCard::default()
     };
-    let usage =
-        |prompt, cached_prompt, completion, reasoning| TokenUsage { prompt, cached_prompt, completion, reasoning };
+    let usage = |prompt, cached_prompt, completion, reasoning| TokenUsage {
+        prompt,
+        cached_prompt,
+        completion,
+        reasoning,
+        part: None,
+    };
     let sessions: [(&str, RateCard, Vec<TokenUsage>); 8] = [
         (
             "nothing done costs nothing, not even the fixed amount",
@@ -403,8 +409,13 @@ fn invoices() -> Vec<Value> {
 
 fn listings() -> Vec<Value> {
     let provider = Party::new("provider");
-    let rates =
-        RateCard { input: MsatPerMtok(1), cached_input: MsatPerMtok(1), output: MsatPerMtok(2), per_request: Msat(0) };
+    let rates = RateCard {
+        input: MsatPerMtok(1),
+        cached_input: MsatPerMtok(1),
+        output: MsatPerMtok(2),
+        per_request: Msat(0),
+        ..RateCard::default()
+    };
     let good = listing(&provider, rates, EPOCH);
     let at = good.created_at();
     let remade = |change: &dyn Fn(&mut Listing)| {

@@ -47,6 +47,7 @@ pub(crate) fn write(files: &mut Files) {
         cached_input: MsatPerMtok(90_000),
         output: MsatPerMtok(3_300_001),
         per_request: Msat(5),
+        ..RateCard::default()
     };
     let now = UnixMs(1_767_225_600_000);
     let quote = Quote {
@@ -70,7 +71,7 @@ pub(crate) fn write(files: &mut Files) {
     };
     let session = SessionId(bytes32("session"));
     let request = RequestId(bytes32("request"));
-    let usage = TokenUsage { prompt: 200, cached_prompt: 64, completion: 128, reasoning: 32 };
+    let usage = TokenUsage { prompt: 200, cached_prompt: 64, completion: 128, reasoning: 32, part: None };
     kind(
         files,
         By::Provider,
@@ -113,6 +114,7 @@ pub(crate) fn write(files: &mut Files) {
         max_output: 256,
         private_hash: Digest(bytes32("private")),
         opened_at: now,
+        part: None,
     };
     kind(files, By::Consumer, &[("plain", start)]);
     let ack = Ack {
@@ -162,6 +164,8 @@ pub(crate) fn write(files: &mut Files) {
         stage_root: None,
         expert_root: None,
         fingerprint_root: None,
+        part: None,
+        split: None,
     };
     let slice =
         |k: u32| SlicePaid { k, payment_hash: PaymentHash(bytes32(&format!("payment {k}"))), amount: Msat::sat(10) };

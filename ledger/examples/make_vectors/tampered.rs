@@ -8,7 +8,8 @@ use satgrid_ledger::{
     log::{SignedCheckpoint, inclusion_proof, leaf_hash, root_at},
     statements::{Ack, SliceDescriptor},
     testing::{
-        Party, Session, Work, World, bolt11, bundle_of, bytes32, chain_entries, checkpoint_of, drafts_of, tiles_of,
+        Party, Session, Work, World, bolt11, bundle_of, bytes32, chain_entries, checkpoint_of, drafts_of, lead_bundle,
+        tiles_of,
     },
     transfer::{Account, Transfer, TransferKind, TransferOp, transfer_id},
 };
@@ -300,6 +301,14 @@ pub(crate) fn all(lab: &Lab) -> Vec<(Rule, Vec<u8>)> {
         edits.into_iter().map(|(rule, side, edit)| (rule, edited(lab, side, edit))).collect();
     bundles.extend(files(lab));
     bundles.push((Rule::OpenSpendCap, over_the_cap()));
+    bundles.extend([
+        (Rule::StageWork, lead_bundle(|s| s.usage.position_layers += 1)),
+        (Rule::StageRoot, lead_bundle(|s| s.split = None)),
+        (Rule::StageTiling, lead_bundle(|s| s.split.as_mut().unwrap().own.truncate(1))),
+        (Rule::StageConservation, lead_bundle(|s| s.split.as_mut().unwrap().positions += 1)),
+        (Rule::StageRows, lead_bundle(|s| s.work.output = Digest([7; 32]))),
+        (Rule::StageOrphan, lead_bundle(|s| s.late = true)),
+    ]);
     let seen: std::collections::BTreeSet<Rule> = bundles.iter().map(|(rule, _)| *rule).collect();
     // Two exports are needed for these; a trial balance that does not hold cannot be written down at all.
     let elsewhere = [Rule::CrossMismatch, Rule::CrossMissing, Rule::Fraud, Rule::TransferTrial];

@@ -123,6 +123,18 @@ rules! {
     ReceiptLastAck = "receipt/last-ack",
     /// The private fields beside a receipt are not what it commits to.
     ReceiptOpening = "receipt/opening",
+    /// A worker's counts are not those of its order, or its receipt states another order than the request.
+    StageWork = "stage/work",
+    /// The stage root is not that over the workers' receipts in the journal, or a lead states one without the other.
+    StageRoot = "stage/root",
+    /// The lead's and the workers' layer ranges do not tile the model.
+    StageTiling = "stage/tiling",
+    /// Layers of one request evaluated different numbers of positions for the first time.
+    StageConservation = "stage/conservation",
+    /// The rows that one stage sent are not those that the next received.
+    StageRows = "stage/rows",
+    /// A worker's receipt for a request whose own receipt was written before: it belongs to none.
+    StageOrphan = "stage/orphan",
     /// An abandoned request is not charged at its last countersigned acknowledgement.
     AbandonedCharge = "abandoned/charge",
     /// The remainder of a close is not what was paid less what was charged.

@@ -4,6 +4,7 @@ use super::{
     Balances, Finding, Party, Report, Rule, SideTotals,
     flows::{Backing, Ending, Flows, check_endings, judge},
     session::{Notes, SessionAudit},
+    stages::Stages,
 };
 use crate::{
     books::{Books, BooksError},
@@ -71,6 +72,7 @@ pub struct Auditor {
     /// First halves of all payment hashes that were ever invoiced or attempted.
     pub(super) hashes: BTreeSet<[u8; 16]>,
     pub(super) books: Books,
+    pub(super) stages: Stages,
 }
 
 impl Auditor {
@@ -110,6 +112,7 @@ impl Auditor {
             payments: BTreeMap::new(),
             hashes: BTreeSet::new(),
             books: Books::new(),
+            stages: Stages::default(),
         };
         match SignedCheckpoint::parse(note) {
             Ok(signed) if signed.node == header.node => {
@@ -219,6 +222,7 @@ impl Auditor {
             Some(evidence) => self.evidence(entry, evidence, leaf, &flows, &mut notes),
             None => (flows.opened.iter().find_map(|(_, hold)| hold.session), Backing::Alone, false),
         };
+        self.account_for_stages(entry, session, &mut notes);
         if (entry.seq == 0) != matches!(entry.evidence, Some(Evidence::Genesis { .. })) {
             notes.add(Rule::EntryGenesis, Party::Exporter, "the first entry, and it alone, is the genesis");
         }
@@ -254,6 +258,29 @@ impl Auditor {
         }
     }
 
+    /// Workers' parts in requests, and the receipts that account for them.
+    fn account_for_stages(&mut self, entry: &Entry, session: Option<SessionId>, notes: &mut Notes) {
+        let leg = notes.leg.take();
+        let as_provider = session.and_then(|id| self.sessions.get(&id)).is_some_and(|audit| audit.as_provider);
+        if !self.is_whole() || (leg.is_some() && as_provider) {
+            return;
+        }
+        if let Some(leg) = leg {
+            return self.stages.bought(self.report.node, leg, notes);
+        }
+        match &entry.evidence {
+            Some(Evidence::Receipt { receipt, .. }) if as_provider => {
+                if let Ok(receipt) = receipt.peek()
+                    && receipt.part.is_none()
+                {
+                    self.stages.sold(&receipt, notes);
+                }
+            }
+            Some(Evidence::Abandoned { request, .. }) if as_provider => self.stages.dropped(request),
+            Some(_) | None => {}
+        }
+    }
+
     /// A reservation of an open request may not expire under it.
     fn check_holds(&self, session: Option<SessionId>, flows: &Flows, notes: &mut Notes) {
         let expired = flows.ended.iter().filter(|(.., how)| *how == Ending::Expired);
@@ -267,7 +294,7 @@ impl Auditor {
     }
 
     fn write_down(&mut self, seq: u64, session: Option<SessionId>, notes: Notes) {
-        let Notes { found, delta } = notes;
+        let Notes { found, delta, leg: _ } = notes;
         for (rule, party, detail) in found {
             self.report.push(Finding { rule, entry: Some(seq), session, party, detail });
         }

@@ -12,6 +12,7 @@
 //! | `receipt` | receipts |
 //! | `payments` | invoices, slices, refunds |
 //! | `flows` | two-phase rules, double entry, transfers against evidence |
+//! | `stages` | a lead's receipts against its workers' |
 //! | `cross` | both parties' exports of the same sessions |
 
 mod cross;
@@ -23,6 +24,7 @@ mod invoice;
 mod payments;
 mod receipt;
 mod session;
+mod stages;
 
 pub use cross::cross_check;
 pub use finding::*;

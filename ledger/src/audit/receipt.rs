@@ -5,9 +5,9 @@ use super::{
     flows::Backing,
     session::{Notes, Request, SessionAudit, SliceStatus, half, signed_by_both},
 };
-use crate::statements::{Receipt, ReceiptOpening, receipt_id};
+use crate::statements::{Leg, Receipt, ReceiptOpening, receipt_id};
 use satgrid_pricing::{marginal_charge, numerators};
-use satgrid_types::{BothSigned, Digest, Msat, Statement};
+use satgrid_types::{BothSigned, Digest, Msat, ReceiptId, Statement};
 
 impl SessionAudit {
     /// A finished request. `at` is where the receipt stands in the log: its number and leaf.
@@ -46,6 +46,7 @@ impl SessionAudit {
             });
         }
         self.check_receipt_terms(&receipt, request.as_ref(), notes);
+        self.check_receipt_part(&receipt, request.as_ref(), id, notes);
         let cost = marginal_charge(self.numerators, receipt.numerators);
         notes.require(cost == Ok(receipt.cost), Rule::ReceiptCost, provider, || {
             format!("costs {}, computed {cost:?}", receipt.cost)
@@ -100,6 +101,25 @@ impl SessionAudit {
             notes.require(same, Rule::ReceiptUsage, provider, || {
                 "the output's hash is not that of the last acknowledgement over as many tokens".into()
             });
+        }
+    }
+
+    /// A worker's receipt states the order it was given; what it did becomes a leg of its lead's request.
+    fn check_receipt_part(&self, receipt: &Receipt, request: Option<&Request>, id: ReceiptId, notes: &mut Notes) {
+        let provider = self.owed_by();
+        let Some(request) = request else { return };
+        let same = request.part == receipt.part.map(|work| work.order) && request.allows(&receipt.usage);
+        notes.require(same, Rule::StageWork, provider, || {
+            format!("ordered {:?}, done {:?}", request.part, receipt.usage.part)
+        });
+        notes.require(receipt.split.is_some() == receipt.stage_root.is_some(), Rule::StageRoot, provider, || {
+            "a stage root without a split, or a split without a stage root".into()
+        });
+        if let Some(work) = receipt.part {
+            let usage = receipt.usage.part.unwrap_or_default();
+            let rows = Some((work.input, work.output));
+            let id = Some(Digest(id.0));
+            notes.leg = Some(Leg { worker: self.provider, order: work.order, usage, id, rows });
         }
     }
 

@@ -5,13 +5,13 @@ use super::{
     flows::{Backing, Reserves},
 };
 use crate::{
-    statements::{Ack, CreditNote, InclusionPromise, RequestOpen, SessionClose, SessionOpen, ack_id},
+    statements::{Ack, CreditNote, InclusionPromise, Leg, PartOrder, RequestOpen, SessionClose, SessionOpen, ack_id},
     transfer::Account,
 };
 use satgrid_pricing::{charge, marginal_charge, numerators};
 use satgrid_types::{
-    AckId, BothSigned, Msat, NodeKey, Numerators, PaymentHash, Quote, QuoteId, ReceiptId, RequestId, SessionId, Signed,
-    Statement, TransferId, VerifyError, verify_body,
+    AckId, BothSigned, Digest, Msat, NodeKey, Numerators, PaymentHash, Quote, QuoteId, ReceiptId, RequestId, SessionId,
+    Signed, Statement, TokenUsage, TransferId, VerifyError, verify_body,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,6 +20,8 @@ use std::collections::{BTreeMap, BTreeSet};
 pub(super) struct Notes {
     pub(super) found: Vec<(Rule, Party, String)>,
     pub(super) delta: SideTotals,
+    /// A worker's part in some request that ended with this entry.
+    pub(super) leg: Option<Leg>,
 }
 
 impl Notes {
@@ -56,6 +58,20 @@ pub(super) struct Request {
     pub(super) max_output: u32,
     pub(super) last_ack: Option<(AckId, Ack)>,
     pub(super) holds: Vec<TransferId>,
+    /// Work on a part of a model, ordered by a lead.
+    pub(super) part: Option<PartOrder>,
+}
+
+impl Request {
+    /// Whether part work is counted where it was ordered, and as it was ordered.
+    pub(super) fn allows(&self, usage: &TokenUsage) -> bool {
+        match (&self.part, &usage.part) {
+            (None, None) => true,
+            (Some(order), Some(part)) => order.allows(part),
+            (Some(_), None) => true,
+            (None, Some(_)) => false,
+        }
+    }
 }
 
 /// Where a slice stands.
@@ -216,7 +232,9 @@ impl SessionAudit {
         notes.delta.requests = 1;
         if fresh {
             let (quote, prompt_tokens, max_output) = (open.quote, open.prompt_tokens, open.max_output);
-            self.requests.insert(open.request, Request { quote, prompt_tokens, max_output, last_ack: None, holds });
+            let part = open.part;
+            self.requests
+                .insert(open.request, Request { quote, prompt_tokens, max_output, last_ack: None, holds, part });
         }
         Backing::Exactly(Vec::new(), Reserves::Work(self.id))
     }
@@ -252,6 +270,9 @@ impl SessionAudit {
         notes.require(fits, Rule::AckUsage, provider, || {
             format!("{:?} after {before:?}, of {} prompt tokens", ack.usage, request.prompt_tokens)
         });
+        notes.require(request.allows(&ack.usage), Rule::StageWork, provider, || {
+            format!("{:?} is not the work that was ordered", ack.usage.part)
+        });
         if let Some(quote) = self.quotes.get(&request.quote) {
             let computed = numerators(&ack.usage, &quote.rates);
             let right = computed == Ok(ack.numerators) && ack.cost == charge(ack.numerators);
@@ -278,6 +299,12 @@ impl SessionAudit {
             return Backing::Unjudged;
         };
         self.ended.insert(half(&id));
+        if let Some(order) = request.part {
+            let last = request.last_ack.as_ref();
+            let usage = last.and_then(|(_, ack)| ack.usage.part).unwrap_or_default();
+            let id = last.map(|(id, _)| Digest(id.0));
+            notes.leg = Some(Leg { worker: self.provider, order, usage, id, rows: None });
+        }
         let last = request.last_ack.as_ref();
         let owed = last.map_or(Numerators::ZERO, |(_, ack)| ack.numerators);
         let right = last_ack == last.map(|(id, _)| *id) && claimed == owed;

@@ -12,11 +12,13 @@
 //! | [`InclusionPromise`] | provider | this receipt is that leaf of my log |
 
 mod hashing;
+mod part;
 mod promise;
 mod receipt;
 mod session;
 
 pub use hashing::*;
+pub use part::*;
 pub use promise::*;
 pub use receipt::*;
 pub use session::*;

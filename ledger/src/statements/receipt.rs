@@ -106,6 +106,12 @@ pub struct Receipt {
     pub expert_root: Option<Digest>,
     #[n(34)]
     pub fingerprint_root: Option<Digest>,
+    /// In a session between a lead and its worker: what the worker did.
+    #[n(35)]
+    pub part: Option<super::PartWork>,
+    /// How a lead put the answer together; together with `stage_root`.
+    #[n(36)]
+    pub split: Option<super::Split>,
 }
 
 impl Receipt {

@@ -110,6 +110,9 @@ pub struct RequestOpen {
     pub private_hash: Digest,
     #[n(7)]
     pub opened_at: UnixMs,
+    /// In a session between a lead and its worker: the work that is ordered. Then there is no prompt and no output.
+    #[n(8)]
+    pub part: Option<super::PartOrder>,
 }
 
 impl RequestOpen {

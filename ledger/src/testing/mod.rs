@@ -5,9 +5,11 @@
 
 mod bundles;
 pub mod conformance;
+mod lead;
 mod party;
 mod world;
 
 pub use bundles::*;
+pub use lead::*;
 pub use party::*;
 pub use world::*;

@@ -74,6 +74,7 @@ pub struct World {
     /// A slice is paid with this routing fee.
     pub slice_fee: Msat,
     sessions: u32,
+    keys: String,
 }
 
 impl Default for World {
@@ -90,11 +91,18 @@ impl World {
             cached_input: MsatPerMtok(90_000),
             output: MsatPerMtok(3_300_001),
             per_request: Msat(5),
+            ..RateCard::default()
         })
     }
 
     pub fn with_rates(rates: RateCard) -> World {
-        let (mut provider, mut consumer) = (Party::new("provider"), Party::new("consumer"));
+        World::of("provider", "consumer", "session", rates)
+    }
+
+    /// A world whose parties and session keys have other names: its journals can stand beside those of another world.
+    pub fn of(provider: &str, consumer: &str, keys: &str, rates: RateCard) -> World {
+        let keys = keys.to_owned();
+        let (mut provider, mut consumer) = (Party::new(provider), Party::new(consumer));
         let listing = listing(&provider, rates, EPOCH);
         let mut now = EPOCH;
         for party in [&mut provider, &mut consumer] {
@@ -103,7 +111,7 @@ impl World {
             now = now.plus_ms(7);
             party.append(now, Draft::of(Evidence::Listing { event_json: listing.event().to_json() }));
         }
-        World { provider, consumer, now, listing, refund_fee: Msat(3), slice_fee: Msat(2), sessions: 0 }
+        World { provider, consumer, now, listing, refund_fee: Msat(3), slice_fee: Msat(2), sessions: 0, keys }
     }
 
     /// A representative history: three sessions, one with an abandoned request and a failed payment, one refunded, one
@@ -150,7 +158,7 @@ impl World {
     /// A quote, accepted.
     pub fn open(&mut self) -> Session {
         self.sessions = self.sessions.saturating_add(1);
-        let key = SigningKey::from_bytes(&bytes32(&format!("session {}", self.sessions)));
+        let key = SigningKey::from_bytes(&bytes32(&format!("{} {}", self.keys, self.sessions)));
         let at = self.tick();
         let quote = Quote {
             version: Quote::VERSION,
@@ -282,6 +290,7 @@ impl World {
             max_output: work.output.saturating_add(100),
             private_hash: private.commitment(&salt),
             opened_at: self.tick(),
+            part: None,
         };
         let open = Evidence::Request(Signed::sign(&open, &session.key));
         let hold = transfer_id(session.id, Some(id), TransferKind::Hold, 0);
@@ -308,6 +317,7 @@ impl World {
                 cached_prompt: work.cached,
                 completion: share(work.output),
                 reasoning: share(work.output) / 4,
+                part: None,
             };
             let before = if seq == 1 { 0 } else { scale(work.output, seq.saturating_sub(1), work.acks) };
             (before..usage.completion).for_each(|token| request.running.push(token));
@@ -343,6 +353,7 @@ impl World {
             cached_prompt: work.cached,
             completion: work.output,
             reasoning: work.output / 4,
+            part: None,
         };
         let added = numerators(&usage, &session.quote.rates).expect("small numbers");
         let cost = marginal_charge(session.numerators, added).expect("small numbers");
@@ -393,6 +404,8 @@ impl World {
             stage_root: None,
             expert_root: None,
             fingerprint_root: None,
+            part: None,
+            split: None,
         };
         let signed = BothSigned::countersign(&Signed::sign(&receipt, &self.provider.node), &session.key);
         let id = receipt_id(&signed);

@@ -44,6 +44,7 @@ pub(crate) fn listing(model: u8, slots: u32) -> Listing {
             cached_input: MsatPerMtok(100_000),
             output: MsatPerMtok(4_000_000),
             per_request: Msat(0),
+            ..RateCard::default()
         },
         context_length: 4_096,
         slots,

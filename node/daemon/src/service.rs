@@ -437,7 +437,7 @@ fn api_bill(bill: &Bill, prompt: u32, completion: u32) -> api::Bill {
         cost: leg.cost,
     });
     api::Bill {
-        usage: TokenUsage { prompt, cached_prompt: cached, completion, reasoning: 0 },
+        usage: TokenUsage { prompt, cached_prompt: cached, completion, ..TokenUsage::default() },
         cost: bill.cost(),
         routing_fees: Msat::ZERO,
         legs: legs.collect(),

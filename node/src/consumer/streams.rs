@@ -93,7 +93,7 @@ impl Session {
         let piece = self.state.as_ref().map_or(1, |s| s.quote().terms.prefill_piece.max(1));
         let prompt = request.acked().prompt.saturating_add(piece.saturating_mul(2)).min(open.prompt_tokens);
         let cost = |prompt, completion| {
-            let usage = TokenUsage { prompt, cached_prompt: 0, completion, reasoning: 0 };
+            let usage = TokenUsage { prompt, completion, ..TokenUsage::default() };
             cost_alone(&usage, rates).unwrap_or(Msat::MAX).saturating_sub(request.reserved())
         };
         low.max(cost(prompt, 0)).min(cost(open.prompt_tokens, open.max_output))
@@ -136,6 +136,7 @@ impl Consumer {
             max_output,
             private_hash: private.commitment(&salt),
             opened_at: now,
+            part: None,
         };
         let signed = Signed::sign(&open, &session.key);
         let quote = state.quote();

@@ -1,6 +1,6 @@
 //! A request's run: started, metered, acknowledged, receipted.
 
-use super::{EngineId, Provider, ProviderAction};
+use super::{EngineId, Provider, ProviderAction, words::engine_sampling};
 use crate::{LinkId, StreamId};
 use satgrid_engine::port::{Command, EngineEvent, FinishReason as EngineFinish, Job, JobId};
 use satgrid_ledger::statements::{Ack, Receipt, ReceiptOpening, ReceiptPrivate, RequestOpen, RunningHash, prompt_hash};
@@ -89,6 +89,9 @@ impl Provider {
                 if let Some(request) = self.request_on(id, link, stream) {
                     self.ack_signed(now, id, request, seq, &signature);
                 }
+            }
+            ConsumerFrame::Route(_) | ConsumerFrame::Done => {
+                self.violation(link, "work on a part of a model is not sold in this session");
             }
             ConsumerFrame::Cancel => {
                 if let Some(request) = self.request_on(id, link, stream) {
@@ -463,6 +466,8 @@ impl Provider {
             private_hash: private(live).commitment(&live.salt),
             error: error.clone(),
             slices: session.state.unreceipted().into_iter().take(Receipt::MAX_SLICES).collect(),
+            part: None,
+            split: None,
         };
         let (link, stream) = live.stream;
         let Ok(body) = session.state.receipt(&request, facts) else {
@@ -543,6 +548,9 @@ fn check_start(state: &SessionState, start: &StartRequest) -> Result<Verified<Re
     let open = start.open.verify(&state.consumer()).map_err(|e| e.to_string())?;
     let private = &start.private;
     let length = u32::try_from(start.prompt.len()).unwrap_or(u32::MAX);
+    if open.part.is_some() {
+        return Err("work on a part of a model is not sold in this session".into());
+    }
     if open.version != RequestOpen::VERSION || open.session != state.id() {
         return Err("the request is for another session".into());
     }
@@ -573,23 +581,4 @@ fn grant_command(job: JobId, grant: Grant) -> Command {
 
 fn small(ms: u64) -> u32 {
     u32::try_from(ms).unwrap_or(u32::MAX)
-}
-
-/// The wire's fixed-point parameters as the engine takes them.
-fn engine_sampling(s: &Sampling) -> satgrid_engine::sampling::Sampling {
-    const MICRO: f32 = 1_000_000.0;
-    #[allow(clippy::cast_precision_loss)]
-    let float = |micro: i64| micro as f32 / MICRO;
-    satgrid_engine::sampling::Sampling {
-        temperature: float(s.temperature_micro.into()),
-        top_p: float(s.top_p_micro.into()),
-        top_k: s.top_k,
-        min_p: float(s.min_p_micro.into()),
-        presence_penalty: float(s.presence_penalty_micro.into()),
-        frequency_penalty: float(s.frequency_penalty_micro.into()),
-        repeat_penalty: float(s.repeat_penalty_micro.into()),
-        logit_bias: s.logit_bias_micro.iter().map(|(id, bias)| (*id, float((*bias).into()))).collect(),
-        seed: s.seed,
-        ..satgrid_engine::sampling::Sampling::default()
-    }
 }

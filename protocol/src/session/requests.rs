@@ -5,7 +5,7 @@ use crate::frame::MAX_OPEN_REQUESTS;
 use super::{LastAck, MAX_ENDED, SessionError, SessionState, hold_expiry};
 use satgrid_ledger::{
     entry::{Draft, Evidence},
-    statements::{Ack, Receipt, ReceiptOpening, RequestOpen, SlicePaid, ack_id, receipt_id},
+    statements::{Ack, PartWork, Receipt, ReceiptOpening, RequestOpen, SlicePaid, Split, ack_id, receipt_id},
     transfer::{Transfer, TransferKind, TransferOp, transfer_id},
 };
 use satgrid_pricing::{charge, marginal_charge, numerators};
@@ -37,6 +37,10 @@ pub struct ReceiptFacts {
     pub error: Option<String>,
     /// Slices that this receipt accounts for.
     pub slices: Vec<SlicePaid>,
+    /// Of a worker: what it did.
+    pub part: Option<PartWork>,
+    /// Of a lead: how it put the answer together, and the root over its workers' receipts.
+    pub split: Option<(Split, Digest)>,
 }
 
 impl RequestState {
@@ -162,9 +166,11 @@ impl SessionState {
             error: facts.error,
             provider: self.open.provider,
             consumer: self.open.consumer,
-            stage_root: None,
+            stage_root: facts.split.as_ref().map(|(_, root)| *root),
             expert_root: None,
             fingerprint_root: None,
+            part: facts.part,
+            split: facts.split.map(|(split, _)| split),
         })
     }
 

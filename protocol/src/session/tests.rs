@@ -108,6 +108,7 @@ impl Pair {
             max_output: 1_000,
             private_hash: Digest([0; 32]),
             opened_at: self.now,
+            part: None,
         };
         let signed = Signed::sign(&open, &self.consumer_key);
         for side in [&mut self.provider, &mut self.consumer] {
@@ -156,6 +157,8 @@ impl Pair {
             private_hash: Digest([4; 32]),
             error: None,
             slices: self.provider.state.unreceipted(),
+            part: None,
+            split: None,
         };
         self.provider.state.receipt(&request, facts).unwrap()
     }
@@ -198,7 +201,7 @@ impl Pair {
 }
 
 fn usage(prompt: u32, completion: u32) -> TokenUsage {
-    TokenUsage { prompt, cached_prompt: 0, completion, reasoning: 0 }
+    TokenUsage { prompt, completion, ..TokenUsage::default() }
 }
 
 #[test]

@@ -80,7 +80,7 @@ impl World {
                 prompt: terms.prefill_piece,
                 cached_prompt: 0,
                 completion: terms.window_tokens,
-                reasoning: 0,
+                ..TokenUsage::default()
             };
             let window = cost_alone(&usage, &node.rates).unwrap();
             let open: usize = role.session_states().map(|s| s.requests().len()).sum();

@@ -166,6 +166,7 @@ pub fn usual_rates() -> RateCard {
         cached_input: MsatPerMtok(500_000),
         output: MsatPerMtok(20_000_001),
         per_request: Msat(7),
+        ..RateCard::default()
     }
 }
 

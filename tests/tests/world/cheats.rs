@@ -149,7 +149,7 @@ fn a_consumer_that_never_signs_gets_one_window() {
     // The first acknowledgement is the prompt's: without it signed, 256 tokens of output.
     assert_eq!(log.tokens.len(), 256);
     assert!(matches!(log.error(), CallError::ProvidersFailed { .. }), "{:?}", log.end);
-    let window = TokenUsage { prompt: 50, cached_prompt: 0, completion: 256, reasoning: 0 };
+    let window = TokenUsage { prompt: 50, completion: 256, ..TokenUsage::default() };
     assert_eq!(worst, satgrid_pricing::cost_alone(&window, &world.options.rates).unwrap());
     // Its own prepaid slice stays where it is.
     assert_eq!(world.providers[0].role.as_ref().unwrap().counters().violations, 1);

@@ -33,6 +33,7 @@ fn listing() -> Listing {
             cached_input: MsatPerMtok(100_000),
             output: MsatPerMtok(4_000_000),
             per_request: Msat(10),
+            ..RateCard::default()
         },
         context_length: 4_096,
         slots: 4,

@@ -89,6 +89,7 @@ async fn start_one(config: &Config, model: &config::ModelForSale, id: EngineId) 
             cached_input: MsatPerMtok(model.cached_price()),
             output: MsatPerMtok(model.price_out_msat_per_mtok),
             per_request: Msat(model.per_request_msat),
+            ..RateCard::default()
         },
         memory_bytes: identified.inspected.facts.tensor_bytes,
         tokenizer: Bytes::from(identified.inspected.tokenizer.bytes),

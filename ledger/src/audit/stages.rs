@@ -1,0 +1,70 @@
+//! Work on parts under audit: a lead's receipts to its customers against the receipts of its workers.
+//!
+//! A lead's journal holds both sides: the sessions in which it buys layers, and those in which it sells answers. The
+//! workers' receipts of a request are written before the request's own, which names their root. A worker's journal and a
+//! customer's hold one side alone and are checked for what that shows.
+
+use super::{Party, Rule, session::Notes};
+use crate::statements::{Leg, Receipt, SplitFault, check_split, stage_root};
+use satgrid_types::{NodeKey, RequestId};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Legs of one request: more replacements than this are not tried.
+const MAX_LEGS: usize = 1_024;
+
+/// Workers' parts in requests whose own receipt has not been read yet.
+#[derive(Debug, Default)]
+pub(super) struct Stages {
+    legs: BTreeMap<RequestId, Vec<Leg>>,
+    /// Requests whose receipt accounted for workers.
+    accounted: BTreeSet<RequestId>,
+}
+
+impl Stages {
+    /// A worker's receipt, or its last acknowledgement, in a session in which this node buys.
+    pub(super) fn bought(&mut self, node: NodeKey, leg: Leg, notes: &mut Notes) {
+        let request = leg.order.request;
+        notes.require(leg.order.lead == node, Rule::StageWork, Party::Exporter, || {
+            format!("this node bought for {}, which leads", leg.order.lead)
+        });
+        if self.accounted.contains(&request) {
+            let text = format!("work for request {request}, whose receipt was written before");
+            return notes.add(Rule::StageOrphan, Party::Exporter, text);
+        }
+        let legs = self.legs.entry(request).or_default();
+        if legs.len() < MAX_LEGS {
+            legs.push(leg);
+        }
+    }
+
+    /// A receipt that this node gave to a customer.
+    pub(super) fn sold(&mut self, receipt: &Receipt, notes: &mut Notes) {
+        let legs = self.legs.remove(&receipt.request).unwrap_or_default();
+        let lead = Party::Provider(receipt.provider);
+        let Some(split) = &receipt.split else {
+            let worked = legs.iter().any(|leg| leg.id.is_some());
+            notes.require(!worked, Rule::StageRoot, lead, || {
+                format!("{} workers took part and the receipt names none", legs.len())
+            });
+            return;
+        };
+        self.accounted.insert(receipt.request);
+        let root = stage_root(&legs);
+        notes.require(receipt.stage_root == Some(root), Rule::StageRoot, lead, || {
+            format!("names {:?}, that over {} receipts is {root}", receipt.stage_root, legs.len())
+        });
+        if let Err(fault) = check_split(split, &legs) {
+            let (rule, party) = match &fault {
+                SplitFault::Gap { .. } | SplitFault::Overlap { .. } | SplitFault::Own => (Rule::StageTiling, lead),
+                SplitFault::Conservation { .. } => (Rule::StageConservation, lead),
+                SplitFault::Rows { party, .. } => (Rule::StageRows, Party::Provider(*party)),
+            };
+            notes.add(rule, party, fault.to_string());
+        }
+    }
+
+    /// A customer's request ended without a receipt: nobody is charged for its workers but the lead.
+    pub(super) fn dropped(&mut self, request: &RequestId) {
+        self.legs.remove(request);
+    }
+}

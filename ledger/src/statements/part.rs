@@ -1,0 +1,324 @@
+//! Work on a part of a model: what a lead orders of a worker, what the worker states when it is done, and how the
+//! workers' receipts roll up into the receipt of the customer's request.
+//!
+//! A worker is paid in a session of the same kind as everybody else: the lead is its consumer. A request in such a
+//! session carries a [`PartOrder`]; its acknowledgements count [`satgrid_types::PartUsage`], its receipt carries a
+//! [`PartWork`]. The receipt that the lead gives its own customer carries a [`Split`] and the root over the workers'
+//! receipts, so that each of them belongs to exactly one request.
+
+use crate::log::{Frontier, leaf_hash};
+use minicbor::{Decode, Encode};
+use satgrid_types::{Digest, LayerRange, NodeKey, PartUsage, RequestId};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+/// How hidden rows are written on the wire. Only `f32` is exact.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode, Serialize, Deserialize)]
+#[cbor(index_only)]
+#[serde(rename_all = "snake_case")]
+pub enum WireType {
+    #[n(0)]
+    F32,
+    #[n(1)]
+    Bf16,
+    #[n(2)]
+    Q8_0,
+}
+
+impl core::fmt::Display for WireType {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str(match self {
+            WireType::F32 => "f32",
+            WireType::Bf16 => "bf16",
+            WireType::Q8_0 => "q8_0",
+        })
+    }
+}
+
+/// What a lead orders: which layers, for which request of its own customer, and how many positions at the most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct PartOrder {
+    /// The layers; absent where experts are bought, which the listing names.
+    #[n(0)]
+    pub layers: Option<LayerRange>,
+    /// The node that leads.
+    #[n(1)]
+    pub lead: NodeKey,
+    /// The request of the lead's customer: one receipt of that request accounts for this work.
+    #[n(2)]
+    pub request: RequestId,
+    #[n(3)]
+    pub wire: WireType,
+    /// Positions of all kinds that may be evaluated under this order, replays included.
+    #[n(4)]
+    pub max_positions: u64,
+}
+
+impl PartOrder {
+    /// Whether `usage` is work that this order allows.
+    pub fn allows(&self, usage: &PartUsage) -> bool {
+        let Some(positions) = usage.positions() else { return false };
+        let layers = self.layers.map_or(0, |range| u64::from(range.layers()));
+        let tallies = self.layers.is_none() || positions.checked_mul(layers) == Some(usage.position_layers);
+        tallies && positions <= self.max_positions && (self.layers.is_none() || usage.expert_rows == 0)
+    }
+}
+
+/// What a worker states in its receipt, beside the counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct PartWork {
+    #[n(0)]
+    pub order: PartOrder,
+    /// Running hash over the wire bytes of all rows that came in, in order.
+    #[n(1)]
+    pub input: Digest,
+    /// The same over all rows that went out.
+    #[n(2)]
+    pub output: Digest,
+    #[n(3)]
+    pub bytes_in: u64,
+    #[n(4)]
+    pub bytes_out: u64,
+    /// Time that the engine worked on it, in ms.
+    #[n(5)]
+    pub busy_ms: u64,
+}
+
+/// How a lead says that it had a request worked on.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Split {
+    /// Layers of the whole model.
+    #[n(0)]
+    pub layers: u32,
+    /// Those that the lead ran itself: at least the first and the last.
+    #[n(1)]
+    pub own: Vec<LayerRange>,
+    /// Positions that every layer evaluated, replays left out.
+    #[n(2)]
+    pub positions: u64,
+    /// Running hash over the rows that the lead sent into the ring.
+    #[n(3)]
+    pub sent: Digest,
+    /// The same over the rows that came back.
+    #[n(4)]
+    pub received: Digest,
+}
+
+/// Ranges that a lead may run itself.
+pub const MAX_OWN_RANGES: usize = 8;
+
+/// One worker's part in a request: its receipt, or the last acknowledgement where it vanished.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Leg {
+    pub worker: NodeKey,
+    pub order: PartOrder,
+    pub usage: PartUsage,
+    /// Id of the receipt or of the last acknowledgement; absent where nothing was ever signed.
+    pub id: Option<Digest>,
+    /// The fingerprints of the rows; absent without a receipt.
+    pub rows: Option<(Digest, Digest)>,
+}
+
+/// Merkle root (RFC 6962 hashing) over the ids of a request's legs, ordered by their first layer and then by id.
+pub fn stage_root(legs: &[Leg]) -> Digest {
+    let mut ids: Vec<(u32, Digest)> =
+        legs.iter().filter_map(|leg| Some((leg.order.layers.map_or(0, |range| range.start()), leg.id?))).collect();
+    ids.sort_unstable();
+    let mut tree = Frontier::new();
+    for (_, id) in ids {
+        tree.push(leaf_hash(&id.0));
+    }
+    tree.root()
+}
+
+/// What is wrong with the way a request was put together from parts.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SplitFault {
+    #[error("layer {layer} of {layers} was run by nobody")]
+    Gap { layer: u32, layers: u32 },
+    #[error("layer {layer} was run by the lead and by a worker")]
+    Overlap { layer: u32 },
+    #[error("the lead names no first or last layer, more than {MAX_OWN_RANGES} ranges, or layers that there are not")]
+    Own,
+    #[error("layer {layer} evaluated {evaluated} positions for the first time, the request {positions}")]
+    Conservation { layer: u32, evaluated: u64, positions: u64 },
+    #[error("the rows that {from} sent are not those that {to} received")]
+    Rows { from: String, to: String, party: NodeKey },
+}
+
+/// Checks that ranges tile the model and that every layer evaluated the same positions.
+///
+/// Where every leg has its receipt, each layer evaluated exactly the split's positions for the first time, replays left
+/// out. Where a worker vanished, what it did after its last acknowledgement is nobody's to count: then every layer whose
+/// legs all have receipts evaluated at least so many, replays included.
+pub fn check_split(split: &Split, legs: &[Leg]) -> Result<(), SplitFault> {
+    let inside = |range: &LayerRange| range.end() <= split.layers;
+    let first = split.own.iter().any(|range| range.start() == 0);
+    let last = split.own.iter().any(|range| range.end() == split.layers);
+    let all_inside = split.own.iter().all(inside) && legs.iter().filter_map(|leg| leg.order.layers).all(|r| inside(&r));
+    if !first || !last || !all_inside || split.own.len() > MAX_OWN_RANGES || split.layers == 0 {
+        return Err(SplitFault::Own);
+    }
+    let covers = |range: &LayerRange, layer: u32| range.start() <= layer && layer < range.end();
+    let undisturbed = legs.iter().all(|leg| leg.rows.is_some());
+    // Every border between ranges, so that a model of a million layers costs no more than its legs.
+    let ranges = split.own.iter().copied().chain(legs.iter().filter_map(|leg| leg.order.layers));
+    let mut borders: Vec<u32> = ranges.flat_map(|range| [range.start(), range.end()]).collect();
+    borders.push(0);
+    borders.sort_unstable();
+    borders.dedup();
+    for layer in borders.into_iter().filter(|layer| *layer < split.layers) {
+        let own = split.own.iter().filter(|range| covers(range, layer)).count();
+        let mut there =
+            legs.iter().filter(|leg| leg.order.layers.is_some_and(|range| covers(&range, layer))).peekable();
+        match (own, there.peek().is_some()) {
+            (0, false) => return Err(SplitFault::Gap { layer, layers: split.layers }),
+            (1, false) => continue,
+            (0, true) => {}
+            (_, _) => return Err(SplitFault::Overlap { layer }),
+        }
+        let there: Vec<&Leg> = there.collect();
+        let sum = |count: fn(&PartUsage) -> Option<u64>| {
+            there.iter().try_fold(0u64, |sum, leg| sum.checked_add(count(&leg.usage)?)).unwrap_or(u64::MAX)
+        };
+        let evaluated = sum(PartUsage::first_evaluations);
+        let conserved = if undisturbed {
+            evaluated == split.positions
+        } else {
+            there.iter().any(|leg| leg.rows.is_none()) || sum(PartUsage::positions) >= split.positions
+        };
+        if !conserved {
+            return Err(SplitFault::Conservation { layer, evaluated, positions: split.positions });
+        }
+    }
+    check_rows(split, legs)
+}
+
+/// The output of each leg is the input of the next, where nobody was replaced: then each stands for its layers alone.
+fn check_rows(split: &Split, legs: &[Leg]) -> Result<(), SplitFault> {
+    let mut chain: Vec<&Leg> = legs.iter().filter(|leg| leg.order.layers.is_some()).collect();
+    chain.sort_unstable_by_key(|leg| leg.order.layers.map(|range| range.start()));
+    let replaced = chain.windows(2).any(|pair| pair[0].order.layers == pair[1].order.layers);
+    if replaced || chain.iter().any(|leg| leg.rows.is_none()) || chain.is_empty() {
+        return Ok(());
+    }
+    let (mut from, mut rows) = ("the lead".to_owned(), split.sent);
+    let mut before = chain[0].order.lead;
+    for leg in chain {
+        let Some((input, output)) = leg.rows else { return Ok(()) };
+        let to = format!("worker {}", leg.worker.short());
+        if input != rows {
+            return Err(SplitFault::Rows { from, to, party: leg.worker });
+        }
+        (from, rows, before) = (to, output, leg.worker);
+    }
+    if rows == split.received { Ok(()) } else { Err(SplitFault::Rows { from, to: "the lead".into(), party: before }) }
+}
+
+/// The running hash over wire bytes of rows.
+#[derive(Debug, Clone, Default)]
+pub struct RowsHash(Sha256);
+
+impl RowsHash {
+    pub fn push(&mut self, wire_bytes: &[u8]) {
+        self.0.update(wire_bytes);
+    }
+    pub fn value(&self) -> Digest {
+        Digest(self.0.clone().finalize().into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use satgrid_types::WorkKind;
+
+    fn leg(worker: u8, layers: (u32, u32), first: u64, replay: u64, rows: Option<(u8, u8)>) -> Leg {
+        let range = LayerRange::new(layers.0, layers.1).unwrap();
+        let usage = PartUsage::default().plus(WorkKind::Prefill, first, range.layers()).unwrap();
+        let usage = usage.plus(WorkKind::Replay, replay, range.layers()).unwrap();
+        let order = PartOrder {
+            layers: Some(range),
+            lead: NodeKey([9; 32]),
+            request: RequestId([1; 32]),
+            wire: WireType::F32,
+            max_positions: 1_000,
+        };
+        assert!(order.allows(&usage));
+        let rows = rows.map(|(i, o)| (Digest([i; 32]), Digest([o; 32])));
+        Leg { worker: NodeKey([worker; 32]), order, usage, id: Some(Digest([worker; 32])), rows }
+    }
+    fn own(ranges: &[(u32, u32)]) -> Split {
+        let own = ranges.iter().map(|(a, b)| LayerRange::new(*a, *b).unwrap()).collect();
+        Split { layers: 12, own, positions: 40, sent: Digest([1; 32]), received: Digest([4; 32]) }
+    }
+    #[track_caller]
+    fn check(split: &Split, legs: &[Leg], expect: &str) {
+        match check_split(split, legs) {
+            Ok(()) => assert_eq!(expect, "", "found nothing"),
+            Err(fault) => assert!(!expect.is_empty() && fault.to_string().contains(expect), "{fault}"),
+        }
+    }
+
+    #[test]
+    fn ranges_tile_and_positions_are_conserved() {
+        let ends = own(&[(0, 1), (11, 12)]);
+        let good = [leg(1, (1, 4), 40, 0, Some((1, 2))), leg(2, (4, 11), 40, 0, Some((2, 4)))];
+        check(&ends, &good, "");
+        check(&own(&[(0, 12)]), &[], "");
+        check(&ends, &good[..1], "layer 4 of 12 was run by nobody");
+        check(&ends, &[leg(1, (1, 5), 40, 0, Some((1, 2))), good[1]], "layer 4 evaluated 80");
+        check(&own(&[(0, 2), (11, 12)]), &good, "layer 1 was run by the lead and by a worker");
+        check(&own(&[(0, 1)]), &good, "names no first or last layer");
+        check(&own(&[(0, 1), (11, 13)]), &good, "layers that there are not");
+        check(&ends, &[good[0], leg(2, (4, 11), 39, 0, Some((2, 4)))], "layer 4 evaluated 39");
+    }
+
+    #[test]
+    fn a_replacement_replays_and_the_sum_stays() {
+        let ends = own(&[(0, 1), (11, 12)]);
+        let whole = leg(1, (1, 4), 40, 0, Some((1, 2)));
+        let lost = leg(2, (4, 11), 20, 0, None);
+        check(&ends, &[whole, lost, leg(3, (4, 11), 15, 25, Some((7, 4)))], "");
+        check(&ends, &[leg(1, (1, 4), 38, 1, Some((1, 2))), lost], "layer 1 evaluated 38");
+        // Both gave receipts: then nothing is lost between them, and nothing is counted twice.
+        let (early, late) = (leg(2, (4, 11), 25, 0, Some((2, 4))), leg(3, (4, 11), 40, 0, Some((2, 4))));
+        check(&ends, &[whole, early, late], "layer 4 evaluated 65");
+        check(&ends, &[whole, early, leg(3, (4, 11), 15, 25, Some((2, 4)))], "");
+    }
+
+    #[test]
+    fn a_hop_that_changed_rows_is_named() {
+        let ends = own(&[(0, 1), (11, 12)]);
+        let first = leg(1, (1, 4), 40, 0, Some((1, 2)));
+        check(
+            &ends,
+            &[first, leg(2, (4, 11), 40, 0, Some((3, 4)))],
+            "worker 01010101 sent are not those that worker 0202",
+        );
+        check(
+            &ends,
+            &[first, leg(2, (4, 11), 40, 0, Some((2, 5)))],
+            "worker 02020202 sent are not those that the lead",
+        );
+    }
+
+    #[test]
+    fn the_root_does_not_depend_on_arrival() {
+        let legs = [leg(1, (1, 4), 40, 0, None), leg(2, (4, 11), 40, 0, None)];
+        assert_eq!(stage_root(&legs), stage_root(&[legs[1], legs[0]]));
+        assert_ne!(stage_root(&legs), stage_root(&legs[..1]));
+    }
+
+    #[test]
+    fn an_order_bounds_the_work() {
+        let mut one = leg(1, (1, 4), 40, 0, None);
+        one.usage.position_layers += 1;
+        assert!(!one.order.allows(&one.usage), "more layers than ordered");
+        let many = PartUsage::default().plus(WorkKind::Decode, 1_001, 3).unwrap();
+        assert!(!one.order.allows(&many));
+    }
+}

@@ -1,0 +1,126 @@
+//! The journal of a node that leads: it bought layers of a worker, then sold an answer that names the worker's receipt.
+
+use super::{Work, World, bundle_of, bytes32, chain_entries, drafts_of};
+use crate::{
+    bundle::Filter,
+    entry::{Draft, Evidence},
+    statements::{
+        Ack, Leg, PartOrder, PartWork, Receipt, RequestOpen, Split, WireType, ack_id, receipt_id, stage_root,
+    },
+    transfer::Transfer,
+};
+use ed25519_dalek::SigningKey;
+use satgrid_pricing::{charge, numerators};
+use satgrid_types::{
+    BothSigned, Digest, LayerRange, Msat, MsatPerMtok, PartUsage, RateCard, Signed, TokenUsage, UnixMs, WorkKind,
+    node_key,
+};
+
+/// What worker and lead state, before anybody signs.
+#[derive(Debug, Clone)]
+pub struct Stated {
+    pub usage: PartUsage,
+    pub work: PartWork,
+    pub split: Option<Split>,
+    /// The worker's receipt is written after that of the customer's request.
+    pub late: bool,
+}
+
+/// Such a journal, as an export of the whole. `bend` changes what is stated.
+pub fn lead_bundle(bend: impl Fn(&mut Stated)) -> Vec<u8> {
+    let (drafts, key) = lead_drafts(bend);
+    bundle_of(&chain_entries(drafts), &key, Filter::All, false)
+}
+
+fn at(drafts: &[(UnixMs, Draft)], kind: &str) -> usize {
+    let is = |(_, draft): &(UnixMs, Draft)| draft.evidence.as_ref().is_some_and(|e| e.kind() == kind);
+    drafts.iter().position(is).expect("the world made one")
+}
+fn evidence<'a>(drafts: &'a mut [(UnixMs, Draft)], kind: &str) -> &'a mut Evidence {
+    let at = at(drafts, kind);
+    drafts[at].1.evidence.as_mut().expect("found by its evidence")
+}
+
+fn lead_drafts(bend: impl Fn(&mut Stated)) -> (Vec<(UnixMs, Draft)>, SigningKey) {
+    let mut selling = World::new();
+    let mut sale = selling.open();
+    selling.pay(&mut sale, Msat::sat(10));
+    selling.complete(&mut sale, Work { prompt: 33, cached: 0, output: 8, acks: 1 });
+    let lead = selling.provider.node.clone();
+    let mut all = drafts_of(&selling.provider.journal.entries());
+
+    let rates = RateCard { position_layer: Some(MsatPerMtok(1_000_000)), ..RateCard::default() };
+    let mut buying = World::of("worker", "provider", "stage", rates);
+    let mut session = buying.open();
+    buying.pay(&mut session, Msat::sat(10));
+    buying.complete(&mut session, Work { prompt: 1, cached: 0, output: 0, acks: 1 });
+    let worker = buying.provider.node.clone();
+    let buyer = SigningKey::from_bytes(&bytes32("stage 1"));
+    let mut bought = drafts_of(&buying.consumer.journal.entries());
+    bought.retain(|(_, draft)| !matches!(draft.evidence, Some(Evidence::Promise(_) | Evidence::Genesis { .. })));
+
+    let Evidence::Request(open) = evidence(&mut all, "request") else { unreachable!("found by its kind") };
+    let request = open.peek().expect("the world's").request;
+    let layers = LayerRange::new(2, 10);
+    let order = PartOrder { layers, lead: node_key(&lead), request, wire: WireType::F32, max_positions: 1_000 };
+    let own = [LayerRange::new(0, 2), LayerRange::new(10, 12)].into_iter().flatten().collect();
+    let (sent, received) = (Digest([1; 32]), Digest([2; 32]));
+    let mut stated = Stated {
+        usage: PartUsage::default().plus(WorkKind::Prefill, 40, 8).expect("small numbers"),
+        work: PartWork { order, input: sent, output: received, bytes_in: 40, bytes_out: 40, busy_ms: 7 },
+        split: Some(Split { layers: 12, own, positions: 40, sent, received }),
+        late: false,
+    };
+    bend(&mut stated);
+    let Stated { usage: part, work, split, late } = stated;
+    let usage = TokenUsage::of_part(part);
+    let n = numerators(&usage, &rates).expect("small numbers");
+    let cost = charge(n);
+
+    // The request becomes an order; its acknowledgement and its receipt speak of the work.
+    let Evidence::Request(open) = evidence(&mut bought, "request") else { unreachable!("found by its kind") };
+    let body = RequestOpen { prompt_tokens: 0, max_output: 0, part: Some(order), ..open.peek().expect("the world's") };
+    *open = Signed::sign(&body, &buyer);
+    let Evidence::Ack(ack) = evidence(&mut bought, "ack") else { unreachable!("found by its kind") };
+    let body = Ack { usage, numerators: n, cost, ..ack.peek().expect("the world's") };
+    *ack = BothSigned::countersign(&Signed::sign(&body, &worker), &buyer);
+    let last_ack = Some(ack_id(ack));
+    let Evidence::Receipt { receipt, opening } = evidence(&mut bought, "receipt") else {
+        unreachable!("found by its kind")
+    };
+    let body = Receipt {
+        usage,
+        numerators: n,
+        cost,
+        cumulative_numerators: n,
+        cumulative_cost: cost,
+        part: Some(work),
+        last_ack,
+        ..receipt.peek().expect("the world's")
+    };
+    *receipt = BothSigned::countersign(&Signed::sign(&body, &worker), &buyer);
+    *opening = None;
+    let id = Some(Digest(receipt_id(receipt).0));
+    let hold = bought[at(&bought, "request")].1.transfers[0].id;
+    let receipt_at = at(&bought, "receipt");
+    bought[receipt_at].1.transfers = vec![Transfer::post_pending(hold, cost)];
+    let rows = Some((work.input, work.output));
+    let leg = Leg { worker: node_key(&worker), order: work.order, usage: part, id, rows };
+
+    // What was bought comes first, then the sale, whose receipt names the root.
+    let Evidence::Receipt { receipt, .. } = evidence(&mut all, "receipt") else { unreachable!("found by its kind") };
+    let stage_root = split.is_some().then(|| stage_root(&[leg]));
+    let body = Receipt { stage_root, split, ..receipt.peek().expect("the world's") };
+    let customer = SigningKey::from_bytes(&bytes32("session 1"));
+    *receipt = BothSigned::countersign(&Signed::sign(&body, &lead), &customer);
+    let orphan = late.then(|| bought.remove(receipt_at));
+    let before = at(&all, "request");
+    all.splice(before..before, bought);
+    all.extend(orphan);
+    let mut now = UnixMs(0);
+    for (time, _) in &mut all {
+        now = now.max(*time);
+        *time = now;
+    }
+    (all, lead)
+}
