@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-fast lint deny bench sim clean-cache
+.PHONY: help build demo test test-fast lint deny bench bench-ledger fuzz-ledger sim clean-cache
 
 ENV := . tests/scripts/env.sh;
 
@@ -34,6 +34,9 @@ deny: ## licences, banned crates, sources; advisories where reachable
 bench: build ## speed and memory, printed as ratios from one run
 	@tests/scripts/model.sh >/dev/null
 	@$(ENV) exec cargo test $$LOCKED -p satgrid-tests --test bench -- --ignored --test-threads 1 --nocapture
+
+fuzz-ledger: ## every single flipped bit of bundles and claims, without sampling (minutes)
+	@$(ENV) exec cargo test $$LOCKED -p satgrid-ledger --lib whole_ -- --ignored --nocapture
 
 sim: ## the whole market in virtual time (SEEDS=0..200, or one seed with its trace: SEEDS=7)
 	@$(ENV) SATGRID_SEEDS="$(or $(SEEDS),0..200)" exec cargo test $$LOCKED -p satgrid-tests --test sim -- --nocapture

@@ -9,6 +9,8 @@
 //! | [`entry`] | evidence and transfers as one append-only, hash-chained record |
 //! | [`books`] | balances and reservations, folded from entries |
 //! | [`journal`] | the port behind which entries are durable |
+//! | [`claim`] | what a provider owes on one session, as a file that proves it |
+//! | [`retention`] | which bodies may go, when nothing of a session is open any more |
 //! | [`log`] | RFC 6962 Merkle tree, proofs and signed checkpoints |
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 #![cfg_attr(
@@ -20,9 +22,11 @@
 pub mod audit;
 pub mod books;
 pub mod bundle;
+pub mod claim;
 pub mod entry;
 pub mod journal;
 pub mod log;
+pub mod retention;
 pub mod statements;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

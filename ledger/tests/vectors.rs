@@ -6,6 +6,7 @@
 use satgrid_ledger::{
     audit::{Detail, Report, audit, cross_check, read_invoice},
     bundle::{Opened, open},
+    claim::{ClaimReport, audit_claim, cross_claims},
     entry::Entry,
     log::{FraudProof, Frontier, SignedCheckpoint, empty_root, leaf_hash, verify_consistency, verify_inclusion},
     statements::{
@@ -231,18 +232,30 @@ fn invoices_listings_and_entries_read_as_the_vectors_say() {
     }
 }
 
+/// What a file turned out to be.
+enum Judged {
+    Fraud,
+    Journal(Box<Report>),
+    Claim(Box<ClaimReport>),
+}
+
 /// The rules that a file breaks; none where it is unreadable.
-fn judge(name: &str) -> Option<(BTreeSet<String>, Option<Report>)> {
+fn judge(name: &str) -> Option<(BTreeSet<String>, Judged)> {
     let bytes = fs::read(folder().join(name)).unwrap();
     match open(&bytes[..]).ok()? {
         Opened::Fraud(proof) => {
             proof.check().ok()?;
-            Some((BTreeSet::from(["log/two-histories".to_owned()]), None))
+            Some((BTreeSet::from(["log/two-histories".to_owned()]), Judged::Fraud))
         }
         Opened::Journal(reader) => {
             let report = audit(reader, Detail::Sessions).ok()?;
             let rules = report.findings.iter().map(|finding| finding.rule.to_string()).collect();
-            Some((rules, Some(report)))
+            Some((rules, Judged::Journal(Box::new(report))))
+        }
+        Opened::Claim(reader) => {
+            let report = audit_claim(reader).ok()?;
+            let rules = report.findings.iter().map(|finding| finding.rule.to_string()).collect();
+            Some((rules, Judged::Claim(Box::new(report))))
         }
     }
 }
@@ -258,9 +271,20 @@ fn bundles_are_judged_as_the_vectors_say() {
             continue;
         };
         let mut rules: BTreeSet<String> = judged.iter().flat_map(|(rules, _)| rules.clone()).collect();
-        if let [(_, Some(one)), (_, Some(other))] = &judged[..] {
-            rules.extend(cross_check(one, other).iter().map(|finding| finding.rule.to_string()));
+        let mut owed = None;
+        match &judged[..] {
+            [(_, Judged::Journal(one)), (_, Judged::Journal(other))] => {
+                rules.extend(cross_check(one, other).iter().map(|finding| finding.rule.to_string()));
+            }
+            [(_, Judged::Claim(one)), (_, Judged::Claim(other))] => {
+                let (figures, across) = cross_claims(one, other).unwrap();
+                rules.extend(across.iter().map(|finding| finding.rule.to_string()));
+                owed = Some(figures.owed.0);
+            }
+            [(_, Judged::Claim(one))] => owed = Some(one.figures.owed.0),
+            _ => {}
         }
+        assert_eq!(vector["owed_msat"].as_u64(), owed, "{files:?}");
         assert_eq!(rules, strings("rules"), "{files:?}");
         assert!(rules.is_superset(&strings("must")), "{files:?}");
         assert_eq!(number(&vector, "exit"), u64::from(!rules.is_empty()), "{files:?}");

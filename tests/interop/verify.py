@@ -1,6 +1,6 @@
 """Verifies satgrid bundles offline. A second implementation, written from docs/ledger-format.md; the numbers in comments are its sections.
 
-    verify.py FILE [OTHER]     one bundle, or both parties' exports of one history: exit 0 clean, 1 findings, 2 unreadable
+    verify.py FILE [OTHER]     one bundle or claim, or both parties' exports of one history, or a claim and its answer: exit 0 clean, 1 findings, 2 unreadable
     verify.py --vectors DIR    all golden vectors: prints `N passed, N failed`
 """
 
@@ -12,6 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 import cbor2
+import claims
 from primitives import (
     Refused, charge, decode, ed25519, included, invoice, leaf_hash, message, numerators, recover, root_of, schnorr, sha,
 )
@@ -214,6 +215,9 @@ class Session:
     receipts: list = field(default_factory=list)  # (id, index, leaf)
     promised: list = field(default_factory=list)
     abandoned: dict = field(default_factory=dict)
+    notes: set = field(default_factory=set)  # ids of credit notes
+    asked: set = field(default_factory=set)  # ids of requests
+    invoices: set = field(default_factory=set)  # payment hashes
     tokens: list = field(default_factory=lambda: [0, 0])
     refund: tuple | None = None
     closed: bool = False
@@ -227,7 +231,8 @@ class Session:
     def summary(self):
         """What both parties must agree on (12.7)."""
         paid = {k: (s[0], s[1]) for k, s in self.slices.items() if s[2] == "paid"}
-        return (set(self.quotes), len(self.receipts), self.last(), paid, self.abandoned, self.tokens, self.numerators, self.paid, self.charged, self.refunds)
+        owed = {request: acked for request, acked in self.abandoned.items() if acked[0]}
+        return (len(self.receipts), self.last(), paid, owed, self.tokens, self.numerators, self.paid, self.charged, self.refunds)
 
 
 class Audit:
@@ -424,6 +429,7 @@ class Audit:
         if self.require(k <= max(s.slices, default=-1) + 1 and (not old or old[2] in ("invoiced", "failed")), "invoice/sequence"):
             replaced = {**old[4], old[0]: old[1]} if old else {}
             s.slices[k] = [facts["payment_hash"], d[3], "invoiced", False, replaced]
+        s.invoices.add(facts["payment_hash"])
         self.claim(facts["payment_hash"], (s.ident, k))
         return s, ("nothing",)
 
@@ -495,6 +501,7 @@ class Audit:
         self.version(r)
         fresh = r[2] not in s.requests and r[2] not in s.ended
         self.require(fresh and r[3] in s.quotes and not s.closed, "request/invalid")
+        s.asked.add(r[2])
         if fresh:
             s.requests[r[2]] = [r, None, None, set(self.flows[1])]
         return s, ("work",)
@@ -655,6 +662,7 @@ class Audit:
         c = statement("session-close", f[0], s.open[2])
         self.version(c)
         self.require(c[3] == s.remainder() and c.get(2) == s.last(), "close/remainder")
+        self.require(not s.closed, "close/twice")
         s.closed = True
         return s, ("remainder",) if s.as_provider else ("nothing",)
 
@@ -662,6 +670,7 @@ class Audit:
         s = self.session(peek("credit-note", f[0])[1])
         c = statement("credit-note", f[0], s.open[1])
         self.version(c)
+        s.notes.add(sha(message("credit-note", f[0][0])))
         self.require(c[4] == s.remainder() and (c[2], c[3]) == (s.open[1], s.open[2]), "credit-note/amount")
         return s, ("remainder",) if s.as_provider else ("nothing",)
 
@@ -801,11 +810,36 @@ def cross(a: Audit, b: Audit) -> set:
                     rules.add("cross/missing")
             elif s.as_provider:
                 theirs = other.sessions[ident]
-                if s.summary() != theirs.summary():
+                held = (theirs.notes <= s.notes, theirs.invoices <= s.invoices, s.asked <= theirs.asked, set(theirs.quotes) <= set(s.quotes))
+                if s.summary() != theirs.summary() or not all(held):
                     rules.add("cross/mismatch")
                 if not set(theirs.promised) <= set(s.receipts):
                     rules.add("promise/broken")
     return rules
+
+
+def judge(data: bytes):
+    """A journal's audit, or a claim's."""
+    items = read_items(data)
+    try:
+        number, fields = next(items, (None, None))
+    except Unreadable:
+        number = None
+    if number != 5:
+        return Audit(data)
+    if fields[0][0] != "satgrid-claim" or fields[0][1] != 1:
+        raise Unreadable("not a claim of version 1")
+    pieces, ended = [], None
+    for number, item in items:
+        if ended is not None or number not in (3, 6):
+            raise Unreadable("an item out of its place")
+        if number == 3:
+            ended = item[0]
+        else:
+            pieces.append(item[0])
+    if ended != len(pieces):
+        raise Unreadable("the end mark is missing or does not count right")
+    return claims.Claim(fields[0], pieces, sys.modules[__name__])
 
 
 def verify(paths: list) -> tuple:
@@ -814,7 +848,10 @@ def verify(paths: list) -> tuple:
         audits = []
         for path in paths:
             with open(path, "rb") as file:
-                audits.append(Audit(file.read()))
+                audits.append(judge(file.read()))
+        judged = {isinstance(audit, claims.Claim) for audit in audits}
+        if len(judged) > 1 or len(audits) > 1 and True in judged and audits[0].session != audits[1].session:
+            raise Unreadable("these two say nothing about each other")
     except (Unreadable, OSError) as error:
         print(f"unreadable: {error}", file=sys.stderr)
         return 2, set()
@@ -823,7 +860,7 @@ def verify(paths: list) -> tuple:
         for rule, entry, detail in audit.findings:
             print(f"{rule} at item {entry}: {detail}", file=sys.stderr)
     if len(audits) == 2:
-        rules |= cross(*audits)
+        rules |= claims.cross(*audits)[1] if True in judged else cross(*audits)
     return int(bool(rules)), rules
 
 

@@ -27,6 +27,18 @@ pub(crate) enum Command {
     Statement(StatementArgs),
     /// Prove that a receipt or an entry is in the log, or that the log only grew
     Prove(ProveArgs),
+    /// Say whether a proof of `prove --format json` holds
+    Check(CheckArgs),
+    /// Print the newest signed checkpoint, to be kept by others
+    Checkpoint(CheckpointArgs),
+    /// Write what proves how much is owed on a session; without a session, list those that hold money
+    Claim(ClaimArgs),
+    /// Hold the ledger against the wallet's own list of payments
+    Reconcile(ReconcileArgs),
+    /// Copy a journal as it is now, also beside a running node
+    Snapshot(SnapshotArgs),
+    /// Let go of the bodies of old sessions that are over; leaves and transfers stay
+    Prune(PruneArgs),
     /// Turn two checkpoints that exclude each other into a file that `verify` accepts as proof
     Fraud(FraudArgs),
 }
@@ -39,7 +51,7 @@ pub(crate) enum Format {
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct ExportArgs {
-    /// The node's journal (a SQLite file); it may be running
+    /// The node's journal (a SQLite file); it may be running. For the books, also an exported file
     #[arg(long, value_name = "FILE")]
     pub(crate) db: PathBuf,
     /// Where to write; `-` is stdout
@@ -57,6 +69,18 @@ pub(crate) struct ExportArgs {
     /// ... and before this time
     #[arg(long, value_name = "TIME", value_parser = parse_time, conflicts_with = "filter")]
     pub(crate) to: Option<UnixMs>,
+    /// Write the books as CSV instead of a file to verify
+    #[arg(long, group = "form")]
+    pub(crate) csv: bool,
+    /// ... or as a beancount ledger
+    #[arg(long, group = "form")]
+    pub(crate) beancount: bool,
+    /// ... or in Koinly's universal form: what went through the wallet
+    #[arg(long, group = "form")]
+    pub(crate) koinly: bool,
+    /// Exchange rates for `--csv` and `--koinly`: lines of time,currency,rate for one bitcoin
+    #[arg(long, value_name = "FILE", requires = "form")]
+    pub(crate) rates: Option<PathBuf>,
     /// Leave out prompt and output hashes and sampling parameters
     #[arg(long)]
     pub(crate) redact: bool,
@@ -68,9 +92,9 @@ pub(crate) struct ExportArgs {
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct VerifyArgs {
-    /// An exported file, or a fraud proof
+    /// An exported file, a claim, or a fraud proof
     pub(crate) file: PathBuf,
-    /// The other party's export of the same sessions
+    /// The other party's export of the same sessions, or its answer to the claim
     pub(crate) other: Option<PathBuf>,
     #[arg(long, value_enum, default_value = "table")]
     pub(crate) format: Format,
@@ -153,6 +177,96 @@ pub(crate) struct ProveArgs {
     pub(crate) size: Option<u64>,
     #[arg(long, value_enum, default_value = "table")]
     pub(crate) format: Format,
+}
+
+/// Another program's form of the books.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum BooksForm {
+    Csv,
+    Beancount,
+    Koinly,
+}
+
+impl ExportArgs {
+    pub(crate) fn books_form(&self) -> Option<BooksForm> {
+        let forms =
+            [(self.csv, BooksForm::Csv), (self.beancount, BooksForm::Beancount), (self.koinly, BooksForm::Koinly)];
+        forms.into_iter().find_map(|(chosen, form)| chosen.then_some(form))
+    }
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct CheckArgs {
+    /// What `prove --format json` printed
+    pub(crate) proof: PathBuf,
+    /// A checkpoint that the log's owner did not choose: one kept from before, or heard from others
+    #[arg(long, value_name = "FILE")]
+    pub(crate) checkpoint: Vec<PathBuf>,
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: Format,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct CheckpointArgs {
+    /// The node's journal
+    #[arg(long, value_name = "FILE")]
+    pub(crate) db: PathBuf,
+    /// The newest that covers at most so many entries
+    #[arg(long, value_name = "N", conflicts_with = "of")]
+    pub(crate) size: Option<u64>,
+    /// Of this other node, as this one heard it
+    #[arg(long, value_name = "NODE")]
+    pub(crate) of: Option<NodeKey>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct ClaimArgs {
+    /// A journal or an exported file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) db: PathBuf,
+    /// The session; without it, sessions that hold money are listed
+    #[arg(long)]
+    pub(crate) session: Option<SessionId>,
+    /// Where to write the claim
+    #[arg(long, value_name = "FILE", requires = "session")]
+    pub(crate) out: Option<PathBuf>,
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: Format,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct ReconcileArgs {
+    /// A journal or an exported file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) db: PathBuf,
+    /// What `satgrid wallet history --format json` printed; `-` is stdin
+    #[arg(long, value_name = "FILE")]
+    pub(crate) payments: PathBuf,
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: Format,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct SnapshotArgs {
+    /// The node's journal
+    #[arg(long, value_name = "FILE")]
+    pub(crate) db: PathBuf,
+    /// Where to write the copy
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct PruneArgs {
+    /// The journal of a node that is stopped
+    #[arg(long, value_name = "FILE")]
+    pub(crate) db: PathBuf,
+    /// Only sessions that are over and silent for so many days
+    #[arg(long, value_name = "DAYS")]
+    pub(crate) older_than_days: u64,
+    /// Do it; without this, what could go is counted
+    #[arg(long)]
+    pub(crate) yes: bool,
 }
 
 #[derive(Debug, ClapArgs)]

@@ -18,6 +18,9 @@ use std::{
 };
 
 pub(crate) async fn run(args: ExportArgs) -> anyhow::Result<u8> {
+    if let Some(form) = args.books_form() {
+        return crate::books::run(&args, form).await;
+    }
     let reader = SqliteReader::open(&args.db).await?;
     let node = owner(&reader).await?;
     let checkpoint = checkpoint(&reader, node, args.key.as_deref()).await?;
@@ -118,13 +121,20 @@ async fn write(
     if filter != Filter::All && selection.sessions().is_empty() {
         bail!("no session matches");
     }
+    if filter == Filter::All && !reader.pruned(0, checkpoint.size).await?.is_empty() {
+        return Err(hinted(
+            "bodies of this journal were pruned, so the whole of it can no longer be shown",
+            "choose a part: --session, --peer, or --from",
+        ));
+    }
     let mut writer = BundleWriter::start(out, &Header::new(checkpoint.node, filter), checkpoint)?;
     let (mut from, mut written) = (0, 0);
     while from < checkpoint.size {
         let entries = below(reader, from, checkpoint.size).await?;
+        let pruned = reader.pruned(from, from + entries.len() as u64).await?;
         from += entries.len() as u64;
         for entry in entries {
-            if !selection.wants(&entry) {
+            if !selection.wants(&entry) || pruned.binary_search(&entry.seq).is_ok() {
                 continue;
             }
             let proof = match filter {

@@ -6,9 +6,16 @@
 
 mod args;
 mod balance;
+mod books;
+mod check;
+mod claim;
 mod export;
+mod movements;
 mod output;
 mod prove;
+mod prune;
+mod rates;
+mod reconcile;
 mod show;
 mod source;
 mod statement;
@@ -53,6 +60,12 @@ pub async fn run_async(args: Args) -> ExitCode {
         Command::Balance(args) => balance::run(args).await,
         Command::Statement(args) => statement::run(args).await,
         Command::Prove(args) => prove::run(args).await,
+        Command::Check(args) => check::run(&args),
+        Command::Checkpoint(args) => prove::checkpoint(args).await,
+        Command::Claim(args) => claim::run(args).await,
+        Command::Reconcile(args) => reconcile::run(args).await,
+        Command::Prune(args) => prune::run(args).await,
+        Command::Snapshot(args) => prune::snapshot(args).await,
         Command::Fraud(args) => prove::fraud(&args),
     };
     match done {

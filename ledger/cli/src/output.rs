@@ -2,6 +2,7 @@
 
 use anyhow::Context;
 use comfy_table::{CellAlignment, Table, presets::UTF8_BORDERS_ONLY};
+use satgrid_ledger::audit::{Finding, MAX_FINDINGS};
 use serde::Serialize;
 use std::io::{self, Write};
 use thiserror::Error;
@@ -44,4 +45,27 @@ pub(crate) fn table(headings: &[&str], numbers: usize) -> Table {
     table.load_preset(UTF8_BORDERS_ONLY).set_header(headings);
     table.column_iter_mut().skip(numbers).for_each(|column| column.set_cell_alignment(CellAlignment::Right));
     table
+}
+
+/// A table of findings, or that there are none.
+pub(crate) fn print_findings(name: &str, total: u64, findings: &[Finding]) -> anyhow::Result<()> {
+    if total == 0 {
+        return print(&format!("{name}: no findings"));
+    }
+    print(&format!("{name}: {total} findings"))?;
+    let mut out = table(&["rule", "entry", "session", "party", "detail"], 5);
+    for finding in findings {
+        out.add_row([
+            finding.rule.id().to_owned(),
+            finding.entry.map_or_else(String::new, |n| n.to_string()),
+            finding.session.map_or_else(String::new, |id| id.short()),
+            finding.party.to_string(),
+            finding.detail.clone(),
+        ]);
+    }
+    print(&out.to_string())?;
+    if total > findings.len() as u64 {
+        print(&format!("only the first {MAX_FINDINGS} are listed"))?;
+    }
+    Ok(())
 }

@@ -2,7 +2,7 @@
 
 use crate::{
     CLEAN,
-    args::{Format, FraudArgs, ProveArgs},
+    args::{CheckpointArgs, Format, FraudArgs, ProveArgs},
     output::{hinted, print, print_json},
 };
 use anyhow::{Context, bail};
@@ -15,13 +15,13 @@ use satgrid_ledger::{
 };
 use satgrid_ledger_sqlite::SqliteReader;
 use satgrid_types::{Digest, ReceiptId};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 
 /// A proof, with what is needed to check it. Hashes are RFC 6962's; `leaf` is SHA-256(0x00 || `entry_hex`).
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
-enum Proof {
+pub(crate) enum Proof {
     Inclusion {
         index: u64,
         leaf: Digest,
@@ -69,6 +69,12 @@ pub(crate) async fn run(args: ProveArgs) -> anyhow::Result<u8> {
         let entry = reader.read(index, 1).await?;
         let entry = entry.first().filter(|entry| entry.seq < size);
         let entry = entry.with_context(|| format!("entry {index} is not among the first {size}"))?;
+        if !reader.pruned(index, index.saturating_add(1)).await?.is_empty() {
+            return Err(hinted(
+                format!("the body of entry {index} was pruned"),
+                "whoever has its bytes can still prove them: the leaf is in the log",
+            ));
+        }
         let (leaf, proof) = (entry.leaf(), reader.prove_inclusion(index, size).await?);
         if !verify_inclusion(&leaf, index, size, &proof, &root) {
             bail!("entry {index} is not the leaf that the stored log holds");
@@ -119,6 +125,23 @@ fn text(proof: &Proof) -> String {
     lines.extend(hashes.iter().map(|hash| format!("  {hash}")));
     lines.extend(checkpoint.iter().map(|note| format!("checkpoint:\n{note}")));
     lines.join("\n")
+}
+
+/// Prints the newest signed note as it is: others keep it, and compare.
+pub(crate) async fn checkpoint(args: CheckpointArgs) -> anyhow::Result<u8> {
+    let reader = SqliteReader::open(&args.db).await?;
+    if let Some(node) = args.of {
+        let heard = reader.witnessed(&node).await?;
+        let newest = heard.first().with_context(|| format!("no checkpoint of {node} was heard"))?;
+        print(newest.note().trim_end_matches('\n'))?;
+        return Ok(CLEAN);
+    }
+    let size = args.size.unwrap_or(reader.head().await?.len);
+    let signed = reader.checkpoint(size).await?.ok_or_else(|| {
+        hinted(format!("no checkpoint over at most {size} entries"), "the node signs one within seconds of new entries")
+    })?;
+    print(signed.note().trim_end_matches('\n'))?;
+    Ok(CLEAN)
 }
 
 /// Writes a fraud proof, if the two checkpoints are one.

@@ -40,7 +40,9 @@ impl Source {
         }
         match open(open_file(path)?).with_context(|| path.display().to_string())? {
             Opened::Journal(reader) => Ok(Source::Bundle(Box::new(reader))),
-            Opened::Fraud(_) => bail!("{}: a fraud proof holds no entries; `verify` judges it", path.display()),
+            Opened::Fraud(_) | Opened::Claim(_) => {
+                bail!("{}: this file holds no journal; `verify` judges it", path.display())
+            }
         }
     }
 

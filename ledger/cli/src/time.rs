@@ -35,6 +35,11 @@ pub(crate) fn utc(at: UnixMs) -> String {
     format!("{}T{hour:02}:{minute:02}:{second:02}.{:03}Z", day(at), at.0 % 1_000)
 }
 
+/// `2026-01-31 12:00:00`.
+pub(crate) fn seconds(at: UnixMs) -> String {
+    utc(at).get(..19).unwrap_or_default().replace('T', " ")
+}
+
 /// Reads `2026-01-31`, `2026-01-31T12:00:00Z` or Unix seconds.
 pub(crate) fn parse_time(text: &str) -> Result<UnixMs, String> {
     let bad = || format!("{text:?} is no time; try 2026-01-31, 2026-01-31T12:00:00Z or Unix seconds");

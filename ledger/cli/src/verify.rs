@@ -3,14 +3,16 @@
 use crate::{
     CLEAN, FINDINGS,
     args::{Format, VerifyArgs},
-    output::{print, print_json, table},
+    claim,
+    output::{hinted, print, print_findings, print_json, table},
     source::open_file,
     time::utc,
 };
 use anyhow::{Context, bail};
 use satgrid_ledger::{
-    audit::{Auditor, Detail, Finding, MAX_FINDINGS, Party, Report, Rule, SessionSummary, SideTotals, cross_check},
+    audit::{Auditor, Detail, Finding, Party, Report, Rule, SessionSummary, SideTotals, cross_check},
     bundle::{Opened, open},
+    claim::{ClaimReport, audit_claim},
 };
 use satgrid_types::{Digest, NodeKey, SessionId};
 use serde::Serialize;
@@ -65,6 +67,12 @@ struct JournalVerdict<'a> {
 }
 
 /// What a file turned out to be.
+enum Read {
+    Ledger(Judged),
+    Claim(Box<ClaimReport>),
+}
+
+/// The verdict on a file about a journal.
 enum Judged {
     Journal(Box<Report>),
     Fraud { node: NodeKey, finding: [Finding; 1] },
@@ -74,6 +82,21 @@ pub(crate) fn run(args: VerifyArgs) -> anyhow::Result<u8> {
     let detail = if args.other.is_some() || args.sessions { Detail::Sessions } else { Detail::Totals };
     let first = judge(&args.file, detail)?;
     let other = args.other.as_deref().map(|path| judge(path, detail)).transpose()?;
+    let (first, other) = match (first, other) {
+        (Read::Ledger(first), None) => (first, None),
+        (Read::Ledger(first), Some(Read::Ledger(other))) => (first, Some(other)),
+        (Read::Claim(one), None) => return claim::verdict(&[(&args.file, &one)], args.format),
+        (Read::Claim(one), Some(Read::Claim(answer))) => {
+            let answered = args.other.as_deref().unwrap_or(&args.file);
+            return claim::verdict(&[(&args.file, &one), (answered, &answer)], args.format);
+        }
+        (Read::Claim(_), Some(Read::Ledger(_))) | (Read::Ledger(_), Some(Read::Claim(_))) => {
+            return Err(hinted(
+                "a claim is held against the other side's claim of the same session",
+                "`claim --db JOURNAL --session SESSION --out FILE` makes it from either side's journal",
+            ));
+        }
+    };
     let cross = match (&first, &other) {
         (Judged::Journal(a), Some(Judged::Journal(b))) => Some(cross_check(a, b)),
         (_, None) => None,
@@ -109,16 +132,17 @@ pub(crate) fn run(args: VerifyArgs) -> anyhow::Result<u8> {
     Ok(if total == 0 { CLEAN } else { FINDINGS })
 }
 
-fn judge(path: &Path, detail: Detail) -> anyhow::Result<Judged> {
+fn judge(path: &Path, detail: Detail) -> anyhow::Result<Read> {
     let named = || path.display().to_string();
     let mut reader = match open(open_file(path)?).with_context(named)? {
         Opened::Journal(reader) => reader,
+        Opened::Claim(reader) => return Ok(Read::Claim(Box::new(audit_claim(reader).with_context(named)?))),
         Opened::Fraud(proof) => {
             let node = proof.check().with_context(|| format!("{}: this proves nothing", path.display()))?;
             let detail = "two checkpoints of one size with different roots, both signed: this node keeps two histories";
             let (rule, party) = (Rule::Fraud, Party::Provider(node));
             let finding = Finding { rule, entry: None, session: None, party, detail: detail.into() };
-            return Ok(Judged::Fraud { node, finding: [finding] });
+            return Ok(Read::Ledger(Judged::Fraud { node, finding: [finding] }));
         }
     };
     let mut auditor = Auditor::new(reader.header(), reader.checkpoint(), detail);
@@ -134,7 +158,7 @@ fn judge(path: &Path, detail: Detail) -> anyhow::Result<Judged> {
     if shows && read >= 10_000 {
         eprintln!();
     }
-    Ok(Judged::Journal(Box::new(auditor.finish())))
+    Ok(Read::Ledger(Judged::Journal(Box::new(auditor.finish()))))
 }
 
 impl Judged {
@@ -257,26 +281,4 @@ fn print_sessions(report: &Report) -> anyhow::Result<()> {
         ]);
     }
     print(&out.to_string())
-}
-
-fn print_findings(name: &str, total: u64, findings: &[Finding]) -> anyhow::Result<()> {
-    if total == 0 {
-        return print(&format!("{name}: no findings"));
-    }
-    print(&format!("{name}: {total} findings"))?;
-    let mut out = table(&["rule", "entry", "session", "party", "detail"], 5);
-    for finding in findings {
-        out.add_row([
-            finding.rule.id().to_owned(),
-            finding.entry.map_or_else(String::new, |n| n.to_string()),
-            finding.session.map_or_else(String::new, |id| id.short()),
-            finding.party.to_string(),
-            finding.detail.clone(),
-        ]);
-    }
-    print(&out.to_string())?;
-    if total > findings.len() as u64 {
-        print(&format!("only the first {MAX_FINDINGS} are listed"))?;
-    }
-    Ok(())
 }

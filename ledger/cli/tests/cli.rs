@@ -2,76 +2,13 @@
 
 #![allow(clippy::unwrap_used)]
 
-use satgrid_ledger::{
-    Evidence, Journal,
-    statements::receipt_id,
-    testing::{Party, World, checkpoint_of},
-};
+mod support;
+
+use satgrid_ledger::{Evidence, Journal, statements::receipt_id, testing::checkpoint_of};
 use satgrid_ledger_sqlite::SqliteJournal;
 use serde_json::Value;
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    process::Command,
-};
-
-/// What a run said, and its exit code.
-struct Said {
-    code: i32,
-    out: String,
-    err: String,
-}
-
-fn ledger(args: &[&str]) -> Said {
-    let out = Command::new(env!("CARGO_BIN_EXE_satgrid-ledger")).args(args).output().unwrap();
-    Said {
-        code: out.status.code().unwrap(),
-        out: String::from_utf8(out.stdout).unwrap(),
-        err: String::from_utf8(out.stderr).unwrap(),
-    }
-}
-
-fn json(args: &[&str]) -> Value {
-    let said = ledger(&[args, &["--format", "json"]].concat());
-    serde_json::from_str(&said.out).unwrap_or_else(|e| panic!("{e}: {} {}", said.out, said.err))
-}
-
-/// A folder with both parties' journals, each under a checkpoint.
-struct Fixture {
-    world: World,
-    folder: tempfile::TempDir,
-}
-
-impl Fixture {
-    fn new() -> Fixture {
-        let fixture = Fixture { world: World::example(), folder: tempfile::tempdir().unwrap() };
-        fixture.journal("provider.db", &fixture.world.provider, true);
-        fixture.journal("consumer.db", &fixture.world.consumer, true);
-        fixture
-    }
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-    fn text(&self, name: &str) -> String {
-        self.path(name).to_str().unwrap().to_owned()
-    }
-    fn journal(&self, name: &str, party: &Party, sealed: bool) {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            let journal = SqliteJournal::open(&self.path(name)).await.unwrap();
-            for entry in party.journal.entries() {
-                journal.append(entry.at, vec![entry.draft()]).await.unwrap();
-            }
-            if sealed {
-                journal.checkpoint(&party.node).await.unwrap();
-            }
-            journal.close().await;
-        });
-    }
-    fn export(&self, db: &str, out: &str, more: &[&str]) -> Said {
-        ledger(&[&["export", "--db", &self.text(db), "--out", &self.text(out)], more].concat())
-    }
-}
+use std::{fs, path::Path};
+use support::{Fixture, json, ledger};
 
 #[test]
 fn both_exports_verify_and_agree() {

@@ -1,7 +1,7 @@
 //! Whole bundles: honest ones, one for each rule of the audit, and files that are no bundle at all.
 
 use crate::{
-    Files,
+    Files, claims,
     tampered::{self, Lab},
 };
 use satgrid_ledger::{
@@ -71,9 +71,10 @@ pub(crate) fn write(files: &mut Files) {
         &provider,
         &tampered::promise_of_another_leaf(&lab),
     ));
+    vectors.extend(claims::write(files));
     files.json(
         "bundles.json",
-        "bundles: `exit` and `must` are normative; `rules` are all that our own audit names. Two files are both parties' exports of one history",
+        "bundles: `exit` and `must` are normative; `rules` are all that our own audit names. Two files are both parties' exports of one history, or a claim and its answer",
         vectors,
     );
 }
@@ -82,7 +83,7 @@ pub(crate) fn write(files: &mut Files) {
 pub(crate) fn judge(bytes: &[u8]) -> Result<Report, BundleError> {
     match open(bytes)? {
         Opened::Journal(reader) => audit(reader, Detail::Sessions),
-        Opened::Fraud(_) => panic!("a journal was expected"),
+        Opened::Fraud(_) | Opened::Claim(_) => panic!("a journal was expected"),
     }
 }
 
@@ -137,7 +138,7 @@ fn framed(item: &Item) -> Vec<u8> {
 fn unreadable(good: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
     let node = match open(good).unwrap() {
         Opened::Journal(reader) => reader.header().node,
-        Opened::Fraud(_) => panic!("a journal was expected"),
+        Opened::Fraud(_) | Opened::Claim(_) => panic!("a journal was expected"),
     };
     let header = Header::new(node, Filter::All);
     let first = framed(&Item::Header(header.clone()));

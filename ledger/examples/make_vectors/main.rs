@@ -11,6 +11,7 @@
 
 mod bundles;
 mod cbor_json;
+mod claims;
 mod pieces;
 mod statements;
 mod tampered;

@@ -241,6 +241,10 @@ pub(crate) fn all(lab: &Lab) -> Vec<(Rule, Vec<u8>)> {
             Provider,
             |_, d| first!(d, Evidence::Abandoned { numerators, .. } => numerators.0 += 1),
         ),
+        (Rule::CloseTwice, Provider, |_, d| {
+            let at = position(d, |e| matches!(e, Evidence::Close(_)));
+            d.insert(at, d[at].clone());
+        }),
         (Rule::CloseRemainder, Provider, |lab, d| {
             first!(d, Evidence::Close(signed) => {
                 let mut close = signed.peek().unwrap();
@@ -311,7 +315,10 @@ pub(crate) fn all(lab: &Lab) -> Vec<(Rule, Vec<u8>)> {
     ]);
     let seen: std::collections::BTreeSet<Rule> = bundles.iter().map(|(rule, _)| *rule).collect();
     // Two exports are needed for these; a trial balance that does not hold cannot be written down at all.
-    let elsewhere = [Rule::CrossMismatch, Rule::CrossMissing, Rule::Fraud, Rule::TransferTrial];
+    // Claims are files of their own.
+    let claims = [Rule::ClaimPiece, Rule::ClaimRefund, Rule::ClaimNothing, Rule::ClaimContradicted];
+    let elsewhere =
+        [&[Rule::CrossMismatch, Rule::CrossMissing, Rule::Fraud, Rule::TransferTrial][..], &claims].concat();
     let missing: Vec<&Rule> =
         Rule::ALL.iter().filter(|rule| !seen.contains(rule) && !elsewhere.contains(rule)).collect();
     assert!(missing.is_empty(), "no vector for {missing:?}");

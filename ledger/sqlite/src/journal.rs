@@ -1,6 +1,7 @@
 //! What a node opens for writing, once.
 
 use crate::{
+    keep::Witness,
     lock::Lock,
     open::{self, OpenError},
     reader::SqliteReader,
@@ -70,6 +71,22 @@ impl SqliteJournal {
         let (answer, answered) = oneshot::channel();
         let ask = Ask::Checkpoint { key: Box::new(key.clone()), answer };
         self.asks.send(ask).await.map_err(|_| JournalError::Closed)?;
+        answered.await.map_err(|_| JournalError::Closed)?
+    }
+
+    /// Keeps another node's checkpoint, and says what it shows beside those that were heard before.
+    pub async fn witness(&self, heard: &SignedCheckpoint, at: UnixMs) -> Result<Witness, JournalError> {
+        let (answer, answered) = oneshot::channel();
+        let ask = Ask::Witness { heard: Box::new(heard.clone()), at, answer };
+        self.asks.send(ask).await.map_err(|_| JournalError::Closed)?;
+        answered.await.map_err(|_| JournalError::Closed)?
+    }
+
+    /// Lets go of the bodies of these entries: their evidence and private fields. Their transfers and leaves stay. Says how
+    /// many went; the last entry never does.
+    pub async fn prune(&self, bodies: Vec<u64>) -> Result<u64, JournalError> {
+        let (answer, answered) = oneshot::channel();
+        self.asks.send(Ask::Prune { bodies, answer }).await.map_err(|_| JournalError::Closed)?;
         answered.await.map_err(|_| JournalError::Closed)?
     }
 

@@ -5,6 +5,7 @@
 //! | `journal` | [`SqliteJournal`]: what a node opens, once, for writing |
 //! | `writer` | the task that owns the writing connection and commits many appends in one transaction |
 //! | `reader` | [`SqliteReader`]: entries, checkpoints and proofs, also beside a running node |
+//! | `keep` | checkpoints of others, and pruned bodies |
 //! | `lock` | a second process is refused |
 //!
 //! SQLite runs in WAL mode with `synchronous=FULL`: an append that returned is on the disk. This crate decides nothing
@@ -12,11 +13,13 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod journal;
+mod keep;
 mod lock;
 mod open;
 mod reader;
 mod writer;
 
 pub use journal::{Options, SqliteJournal};
+pub use keep::Witness;
 pub use open::OpenError;
 pub use reader::SqliteReader;

@@ -28,6 +28,8 @@ pub enum OpenError {
     NewerSchema { path: PathBuf, found: i64, known: i64 },
     #[error("{}: schema {found} is older than this program's {known}; the node migrates it at its next start", path.display())]
     OlderSchema { path: PathBuf, found: i64, known: i64 },
+    #[error("{}: cannot be copied to {} before its schema is changed: {why}; nothing was migrated", path.display(), copy.display())]
+    Copy { path: PathBuf, copy: PathBuf, why: String },
     #[error("{}: no such file", path.display())]
     Missing { path: PathBuf },
     #[error("{}: not a satgrid journal", path.display())]
@@ -74,7 +76,9 @@ pub(crate) async fn writer(path: &Path, max_pages: Option<u32>) -> Result<Sqlite
         options = options.pragma("max_page_count", pages.to_string());
     }
     let mut connection = options.connect().await.map_err(|source| not_a_database(path, source))?;
-    check_schema(path, &mut connection, true).await?;
+    if let Some(newest) = check_schema(path, &mut connection, true).await? {
+        keep_copy(path, &mut connection, newest).await?;
+    }
     MIGRATOR.run(&mut connection).await.map_err(|source| OpenError::Migrate { path: path.to_owned(), source })?;
     sqlx::query("PRAGMA wal_autocheckpoint = 4000").execute(&mut connection).await.map_err(sqlite)?;
     Ok(connection)
@@ -89,12 +93,47 @@ fn not_a_database(path: &Path, source: sqlx::Error) -> OpenError {
     }
 }
 
-/// Compares the schema in the file with the one that this program knows.
+/// Where the copy of a journal goes that is made before it is migrated to a schema.
+fn copy_path(path: &Path, schema: i64) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".before-{schema}"));
+    PathBuf::from(name)
+}
+
+/// Copies the journal as it is, whole and consistent, before its schema is changed. A copy that a broken-off start left is
+/// made anew: the journal is still the old one.
+async fn keep_copy(path: &Path, connection: &mut SqliteConnection, schema: i64) -> Result<(), OpenError> {
+    let copy = copy_path(path, schema);
+    let failed = |why: String| OpenError::Copy { path: path.to_owned(), copy: copy.clone(), why };
+    copy_into(connection, &copy).await.map_err(failed)?;
+    tracing::info!(copy = %copy.display(), schema, "the ledger was copied; its schema is changed now");
+    Ok(())
+}
+
+/// Writes a consistent copy of the database; the writer beside goes on. What stands at `to` is replaced.
+pub(crate) async fn copy_into(connection: &mut SqliteConnection, to: &Path) -> Result<(), String> {
+    let name = to.to_str().ok_or("the path is not UTF-8")?;
+    match std::fs::remove_file(to) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.to_string()),
+        Ok(()) | Err(_) => {}
+    }
+    // SQLite writes into an empty file as into none, and keeps its mode.
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(to).map_err(|error| error.to_string())?;
+    let copied = sqlx::query("VACUUM INTO ?").bind(name).execute(connection).await;
+    copied.map_err(|error| {
+        let _ = std::fs::remove_file(to);
+        error.to_string()
+    })?;
+    let synced = std::fs::File::open(to).and_then(|file| file.sync_all());
+    synced.map_err(|error| error.to_string())
+}
+
+/// Compares the schema in the file with the one that this program knows; gives the newer one where it is to be migrated.
 pub(crate) async fn check_schema(
     path: &Path,
     connection: &mut SqliteConnection,
     may_migrate: bool,
-) -> Result<(), OpenError> {
+) -> Result<Option<i64>, OpenError> {
     let failed = |source| not_a_database(path, source);
     let tables: Vec<(String,)> = sqlx::query_as("SELECT name FROM sqlite_master WHERE type = 'table'")
         .fetch_all(&mut *connection)
@@ -104,7 +143,7 @@ pub(crate) async fn check_schema(
     if !tables.iter().any(|(name,)| name == "_sqlx_migrations") {
         // An empty file is a journal to be; a database of something else is not.
         return if tables.is_empty() && may_migrate {
-            Ok(())
+            Ok(None)
         } else {
             Err(OpenError::NotAJournal { path: path.to_owned() })
         };
@@ -118,5 +157,5 @@ pub(crate) async fn check_schema(
     if found < known && !may_migrate {
         return Err(OpenError::OlderSchema { path: path.to_owned(), found, known });
     }
-    Ok(())
+    Ok((found < known).then_some(known))
 }

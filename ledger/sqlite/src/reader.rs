@@ -1,13 +1,13 @@
 //! Reading: entries, checkpoints and proofs. Works beside a running node; never blocks its writer.
 
-use crate::open::{OpenError, check_schema, read_options};
+use crate::open::{OpenError, check_schema, copy_into, read_options};
 use satgrid_ledger::{
     entry::{Entry, Head},
     journal::{JournalError, MAX_READ},
     log::{MissingTile, ProofError, SignedCheckpoint, TileCache, TileId, consistency_proof, inclusion_proof},
     statements::ReceiptOpening,
 };
-use satgrid_types::{Digest, cbor};
+use satgrid_types::{Digest, NodeKey, cbor};
 use sqlx::{
     Row, SqlitePool,
     sqlite::{SqlitePoolOptions, SqliteRow},
@@ -112,6 +112,40 @@ impl SqliteReader {
     pub async fn root(&self, size: u64) -> Result<Digest, JournalError> {
         let mut cache = self.tiles(&TileCache::for_inclusion(size.saturating_sub(1), size)).await?;
         satgrid_ledger::log::root_at(size, &mut cache).map_err(|e| proof_error(ProofError::Store(e)))
+    }
+
+    /// Numbers of entries in `[from, to)` whose bodies were pruned, at most [`MAX_READ`]: they read as entries without
+    /// evidence, and their bytes are no leaves.
+    pub async fn pruned(&self, from: u64, to: u64) -> Result<Vec<u64>, JournalError> {
+        let rows: Vec<(i64,)> = sqlx::query_as(
+            "SELECT seq FROM entries WHERE leaf IS NOT NULL AND seq >= ? AND seq < ? ORDER BY seq LIMIT ?",
+        )
+        .bind(row_number(from))
+        .bind(row_number(to))
+        .bind(i64::try_from(MAX_READ).unwrap_or(i64::MAX))
+        .fetch_all(&self.pool)
+        .await
+        .map_err(|e| storage(&e))?;
+        Ok(rows.into_iter().filter_map(|(seq,)| u64::try_from(seq).ok()).collect())
+    }
+
+    /// Checkpoints of another node's log as they were heard, newest first.
+    pub async fn witnessed(&self, node: &NodeKey) -> Result<Vec<SignedCheckpoint>, JournalError> {
+        let rows: Vec<(String,)> = sqlx::query_as("SELECT note FROM witnessed WHERE node = ? ORDER BY size DESC")
+            .bind(&node.0[..])
+            .fetch_all(&self.pool)
+            .await
+            .map_err(|e| storage(&e))?;
+        let damaged = |what: String| JournalError::Damaged { seq: 0, what };
+        rows.iter()
+            .map(|(note,)| SignedCheckpoint::parse(note).map_err(|e| damaged(format!("a witnessed checkpoint: {e}"))))
+            .collect()
+    }
+
+    /// Writes a consistent copy of the whole journal as it is now. Its writer goes on meanwhile.
+    pub async fn snapshot(&self, to: &Path) -> Result<(), JournalError> {
+        let mut connection = self.pool.acquire().await.map_err(|e| storage(&e))?;
+        copy_into(&mut connection, to).await.map_err(JournalError::Storage)
     }
 
     pub(crate) async fn tiles(&self, ids: &[TileId]) -> Result<TileCache, JournalError> {

@@ -4,7 +4,10 @@
 //! one wait for the disk serves them all. Nothing is answered before the commit returned. If the transaction fails, all
 //! of its appends fail and the state is read again from the database, which is the truth.
 
-use crate::reader::{entry_of, hashes_of, row_number, storage};
+use crate::{
+    keep::{self, Witness},
+    reader::{entry_of, hashes_of, row_number, storage},
+};
 use ed25519_dalek::SigningKey;
 use satgrid_ledger::{
     entry::{Draft, Entry, Head},
@@ -37,6 +40,8 @@ pub(crate) struct Append {
 pub(crate) enum Ask {
     Append(Append),
     Checkpoint { key: Box<SigningKey>, answer: oneshot::Sender<Result<SignedCheckpoint, JournalError>> },
+    Witness { heard: Box<SignedCheckpoint>, at: UnixMs, answer: oneshot::Sender<Result<Witness, JournalError>> },
+    Prune { bodies: Vec<u64>, answer: oneshot::Sender<Result<u64, JournalError>> },
     Close,
 }
 
@@ -134,6 +139,14 @@ impl Writer {
                     self.group(group).await;
                 }
                 Ask::Close => break,
+                Ask::Witness { heard, at, answer } => {
+                    let kept = keep::witness(&mut self.connection, &heard, at).await;
+                    let _ = answer.send(kept);
+                }
+                Ask::Prune { bodies, answer } => {
+                    let pruned = keep::prune(&mut self.connection, &bodies, self.head.len).await;
+                    let _ = answer.send(pruned);
+                }
                 Ask::Checkpoint { key, answer } => {
                     let made = self.checkpoint(&key).await;
                     // A caller that stopped waiting needs no answer.

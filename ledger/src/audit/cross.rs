@@ -86,6 +86,22 @@ fn compare(id: SessionId, provider: &SessionSummary, consumer: &SessionSummary, 
     differ("paid msat", provider.paid_msat.to_string(), consumer.paid_msat.to_string());
     differ("charged msat", provider.charged_msat.to_string(), consumer.charged_msat.to_string());
     differ("refunded msat", provider.refunded_msat.to_string(), consumer.refunded_msat.to_string());
+    // What was signed by one side cannot be missing at the other's doing alone: a request is journalled before it is sent,
+    // an invoice or a credit note before it is given.
+    let mut lacks = |what: &str, missing: usize, party: Party| {
+        if missing > 0 {
+            findings.push(Finding {
+                rule: Rule::CrossMismatch,
+                entry: None,
+                session: Some(id),
+                party,
+                detail: format!("{missing} {what} that its own key signed are not in its journal"),
+            });
+        }
+    };
+    lacks("requests", provider.requests.difference(&consumer.requests).count(), consumer_of(consumer));
+    lacks("invoices", consumer.invoices.difference(&provider.invoices).count(), provider_of(provider));
+    lacks("credit notes", consumer.notes.difference(&provider.notes).count(), provider_of(provider));
     let logged: BTreeMap<[u8; 32], (u64, satgrid_types::Digest)> =
         provider.logged.iter().map(|(receipt, index, leaf)| (*receipt, (*index, *leaf))).collect();
     for (receipt, index, leaf) in &consumer.promised {

@@ -2,9 +2,9 @@
 
 use crate::bundle::Filter;
 use core::fmt;
-use satgrid_types::{Digest, NodeKey, SessionId, UnixMs};
+use satgrid_types::{Digest, NodeKey, PaymentHash, RequestId, SessionId, UnixMs};
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Findings kept in a report; further ones are counted only.
 pub const MAX_FINDINGS: usize = 1_000;
@@ -137,6 +137,8 @@ rules! {
     StageOrphan = "stage/orphan",
     /// An abandoned request is not charged at its last countersigned acknowledgement.
     AbandonedCharge = "abandoned/charge",
+    /// A session was closed a second time.
+    CloseTwice = "close/twice",
     /// The remainder of a close is not what was paid less what was charged.
     CloseRemainder = "close/remainder",
     /// A credit note over another amount than what is still owed.
@@ -163,6 +165,14 @@ rules! {
     CrossMismatch = "cross/mismatch",
     /// A session of one party is missing in the other's export.
     CrossMissing = "cross/missing",
+    /// Something that proves nothing in a claim, or too much of it.
+    ClaimPiece = "claim/piece",
+    /// A refund that is not proven.
+    ClaimRefund = "claim/refund",
+    /// A claim by whose own evidence nothing is owed.
+    ClaimNothing = "claim/nothing-owed",
+    /// A claim that leaves out what its maker signed or received.
+    ClaimContradicted = "claim/contradicted",
     /// Two checkpoints of one size with different roots.
     Fraud = "log/two-histories",
 }
@@ -250,6 +260,14 @@ pub struct SessionSummary {
     pub charged_msat: u64,
     pub refunded_msat: u64,
     pub closed: bool,
+    /// What one side signed and the other must hold too: requests by the consumer, invoices and credit notes by the
+    /// provider. Kept for cross-checks only.
+    #[serde(skip)]
+    pub(crate) requests: BTreeSet<RequestId>,
+    #[serde(skip)]
+    pub(crate) invoices: BTreeSet<PaymentHash>,
+    #[serde(skip)]
+    pub(crate) notes: BTreeSet<[u8; 32]>,
     /// Receipts as they stand in this log, for promises: receipt, index, leaf. Kept for cross-checks only.
     #[serde(skip)]
     pub(crate) logged: Vec<([u8; 32], u64, Digest)>,

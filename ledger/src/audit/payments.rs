@@ -85,6 +85,9 @@ impl SessionAudit {
             };
             self.slices.insert(k, slice);
         }
+        if let Some(summary) = &mut self.summary {
+            summary.invoices.insert(facts.payment_hash);
+        }
         (nothing(), Some(facts.payment_hash))
     }
 

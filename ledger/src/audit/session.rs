@@ -230,6 +230,9 @@ impl SessionAudit {
         });
         notes.require(!self.closed, Rule::RequestInvalid, consumer, || "a request after the close".into());
         notes.delta.requests = 1;
+        if let Some(summary) = &mut self.summary {
+            summary.requests.insert(open.request);
+        }
         if fresh {
             let (quote, prompt_tokens, max_output) = (open.quote, open.prompt_tokens, open.max_output);
             let part = open.part;
@@ -351,6 +354,7 @@ impl SessionAudit {
         notes.require(close.last_receipt == self.last_receipt, Rule::CloseRemainder, consumer, || {
             format!("names receipt {:?}, the last is {:?}", close.last_receipt, self.last_receipt)
         });
+        notes.require(!self.closed, Rule::CloseTwice, Party::Exporter, || "the session was closed before".into());
         self.closed = true;
         if self.as_provider {
             Backing::Remainder(self.id, Reserves::Nothing)
@@ -360,14 +364,17 @@ impl SessionAudit {
     }
 
     pub(super) fn credit_note(&mut self, signed: &Signed<CreditNote>, notes: &mut Notes) -> Backing {
-        let note = match signed.verify(&self.provider) {
-            Ok(note) => note.into_statement(),
+        let (note_id, note) = match signed.verify(&self.provider) {
+            Ok(note) => (note.id(), note.into_statement()),
             Err(error) => {
                 notes.refuse(&error);
                 return Backing::Unjudged;
             }
         };
         notes.version(CreditNote::KIND, note.version, CreditNote::VERSION);
+        if let Some(summary) = &mut self.summary {
+            summary.notes.insert(note_id);
+        }
         let remainder = self.remainder();
         let parties = note.provider == self.provider && note.consumer == self.consumer;
         notes.require(note.amount == remainder && parties, Rule::CreditNoteAmount, self.owed_by(), || {

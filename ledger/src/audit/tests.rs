@@ -21,7 +21,7 @@ use std::collections::BTreeSet;
 pub(crate) fn report(bytes: &[u8]) -> Report {
     match open(bytes).unwrap() {
         Opened::Journal(reader) => audit(reader, Detail::Sessions).unwrap(),
-        Opened::Fraud(_) => panic!("a journal was expected"),
+        Opened::Fraud(_) | Opened::Claim(_) => panic!("a journal was expected"),
     }
 }
 
@@ -308,6 +308,10 @@ const TAMPERED: &[(Rule, Side, &str, Bend)] = &[
         let body = close.peek().unwrap();
         *close = Signed::sign(&SessionClose { remainder: Msat(body.remainder.0 + 1), ..body }, &first_session_key());
     }),
+    (Rule::CloseTwice, Provider, "a close written down again", |d| {
+        let at = find(d, "close", 1);
+        d.insert(at, d[at].clone());
+    }),
     (Rule::CreditNoteAmount, Provider, "a note over less", |d| {
         let Evidence::CreditNote(note) = evidence(d, "credit-note", 0) else { unreachable!() };
         *note = Signed::sign(&CreditNote { amount: Msat(1), ..note.peek().unwrap() }, &provider_key());
@@ -577,7 +581,8 @@ fn every_rule_is_covered_and_its_id_is_unique() {
     assert_eq!(ids.len(), Rule::ALL.len());
     let here = concat!(include_str!("tests.rs"), include_str!("tests/stages.rs"));
     // Debits differ from credits only if the books themselves are wrong; two histories are a file of their own.
-    let elsewhere = [Rule::TransferTrial, Rule::Fraud];
+    let claims = [Rule::ClaimPiece, Rule::ClaimRefund, Rule::ClaimNothing, Rule::ClaimContradicted];
+    let elsewhere = [&[Rule::TransferTrial, Rule::Fraud][..], &claims].concat();
     for rule in Rule::ALL.iter().filter(|rule| !elsewhere.contains(rule)) {
         assert!(here.contains(&format!("Rule::{rule:?}")), "no test for {rule}");
     }

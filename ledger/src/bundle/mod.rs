@@ -2,7 +2,7 @@
 //!
 //! A bundle is a sequence of CBOR byte strings (definite, shortest length form), each holding the canonical CBOR of one
 //! [`Item`] and none longer than [`MAX_ITEM_LEN`]: the header, the signed checkpoint, the entries in order, the end. A
-//! file that proves two histories holds one [`Item::Fraud`] alone.
+//! file that proves two histories holds one [`Item::Fraud`] alone; a claim is [`Item::Claim`], its pieces and the end.
 //!
 //! A whole export holds every entry below the checkpoint's size, so its root is recomputed. A partial one holds whole
 //! sessions, each entry with an inclusion proof to the checkpoint.
@@ -16,7 +16,8 @@ pub use selection::*;
 pub use writer::*;
 
 use crate::{
-    entry::{MAX_ENTRY_LEN, MAX_OPENING_LEN},
+    claim::ClaimHeader,
+    entry::{Evidence, MAX_ENTRY_LEN, MAX_OPENING_LEN},
     log::{FraudProof, MAX_PROOF},
 };
 use minicbor::{Decode, Encode};
@@ -79,7 +80,7 @@ pub struct EntryItem {
     pub proof: Option<Vec<Digest>>,
 }
 
-/// One item of a bundle.
+/// One item of a file.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum Item {
     #[n(0)]
@@ -94,6 +95,11 @@ pub enum Item {
     End(#[n(0)] u64),
     #[n(4)]
     Fraud(#[n(0)] FraudProof),
+    /// Begins a claim; its pieces and an end follow.
+    #[n(5)]
+    Claim(#[n(0)] ClaimHeader),
+    #[n(6)]
+    Piece(#[n(0)] Box<Evidence>),
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Reading a bundle item by item, in bounded memory.
 
 use super::{EntryItem, Header, Item, MAX_ITEM_LEN};
-use crate::log::FraudProof;
+use crate::{claim::ClaimHeader, entry::Evidence, log::FraudProof};
 use satgrid_types::{cbor, cbor::CodecError};
 use std::io::{self, Read};
 use thiserror::Error;
@@ -40,6 +40,8 @@ pub enum Opened<R> {
     Journal(BundleReader<R>),
     /// Two checkpoints that are said to exclude each other; not checked yet.
     Fraud(FraudProof),
+    /// What is said to be owed on one session; not judged yet.
+    Claim(ClaimReader<R>),
 }
 
 /// Reads a journal's bundle: header and checkpoint at once, then one entry after another.
@@ -65,7 +67,18 @@ pub fn open<R: Read>(input: R) -> Result<Opened<R>, BundleError> {
         Some(Item::Fraud(proof)) => {
             return if items.next()?.is_none() { Ok(Opened::Fraud(proof)) } else { Err(BundleError::Trailing) };
         }
-        Some(Item::Checkpoint(_) | Item::Entry(_) | Item::End(_)) | None => return Err(BundleError::NotABundle),
+        Some(Item::Claim(header)) => {
+            return if header.format != ClaimHeader::FORMAT {
+                Err(BundleError::NotABundle)
+            } else if header.version != ClaimHeader::VERSION {
+                Err(BundleError::Version(header.version))
+            } else {
+                Ok(Opened::Claim(ClaimReader { items, header, pieces: 0, ended: false }))
+            };
+        }
+        Some(Item::Checkpoint(_) | Item::Entry(_) | Item::End(_) | Item::Piece(_)) | None => {
+            return Err(BundleError::NotABundle);
+        }
     };
     if header.format != Header::FORMAT {
         return Err(BundleError::NotABundle);
@@ -102,16 +115,43 @@ impl<R: Read> BundleReader<R> {
             }
             Some(Item::End(claimed)) => {
                 self.ended = true;
-                if claimed != self.entries {
-                    return Err(BundleError::Count { claimed, read: self.entries });
-                }
-                match self.items.next() {
-                    Ok(None) => Ok(None),
-                    Err(io @ BundleError::Io { .. }) => Err(io),
-                    Ok(Some(_)) | Err(_) => Err(BundleError::Trailing),
-                }
+                self.items.end(claimed, self.entries).map(|()| None)
             }
             Some(other) => Err(BundleError::Order { item, found: name(&other), expected: "entry or end" }),
+            None => Err(BundleError::NoEnd { items: item }),
+        }
+    }
+}
+
+/// Reads a claim: its header at once, then one piece after another.
+#[derive(Debug)]
+pub struct ClaimReader<R> {
+    items: Items<R>,
+    header: ClaimHeader,
+    pieces: u64,
+    ended: bool,
+}
+
+impl<R: Read> ClaimReader<R> {
+    pub fn header(&self) -> &ClaimHeader {
+        &self.header
+    }
+    /// The next piece; `None` once, after the end mark, which was checked.
+    pub fn next_piece(&mut self) -> Result<Option<Evidence>, BundleError> {
+        if self.ended {
+            return Ok(None);
+        }
+        let item = self.items.next;
+        match self.items.next()? {
+            Some(Item::Piece(evidence)) => {
+                self.pieces = self.pieces.saturating_add(1);
+                Ok(Some(*evidence))
+            }
+            Some(Item::End(claimed)) => {
+                self.ended = true;
+                self.items.end(claimed, self.pieces).map(|()| None)
+            }
+            Some(other) => Err(BundleError::Order { item, found: name(&other), expected: "piece or end" }),
             None => Err(BundleError::NoEnd { items: item }),
         }
     }
@@ -124,6 +164,8 @@ fn name(item: &Item) -> &'static str {
         Item::Entry(_) => "entry",
         Item::End(_) => "end",
         Item::Fraud(_) => "fraud proof",
+        Item::Claim(_) => "claim",
+        Item::Piece(_) => "piece of a claim",
     }
 }
 
@@ -153,6 +195,18 @@ impl<R: Read> Items<R> {
         self.fill(&mut body)?;
         self.next = self.next.saturating_add(1);
         cbor::decode(&body).map(Some).map_err(|source| BundleError::Codec { item, source })
+    }
+
+    /// The end mark was read: it counts right, and nothing follows.
+    fn end(&mut self, claimed: u64, read: u64) -> Result<(), BundleError> {
+        if claimed != read {
+            return Err(BundleError::Count { claimed, read });
+        }
+        match self.next() {
+            Ok(None) => Ok(()),
+            Err(io @ BundleError::Io { .. }) => Err(io),
+            Ok(Some(_)) | Err(_) => Err(BundleError::Trailing),
+        }
     }
 
     /// The length of a byte string from its head: major type 2, shortest form.

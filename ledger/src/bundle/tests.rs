@@ -20,7 +20,7 @@ fn small() -> World {
 fn reader(bytes: &[u8]) -> Result<BundleReader<&[u8]>, BundleError> {
     match open(bytes)? {
         Opened::Journal(reader) => Ok(reader),
-        Opened::Fraud(_) => panic!("a journal was expected"),
+        Opened::Fraud(_) | Opened::Claim(_) => panic!("a journal was expected"),
     }
 }
 
@@ -197,6 +197,25 @@ fn every_flipped_byte_of_a_partial_bundle_is_found() {
 }
 
 #[test]
+#[ignore = "make fuzz-ledger"]
+fn whole_every_flipped_bit_is_found_by_the_audit_alone() {
+    let world = small();
+    let report = crate::audit::tests::report(&world.provider.bundle(Filter::All, false));
+    let session = *report.sessions.keys().next().unwrap();
+    for (what, bytes) in [
+        ("whole", world.consumer.bundle(Filter::All, false)),
+        ("one session, redacted", world.provider.bundle(Filter::Session(session), true)),
+    ] {
+        for at in 0..bytes.len() * 8 {
+            let mut flipped = bytes.clone();
+            flipped[at / 8] ^= 1 << (at % 8);
+            assert_ne!(outcome(&flipped), Outcome::Clean, "{what}, byte {} bit {}", at / 8, at % 8);
+        }
+        println!("{what}: all {} flipped bits of {} bytes are found", bytes.len() * 8, bytes.len());
+    }
+}
+
+#[test]
 fn a_fraud_proof_is_a_file_of_its_own() {
     let world = small();
     let entries = world.provider.journal.entries();
@@ -209,7 +228,7 @@ fn a_fraud_proof_is_a_file_of_its_own() {
     write_fraud(&mut file, &proof).unwrap();
     match open(&file[..]).unwrap() {
         Opened::Fraud(read) => assert_eq!(read.check(), Ok(honest.node)),
-        Opened::Journal(_) => panic!("a fraud proof was expected"),
+        Opened::Journal(_) | Opened::Claim(_) => panic!("a fraud proof was expected"),
     }
     file.push(0x40);
     assert!(matches!(open(&file[..]), Err(BundleError::Codec { .. } | BundleError::Trailing)));

@@ -2,7 +2,8 @@
 
 use super::{EntryItem, Header, Item, MAX_ITEM_LEN};
 use crate::{
-    entry::{Entry, MAX_ENTRY_LEN, MAX_OPENING_LEN},
+    claim::ClaimHeader,
+    entry::{Entry, Evidence, MAX_ENTRY_LEN, MAX_OPENING_LEN},
     log::{FraudProof, SignedCheckpoint},
 };
 use satgrid_types::{Digest, cbor};
@@ -41,6 +42,16 @@ impl<W: Write> BundleWriter<W> {
         self.out.flush()?;
         Ok(self.out)
     }
+}
+
+/// Writes a claim: its header, its pieces, the end.
+pub fn write_claim<W: Write>(mut out: W, header: &ClaimHeader, pieces: &[Evidence]) -> io::Result<()> {
+    write_item(&mut out, &Item::Claim(header.clone()))?;
+    for piece in pieces {
+        write_item(&mut out, &Item::Piece(Box::new(piece.clone())))?;
+    }
+    write_item(&mut out, &Item::End(pieces.len() as u64))?;
+    out.flush()
 }
 
 /// Writes a file that holds a fraud proof alone.

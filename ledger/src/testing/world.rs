@@ -339,6 +339,11 @@ impl World {
         request
     }
 
+    /// A request that was acknowledged so far and runs on.
+    pub fn start(&mut self, session: &mut Session, work: Work) {
+        let _running = self.begin(session, work);
+    }
+
     fn settle(&self, hold: TransferId, cost: Msat) -> Transfer {
         if cost.is_zero() { Transfer::void(hold) } else { Transfer::post_pending(hold, cost) }
     }

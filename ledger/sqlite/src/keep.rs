@@ -1,0 +1,106 @@
+//! What is kept beside the entries, and what is let go: checkpoints that others signed, and pruned bodies.
+
+use crate::reader::{entry_of, row_number, storage};
+use satgrid_ledger::{
+    entry::Entry,
+    journal::JournalError,
+    log::{SignedCheckpoint, leaf_hash},
+};
+use satgrid_types::UnixMs;
+use sqlx::{Connection, Row, SqliteConnection};
+
+/// Checkpoints kept of one node; older ones make room.
+const KEPT_PER_NODE: i64 = 64;
+/// Bodies pruned in one transaction.
+const PRUNED_AT_ONCE: usize = 1_000;
+
+/// What a checkpoint that was heard shows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Witness {
+    /// The first of its node.
+    First,
+    /// Heard before, word for word.
+    Known,
+    /// A new one. The nearest smaller one that is kept: a consistency proof between the two is owed.
+    Grown { from: Box<SignedCheckpoint> },
+    /// Another root over as many entries: together they are a fraud proof.
+    Conflict { with: Box<SignedCheckpoint> },
+}
+
+pub(crate) async fn witness(
+    connection: &mut SqliteConnection,
+    heard: &SignedCheckpoint,
+    at: UnixMs,
+) -> Result<Witness, JournalError> {
+    let parse = |note: &str| {
+        let damaged = |e: satgrid_ledger::log::CheckpointError| JournalError::Damaged { seq: 0, what: e.to_string() };
+        SignedCheckpoint::parse(note).map(Box::new).map_err(damaged)
+    };
+    let node = heard.node.0;
+    let below: Option<(i64, String)> =
+        sqlx::query_as("SELECT size, note FROM witnessed WHERE node = ? AND size <= ? ORDER BY size DESC LIMIT 1")
+            .bind(&node[..])
+            .bind(row_number(heard.size))
+            .fetch_optional(&mut *connection)
+            .await
+            .map_err(|e| storage(&e))?;
+    let shows = match below {
+        Some((_, note)) if note == heard.note() => return Ok(Witness::Known),
+        Some((size, note)) if size == row_number(heard.size) => {
+            let with = parse(&note)?;
+            // Two spellings of one root cannot be: signatures are deterministic, but another signer's tool may differ.
+            return Ok(if with.root == heard.root { Witness::Known } else { Witness::Conflict { with } });
+        }
+        Some((_, note)) => Witness::Grown { from: parse(&note)? },
+        None => Witness::First,
+    };
+    sqlx::query("INSERT INTO witnessed (node, size, note, heard_at) VALUES (?, ?, ?, ?)")
+        .bind(&node[..])
+        .bind(row_number(heard.size))
+        .bind(heard.note())
+        .bind(row_number(at.0))
+        .execute(&mut *connection)
+        .await
+        .map_err(|e| storage(&e))?;
+    sqlx::query(
+        "DELETE FROM witnessed WHERE node = ?1 AND size NOT IN (SELECT size FROM witnessed WHERE node = ?1 ORDER BY size DESC LIMIT ?2)",
+    )
+    .bind(&node[..])
+    .bind(KEPT_PER_NODE)
+    .execute(connection)
+    .await
+    .map_err(|e| storage(&e))?;
+    Ok(shows)
+}
+
+/// Replaces bodies by the same entries without evidence, and keeps their leaves.
+pub(crate) async fn prune(connection: &mut SqliteConnection, bodies: &[u64], len: u64) -> Result<u64, JournalError> {
+    let mut pruned = 0;
+    for piece in bodies.chunks(PRUNED_AT_ONCE) {
+        let mut transaction = connection.begin().await.map_err(|e| storage(&e))?;
+        for seq in piece.iter().filter(|seq| seq.saturating_add(1) < len) {
+            let row = sqlx::query("SELECT seq, bytes, opening FROM entries WHERE seq = ? AND leaf IS NULL")
+                .bind(row_number(*seq))
+                .fetch_optional(&mut *transaction)
+                .await
+                .map_err(|e| storage(&e))?;
+            let Some(row) = row else { continue };
+            let leaf = leaf_hash(row.get::<&[u8], _>(1));
+            let stub = Entry { evidence: None, ..entry_of(&row)? };
+            let done = sqlx::query("UPDATE entries SET bytes = ?, opening = NULL, leaf = ? WHERE seq = ?")
+                .bind(stub.bytes())
+                .bind(&leaf.0[..])
+                .bind(row_number(*seq))
+                .execute(&mut *transaction)
+                .await
+                .map_err(|e| storage(&e))?;
+            pruned += done.rows_affected();
+        }
+        transaction.commit().await.map_err(|e| storage(&e))?;
+    }
+    if pruned > 0 {
+        // Gives the room back to the disk.
+        sqlx::query("VACUUM").execute(connection).await.map_err(|e| storage(&e))?;
+    }
+    Ok(pruned)
+}
