@@ -14,12 +14,14 @@
 //! | connecting | the link | nothing happened |
 //! | quoting | the provider's quote | nothing happened |
 //! | opening | `Opened`; quote and open are in the journal | an empty session |
+//! | held | the link again: the connection broke under a stream | the same as ready |
 //! | ready | work | open requests end at their last ack; payments are resolved by hash; the balance is used when the provider is next met |
 //! | asleep | a reason to connect again | the same |
 //!
 //! The consumer counts the ids that it received and signs nothing else. A countersignature is durable before it is sent.
 
 mod calls;
+mod hold;
 mod links;
 mod money;
 mod streams;
@@ -207,7 +209,7 @@ impl Consumer {
             ConsumerEvent::CloseInvoice { session, result } => self.close_with(now, session, result),
             ConsumerEvent::LinkUp { link } => self.link_up(link),
             ConsumerEvent::LinkFailed { link, reason } => self.link_failed(now, link, &reason),
-            ConsumerEvent::LinkDown { link, reason } => self.link_down(now, link, &reason),
+            ConsumerEvent::LinkDown { link, reason, lost } => self.unlink(now, link, &reason, lost),
             ConsumerEvent::Control { link, frame } => self.control(now, link, frame),
             ConsumerEvent::Frame { link, stream, frame } => self.frame(now, link, stream, frame),
             ConsumerEvent::StreamClosed { link, stream } => self.stream_closed(now, link, stream),
@@ -304,6 +306,13 @@ impl Consumer {
         self.live.insert(index);
     }
 
+    /// Does something once everything that was appended so far is durable.
+    fn behind(&mut self, then: Vec<ConsumerAction>) {
+        if !self.gate.is_broken() {
+            let free = self.gate.behind(then);
+            self.actions.extend(free);
+        }
+    }
     fn say(&mut self, link: LinkId, frame: ConsumerControl) {
         self.actions.push_back(ConsumerAction::Control { link, frame });
     }
@@ -323,7 +332,7 @@ impl Consumer {
     fn drop_link(&mut self, now: UnixMs, index: SessionIndex, code: crate::CloseCode, text: &str) {
         let Some(link) = self.sessions.get(&index).and_then(|s| s.link) else { return };
         self.actions.push_back(ConsumerAction::CloseLink { link, code, reason: reason(text) });
-        self.link_down(now, link, text);
+        self.unlink(now, link, text, false);
     }
 
     /// The smallest index whose key no session has.

@@ -7,6 +7,7 @@
 //! | running | engine events, countersigned acks | the engine is done | ended at the last ack when the consumer resumes, or after `DETACHED_MS` |
 //! | finishing | the last ack, its turn in the receipt chain | the receipt is offered | the same |
 //! | offered | the countersigned receipt | the receipt is durable | the consumer shows the receipt when it resumes |
+//! | held | the consumer's resume; it runs to the end of its grant | it goes on, or after the terms' `resume_ms` it is detached | the same |
 //! | detached | the consumer's resume | the receipt or the last ack that the consumer shows, or `DETACHED_MS` | the same |
 //!
 //! Nothing is evaluated that is not reserved from prepaid money, and no output runs further ahead of the consumer's
@@ -15,7 +16,9 @@
 mod links;
 mod refunds;
 mod requests;
+mod resume;
 mod sessions;
+mod start;
 mod types;
 mod words;
 
@@ -293,7 +296,12 @@ impl Provider {
         self.counters.violations += 1;
         let (code, reason) = (crate::CloseCode::Violation, reason(text));
         self.actions.push_back(ProviderAction::CloseLink { link, code, reason });
+        let session = self.links.get(&link).and_then(|l| l.session);
         self.link_down(self.now, link);
+        if let Some(id) = session {
+            // Nothing is kept running for it.
+            self.hold_over(id);
+        }
     }
     fn nonce(&mut self) -> u64 {
         self.rng.next_u64()

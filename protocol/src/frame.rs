@@ -93,6 +93,10 @@ pub struct OpenRequest {
     /// The last acknowledgement that the consumer countersigned; the provider may have missed it.
     #[n(1)]
     pub last_ack: Option<BothSigned<Ack>>,
+    /// Output tokens received, where the consumer still holds the request and wants it to go on. Absent: it has ended at
+    /// `last_ack`.
+    #[n(2)]
+    pub received: Option<u32>,
 }
 
 /// From consumer to provider on the control stream.
@@ -107,8 +111,8 @@ pub enum ConsumerControl {
     /// Slice number and amount; the provider answers with an invoice.
     #[n(3)]
     WantInvoice(#[n(0)] u32, #[n(1)] Msat),
-    /// After a broken connection: every request that the consumer had open, to be ended at its last acknowledgement,
-    /// and the last receipt that it countersigned.
+    /// After a broken connection: every request that the consumer had open, to go on or to be ended at its last
+    /// acknowledgement, and the last receipt that it countersigned.
     #[n(4)]
     Resume(#[n(0)] SessionId, #[n(1)] Vec<OpenRequest>, #[n(2)] Option<BothSigned<Receipt>>),
     #[n(5)]
@@ -130,9 +134,9 @@ pub enum ProviderControl {
     #[n(4)]
     Credited(#[n(0)] u32, #[n(1)] Msat),
     /// The session goes on: everything paid, the last receipt, and the numerators of all requests that ended, by the
-    /// provider's books.
+    /// provider's books; and the requests that go on, each once the consumer opens a stream for it.
     #[n(5)]
-    Resumed(#[n(0)] SessionId, #[n(1)] Msat, #[n(2)] Option<ReceiptId>, #[n(3)] Numerators),
+    Resumed(#[n(0)] SessionId, #[n(1)] Msat, #[n(2)] Option<ReceiptId>, #[n(3)] Numerators, #[n(4)] Vec<RequestId>),
     /// The remainder is on its way to the consumer's invoice.
     #[n(6)]
     Refunding(#[n(0)] PaymentHash, #[n(1)] Msat),
@@ -165,6 +169,9 @@ pub enum ConsumerFrame {
     /// To a worker: the work is over; its receipt is due.
     #[n(5)]
     Done,
+    /// First on a new stream: a request that a broken connection left open goes on here.
+    #[n(6)]
+    Resume(#[n(0)] RequestId),
 }
 
 /// Where a worker sends the rows of a request.

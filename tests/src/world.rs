@@ -153,6 +153,7 @@ impl World {
             cheat: Cheat::None,
             epoch: 0,
             step_ms: 10,
+            unreachable_until: EPOCH,
             stepping: false,
             work: BTreeMap::new(),
             endowment: Msat::ZERO,

@@ -128,6 +128,7 @@ fn a_market_under_bad_input_and_bad_luck() {
     });
     market.audit("after paid work");
     runtime.block_on(async {
+        market.case("a connection cut in mid-stream", bad_luck::link_cut(&market)).await;
         market.case("an engine killed in mid-stream", bad_luck::engine_killed(&market)).await;
     });
     bad_luck::consumer_killed_while_paying(&mut market, &runtime);

@@ -194,6 +194,7 @@ fn consumer_json(view: &ConsumerView) -> Value {
     json!({
         "counters": {
             "calls": c.calls, "finished": c.finished, "failed": c.failed, "failovers": c.failovers,
+            "resumed": c.resumed,
             "receipts": c.receipts, "slices": c.slices, "misbehaviour": c.misbehaviour,
             "refused_quotes": c.refused_quotes, "lost_sessions": c.lost_sessions,
         },

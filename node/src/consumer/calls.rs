@@ -116,6 +116,31 @@ impl Consumer {
         }
     }
 
+    /// Another provider could take this call now.
+    pub(super) fn has_elsewhere(&self, now: UnixMs, id: CallId) -> bool {
+        let shunned =
+            |listing: &VerifiedListing| self.shunned.get(&listing.node_key).is_some_and(|(until, _)| *until > now);
+        self.calls.get(&id).is_some_and(|call| {
+            let may = call.submit.allow_fallbacks && call.attempts < self.config.max_attempts;
+            may && call.candidates.iter().any(|listing| !shunned(listing))
+        })
+    }
+
+    /// The call's provider is back and knows nothing of its request: another one goes on, or where there is none, this one
+    /// begins again from what was received.
+    pub(super) fn begin_again(&mut self, now: UnixMs, id: CallId, index: SessionIndex, why: &str) {
+        let elsewhere = self.has_elsewhere(now, id);
+        let max = self.config.max_attempts;
+        let usable = self.sessions.get(&index).is_some_and(|s| s.is_ready() && s.is_usable());
+        match self.calls.get_mut(&id) {
+            Some(call) if !elsewhere && usable && call.attempts < max && !call.cancelled && call.output_left() > 0 => {
+                call.attempts += 1;
+                self.requeue(now, id, index);
+            }
+            Some(_) | None => self.reassign(now, id, why),
+        }
+    }
+
     pub(super) fn attach(&mut self, id: CallId, index: SessionIndex) {
         if let (Some(call), Some(session)) = (self.calls.get_mut(&id), self.sessions.get_mut(&index)) {
             call.place = Place::Waiting(index);
@@ -156,7 +181,13 @@ impl Consumer {
     pub(super) fn cancel(&mut self, id: CallId) {
         let Some(call) = self.calls.get_mut(&id) else { return };
         call.cancelled = true;
-        match call.place {
+        let place = call.place;
+        match place {
+            Place::Streaming(index, request) if self.is_held(index) => {
+                // Nobody waits for it any more: it ends here, and at its provider with the next resume.
+                self.abandon(index, request);
+                self.fail_call(id, CallError::Cancelled);
+            }
             Place::Streaming(index, request) => self.cancel_request(index, &request),
             Place::Waiting(index) => {
                 if let Some(session) = self.sessions.get_mut(&index) {

@@ -1,6 +1,6 @@
 //! A session's connection: hello, quote, open, resume.
 
-use super::{CallId, Consumer, ConsumerAction, ConsumerConfig, SessionIndex, session_key, streams::Live};
+use super::{CallId, Consumer, ConsumerAction, ConsumerConfig, SessionIndex, hold::Hold, session_key, streams::Live};
 use crate::{CloseCode, LinkId, StreamId};
 use ed25519_dalek::SigningKey;
 use satgrid_ledger::{
@@ -9,7 +9,7 @@ use satgrid_ledger::{
 };
 use satgrid_protocol::{
     check,
-    frame::{ConsumerControl, Hello, OpenRequest, ProviderControl, Refusal},
+    frame::{ConsumerControl, Hello, MAX_OPEN_REQUESTS, OpenRequest, ProviderControl, Refusal},
     session::{SessionState, Side, SliceStatus},
 };
 use satgrid_types::{
@@ -36,6 +36,9 @@ pub(super) enum Phase {
 /// A quote is renewed when it has less than this left, in ms.
 const QUOTE_MARGIN_MS: u64 = 5_000;
 
+/// A provider that could not be reached or went away is tried again after this long, in ms.
+pub(super) const BRIEF_MS: u64 = 15_000;
+
 /// One session and what is alive of it.
 pub(super) struct Session {
     pub key: SigningKey,
@@ -60,6 +63,8 @@ pub(super) struct Session {
     pub streams: BTreeMap<StreamId, RequestId>,
     pub requests: BTreeMap<RequestId, Live>,
     pub idle_since: UnixMs,
+    /// The connection broke under its requests, and it is tried to connect again.
+    pub hold: Option<Hold>,
     /// The operator asked for the remainder.
     pub closing: bool,
     /// Asked for the invoice to be refunded to.
@@ -93,6 +98,7 @@ impl Session {
             streams: BTreeMap::new(),
             requests: BTreeMap::new(),
             idle_since: UnixMs(0),
+            hold: None,
             closing: false,
             close_asked: false,
             unfunded: false,
@@ -150,7 +156,7 @@ impl Session {
     pub(super) fn is_live(&self) -> bool {
         self.link.is_some() || self.closing || !self.waiting.is_empty() || !self.requests.is_empty()
     }
-    fn is_setting_up(&self) -> bool {
+    pub(super) fn is_setting_up(&self) -> bool {
         matches!(self.phase, Phase::Connecting | Phase::Greeting | Phase::Quoting | Phase::Opening | Phase::Resuming)
     }
     fn is_idle(&self) -> bool {
@@ -163,8 +169,10 @@ impl Session {
         let quote = self.quote_wanted.map(|at| at.plus_ms(config.setup_ms));
         let credit = self.uncredited_since.map(|at| at.plus_ms(config.credit_ms));
         let idle = (self.is_ready() && self.is_idle()).then(|| self.idle_since.plus_ms(config.idle_ms));
-        let stall = self.requests.iter().map(|(id, r)| r.stall_deadline(config, self.is_starved(id))).min();
-        [setup, invoice, quote, credit, idle, stall].into_iter().flatten().min()
+        let running = self.requests.iter().filter(|_| self.is_ready());
+        let stall = running.map(|(id, r)| r.stall_deadline(config, self.is_starved(id))).min();
+        let hold = self.hold.as_ref().and_then(|hold| hold.next_deadline(self, config));
+        [setup, invoice, quote, credit, idle, stall, hold].into_iter().flatten().min()
     }
 }
 
@@ -207,23 +215,33 @@ impl Consumer {
     }
 
     pub(super) fn link_failed(&mut self, now: UnixMs, link: LinkId, text: &str) {
-        self.shun_briefly(now, link, text);
-        self.link_down(now, link, text);
+        let held = self.links.get(&link).and_then(|i| self.sessions.get(i)).is_some_and(|s| s.hold.is_some());
+        if !held {
+            self.shun_briefly(now, link, text);
+        }
+        self.unlink(now, link, text, true);
     }
 
     fn shun_briefly(&mut self, now: UnixMs, link: LinkId, text: &str) {
-        /// A provider that could not be reached or went away is tried again after this long.
-        const BRIEF_MS: u64 = 15_000;
-        let Some(session) = self.links.get(&link).and_then(|i| self.sessions.get(i)) else { return };
+        if let Some(index) = self.links.get(&link).copied() {
+            self.shun_provider(now, index, text);
+        }
+    }
+
+    /// It could not be reached or went away: it is not asked again for a while.
+    pub(super) fn shun_provider(&mut self, now: UnixMs, index: SessionIndex, text: &str) {
+        let Some(session) = self.sessions.get(&index) else { return };
         let entry = self.shunned.entry(session.provider).or_insert((now, String::new()));
         if entry.0 < now.plus_ms(BRIEF_MS) {
             *entry = (now.plus_ms(BRIEF_MS), text.to_owned());
         }
     }
 
-    /// The link is gone: requests on it end at their last acknowledgement, and their calls go on elsewhere.
-    pub(super) fn link_down(&mut self, now: UnixMs, link: LinkId, text: &str) {
-        if self.links.get(&link).and_then(|i| self.sessions.get(i)).is_some_and(|s| !s.is_idle()) {
+    /// A session has no link any more. Where its requests are not held, they end at their last acknowledgement, and their
+    /// calls go on elsewhere.
+    pub(super) fn unlink(&mut self, now: UnixMs, link: LinkId, text: &str, may_hold: bool) {
+        let held = may_hold && self.hold(now, link, text);
+        if !held && self.links.get(&link).and_then(|i| self.sessions.get(i)).is_some_and(|s| !s.is_idle()) {
             self.shun_briefly(now, link, text);
         }
         let Some(index) = self.links.remove(&link) else { return };
@@ -238,6 +256,15 @@ impl Consumer {
             session.phase = Phase::Asleep;
         }
         session.streams.clear();
+        if !held {
+            self.scatter(now, index, text);
+        }
+    }
+
+    /// A session's requests end at their last acknowledgement; all its calls go on elsewhere.
+    pub(super) fn scatter(&mut self, now: UnixMs, index: SessionIndex, text: &str) {
+        let Some(session) = self.sessions.get_mut(&index) else { return };
+        session.hold = None;
         let waiting: Vec<CallId> = session.waiting.drain(..).collect();
         let open: Vec<RequestId> = session.requests.keys().copied().collect();
         let unopened = session.state.is_none();
@@ -263,8 +290,10 @@ impl Consumer {
             }
             (Phase::Quoting | Phase::Ready, ProviderControl::Quote(signed)) => self.quoted(now, index, link, &signed),
             (Phase::Opening, ProviderControl::Opened(id)) => self.opened(now, index, id),
-            (Phase::Resuming, ProviderControl::Resumed(id, paid, last, settled)) => {
-                self.resumed(now, index, id, paid, last, settled);
+            (Phase::Resuming, ProviderControl::Resumed(id, paid, last, settled, going)) => {
+                let lost = self.end_all_but(index, &going);
+                self.resumed(now, index, (id, paid, last, settled));
+                self.go_on(now, index, link, lost);
             }
             (Phase::Resuming, ProviderControl::Refused(_, text)) => self.not_resumable(now, index, &text),
             (Phase::Ready, ProviderControl::Invoice(descriptor, bolt11)) => {
@@ -299,11 +328,13 @@ impl Consumer {
     fn greeted(&mut self, now: UnixMs, index: SessionIndex, link: LinkId) {
         let Some(session) = self.sessions.get(&index) else { return };
         if let Some(state) = &session.state {
-            let open = state.abandoned_requests().iter();
-            let open = open.map(|(request, ack)| OpenRequest { request: *request, last_ack: ack.clone() }).collect();
+            let ended = state.abandoned_requests().iter().rev();
+            let ended = ended.map(|(id, ack)| OpenRequest { request: *id, last_ack: ack.clone(), received: None });
+            let open = session.held_requests().chain(ended).take(MAX_OPEN_REQUESTS).collect();
             let resume = ConsumerControl::Resume(state.id(), open, state.last_receipt_signed().cloned());
             self.set_phase(now, index, Phase::Resuming);
-            return self.say(link, resume);
+            // It shows countersignatures: they are durable first.
+            return self.behind(vec![ConsumerAction::Control { link, frame: resume }]);
         }
         self.set_phase(now, index, Phase::Quoting);
         self.ask_quote(index, link);
@@ -383,14 +414,12 @@ impl Consumer {
         self.set_phase(now, index, Phase::Ready);
     }
 
+    /// The provider's books: everything paid, the last receipt, the numerators of what ended.
     fn resumed(
         &mut self,
         now: UnixMs,
         index: SessionIndex,
-        id: SessionId,
-        paid: Msat,
-        last: Option<ReceiptId>,
-        settled: Numerators,
+        (id, paid, last, settled): (SessionId, Msat, Option<ReceiptId>, Numerators),
     ) {
         let Some(session) = self.sessions.get_mut(&index) else { return };
         let Some(state) = &session.state else { return };
@@ -442,8 +471,14 @@ impl Consumer {
         let setup = session.is_setting_up() && past(Some(session.phase_since), self.config.setup_ms);
         let invoice = past(session.wanted_invoice.map(|(_, _, at)| at), self.config.setup_ms);
         let quote = past(session.quote_wanted, self.config.setup_ms);
+        if setup && session.hold.is_some() {
+            return self.try_again(now, index, "no answer in time");
+        }
         if setup || invoice || quote {
             return self.drop_link(now, index, CloseCode::Done, "no answer in time");
+        }
+        if session.hold.is_some() {
+            return self.tick_hold(now, index);
         }
         if past(session.uncredited_since, self.config.credit_ms) {
             let text = "a slice was paid and is not credited";

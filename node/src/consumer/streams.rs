@@ -26,16 +26,16 @@ const UNFUNDED_STALL_MS: u64 = 2_000;
 /// What is alive of one request.
 pub(super) struct Live {
     pub call: CallId,
-    stream: StreamId,
+    pub stream: StreamId,
     salt: Salt,
     private: RequestPrivate,
-    received: u32,
+    pub received: u32,
     running: RunningHash,
-    last_frame_at: UnixMs,
+    pub last_frame_at: UnixMs,
     /// A statement that is right, and beyond what our own books show as paid: signed once the payment is booked.
     held: Option<Held>,
     /// Why this side asked for the end of it, where the client did not.
-    ended: Option<Ended>,
+    pub ended: Option<Ended>,
 }
 
 /// See [`Live::held`].
@@ -45,7 +45,7 @@ enum Held {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ended {
+pub(super) enum Ended {
     Silent,
     Unfunded,
 }
@@ -407,7 +407,9 @@ impl Consumer {
 
     pub(super) fn cancel_request(&mut self, index: SessionIndex, request: &RequestId) {
         let Some(session) = self.sessions.get(&index) else { return };
-        if let (Some(link), Some(live)) = (session.link, session.requests.get(request)) {
+        // One that is held is told when it goes on.
+        let link = session.link.filter(|_| session.is_ready());
+        if let (Some(link), Some(live)) = (link, session.requests.get(request)) {
             let stream = live.stream;
             self.actions.push_back(ConsumerAction::Send { link, stream, frame: ConsumerFrame::Cancel });
         }
@@ -415,7 +417,7 @@ impl Consumer {
 
     /// Statements that waited for a payment to be booked.
     pub(super) fn release_held(&mut self, now: UnixMs, index: SessionIndex) {
-        let Some(session) = self.sessions.get_mut(&index) else { return };
+        let Some(session) = self.sessions.get_mut(&index).filter(|s| s.is_ready()) else { return };
         let Some(link) = session.link else { return };
         let held: Vec<(RequestId, Held)> =
             session.requests.iter_mut().filter_map(|(id, live)| Some((*id, live.held.take()?))).collect();

@@ -39,6 +39,9 @@ pub struct ConsumerConfig {
     pub setup_ms: u64,
     /// Silence in a running request after which it goes elsewhere, in ms.
     pub stall_ms: u64,
+    /// How long a stream that broke waits for its provider where another one could go on with it, in ms. Where none could,
+    /// it waits as long as the provider's terms say.
+    pub failover_ms: u64,
     /// How long a slice may take to be credited once it is paid, in ms.
     pub credit_ms: u64,
     /// A connection without work is closed after this long, in ms; the session's balance stays.
@@ -62,6 +65,7 @@ impl Default for ConsumerConfig {
             shun_ms: 10 * 60 * 1_000,
             setup_ms: 10_000,
             stall_ms: 30_000,
+            failover_ms: 3_000,
             credit_ms: 15_000,
             idle_ms: 5 * 60 * 1_000,
             max_calls: 256,
@@ -110,6 +114,8 @@ pub enum ConsumerEvent {
     LinkDown {
         link: LinkId,
         reason: String,
+        /// It broke on the way: nobody closed it, and the provider may be there yet.
+        lost: bool,
     },
     Control {
         link: LinkId,
@@ -309,6 +315,8 @@ pub struct ConsumerCounters {
     pub finished: u64,
     pub failed: u64,
     pub failovers: u64,
+    /// Requests that went on at the same provider after their connection broke.
+    pub resumed: u64,
     pub receipts: u64,
     pub slices: u64,
     pub misbehaviour: u64,

@@ -1,18 +1,18 @@
 //! A request's run: started, metered, acknowledged, receipted.
 
-use super::{EngineId, Provider, ProviderAction, words::engine_sampling};
+use super::{EngineId, Provider, ProviderAction, start::check_start, words::engine_sampling};
 use crate::{LinkId, StreamId};
 use satgrid_engine::port::{Command, EngineEvent, FinishReason as EngineFinish, Job, JobId};
-use satgrid_ledger::statements::{Ack, Receipt, ReceiptOpening, ReceiptPrivate, RequestOpen, RunningHash, prompt_hash};
+use satgrid_ledger::statements::{Ack, Receipt, ReceiptOpening, ReceiptPrivate, RunningHash};
 use satgrid_pricing::{charge, cost_alone, numerators};
 use satgrid_protocol::{
-    frame::{ConsumerFrame, MAX_CHUNK_TOKENS, MAX_PROMPT_TOKENS, MAX_STOPS, ProviderFrame, Refusal, StartRequest},
+    frame::{ConsumerFrame, MAX_CHUNK_TOKENS, ProviderFrame, Refusal, StartRequest},
     metering::{self, Grant, Progress},
-    session::{REQUEST_DEADLINE_MS, ReceiptFacts, SessionState},
+    session::{REQUEST_DEADLINE_MS, ReceiptFacts},
 };
 use satgrid_types::{
     BothSigned, Digest, FinishReason, Msat, RequestId, Salt, Sampling, SessionId, Signature, Signed, Terms, TokenUsage,
-    UnixMs, Verified,
+    UnixMs,
 };
 
 /// What is alive of one request.
@@ -27,8 +27,12 @@ pub(super) struct Request {
     sampling: Sampling,
     running: RunningHash,
     granted: Grant,
-    ack: AckState,
-    phase: Phase,
+    pub ack: AckState,
+    /// Output that no countersigned acknowledgement covers: said again on the stream of a resumed request.
+    pub unsigned: Vec<u32>,
+    /// Resumed, and its new stream is awaited: how much of the output the consumer has.
+    pub awaits_stream: Option<u32>,
+    pub phase: Phase,
     started_at: UnixMs,
     first_token_at: Option<UnixMs>,
     /// It ran for too long and its engine was told to stop.
@@ -36,7 +40,7 @@ pub(super) struct Request {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Phase {
+pub(super) enum Phase {
     Running,
     /// The run is over; its receipt waits for the last acknowledgement and for its turn.
     Finishing {
@@ -53,10 +57,10 @@ enum Phase {
 }
 
 /// The acknowledgement that is out, and when and for what the last one was offered.
-struct AckState {
-    out: Option<(Ack, Signed<Ack>)>,
+pub(super) struct AckState {
+    pub out: Option<(Ack, Signed<Ack>)>,
     offered: TokenUsage,
-    offered_at: UnixMs,
+    pub offered_at: UnixMs,
 }
 
 impl Request {
@@ -67,6 +71,9 @@ impl Request {
     pub(super) fn next_deadline(&self, terms: &Terms, signature_timeout_ms: u64) -> Option<UnixMs> {
         match (&self.phase, &self.ack.out) {
             (Phase::Offered { at, .. }, _) => Some(at.plus_ms(signature_timeout_ms)),
+            (_, Some(_)) | (Phase::Finishing { .. }, None) if self.awaits_stream.is_some() => {
+                Some(self.ack.offered_at.plus_ms(signature_timeout_ms))
+            }
             (_, Some(_)) => Some(self.ack.offered_at.plus_ms(signature_timeout_ms)),
             (Phase::Running, None) if self.done.completion > self.ack.offered.completion => {
                 Some(self.ack.offered_at.plus_ms(u64::from(terms.ack_interval_ms)))
@@ -85,6 +92,7 @@ impl Provider {
         };
         match frame {
             ConsumerFrame::Start(start) => self.start(now, link, stream, id, *start),
+            ConsumerFrame::Resume(request) => self.go_on(now, link, stream, id, request),
             ConsumerFrame::Ack(seq, signature) => {
                 if let Some(request) = self.request_on(id, link, stream) {
                     self.ack_signed(now, id, request, seq, &signature);
@@ -198,6 +206,8 @@ impl Provider {
             running: RunningHash::start(&start.salt, &open.request),
             granted,
             ack: AckState { out: None, offered: TokenUsage::default(), offered_at: now },
+            unsigned: Vec::new(),
+            awaits_stream: None,
             phase: Phase::Running,
             started_at: now,
             first_token_at: None,
@@ -275,7 +285,7 @@ impl Provider {
         }
     }
 
-    fn live(&mut self, id: SessionId, request: &RequestId) -> Option<&mut Request> {
+    pub(super) fn live(&mut self, id: SessionId, request: &RequestId) -> Option<&mut Request> {
         self.sessions.get_mut(&id)?.requests.get_mut(request)
     }
 
@@ -290,6 +300,7 @@ impl Provider {
         for chunk in ids.chunks(MAX_CHUNK_TOKENS) {
             let at = live.done.completion;
             chunk.iter().for_each(|token| live.running.push(*token));
+            live.unsigned.extend_from_slice(chunk);
             live.done.completion = at.saturating_add(u32::try_from(chunk.len()).unwrap_or(u32::MAX));
             chunks.push(ProviderFrame::Chunk(at, chunk.to_vec()));
         }
@@ -299,7 +310,7 @@ impl Provider {
         self.offer_ack_if_due(now, id, request);
     }
 
-    fn offer_ack_if_due(&mut self, now: UnixMs, id: SessionId, request: RequestId) {
+    pub(super) fn offer_ack_if_due(&mut self, now: UnixMs, id: SessionId, request: RequestId) {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         let Some(state) = session.state.request_state(&request) else { return };
         let (rates, seq) = (*state.rates(), state.acked_seq());
@@ -332,14 +343,22 @@ impl Provider {
         let consumer = session.state.consumer();
         let Some(live) = session.requests.get_mut(&request) else { return };
         let link = live.stream.0;
-        let Some((ack, signed)) = live.ack.out.take_if(|(ack, _)| ack.seq == seq) else {
+        let Some((_, signed)) = live.ack.out.as_ref().filter(|(ack, _)| ack.seq == seq) else {
             return self.violation(link, "a signature for an acknowledgement that was not offered");
         };
         let both: BothSigned<Ack> = BothSigned::from_parts(signed.body().to_vec(), *signed.signature(), *signature);
         if both.verify(&session.state.provider(), &consumer).is_err() {
             return self.violation(link, "the acknowledgement's countersignature does not verify");
         }
-        let Ok((drafts, then)) = self.with_grant(now, id, request, Some((ack, both))) else { return };
+        self.acknowledged(now, id, request, &both);
+    }
+
+    /// The acknowledgement that is out came back with both signatures, which were verified.
+    pub(super) fn acknowledged(&mut self, now: UnixMs, id: SessionId, request: RequestId, both: &BothSigned<Ack>) {
+        let Some(live) = self.live(id, &request) else { return };
+        let Some((ack, _)) = live.ack.out.take_if(|(_, signed)| signed.body() == both.body()) else { return };
+        live.signed_upto(ack.usage.completion);
+        let Ok((drafts, then)) = self.with_grant(now, id, request, Some((ack, both.clone()))) else { return };
         self.record(id, drafts, then);
         self.offer_ack_if_due(now, id, request);
         self.offer_next_receipt(id);
@@ -523,7 +542,8 @@ impl Provider {
         let late = session.requests.values().any(|r| {
             let ack = r.ack.out.is_some() && now.since(r.ack.offered_at) >= timeout;
             let receipt = matches!(&r.phase, Phase::Offered { at, .. } if now.since(*at) >= timeout);
-            ack || receipt
+            let stream = r.awaits_stream.is_some() && now.since(r.ack.offered_at) >= timeout;
+            ack || receipt || stream
         });
         if late {
             return self.violation(link, "a statement was offered and not countersigned in time");
@@ -541,30 +561,6 @@ impl Provider {
             }
         }
     }
-}
-
-/// A start that a well-behaved consumer could have sent. What fails here is a violation.
-fn check_start(state: &SessionState, start: &StartRequest) -> Result<Verified<RequestOpen>, String> {
-    let open = start.open.verify(&state.consumer()).map_err(|e| e.to_string())?;
-    let private = &start.private;
-    let length = u32::try_from(start.prompt.len()).unwrap_or(u32::MAX);
-    if open.part.is_some() {
-        return Err("work on a part of a model is not sold in this session".into());
-    }
-    if open.version != RequestOpen::VERSION || open.session != state.id() {
-        return Err("the request is for another session".into());
-    }
-    if start.prompt.is_empty() || start.prompt.len() > MAX_PROMPT_TOKENS || length != open.prompt_tokens {
-        return Err(format!("the prompt has {length} tokens, {} were signed for", open.prompt_tokens));
-    }
-    if open.max_output == 0 || private.stop.len() > MAX_STOPS || private.resumed > length {
-        return Err("no output asked for, too many stop strings, or more resumed than prompt tokens".into());
-    }
-    let committed = private.commitment(&start.salt) == open.private_hash;
-    if !committed || prompt_hash(&start.salt, &start.prompt) != private.prompt_hash {
-        return Err("the prompt or its parameters are not those that were signed for".into());
-    }
-    Ok(open)
 }
 
 fn private(live: &Request) -> ReceiptPrivate {

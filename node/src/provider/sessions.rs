@@ -3,14 +3,13 @@
 use super::{EngineId, Provider, ProviderAction, requests::Request};
 use crate::LinkId;
 use satgrid_engine::port::Command;
-use satgrid_ledger::statements::{Receipt, SessionClose};
+use satgrid_ledger::statements::SessionClose;
 use satgrid_pricing::cost_alone;
 use satgrid_protocol::{
     exposure::ProviderExposure,
-    frame::{OpenRequest, ProviderControl, Refusal},
     session::{DETACHED_MS, SessionState},
 };
-use satgrid_types::{BothSigned, Msat, RequestId, SessionId, Signed, UnixMs};
+use satgrid_types::{Msat, RequestId, SessionId, Signed, UnixMs};
 use std::collections::{BTreeMap, VecDeque};
 
 /// One session and what is alive of it.
@@ -23,6 +22,8 @@ pub(super) struct Session {
     pub finishing: VecDeque<RequestId>,
     /// Since when requests without a live link wait for the consumer.
     pub detached_at: Option<UnixMs>,
+    /// Their runs are kept: the consumer may go on with them. Over after the terms' `resume_ms`.
+    pub held: bool,
     /// A close that came while requests were open.
     pub closing: Option<(LinkId, Signed<SessionClose>)>,
     /// Invoices that replaced an unpaid one, since the last payment.
@@ -40,6 +41,7 @@ impl Session {
             requests: BTreeMap::new(),
             finishing: VecDeque::new(),
             detached_at: None,
+            held: false,
             closing: None,
             reissued: 0,
             exposed: Msat::ZERO,
@@ -66,7 +68,8 @@ impl Session {
         let requests = self.requests.values().filter(|_| self.link.is_some());
         let requests = requests.filter_map(|r| r.next_deadline(terms, signature_timeout_ms)).min();
         let detached = self.detached_at.map(|at| at.plus_ms(DETACHED_MS));
-        [requests, detached].into_iter().flatten().min()
+        let held = self.detached_at.filter(|_| self.held).map(|at| at.plus_ms(terms.resume_ms.into()));
+        [requests, detached, held].into_iter().flatten().min()
     }
 }
 
@@ -96,92 +99,20 @@ impl Provider {
         session.link = None;
         session.closing = None;
         if !session.state.requests().is_empty() {
+            // What runs goes on to the end of its grant, which is what the consumer may not sign for, and waits there.
             session.detached_at = Some(now);
-        }
-        let engine = session.engine;
-        let running: Vec<_> = session.requests.values().filter(|r| r.is_running()).map(|r| r.job).collect();
-        if let Some(engine) = engine {
-            for job in running {
-                self.actions.push_back(ProviderAction::Engine { engine, command: Command::Cancel { job } });
-            }
-        }
-    }
-
-    /// The consumer is back: what it shows of open requests settles them, and the session goes on over this link.
-    pub(super) fn resume(
-        &mut self,
-        now: UnixMs,
-        link: LinkId,
-        id: SessionId,
-        open: Vec<OpenRequest>,
-        last_receipt: Option<BothSigned<Receipt>>,
-    ) {
-        let Some(peer) = self.links.get(&link).map(|l| l.peer) else { return };
-        let Some(session) = self.sessions.get_mut(&id).filter(|s| s.state.consumer() == peer) else {
-            return self.refuse(link, Refusal::Unknown, "no such session here for this key");
-        };
-        let old = session.link.replace(link).filter(|old| *old != link);
-        if let Some(old) = old {
-            // The same key on two links: the newer one holds the session, the older one learns it.
-            let (code, reason) = (crate::CloseCode::Done, "the session was resumed on another connection".into());
-            self.actions.push_back(ProviderAction::CloseLink { link: old, code, reason });
-            self.links.remove(&old);
-        }
-        if let Some(held) = self.links.get_mut(&link) {
-            held.session = Some(id);
-        }
-        if let Some(receipt) = last_receipt {
-            self.adopt_receipt(id, &receipt);
-        }
-        for request in open {
-            self.adopt_ack(now, id, &request);
-        }
-        self.abandon_all(id);
-        let Some(session) = self.sessions.get_mut(&id) else { return };
-        session.detached_at = None;
-        let (paid, last) = (session.state.paid(), session.state.last_receipt());
-        let settled = session.state.settled_numerators();
-        self.say(link, ProviderControl::Resumed(id, paid, last, settled));
-    }
-
-    /// A receipt that the consumer countersigned and whose frame was lost.
-    fn adopt_receipt(&mut self, id: SessionId, receipt: &BothSigned<Receipt>) {
-        let Some(session) = self.sessions.get(&id) else { return };
-        let state = &session.state;
-        // Our own signature on it says that the figures are ours; the consumer's, that they are agreed.
-        let Ok(body) = receipt.verify(&state.provider(), &state.consumer()) else { return };
-        let fits = body.session == id
-            && body.seq == state.receipts()
-            && body.previous == state.last_receipt()
-            && state.request_state(&body.request).is_some();
-        if !fits {
-            return;
-        }
-        if let Ok(draft) = state.finished(receipt, &body, None) {
-            self.counters.receipts += 1;
-            self.forget(id, &body.request);
-            self.record(id, vec![draft], Vec::new());
-        }
-    }
-
-    /// An acknowledgement that the consumer countersigned and whose frame was lost.
-    fn adopt_ack(&mut self, now: UnixMs, id: SessionId, open: &OpenRequest) {
-        let (Some(session), Some(both)) = (self.sessions.get(&id), &open.last_ack) else { return };
-        let state = &session.state;
-        let Ok(ack) = both.verify(&state.provider(), &state.consumer()) else { return };
-        let newer = state.request_state(&open.request).is_some_and(|r| ack.seq > r.acked_seq());
-        if !newer || ack.session != id || ack.request != open.request {
-            return;
-        }
-        if let Ok(draft) = state.acked(now, both, open.request, Msat::ZERO) {
-            self.record(id, vec![draft], Vec::new());
+            session.held = true;
         }
     }
 
     /// Ends every open request of a session at its last acknowledgement.
     pub(super) fn abandon_all(&mut self, id: SessionId) {
+        self.abandon_all_but(id, &[]);
+    }
+
+    pub(super) fn abandon_all_but(&mut self, id: SessionId, going: &[RequestId]) {
         let Some(session) = self.sessions.get(&id) else { return };
-        let open: Vec<RequestId> = session.state.requests().keys().copied().collect();
+        let open: Vec<RequestId> = session.state.requests().keys().copied().filter(|r| !going.contains(r)).collect();
         for request in open {
             self.abandon(id, request);
         }
@@ -226,6 +157,10 @@ impl Provider {
                     session.detached_at = None;
                 }
                 continue;
+            }
+            let resume_ms = session.state.quote().terms.resume_ms;
+            if session.held && session.detached_at.is_some_and(|at| now.since(at) >= resume_ms.into()) {
+                self.hold_over(id);
             }
             self.tick_requests(now, id);
             self.continue_close(now, id);

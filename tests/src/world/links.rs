@@ -25,7 +25,10 @@ const REFUSED_MS: u64 = 300;
 impl World {
     pub(super) fn connect(&mut self, c: usize, end: LinkId, to: NodeKey, index: SessionIndex) {
         let epoch = self.consumers[c].epoch;
-        let p = self.providers.iter().position(|p| node_key(&p.key) == to && p.role.is_some());
+        let p = self
+            .providers
+            .iter()
+            .position(|p| node_key(&p.key) == to && p.role.is_some() && p.unreachable_until <= self.now);
         let Some(p) = p else {
             return self.at(REFUSED_MS, What::Unreachable { consumer: c, epoch, link: end });
         };
@@ -126,7 +129,7 @@ impl World {
         self.tell_consumer(
             link.consumer,
             link.consumer_epoch,
-            ConsumerEvent::LinkDown { link: link.consumer_end, reason },
+            ConsumerEvent::LinkDown { link: link.consumer_end, reason, lost: true },
         );
         self.tell_provider(link.provider, link.provider_epoch, ProviderEvent::LinkDown { link: link.provider_end });
     }
@@ -165,7 +168,7 @@ impl World {
             let event = match payload {
                 Payload::Up => ConsumerEvent::LinkUp { link },
                 Payload::Closed => ConsumerEvent::StreamClosed { link, stream: stream.unwrap() },
-                Payload::Down(reason) => ConsumerEvent::LinkDown { link, reason },
+                Payload::Down(reason) => ConsumerEvent::LinkDown { link, reason, lost: false },
                 Payload::Frame(bytes) => match stream {
                     None => {
                         let frame: ProviderControl = frame::decode(&bytes).expect("ours decode");

@@ -64,6 +64,8 @@ pub struct ProviderNode {
     pub epoch: u64,
     /// Virtual time that one engine step takes, in ms.
     pub step_ms: u64,
+    /// It is up, and no new connection reaches it before this.
+    pub unreachable_until: UnixMs,
     pub(super) stepping: bool,
     /// What the engine has done for jobs that are not over.
     pub work: BTreeMap<JobId, TokenUsage>,

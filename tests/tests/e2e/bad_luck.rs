@@ -45,6 +45,28 @@ pub(crate) async fn engine_killed(market: &Market) {
     assert!(status["provider"]["halted"].is_null(), "{status}");
 }
 
+/// A provider that is frozen for a moment: the connection times out, is made again, and the same request goes on.
+pub(crate) async fn link_cut(market: &Market) {
+    let consumer = market.node("consumer");
+    let resumed =
+        || async { admin(consumer, "status").await.unwrap()["consumer"]["counters"]["resumed"].as_u64().unwrap() };
+    let before = resumed().await;
+    let mut events = Events::open(market, &long(market, 1_500)).await;
+    events.until(20).await;
+    let pid = market.node(&serving(market).await).pid;
+    signal("STOP", pid);
+    // Longer than the silence after which a connection is over, shorter than the patience for a provider.
+    tokio::time::sleep(Duration::from_millis(2_500)).await;
+    signal("CONT", pid);
+    events.read_out().await;
+    assert!(events.done, "the stream ended early: {:?}", events.error);
+    let usage = events.usage.unwrap();
+    assert_eq!(usage["completion_tokens"], 1_500, "{usage}");
+    let legs = usage["cost_details"]["providers"].as_array().unwrap();
+    assert_eq!(legs.len(), 1, "one request, one receipt: {usage}");
+    assert!(resumed().await > before, "the connection was lost and the request resumed");
+}
+
 /// SIGKILL for the consumer while a payment is on its way; started again it finds out what became of it.
 pub(crate) fn consumer_killed_while_paying(market: &mut Market, runtime: &tokio::runtime::Runtime) {
     let began = Instant::now();

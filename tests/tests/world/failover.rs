@@ -117,6 +117,116 @@ fn a_broken_connection_is_resumed_and_both_sides_stand_at_the_same_figure() {
 }
 
 #[test]
+fn a_broken_stream_goes_on_under_its_own_request() {
+    // Broken at many moments, for a moment and for a good while; once more while it is being resumed.
+    for (i, ms) in (0..36).map(|i| (i, 500 + i * 41)) {
+        let mut world = World::new(Options { seed: ms, ..Options::default() }, 2, 1);
+        let calls: Vec<_> = (0..3).map(|i| world.submit(0, Ask::tokens(30 + 300 * i, 500 + i).to(&[0, 1]))).collect();
+        world.run_ms(ms);
+        world.break_links(0, 0);
+        if i % 3 == 1 {
+            world.providers[0].unreachable_until = world.now.plus_ms(2_500);
+        }
+        if i % 3 == 2 {
+            world.run_ms(10 + i * 5);
+            world.break_links(0, 0);
+        }
+        world.finish_calls(120_000);
+        for call in &calls {
+            let log = world.call(0, *call);
+            assert_undisturbed(&world, log);
+            assert_eq!(log.started.len(), 1, "broken at {ms} ms: it went on as the same request");
+            assert_eq!(log.bill().legs.len(), 1);
+            assert!(log.bill().legs[0].receipt.is_some(), "broken at {ms} ms");
+        }
+        let counters = *world.consumers[0].role.as_ref().unwrap().counters();
+        assert_eq!((counters.failovers, counters.lost_sessions), (0, 0), "broken at {ms} ms");
+        assert!(counters.resumed > 0 || ms < 1_200, "broken at {ms} ms: {counters:?}");
+        world.assert_quiet();
+        world.assert_agree(0, 0);
+    }
+}
+
+#[test]
+fn a_provider_that_stays_away_is_left_after_a_while_and_at_once_where_another_can_go_on() {
+    // (seconds away, providers, legs): with another provider the call moves after 3 s, alone it waits for a minute.
+    for (away_s, providers, legs, ok) in [(2, 2, 1, true), (10, 2, 2, true), (50, 1, 1, true), (90, 1, 1, false)] {
+        let mut world = World::new(Options::default(), providers, 1);
+        let all: Vec<usize> = (0..providers).collect();
+        let call = world.submit(0, Ask::tokens(50, 600).to(&all));
+        world.run_while("tokens flow", 20_000, |w| w.call(0, call).tokens.len() < 200);
+        world.providers[0].unreachable_until = world.now.plus_ms(away_s * 1_000);
+        world.break_links(0, 0);
+        world.finish_calls(120_000);
+        let log = world.call(0, call);
+        assert_eq!(log.is_ok(), ok, "{away_s} s: {:?}", log.end);
+        assert_eq!(log.bill().legs.len(), legs, "{away_s} s");
+        if ok {
+            assert_undisturbed(&world, log);
+        }
+        // Whatever became of it, the two meet again.
+        world.run_ms(120_000);
+        world.publish(0);
+        let after = world.submit(0, Ask::tokens(12, 40));
+        world.finish_calls(120_000);
+        assert_undisturbed(&world, world.call(0, after));
+        world.assert_quiet();
+        world.assert_agree(0, 0);
+    }
+}
+
+#[test]
+fn nothing_runs_for_a_consumer_that_stays_away_and_its_slot_is_free_after_a_minute() {
+    let mut world = World::new(Options::default(), 1, 1);
+    let call = world.submit(0, Ask::tokens(50, 2_000));
+    world.run_while("tokens flow", 20_000, |w| w.call(0, call).tokens.len() < 200);
+    world.providers[0].unreachable_until = world.now.plus_ms(300_000);
+    world.break_links(0, 0);
+    world.run_ms(5_000);
+    let (worked, most) = (world.providers[0].work.clone(), world.providers[0].role.as_ref().unwrap().exposure());
+    assert_eq!(world.providers[0].role.as_ref().unwrap().open_requests(), 1, "held");
+    world.run_ms(50_000);
+    assert_eq!(world.providers[0].work, worked, "no work beyond the window, however long it is held");
+    assert_eq!(world.providers[0].role.as_ref().unwrap().exposure(), most);
+    world.run_ms(10_000);
+    assert_eq!(world.providers[0].role.as_ref().unwrap().open_requests(), 0, "the hold is over");
+    world.finish_calls(60_000);
+    assert!(matches!(world.call(0, call).error(), CallError::ProvidersFailed { .. }));
+}
+
+#[test]
+fn a_client_that_leaves_while_its_stream_is_held_is_not_waited_for() {
+    let mut world = World::new(Options::default(), 1, 1);
+    let calls: Vec<_> = (0..2).map(|i| world.submit(0, Ask::tokens(50 + i, 600))).collect();
+    world.run_while("tokens flow", 20_000, |w| calls.iter().any(|c| w.call(0, *c).tokens.len() < 100));
+    world.providers[0].unreachable_until = world.now.plus_ms(4_000);
+    world.break_links(0, 0);
+    world.run_ms(1_000);
+    world.cancel(0, calls[0]);
+    assert!(matches!(world.call(0, calls[0]).error(), CallError::Cancelled));
+    world.finish_calls(60_000);
+    assert_undisturbed(&world, world.call(0, calls[1]));
+    world.assert_quiet();
+    world.assert_agree(0, 0);
+}
+
+#[test]
+fn a_provider_that_comes_back_without_the_request_begins_it_again_from_what_was_received() {
+    let mut world = World::new(Options::default(), 1, 1);
+    let call = world.submit(0, Ask::tokens(50, 600));
+    world.run_while("tokens flow", 20_000, |w| w.call(0, call).tokens.len() < 200);
+    world.crash_provider(0, Default::default());
+    world.run_ms(5_000);
+    world.restart_provider(0);
+    world.finish_calls(120_000);
+    let log = world.call(0, call);
+    assert_undisturbed(&world, log);
+    assert_eq!((log.started.len(), log.bill().legs.len()), (2, 2));
+    world.assert_quiet();
+    world.assert_agree(0, 0);
+}
+
+#[test]
 fn a_resume_after_a_quarter_of_an_hour_still_meets() {
     let mut world = World::new(Options::default(), 1, 1);
     world.submit(0, Ask::tokens(30, 600));

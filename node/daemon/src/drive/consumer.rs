@@ -12,7 +12,9 @@ use satgrid_node::{
     consumer::{CallId, Consumer, ConsumerAction, ConsumerEvent, Emission, SessionIndex, Submit, session_key},
 };
 use satgrid_protocol::frame::{ConsumerFrame, ProviderControl, ProviderFrame};
-use satgrid_protocol_quic::{AddressHint, FrameReceiver, FrameSender, FrameStream, Link, QuicEndpoint, StreamKind};
+use satgrid_protocol_quic::{
+    AddressHint, FrameReceiver, FrameSender, FrameStream, Link, LinkError, QuicEndpoint, StreamKind,
+};
 use satgrid_types::{Digest, Msat, NodeKey, PaymentHash, SessionId};
 use satgrid_wallet::{InvoiceRequest, Lightning};
 use std::{
@@ -292,7 +294,7 @@ impl Running {
             let opened = async {
                 let mut opened = quic.open(StreamKind::Request).await?;
                 opened.tx.send_frame(&first).await?;
-                Ok::<_, satgrid_protocol_quic::LinkError>(opened)
+                Ok::<_, LinkError>(opened)
             };
             match opened.await {
                 Ok(FrameStream { tx, mut rx, .. }) => {
@@ -352,11 +354,14 @@ async fn read_control(link: LinkId, quic: Link, mut rx: FrameReceiver, inbox: mp
     let ended = links::read(&mut rx, &inbox, event).await;
     // A control stream that ends takes its link with it.
     quic.close(satgrid_protocol_quic::Code::DONE, "the control stream ended");
-    let reason = match ended {
-        Ok(()) => quic.closed().await.to_string(),
-        Err(error) => error.to_string(),
+    let error = match ended {
+        Ok(()) => quic.closed().await,
+        Err(error) => error,
     };
-    let _ = inbox.send(Message::Event(ConsumerEvent::LinkDown { link, reason })).await;
+    // A peer that closes says so; what times out broke on the way.
+    let lost = matches!(error, LinkError::TimedOut { .. } | LinkError::Transport(_));
+    let reason = error.to_string();
+    let _ = inbox.send(Message::Event(ConsumerEvent::LinkDown { link, reason, lost })).await;
 }
 
 /// How the market room weighs a broken rule.

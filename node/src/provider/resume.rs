@@ -1,0 +1,185 @@
+//! A consumer that comes back after its connection broke: requests whose runs were kept go on, all others end at the last
+//! acknowledgement or receipt that it shows.
+//!
+//! | what was lost on the way | how it is made good |
+//! |---|---|
+//! | chunks | said again, from what the consumer has |
+//! | an acknowledgement that was offered | said again in its place among the chunks |
+//! | its countersignature | the consumer shows it when it resumes |
+//! | a receipt that was offered | said again after the last chunk |
+//! | its countersignature | the consumer shows the last receipt when it resumes |
+//!
+//! What runs without a link stays within its grant: the window that nobody signed for, and no further.
+
+use super::{
+    Provider, ProviderAction,
+    requests::{Phase, Request},
+};
+use crate::{LinkId, StreamId};
+use satgrid_engine::port::Command;
+use satgrid_ledger::statements::Receipt;
+use satgrid_protocol::frame::{MAX_CHUNK_TOKENS, OpenRequest, ProviderControl, ProviderFrame, Refusal};
+use satgrid_types::{BothSigned, Msat, RequestId, SessionId, UnixMs};
+
+impl Request {
+    /// The consumer is back and has this much of the output. Its time to answer what is out begins anew.
+    pub(super) fn wait_for_stream(&mut self, now: UnixMs, received: Option<u32>) {
+        self.awaits_stream = received;
+        self.ack.offered_at = now;
+        if let Phase::Offered { at, .. } = &mut self.phase {
+            *at = now;
+        }
+    }
+
+    /// Both signed for the output up to here.
+    pub(super) fn signed_upto(&mut self, completion: u32) {
+        let keep = self.done.completion.saturating_sub(completion);
+        let drop = self.unsigned.len().saturating_sub(usize::try_from(keep).unwrap_or(usize::MAX));
+        self.unsigned.drain(..drop);
+    }
+
+    /// Chunks of the output from `from` to `to`, where it is still kept.
+    fn chunks(&self, from: u32, to: u32) -> Vec<ProviderFrame> {
+        let begin = self.done.completion.saturating_sub(u32::try_from(self.unsigned.len()).unwrap_or(u32::MAX));
+        let at = |index: u32| usize::try_from(index.saturating_sub(begin)).unwrap_or(usize::MAX);
+        let kept = self.unsigned.get(at(from)..at(to)).unwrap_or_default();
+        let numbered = kept.chunks(MAX_CHUNK_TOKENS).zip((from..).step_by(MAX_CHUNK_TOKENS));
+        numbered.map(|(ids, first)| ProviderFrame::Chunk(first, ids.to_vec())).collect()
+    }
+}
+
+impl Provider {
+    /// The consumer is back: what it shows of open requests lets them go on or settles them, and the session goes on over
+    /// this link.
+    pub(super) fn resume(
+        &mut self,
+        now: UnixMs,
+        link: LinkId,
+        id: SessionId,
+        open: Vec<OpenRequest>,
+        last_receipt: Option<BothSigned<Receipt>>,
+    ) {
+        let Some(peer) = self.links.get(&link).map(|l| l.peer) else { return };
+        let Some(session) = self.sessions.get_mut(&id).filter(|s| s.state.consumer() == peer) else {
+            return self.refuse(link, Refusal::Unknown, "no such session here for this key");
+        };
+        let old = session.link.replace(link).filter(|old| *old != link);
+        if let Some(old) = old {
+            // The same key on two links: the newer one holds the session, the older one learns it.
+            let (code, reason) = (crate::CloseCode::Done, "the session was resumed on another connection".into());
+            self.actions.push_back(ProviderAction::CloseLink { link: old, code, reason });
+            self.links.remove(&old);
+        }
+        if let Some(held) = self.links.get_mut(&link) {
+            held.session = Some(id);
+        }
+        if let Some(receipt) = last_receipt {
+            self.adopt_receipt(id, &receipt);
+        }
+        for request in &open {
+            self.adopt_ack(now, id, request);
+        }
+        let going: Vec<RequestId> = open.iter().filter(|o| self.can_go_on(id, o)).map(|o| o.request).collect();
+        self.abandon_all_but(id, &going);
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        session.detached_at = None;
+        session.held = false;
+        for request in open {
+            if let Some(live) = session.requests.get_mut(&request.request) {
+                live.wait_for_stream(now, request.received);
+            }
+        }
+        let (paid, last) = (session.state.paid(), session.state.last_receipt());
+        let settled = session.state.settled_numerators();
+        self.say(link, ProviderControl::Resumed(id, paid, last, settled, going));
+    }
+
+    /// The request is alive here, and what the consumer has of it is what it can have.
+    fn can_go_on(&self, id: SessionId, open: &OpenRequest) -> bool {
+        let Some(session) = self.sessions.get(&id) else { return false };
+        // Without `detached_at` the consumer was the first to notice the break.
+        let alive = session.held || session.detached_at.is_none();
+        let request = session.requests.get(&open.request).zip(session.state.request_state(&open.request));
+        let fits = |received: u32| {
+            request
+                .is_some_and(|(live, state)| received >= state.acked().completion && received <= live.done.completion)
+        };
+        alive && open.received.is_some_and(fits)
+    }
+
+    /// A receipt that the consumer countersigned and whose frame was lost.
+    fn adopt_receipt(&mut self, id: SessionId, receipt: &BothSigned<Receipt>) {
+        let Some(session) = self.sessions.get(&id) else { return };
+        let state = &session.state;
+        // Our own signature on it says that the figures are ours; the consumer's, that they are agreed.
+        let Ok(body) = receipt.verify(&state.provider(), &state.consumer()) else { return };
+        let fits = body.session == id
+            && body.seq == state.receipts()
+            && body.previous == state.last_receipt()
+            && state.request_state(&body.request).is_some();
+        if !fits {
+            return;
+        }
+        if let Ok(draft) = state.finished(receipt, &body, None) {
+            self.counters.receipts += 1;
+            self.forget(id, &body.request);
+            self.record(id, vec![draft], Vec::new());
+        }
+    }
+
+    /// An acknowledgement that the consumer countersigned and whose frame was lost.
+    fn adopt_ack(&mut self, now: UnixMs, id: SessionId, open: &OpenRequest) {
+        let (Some(session), Some(both)) = (self.sessions.get(&id), &open.last_ack) else { return };
+        let state = &session.state;
+        let Ok(ack) = both.verify(&state.provider(), &state.consumer()) else { return };
+        let newer = state.request_state(&open.request).is_some_and(|r| ack.seq > r.acked_seq());
+        if !newer || ack.session != id || ack.request != open.request {
+            return;
+        }
+        if session.requests.contains_key(&open.request) {
+            return self.acknowledged(now, id, open.request, both);
+        }
+        if let Ok(draft) = state.acked(now, both, open.request, Msat::ZERO) {
+            self.record(id, vec![draft], Vec::new());
+        }
+    }
+
+    /// The new stream of a request that a break left open: what was said after what the consumer has is said again, in the
+    /// order in which it was said.
+    pub(super) fn go_on(&mut self, now: UnixMs, link: LinkId, stream: StreamId, id: SessionId, request: RequestId) {
+        let live = self.live(id, &request).and_then(|live| live.awaits_stream.take().map(|received| (live, received)));
+        let Some((live, received)) = live else {
+            return self.violation(link, "a stream for a request that does not wait for one");
+        };
+        live.stream = (link, stream);
+        live.ack.offered_at = now;
+        let mut frames = Vec::new();
+        let mut from = received;
+        // A consumer that has more than the acknowledgement covers has the acknowledgement too, and will sign it.
+        if let Some((ack, signed)) = live.ack.out.as_ref().filter(|(ack, _)| received <= ack.usage.completion) {
+            frames.extend(live.chunks(received, ack.usage.completion));
+            frames.push(ProviderFrame::Ack(signed.clone()));
+            from = ack.usage.completion;
+        }
+        frames.extend(live.chunks(from, live.done.completion));
+        if let Phase::Offered { body, signed, at } = &mut live.phase {
+            *at = now;
+            frames.push(ProviderFrame::Receipt(body.finish, signed.clone()));
+        }
+        let say = |frame| ProviderAction::Send { link, stream, frame };
+        self.behind(frames.into_iter().map(say).collect());
+        self.offer_ack_if_due(now, id, request);
+        self.offer_next_receipt(id);
+    }
+
+    /// The consumer did not come back in time: nothing runs for it any more. The bookkeeping stays open.
+    pub(super) fn hold_over(&mut self, id: SessionId) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        session.held = false;
+        let running = session.requests.values().filter(|r| r.is_running()).map(|r| r.job);
+        if let Some(engine) = session.engine {
+            let cancel = running.map(|job| ProviderAction::Engine { engine, command: Command::Cancel { job } });
+            self.actions.extend(cancel);
+        }
+    }
+}
