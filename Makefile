@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-fast lint deny bench bench-ledger fuzz-ledger sim clean-cache
+.PHONY: help build build-gpu demo test test-fast lint deny bench bench-ledger fuzz-ledger sim clean-cache
 
 ENV := . tests/scripts/env.sh;
 
@@ -11,6 +11,9 @@ help: ## list the targets
 
 build: ## build the shipped binaries, satgrid and satgrid-ledger
 	@tests/scripts/build.sh
+
+build-gpu: ## satgrid with backends loaded at run time, and those this machine can compile (docs/operating/gpu.md)
+	@tests/scripts/build-gpu.sh
 
 demo: build ## a whole market on this machine: chain, relay, two providers, a paid chat, the bill (KEEP=1 leaves it running)
 	@tests/scripts/model.sh >/dev/null

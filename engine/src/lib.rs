@@ -5,9 +5,10 @@
 //!   every engine passes.
 //! - [`sampling`], [`stop`], [`utf8`], [`template`]: from logits to a token, from tokens to text, from messages to a
 //!   prompt.
-//! - [`gguf`], [`facts`], [`root`], [`tokenizer_artefact`]: what a model file says, and the hashes that name it.
+//! - [`gguf`], [`facts`], [`root`], [`tokenizer_artefact`]: what a model file says, and the hashes that name it;
+//!   [`memory`]: what it will need.
 //! - [`stage`]: a model over several machines: the ports of a stage and of the ring between, and hidden rows as bytes.
-//! - [`tiny`]: a seeded random model for tests. `toy` (a feature): a deterministic engine without weights, for tests
+//! - [`random_model`]: real shapes with random weights, for benchmarks. [`tiny`]: a seeded random model for tests. `toy` (a feature): a deterministic engine without weights, for tests
 //!   and simulation.
 //!
 //! This crate never opens a file or socket, reads no clock and no random source: bytes, seeds, dates and
@@ -19,7 +20,9 @@
 pub mod conformance;
 pub mod facts;
 pub mod gguf;
+pub mod memory;
 pub mod port;
+pub mod random_model;
 pub mod root;
 pub mod sampling;
 pub mod stage;

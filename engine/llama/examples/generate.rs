@@ -10,7 +10,7 @@ use satgrid_engine::port::{Command, Engine, EngineEvent, Job, JobId, Profile, To
 use satgrid_engine::sampling::Sampling;
 use satgrid_engine::stop::TextStream;
 use satgrid_engine_llama::{
-    EngineConfig, EngineSettings, LlamaEngine, LlamaTokenizer, TokenizerConfig, WorkerProgram, default_threads,
+    EngineConfig, EngineSettings, LlamaEngine, LlamaTokenizer, Offload, TokenizerConfig, WorkerProgram, default_threads,
 };
 
 #[tokio::main]
@@ -27,8 +27,14 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let tokenizer = LlamaTokenizer::spawn(config).await?;
     eprintln!("tokenizer of {} tokens after {:?}", tokenizer.vocab_size(), begin.elapsed());
     let begin = Instant::now();
-    let settings =
-        EngineSettings { model, profile: Profile::Exact, threads: default_threads(), slots: 1, context: 1024 };
+    let settings = EngineSettings {
+        model,
+        profile: Profile::Exact,
+        threads: default_threads(),
+        slots: 1,
+        context: 1024,
+        offload: Offload::default(),
+    };
     let engine = LlamaEngine::spawn(EngineConfig { program, settings }, |permille| {
         eprint!("\rloading {}.{} %", permille / 10, permille % 10);
     });

@@ -9,7 +9,7 @@ use std::time::Instant;
 use satgrid_engine::port::{Command, Engine, EngineEvent, Job, JobId, Profile};
 use satgrid_engine::sampling::Sampling;
 use satgrid_engine_llama::bare::{self, Load};
-use satgrid_engine_llama::{EngineConfig, EngineSettings, LlamaEngine, WorkerProgram, default_threads};
+use satgrid_engine_llama::{EngineConfig, EngineSettings, LlamaEngine, Offload, WorkerProgram, default_threads};
 
 const ROUNDS: u32 = 3;
 
@@ -26,8 +26,14 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("{load:?}, {} threads", default_threads());
     for profile in [Profile::Exact, Profile::Fast] {
         let context = (load.prompt + load.output).next_multiple_of(256);
-        let settings =
-            EngineSettings { model: model.clone(), profile, threads: default_threads(), slots: load.streams, context };
+        let settings = EngineSettings {
+            model: model.clone(),
+            profile,
+            threads: default_threads(),
+            slots: load.streams,
+            context,
+            offload: Offload::default(),
+        };
         let config = EngineConfig { program: program.clone(), settings: settings.clone() };
         let engine = LlamaEngine::spawn(config, |_| {}).await?;
         let speed = engine.facts().speed;

@@ -1,12 +1,17 @@
 //! A model in memory as the scheduler's backend: loading, checks of the settings against the model, and the calls.
 
+use std::io::BufReader;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use satgrid_engine::gguf::Gguf;
+use satgrid_engine::memory::{ContextShape, Needs};
 use satgrid_engine::port::Profile;
 
 use crate::crowd::{Governor, SAMPLE, time_in_run_queue};
-use crate::ffi::{BatchRow, Context, ContextConfig, DecodeError, LoadError, Model, ModelConfig};
+use crate::devices::{self, Device, PlaceError, Placement, place};
+use crate::facts::is_exact;
+use crate::ffi::{self, BatchRow, Context, ContextConfig, DecodeError, LoadError, Model, ModelConfig};
 use crate::scheduler::{Backend, Shape};
 use crate::settings::{BATCH, DEFAULT_CONTEXT, EngineSettings, MAX_SLOTS, TILED_PRODUCT};
 
@@ -30,6 +35,13 @@ pub(crate) enum OpenError {
     TiledProduct,
     #[error("writing the model of the known answer to the temporary folder: {0}")]
     KnownAnswer(std::io::Error),
+    #[error("the device: {0}")]
+    Place(#[from] PlaceError),
+    #[error(
+        "{device} does not keep the exact profile: a prompt in one batch and the same prompt in pieces give other bits \
+         (set profile = \"fast\", or device = \"cpu\")"
+    )]
+    NotExact { device: String },
     #[error("this build needs a processor with {feature}")]
     Processor { feature: &'static str },
 }
@@ -44,6 +56,7 @@ pub(crate) struct LlamaBackend {
     queued: Option<Duration>,
     /// Running mean of a prompt's positions per second.
     prefill_per_s: Option<f64>,
+    card: Option<Device>,
 }
 
 impl LlamaBackend {
@@ -58,7 +71,15 @@ impl LlamaBackend {
         }
         let exact = settings.profile == Profile::Exact;
         let mut told = None;
-        let config = ModelConfig { path: &settings.model, vocab_only: false, repack: !exact };
+        let all = ffi::devices();
+        let placement = Self::place(settings, &all)?;
+        let offload = match &placement {
+            Placement::Processor => None,
+            Placement::Device { device, layers, .. } => {
+                all.iter().find(|(_, one)| one.name == device.name).map(|(handle, _)| (*handle, *layers))
+            }
+        };
+        let config = ModelConfig { path: &settings.model, vocab_only: false, repack: !exact, offload };
         let model = Model::load(&config, |fraction| {
             let permille = (fraction.clamp(0.0, 1.0) * 1000.0) as u32;
             if told.is_none_or(|told| permille >= told + 10) {
@@ -82,7 +103,39 @@ impl LlamaBackend {
             prefill_beside_streams: BATCH / 4,
         };
         // Each sequence ends a batch with one row at most whose logits are drawn from.
-        Ok((Self::new(Arc::new(model), &shape, shape.slots, settings.threads)?, shape))
+        let mut backend = Self::new(Arc::new(model), &shape, shape.slots, settings.threads)?;
+        if let Placement::Device { device, layers, whole } = &placement {
+            tracing::info!(device = %device.name, card = %device.description, layers, whole, "the model is on the device");
+            if devices::needs_trial(&placement, settings.profile) && !matches!(is_exact(&mut backend, &shape), Ok(true))
+            {
+                return Err(OpenError::NotExact { device: device.name.clone() });
+            }
+            backend.card = Some(device.clone());
+        }
+        Ok((backend, shape))
+    }
+
+    /// Where the model goes, by its file's table. A file without one is the loader's to refuse.
+    fn place(settings: &EngineSettings, all: &[(ffi::Handle, Device)]) -> Result<Placement, PlaceError> {
+        let file = std::fs::File::open(&settings.model).ok();
+        let Some(gguf) = file.and_then(|file| Gguf::read(&mut BufReader::new(file)).ok()) else {
+            return Ok(Placement::Processor);
+        };
+        let trained = gguf.arch_uint("context_length").and_then(|n| u32::try_from(n).ok()).unwrap_or(DEFAULT_CONTEXT);
+        let shape = ContextShape {
+            slots: settings.slots,
+            context: if settings.context == 0 { trained.min(DEFAULT_CONTEXT) } else { settings.context.min(trained) },
+            batch: BATCH,
+            outputs: settings.slots,
+            flash: settings.profile == Profile::Fast,
+        };
+        let known: Vec<Device> = all.iter().map(|(_, device)| device.clone()).collect();
+        place(&settings.offload, &known, &Needs::of(&gguf, &shape), devices::host_memory())
+    }
+
+    /// The card that the model is on, if it is on one.
+    pub(crate) fn card(&self) -> Option<&Device> {
+        self.card.as_ref()
     }
 
     /// A context of this shape over a model that is loaded, for batches with at most `outputs` rows of logits.
@@ -102,7 +155,7 @@ impl LlamaBackend {
         match Context::new(model, &config) {
             Some(context) if context.positions_per_slot() >= shape.context => {
                 let (governor, batch_time, queued) = (Governor::new(threads), Duration::ZERO, time_in_run_queue());
-                Ok(Self { context, eog, governor, batch_time, queued, prefill_per_s: None })
+                Ok(Self { context, eog, governor, batch_time, queued, prefill_per_s: None, card: None })
             }
             Some(_) | None => Err(no_memory),
         }

@@ -9,13 +9,17 @@ use satgrid_engine::tiny::TinyModel;
 use sha2::{Digest, Sha256};
 
 use crate::backend::{LlamaBackend, OpenError};
-use crate::ffi::{self, BatchRow, Model, ModelConfig};
+use crate::devices::Device;
+use crate::ffi::{self, BatchRow, DecodeError, Model, ModelConfig};
 use crate::scheduler::{Backend, Shape};
 
 /// The pinned binding, whose version fixes llama.cpp's sources. A test compares it with the workspace's table.
 const BINDING: &str = "llama-cpp-sys-2 0.1.161";
 /// Positions of the known answer.
 const ANSWER_ROWS: u32 = 24;
+/// Positions of the trial of the exact profile, and of its chunks.
+const TRIAL_ROWS: u32 = 96;
+const TRIAL_CHUNK: u32 = 20;
 /// Bounds of the measurement at start: whichever comes first.
 const MEASURE_FOR: Duration = Duration::from_millis(300);
 const MEASURE_PREFILL: u32 = 128;
@@ -61,7 +65,7 @@ pub(crate) fn known_answer() -> Result<[u8; 32], OpenError> {
         Ok(file)
     });
     let file = file.map_err(OpenError::KnownAnswer)?;
-    let config = ModelConfig { path: file.path(), vocab_only: false, repack: false };
+    let config = ModelConfig { path: file.path(), vocab_only: false, repack: false, offload: None };
     let model = Arc::new(Model::load(&config, |_| true)?);
     let vocab = model.vocab_size();
     let shape = Shape {
@@ -87,9 +91,38 @@ pub(crate) fn known_answer() -> Result<[u8; 32], OpenError> {
     Ok(hash.finalize().into())
 }
 
-/// The architecture and the widest vector extension that the arithmetic was compiled for, as in `x86_64-avx2`.
-pub(crate) fn instruction_set() -> String {
-    name_instruction_set(std::env::consts::ARCH, &ffi::system_info())
+/// The architecture and the widest vector extension that the arithmetic was compiled for, as in `x86_64-avx2`; with a card,
+/// also its backend and name, as in `x86_64-avx2+CUDA NVIDIA H100 80GB HBM3`: other cards compute other bits.
+pub(crate) fn instruction_set(card: Option<&Device>) -> String {
+    let processor = name_instruction_set(std::env::consts::ARCH, &ffi::system_info());
+    match card {
+        Some(card) => format!("{processor}+{} {}", card.backend, card.description),
+        None => processor,
+    }
+}
+
+/// Whether this backend keeps the exact profile's promise with the model that it holds: a prompt gives the same bits in one
+/// batch, in chunks, and position by position. Leaves slot 0 empty.
+pub(crate) fn is_exact(backend: &mut LlamaBackend, shape: &Shape) -> Result<bool, DecodeError> {
+    let length = shape.context.min(TRIAL_ROWS).min(shape.batch);
+    let token = |position: u32| (position * 61 + 17) % shape.vocab.max(1);
+    let mut run = |chunk: u32| -> Result<Vec<u32>, DecodeError> {
+        backend.truncate(0, 0);
+        for from in (0..length).step_by(chunk as usize) {
+            let upto = (from + chunk).min(length);
+            let rows: Vec<BatchRow> = (from..upto)
+                .map(|position| BatchRow { slot: 0, position, token: token(position), output: position + 1 == upto })
+                .collect();
+            backend.evaluate(&rows)?;
+            if upto == length {
+                return Ok(backend.logits(rows.len() - 1)?.iter().map(|logit| logit.to_bits()).collect());
+            }
+        }
+        Ok(Vec::new())
+    };
+    let (whole, chunked, single) = (run(length)?, run(TRIAL_CHUNK)?, run(1)?);
+    backend.truncate(0, 0);
+    Ok(whole == chunked && whole == single)
 }
 
 fn name_instruction_set(arch: &str, info: &str) -> String {

@@ -21,6 +21,7 @@ mod backend;
 pub mod bare;
 mod child;
 mod crowd;
+mod devices;
 mod engine;
 mod facts;
 mod ffi;
@@ -34,6 +35,7 @@ mod wire;
 mod worker;
 
 pub use child::{SpawnError, WorkerProgram};
+pub use devices::{Device, DeviceKind, LOADS_BACKENDS, Offload, libraries_beside, list_devices};
 pub use engine::{EngineConfig, LlamaEngine};
 pub use settings::{ArgsError, BATCH, DEFAULT_CONTEXT, EngineSettings, MAX_SLOTS, WorkerArgs, default_threads};
 pub use tokenizer::{LlamaTokenizer, MAX_TEXT, TokenizerConfig};

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use satgrid_engine::port::Profile;
 
+use crate::devices::Offload;
+
 /// Most sequences that llama.cpp can hold in one context.
 pub const MAX_SLOTS: u32 = 256;
 /// Most positions in one batch: llama.cpp cannot stop inside one, so this bounds how long a cancellation waits.
@@ -23,6 +25,8 @@ pub struct EngineSettings {
     /// Positions of prompt and output that one job may hold; memory is taken for `slots` times this. 0 means the
     /// model's own context, but no more than [`DEFAULT_CONTEXT`].
     pub context: u32,
+    /// The device that it runs on.
+    pub offload: Offload,
 }
 
 /// Positions for each job where the settings name none.
@@ -35,6 +39,8 @@ pub enum WorkerArgs {
     Engine(EngineSettings),
     /// Tokenise with the vocabulary of this file; weights, if it has any, are not loaded.
     Tokenizer { artefact: PathBuf },
+    /// Print the devices that this build finds, one on a line.
+    Devices,
     /// Measure the bare engine, without a socket, and print a line of figures (see [`crate::bare`]).
     Bare(EngineSettings, crate::bare::Load),
 }
@@ -62,6 +68,10 @@ impl WorkerArgs {
                 add("--tokenizer", artefact.into());
                 return args;
             }
+            Self::Devices => {
+                add("--devices", "list".into());
+                return args;
+            }
             Self::Engine(engine) => engine,
             Self::Bare(engine, load) => {
                 add("--bare-streams", load.streams.to_string().into());
@@ -75,6 +85,12 @@ impl WorkerArgs {
         add("--threads", engine.threads.to_string().into());
         add("--slots", engine.slots.to_string().into());
         add("--context", engine.context.to_string().into());
+        if let Some(device) = &engine.offload.device {
+            add("--device", device.into());
+        }
+        if let Some(layers) = engine.offload.layers {
+            add("--gpu-layers", layers.to_string().into());
+        }
         args
     }
 
@@ -86,6 +102,7 @@ impl WorkerArgs {
             threads: default_threads(),
             slots: 1,
             context: 0,
+            offload: Offload::default(),
         };
         let mut artefact = None;
         let mut load = crate::bare::Load { streams: 0, prompt: 0, output: 0 };
@@ -105,6 +122,9 @@ impl WorkerArgs {
                 "--threads" => engine.threads = number()?,
                 "--slots" => engine.slots = number()?,
                 "--context" => engine.context = number()?,
+                "--device" => engine.offload.device = Some(value.to_string_lossy().into_owned()),
+                "--gpu-layers" => engine.offload.layers = Some(number()?),
+                "--devices" => return Ok(Self::Devices),
                 "--bare-streams" => load.streams = number()?,
                 "--bare-prompt" => load.prompt = number()?,
                 "--bare-output" => load.output = number()?,
@@ -124,7 +144,7 @@ impl WorkerArgs {
 pub(crate) fn environment(args: &WorkerArgs) -> Vec<(&'static str, &'static str)> {
     let profile = match args {
         WorkerArgs::Engine(engine) | WorkerArgs::Bare(engine, _) => engine.profile,
-        WorkerArgs::Tokenizer { .. } => return Vec::new(),
+        WorkerArgs::Tokenizer { .. } | WorkerArgs::Devices => return Vec::new(),
     };
     match profile {
         // The tiled product rounds differently from the row by row one, and is chosen by the number of rows.
@@ -165,12 +185,14 @@ mod tests {
             threads: 3,
             slots: 16,
             context: 2048,
+            offload: Offload { device: Some("CUDA0".into()), layers: Some(20) },
         };
         let load = crate::bare::Load { streams: 16, prompt: 64, output: 128 };
         for args in [
             WorkerArgs::Engine(engine.clone()),
             WorkerArgs::Tokenizer { artefact: "t.gguf".into() },
             WorkerArgs::Bare(engine, load),
+            WorkerArgs::Devices,
         ] {
             assert_eq!(WorkerArgs::parse(args.to_args()), Ok(args));
         }

@@ -16,8 +16,9 @@ use satgrid_engine::port::{Command, EngineFacts, SpecialTokens, TokenizerError};
 
 use crate::backend::LlamaBackend;
 use crate::bare;
+use crate::devices;
 use crate::facts;
-use crate::ffi::{Model, ModelConfig};
+use crate::ffi::{self, Model, ModelConfig};
 use crate::model_file;
 use crate::scheduler::Scheduler;
 use crate::settings::{BATCH, EngineSettings, WorkerArgs};
@@ -50,6 +51,12 @@ pub fn worker_main(args: WorkerArgs) -> u8 {
                 NOT_LOADED
             }
         },
+        WorkerArgs::Devices => {
+            for (_, device) in ffi::devices() {
+                println!("{}", devices::to_line(&device));
+            }
+            GONE
+        }
         WorkerArgs::Engine(settings) => {
             limit(None);
             serve(|link| run_engine(&settings, link))
@@ -172,7 +179,7 @@ fn run_engine(settings: &EngineSettings, link: &mut Link) -> Result<(), Stop> {
         tokenizer_hash: file.tokenizer_hash,
         profile: settings.profile,
         build_id: facts::build_id(&known_answer),
-        instruction_set: facts::instruction_set(),
+        instruction_set: facts::instruction_set(backend.card()),
         slots: shape.slots,
         context: shape.context,
         batch: BATCH,
@@ -229,7 +236,7 @@ fn drive(scheduler: &mut Scheduler, backend: &mut LlamaBackend, link: &mut Link)
 
 fn run_tokenizer(artefact: &Path, link: &mut Link) -> Result<(), Stop> {
     link.send(&FromWorker::Loading { permille: 0 })?;
-    let config = ModelConfig { path: artefact, vocab_only: true, repack: false };
+    let config = ModelConfig { path: artefact, vocab_only: true, repack: false, offload: None };
     let model = Model::load(&config, |_| true).map_err(|error| Stop::LoadFailed(error.to_string()))?;
     let facts = vocab_facts(&model).map_err(Stop::LoadFailed)?;
     link.send(&FromWorker::TokenizerReady(Box::new(facts)))?;

@@ -166,6 +166,12 @@ pub(crate) struct DemoArgs {
     /// The longest answer
     #[arg(long, default_value_t = 96, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub max_tokens: u32,
+    /// Sequences in one batch of each provider's engine
+    #[arg(long, hide = true, default_value_t = 4)]
+    pub slots: u32,
+    /// The engines' profile
+    #[arg(long, hide = true, default_value = "exact")]
+    pub profile: String,
     /// Kill the serving provider (SIGKILL) after so many pieces of text: the other one is to go on
     #[arg(long, hide = true, value_name = "N")]
     pub kill_provider_after: Option<u32>,
@@ -207,6 +213,16 @@ pub(crate) enum ModelsCommand {
     List,
     /// Describe a model, by name or path
     Show { model: String },
+    /// Write a model of a real shape with random weights, for benchmarks
+    Random {
+        /// llama-8b, llama-1b or moe-4b
+        shape: String,
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+        /// Fewer or more layers than the shape has
+        #[arg(long)]
+        layers: Option<u32>,
+    },
     /// Read the files again and compare their SHA-256; all of them where none is named
     Verify { models: Vec<String> },
 }

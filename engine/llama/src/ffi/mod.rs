@@ -7,10 +7,12 @@
 #![allow(unsafe_code)]
 
 mod context;
+mod devices;
 mod log;
 mod model;
 
 pub(crate) use context::{BatchRow, Context, ContextConfig, DecodeError};
+pub(crate) use devices::{Handle, devices};
 pub(crate) use model::{LoadError, Model, ModelConfig};
 
 use std::sync::Once;
@@ -22,10 +24,24 @@ pub(crate) fn start_backend() {
     static START: Once = Once::new();
     START.call_once(|| {
         log::install();
-        // SAFETY: takes no argument and is called once, before any other use of the library. Backends are those linked in:
-        // `ggml_backend_load_all` would also look for libraries in the working directory.
+        #[cfg(feature = "gpu")]
+        load_backends();
+        // SAFETY: takes no argument and is called once, before any other use of the library. Without the feature the
+        // backends are those linked in.
         unsafe { sys::llama_backend_init() }
     });
+}
+
+/// Loads every backend that lies beside the executable, and none from anywhere else: `ggml_backend_load_all` would also
+/// look in the working directory.
+#[cfg(feature = "gpu")]
+fn load_backends() {
+    let Ok(exe) = std::env::current_exe() else { return };
+    let dir = exe.parent().and_then(|dir| dir.to_str()).and_then(|dir| std::ffi::CString::new(dir).ok());
+    if let Some(dir) = dir {
+        // SAFETY: a string ended by NUL that outlives the call.
+        unsafe { sys::ggml_backend_load_all_from_path(dir.as_ptr()) }
+    }
 }
 
 /// The features that ggml was compiled with and found, as it prints them: `CPU : SSE3 = 1 | AVX2 = 1 | ...`.

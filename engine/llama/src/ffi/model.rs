@@ -16,6 +16,8 @@ pub(crate) struct ModelConfig<'a> {
     pub(crate) vocab_only: bool,
     /// Repacked weights: faster, but prefill and decode then round differently.
     pub(crate) repack: bool,
+    /// The device that holds the last layers, and how many; else everything is the processor's.
+    pub(crate) offload: Option<(super::Handle, u32)>,
 }
 
 /// Why a file did not become a model. The reason is llama.cpp's own last word.
@@ -53,12 +55,20 @@ impl Model {
         };
         super::log::take_complaints();
         let mut callback: &mut dyn FnMut(f32) -> bool = &mut progress;
-        // SAFETY: the parameters come from the library's own defaults; the path and the callback's data outlive the call,
-        // which is the only time that the library uses them. The tensor lists are left null, which means none.
+        // Ended by null; without a device the list is empty, so that no card is taken unasked.
+        let mut devices = [config.offload.map_or(std::ptr::null_mut(), |(device, _)| device.0), std::ptr::null_mut()];
+        // The library counts the output head as one more layer.
+        let layers =
+            config.offload.map_or(0, |(_, layers)| i32::try_from(layers).map_or(i32::MAX, |n| n.saturating_add(1)));
+        // SAFETY: the parameters come from the library's own defaults; the path, the devices and the callback's data outlive
+        // the call, which is the only time that the library uses them. The tensor lists are left null, which means none.
         let model = unsafe {
             let mut params = sys::llama_model_default_params();
             params.vocab_only = config.vocab_only;
             params.use_extra_bufts = config.repack;
+            params.devices = devices.as_mut_ptr();
+            params.n_gpu_layers = layers;
+            params.split_mode = sys::LLAMA_SPLIT_MODE_NONE;
             params.progress_callback = Some(on_progress);
             params.progress_callback_user_data = (&raw mut callback).cast::<c_void>();
             sys::llama_model_load_from_file(c_path.as_ptr(), params)

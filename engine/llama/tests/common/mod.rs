@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use satgrid_engine::port::{Command, Engine, EngineEvent, FinishReason, Job, JobError, JobId, Profile};
 use satgrid_engine::sampling::Sampling;
-use satgrid_engine_llama::{EngineConfig, EngineSettings, LlamaEngine, SpawnError, WorkerProgram};
+use satgrid_engine_llama::{EngineConfig, EngineSettings, LlamaEngine, Offload, SpawnError, WorkerProgram};
 use tokio::time::timeout;
 
 /// Longest that a test waits for anything; only a hang ever takes so long.
@@ -54,7 +54,14 @@ impl TinyModel {
 }
 
 pub fn settings(model: &Path, profile: Profile, slots: u32) -> EngineSettings {
-    EngineSettings { model: model.to_path_buf(), profile, threads: 1, slots, context: 1024 }
+    EngineSettings {
+        model: model.to_path_buf(),
+        profile,
+        threads: 1,
+        slots,
+        context: 1024,
+        offload: Offload::default(),
+    }
 }
 
 pub async fn spawn(settings: EngineSettings) -> Result<Arc<LlamaEngine>, SpawnError> {

@@ -1,5 +1,7 @@
 //! `satgrid doctor`: what this machine lacks for what the configuration asks, each lack with its remedy.
 
+mod devices;
+
 use serde::Serialize;
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs, UdpSocket};
 use std::path::Path;
@@ -58,6 +60,7 @@ pub(super) fn run(globals: &Globals) -> anyhow::Result<()> {
     if config.is_provider() {
         findings.extend(models_for_sale(config));
         findings.push(processor());
+        findings.extend(devices::findings(config));
     }
     findings.push(pip());
     show(globals.format, &findings)?;

@@ -1,6 +1,10 @@
 //! `satgrid models pull|list|show|verify`.
 
+use anyhow::Context as _;
+use satgrid_engine::random_model::{RandomModel, SHAPES};
 use serde_json::json;
+use std::fs::File;
+use std::io::{BufWriter, Write as _};
 use std::path::Path;
 
 use super::print;
@@ -12,6 +16,9 @@ use crate::models::{
 };
 use crate::progress::{Bytes, megabytes};
 
+/// More layers than any published model has.
+const MAX_RANDOM_LAYERS: u32 = 512;
+
 pub(super) fn run(globals: &Globals, command: &ModelsCommand) -> anyhow::Result<()> {
     let config = globals.load()?.config.models;
     let store = Store::new(&config.dir);
@@ -19,6 +26,7 @@ pub(super) fn run(globals: &Globals, command: &ModelsCommand) -> anyhow::Result<
         ModelsCommand::Pull { reference, name } => fetch(globals, &config, &store, reference, name.as_deref()),
         ModelsCommand::List => list(globals, &store),
         ModelsCommand::Show { model } => show(globals, &store, model),
+        ModelsCommand::Random { shape, out, layers } => random(globals, shape, out, *layers),
         ModelsCommand::Verify { models } => verify(globals, &store, models),
     }
 }
@@ -50,6 +58,31 @@ fn fetch(globals: &Globals, config: &Models, store: &Store, reference: &str, nam
             "name": pulled.record.name, "path": pulled.path, "bytes": pulled.record.bytes,
             "sha256": pulled.record.sha256, "source": pulled.record.source, "cached": pulled.cached,
         })),
+    }
+}
+
+/// The seed of every benchmark's model: the same file everywhere.
+const RANDOM_SEED: u64 = 1;
+
+fn random(globals: &Globals, shape: &str, out: &Path, layers: Option<u32>) -> anyhow::Result<()> {
+    let known = SHAPES.map(|shape| shape.name).join(", ");
+    let Some(model) = RandomModel::named(shape) else {
+        return Err(anyhow::anyhow!("no shape {shape:?}")).hint(format!("shapes: {known}"));
+    };
+    let model = RandomModel { layers: layers.unwrap_or(model.layers).clamp(1, MAX_RANDOM_LAYERS), ..model };
+    let bytes = model.tensor_bytes()?;
+    let written = || -> anyhow::Result<()> {
+        let mut file = BufWriter::new(File::create_new(out)?);
+        let bar = Bytes::new("writing", bytes);
+        model.write(&mut file, RANDOM_SEED, |more| bar.add(more))?;
+        file.flush()?;
+        bar.finish();
+        Ok(())
+    };
+    written().with_context(|| format!("{}", out.display()))?;
+    match globals.format {
+        Format::Text => print::out(&format!("{}: {} of random weights", out.display(), megabytes(bytes))),
+        Format::Json => print::json(&json!({ "path": out, "shape": model.name, "tensor_bytes": bytes })),
     }
 }
 

@@ -142,6 +142,10 @@ pub(crate) struct ModelForSale {
     pub context: Option<u32>,
     /// Engine threads; unset: one for each physical core.
     pub threads: Option<u32>,
+    /// As `satgrid doctor` names it (`CUDA0`), or `cpu`; unset: the card with the most free memory, if this build has any.
+    pub device: Option<String>,
+    /// Layers on the device; unset: as many as fit.
+    pub gpu_layers: Option<u32>,
 }
 
 fn default_slots() -> u32 {

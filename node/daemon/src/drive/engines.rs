@@ -8,7 +8,7 @@ use anyhow::Context;
 use bytes::Bytes;
 use ed25519_dalek::SigningKey;
 use satgrid_engine::port::{Engine, EngineFacts, Profile};
-use satgrid_engine_llama::{EngineConfig, EngineSettings, LlamaEngine, WorkerProgram, default_threads};
+use satgrid_engine_llama::{EngineConfig, EngineSettings, LlamaEngine, Offload, WorkerProgram, default_threads};
 use satgrid_node::provider::EngineId;
 use satgrid_protocol_quic::artefact::Artefacts;
 use satgrid_types::{
@@ -67,6 +67,7 @@ async fn start_one(config: &Config, model: &config::ModelForSale, id: EngineId) 
         threads: model.threads.unwrap_or_else(default_threads),
         slots: model.slots,
         context: model.context.unwrap_or(0),
+        offload: Offload { device: model.device.clone(), layers: model.gpu_layers },
     };
     tracing::info!(model = %name, profile = settings.profile.name(), slots = settings.slots, "loading");
     let engine = LlamaEngine::spawn(EngineConfig { program: worker_program()?, settings }, |_| {}).await?;

@@ -66,7 +66,7 @@ pub(super) fn run(globals: &Globals, args: &DemoArgs) -> anyhow::Result<()> {
     let models = Globals { dir: None, ..globals.clone() }.load()?.config.models;
     let clock = Clock::start();
     free_port(args.port)?;
-    let for_sale = for_sale(&models, args.model.as_deref())?;
+    let for_sale = for_sale(&models, args)?;
     let dir = globals.dir.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_DIR));
     let dir = nodes::fresh_dir(&std::path::absolute(dir)?)?;
     // One thread: a child is told of its parent's end when the thread that started it ends.
@@ -144,16 +144,18 @@ fn free_port(port: u16) -> anyhow::Result<()> {
 }
 
 /// The model, in the store and known by its root.
-fn for_sale(config: &crate::config::Models, file: Option<&Path>) -> anyhow::Result<ForSale> {
+fn for_sale(config: &crate::config::Models, args: &DemoArgs) -> anyhow::Result<ForSale> {
+    let (slots, profile) = (args.slots, args.profile.clone());
     let store = Store::new(&config.dir);
     let models_dir = config.dir.clone();
-    let Some(file) = file else {
+    let Some(file) = args.model.as_deref() else {
         let Some(entry) = CATALOGUE.first() else { bail!("this build knows no model; name one with --model") };
         let hub = HubOptions { chunk_bytes: CHUNK_BYTES, endpoint: None, token: None };
         let pulled = pull(&store, &Reference::Catalogue(entry), None, &hub, Bytes::new);
         let pulled = pulled.hint("--model FILE uses a GGUF file of yours instead")?;
         let has_template = inspect(&pulled.path)?.has_template;
-        return Ok(ForSale { name: pulled.record.name, path: pulled.path, has_template, catalogue: None, models_dir });
+        let name = pulled.record.name;
+        return Ok(ForSale { name, path: pulled.path, has_template, catalogue: None, slots, profile, models_dir });
     };
     let path = std::path::absolute(file)?;
     let identified = match identify(&store, &path, Bytes::new) {
@@ -173,5 +175,5 @@ fn for_sale(config: &crate::config::Models, file: Option<&Path>) -> anyhow::Resu
         hex::encode(identified.inspected.tokenizer.hash),
     );
     let has_template = identified.inspected.has_template;
-    Ok(ForSale { name: stem, path, has_template, catalogue: Some(catalogue), models_dir })
+    Ok(ForSale { name: stem, path, has_template, catalogue: Some(catalogue), slots, profile, models_dir })
 }

@@ -28,8 +28,6 @@ const WINDOW_TOKENS: u32 = 32;
 pub(super) const REFUND_DUST_SAT: u64 = 1;
 /// A block reward is more than the cap that a careful operator sets.
 const MAX_BALANCE_SAT: u64 = 21_000_000 * 100_000_000;
-/// Sequences at once; each takes memory for its context.
-const SLOTS: u32 = 4;
 /// A provider hashes, loads and measures a model before it answers.
 const UP_WITHIN: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(50);
@@ -44,6 +42,9 @@ pub(super) struct ForSale {
     pub(super) has_template: bool,
     /// The consumer's own catalogue, where the shipped one does not know the model.
     pub(super) catalogue: Option<String>,
+    /// Sequences at once; each takes memory for its context.
+    pub(super) slots: u32,
+    pub(super) profile: String,
     pub(super) models_dir: PathBuf,
 }
 
@@ -230,9 +231,11 @@ impl Market {
             let [quic] = free_ports()?;
             let model = format!(
                 "[{{ path = {}, alias = {}, price_in_msat_per_mtok = {INPUT_PRICE}, \
-                 price_out_msat_per_mtok = {price}, slots = {SLOTS}, context = 2048 }}]",
+                 price_out_msat_per_mtok = {price}, slots = {}, profile = {}, context = 2048 }}]",
                 text(for_sale.path.display()),
                 text(&for_sale.name),
+                for_sale.slots,
+                text(&for_sale.profile),
             );
             let set = BTreeMap::from([
                 ("node.roles", "[\"provider\"]".to_owned()),
