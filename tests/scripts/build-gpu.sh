@@ -41,4 +41,5 @@ if [ -z "${backends// /}" ]; then
 fi
 echo "== $out"
 ls -l "$out"
+echo "sources of the backends: $sources/ggml"
 "$out/satgrid" engine-worker --devices list
