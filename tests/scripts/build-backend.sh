@@ -7,7 +7,7 @@ backend="$1"
 ggml="$(cd "$2" && pwd)"
 out="$(mkdir -p "${OUT:-.}" && cd "${OUT:-.}" && pwd)"
 work="${WORK:-$(mktemp -d)}"
-flags=(-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_BACKEND_DL=ON -DGGML_NATIVE=OFF -DGGML_CPU=OFF)
+flags=(-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_BACKEND_DL=ON -DGGML_NATIVE=OFF -DGGML_CPU=OFF -DGGML_BUILD_TESTS=OFF -DGGML_BUILD_EXAMPLES=OFF)
 case "$backend" in
     # NCCL is for one model over several cards, which here are several processes.
     cuda) flags+=(-DGGML_CUDA=ON -DGGML_CUDA_NCCL=OFF "-DCMAKE_CUDA_ARCHITECTURES=${CUDA_ARCH:-native}") ;;

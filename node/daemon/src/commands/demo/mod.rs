@@ -28,7 +28,7 @@ mod show;
 use anyhow::{Context, bail};
 use serde_json::json;
 use std::net::{Ipv4Addr, TcpListener};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

@@ -107,7 +107,7 @@ mod tests {
     fn the_first_lack_is_named() {
         let card =
             |driver: Option<&str>| Card { what: "a card".into(), backend: "cuda", driver: driver.map(str::to_owned) };
-        let library = vec!["libggml-cpu.so".to_owned(), "libggml-cuda.so".to_owned()];
+        let library = ["libggml-cpu.so".to_owned(), "libggml-cuda.so".to_owned()];
         let rows = [
             (true, &library[..], None, "driver is not loaded"),
             (false, &[], Some("580"), "processor's backend alone"),
