@@ -7,8 +7,10 @@
 //!   prompt.
 //! - [`gguf`], [`facts`], [`root`], [`tokenizer_artefact`]: what a model file says, and the hashes that name it;
 //!   [`memory`]: what it will need.
+//! - [`part`]: layers `[a, b)` of a model as a file of their own that proves which model they are of.
 //! - [`stage`]: a model over several machines: the ports of a stage and of the ring between, and hidden rows as bytes.
-//! - [`random_model`]: real shapes with random weights, for benchmarks. [`tiny`]: a seeded random model for tests. `toy` (a feature): a deterministic engine without weights, for tests
+//! - [`random_model`]: real shapes with random weights, for benchmarks. [`tiny`], [`tiny_shapes`]: seeded random models
+//!   for tests. `toy` (a feature): a deterministic engine without weights, for tests
 //!   and simulation.
 //!
 //! This crate never opens a file or socket, reads no clock and no random source: bytes, seeds, dates and
@@ -21,6 +23,7 @@ pub mod conformance;
 pub mod facts;
 pub mod gguf;
 pub mod memory;
+pub mod part;
 pub mod port;
 pub mod random_model;
 pub mod root;
@@ -29,6 +32,7 @@ pub mod stage;
 pub mod stop;
 pub mod template;
 pub mod tiny;
+pub mod tiny_shapes;
 pub mod tokenizer_artefact;
 #[cfg(feature = "toy")]
 pub mod toy;

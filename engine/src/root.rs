@@ -14,6 +14,7 @@
 //! The tokenizer has a hash of its own (`tokenizer_artefact`). A prover can show one tensor with a path of log2(n)
 //! hashes.
 
+use std::collections::BTreeMap;
 use std::io::{Read, Seek};
 
 use sha2::{Digest, Sha256};
@@ -42,15 +43,39 @@ impl ModelRoot {
     ) -> Result<Self, GgufError> {
         let mut hashed = Vec::with_capacity(gguf.tensors.len());
         for tensor in &gguf.tensors {
-            hashed.push((tensor, hash_tensor(reader, gguf, tensor, progress)?));
+            hashed.push((tensor, data_hash(reader, gguf, tensor, progress)?));
         }
+        Ok(Self::of(gguf, hashed))
+    }
+
+    /// The root of a model whose tensors' hashes are known; `None` unless there is one for each tensor.
+    pub fn from_hashes(gguf: &Gguf, hashes: Vec<(String, [u8; 32])>) -> Option<Self> {
+        let hashes: BTreeMap<String, [u8; 32]> = hashes.into_iter().collect();
+        if hashes.len() != gguf.tensors.len() {
+            return None;
+        }
+        let hashed: Option<Vec<_>> = gguf.tensors.iter().map(|t| Some((t, *hashes.get(&t.name)?))).collect();
+        Some(Self::of(gguf, hashed?))
+    }
+
+    fn of(gguf: &Gguf, mut hashed: Vec<(&Tensor, [u8; 32])>) -> Self {
         hashed.sort_by(|(a, _), (b, _)| a.name.as_bytes().cmp(b.name.as_bytes()));
 
         let mut leaves = vec![leaf_hash(&metadata_leaf(gguf))];
         leaves.extend(hashed.iter().map(|(tensor, data)| leaf_hash(&tensor_leaf(tensor, data))));
         let tensors = hashed.into_iter().map(|(tensor, data)| (tensor.name.clone(), data)).collect();
-        Ok(Self { root: merkle_root(&leaves), leaves, tensors })
+        Self { root: merkle_root(&leaves), leaves, tensors }
     }
+}
+
+/// The hash of a tensor's data that goes into its leaf.
+pub fn data_hash<R: Read + Seek>(
+    reader: &mut R,
+    gguf: &Gguf,
+    tensor: &Tensor,
+    progress: &mut dyn FnMut(u64),
+) -> Result<[u8; 32], GgufError> {
+    hash_tensor(reader, gguf, tensor, progress)
 }
 
 fn metadata_leaf(gguf: &Gguf) -> Vec<u8> {

@@ -62,10 +62,7 @@ pub(crate) struct LlamaBackend {
 impl LlamaBackend {
     /// Loads the model and takes the context's memory. `progress` hears thousandths of the load.
     pub(crate) fn open(settings: &EngineSettings, mut progress: impl FnMut(u32)) -> Result<(Self, Shape), OpenError> {
-        check_processor()?;
-        if settings.profile == Profile::Exact && std::env::var_os(TILED_PRODUCT).is_none_or(|value| value != "0") {
-            return Err(OpenError::TiledProduct);
-        }
+        check_start(settings.profile)?;
         if settings.slots == 0 || settings.slots > MAX_SLOTS {
             return Err(OpenError::Slots { slots: settings.slots });
         }
@@ -149,6 +146,7 @@ impl LlamaBackend {
             threads,
             unified: !exact,
             flash: !exact,
+            capture: false,
         };
         let no_memory = OpenError::NoMemory { slots: shape.slots, context: shape.context };
         let eog = (0..model.vocab_size()).filter(|&token| model.is_eog(token)).collect();
@@ -196,6 +194,16 @@ impl LlamaBackend {
     }
 }
 
+impl LlamaBackend {
+    /// As `evaluate`, over hidden rows instead of tokens: the last layers of a model.
+    pub(crate) fn evaluate_hidden(&mut self, rows: &[BatchRow], hidden: &[f32]) -> Result<(), DecodeError> {
+        let begin = Instant::now();
+        let result = self.context.decode_hidden(rows, hidden);
+        self.mind_the_crowd(begin.elapsed());
+        result
+    }
+}
+
 impl Backend for LlamaBackend {
     fn evaluate(&mut self, rows: &[BatchRow]) -> Result<(), DecodeError> {
         let begin = Instant::now();
@@ -225,6 +233,15 @@ impl Backend for LlamaBackend {
     fn piece(&self, token: u32) -> Vec<u8> {
         self.context.model().piece(token, false).unwrap_or_default()
     }
+}
+
+/// What must hold before a model is loaded.
+pub(crate) fn check_start(profile: Profile) -> Result<(), OpenError> {
+    check_processor()?;
+    if profile == Profile::Exact && std::env::var_os(TILED_PRODUCT).is_none_or(|value| value != "0") {
+        return Err(OpenError::TiledProduct);
+    }
+    Ok(())
 }
 
 /// Refuses to start where the first product would be an illegal instruction.

@@ -92,8 +92,14 @@ impl Child {
                     child.end().await;
                     return Err(SpawnError::LoadFailed { reason });
                 }
-                ready @ (FromWorker::EngineReady(_) | FromWorker::TokenizerReady(_)) => return Ok((child, ready)),
-                FromWorker::Events(_) | FromWorker::Tokenized(_) | FromWorker::Named(_) => {
+                ready @ (FromWorker::EngineReady(_) | FromWorker::TokenizerReady(_) | FromWorker::StageReady(_)) => {
+                    return Ok((child, ready));
+                }
+                FromWorker::Events(_)
+                | FromWorker::Tokenized(_)
+                | FromWorker::Named(_)
+                | FromWorker::StageEvents(_)
+                | FromWorker::Ring(_) => {
                     return Err(SpawnError::Protocol("an answer before it was ready".into()));
                 }
             }

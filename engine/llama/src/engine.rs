@@ -1,34 +1,14 @@
-//! The `Engine` port over a child process, which is started, watched and restarted here.
-//!
-//! | state    | awaits                             | leaves with                                                        |
-//! |----------|------------------------------------|--------------------------------------------------------------------|
-//! | up       | commands, events, the child's end  | `Down` when the socket closes; shut down                           |
-//! | down     | the wait before the next start     | up (`Up` told); down again with a longer wait; shut down           |
-//! | shut down | nothing                           | never: the events end                                              |
-//!
-//! A command reaches the child that was up when it was sent, or none: none of an earlier child's commands is ever played to
-//! a later one. What the node knows of a job dies with `Down`; the job itself is the node's to start again.
+//! The `Engine` port over a child process that runs a whole model; `keeper` starts, watches and restarts it.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use satgrid_engine::port::{Command, Engine, EngineDown, EngineEvent, EngineFacts};
-use tokio::io::AsyncWriteExt;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, channel, unbounded_channel};
-use tokio::sync::watch;
 
-use crate::child::{Child, SpawnError, WorkerProgram, end_process};
+use crate::child::{SpawnError, WorkerProgram};
+use crate::keeper::{Kept, Trade};
 use crate::settings::{EngineSettings, WorkerArgs};
-use crate::wire::{self, FromWorker, ToWorker};
-
-/// The wait before the first restart; each failure doubles it up to the longest.
-const FIRST_WAIT: Duration = Duration::from_millis(100);
-const LONGEST_WAIT: Duration = Duration::from_secs(30);
-/// A child that served this long was well: the next wait is the first again.
-const WELL_AFTER: Duration = Duration::from_secs(60);
-/// Messages of the child that wait to be passed on.
-const INBOX: usize = 64;
+use crate::wire::{FromWorker, ToWorker};
 
 /// What to run and with which program.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,25 +19,38 @@ pub struct EngineConfig {
 
 /// A model that runs in a child process. Dropping it ends the process.
 pub struct LlamaEngine {
-    shared: Arc<Shared>,
-    events: tokio::sync::Mutex<UnboundedReceiver<EngineEvent>>,
-    shut_down: watch::Sender<bool>,
+    kept: Kept<Whole>,
 }
 
-struct Shared {
-    /// The way to the child that is up; none while there is none.
-    link: Mutex<Option<Up>>,
-    facts: RwLock<EngineFacts>,
-}
+struct Whole;
 
-struct Up {
-    commands: UnboundedSender<Command>,
-    process: Option<u32>,
-}
+impl Trade for Whole {
+    type Command = Command;
+    type Event = EngineEvent;
+    type Facts = EngineFacts;
 
-impl Shared {
-    fn link(&self) -> MutexGuard<'_, Option<Up>> {
-        self.link.lock().unwrap_or_else(PoisonError::into_inner)
+    fn ready(message: FromWorker) -> Option<EngineFacts> {
+        if let FromWorker::EngineReady(facts) = message { Some(*facts) } else { None }
+    }
+
+    fn same(known: &EngineFacts, new: &EngineFacts) -> bool {
+        new.model_root == known.model_root && new.build_id == known.build_id
+    }
+
+    fn to_worker(command: Command) -> ToWorker {
+        ToWorker::Command(command)
+    }
+
+    fn events(message: FromWorker) -> Option<Vec<EngineEvent>> {
+        if let FromWorker::Events(events) = message { Some(events) } else { None }
+    }
+
+    fn down(reason: String) -> EngineEvent {
+        EngineEvent::Down { reason }
+    }
+
+    fn up() -> EngineEvent {
+        EngineEvent::Up
     }
 }
 
@@ -66,186 +59,32 @@ impl LlamaEngine {
     ///
     /// Only the first start can fail here. Later ones are tried again for as long as the engine is wanted.
     pub async fn spawn(config: EngineConfig, progress: impl FnMut(u32)) -> Result<Arc<Self>, SpawnError> {
-        let args = WorkerArgs::Engine(config.settings.clone());
-        let (child, facts) = start(&config.program, &args, progress).await?;
-        let shared = Arc::new(Shared { link: Mutex::new(None), facts: RwLock::new(facts) });
-        let (event_sink, events) = unbounded_channel();
-        let (shut_down, stop) = watch::channel(false);
-        let keeper = Keeper { program: config.program, args, shared: Arc::clone(&shared), events: event_sink, stop };
-        let commands = keeper.put_up(&child);
-        tokio::spawn(keeper.keep(child, commands));
-        Ok(Arc::new(Self { shared, events: tokio::sync::Mutex::new(events), shut_down }))
+        let kept = Kept::spawn(config.program, WorkerArgs::Engine(config.settings), progress).await?;
+        Ok(Arc::new(Self { kept }))
     }
 
     /// Ends the child. Events already told can still be read; then they end.
     pub fn shut_down(&self) {
-        self.shared.link().take();
-        self.shut_down.send_replace(true);
+        self.kept.shut_down();
     }
 
     /// The child's process id, while it is up. For operators' displays, and for tests that kill it.
     pub fn process_id(&self) -> Option<u32> {
-        self.shared.link().as_ref().and_then(|up| up.process)
-    }
-}
-
-impl Drop for LlamaEngine {
-    fn drop(&mut self) {
-        self.shut_down();
+        self.kept.process_id()
     }
 }
 
 #[async_trait]
 impl Engine for LlamaEngine {
     fn facts(&self) -> EngineFacts {
-        self.shared.facts.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.kept.facts()
     }
 
     fn send(&self, command: Command) -> Result<(), EngineDown> {
-        match self.shared.link().as_ref() {
-            Some(up) => up.commands.send(command).map_err(|_| EngineDown),
-            None => Err(EngineDown),
-        }
+        self.kept.send(command)
     }
 
     async fn next_event(&self) -> Option<EngineEvent> {
-        self.events.lock().await.recv().await
-    }
-}
-
-/// The task that owns the child.
-struct Keeper {
-    program: WorkerProgram,
-    args: WorkerArgs,
-    shared: Arc<Shared>,
-    events: UnboundedSender<EngineEvent>,
-    stop: watch::Receiver<bool>,
-}
-
-impl Keeper {
-    async fn keep(mut self, mut child: Child, mut commands: UnboundedReceiver<Command>) {
-        let mut wait = FIRST_WAIT;
-        loop {
-            let since = Instant::now();
-            let Some(how) = self.serve(child, commands).await else { return };
-            tracing::error!(how, "the engine process ended");
-            if self.tell(EngineEvent::Down { reason: format!("the engine process {how}") }).is_none() {
-                return;
-            }
-            if since.elapsed() >= WELL_AFTER {
-                wait = FIRST_WAIT;
-            }
-            let Some(next) = self.restart(&mut wait).await else { return };
-            commands = self.put_up(&next);
-            child = next;
-            if self.tell(EngineEvent::Up).is_none() {
-                return;
-            }
-        }
-    }
-
-    /// Opens the way for commands to a child that is ready.
-    fn put_up(&self, child: &Child) -> UnboundedReceiver<Command> {
-        let (sender, commands) = unbounded_channel();
-        *self.shared.link() = Some(Up { commands: sender, process: child.id() });
-        commands
-    }
-
-    /// Passes commands and events until the child ends (says how) or the engine is no longer wanted (`None`).
-    async fn serve(&mut self, child: Child, mut commands: UnboundedReceiver<Command>) -> Option<String> {
-        let (process, mut reader, mut writer) = child.split();
-        let (to_inbox, mut inbox) = channel(INBOX);
-        let reading = tokio::spawn(async move {
-            // Ends with the stream, or with the other end of the inbox.
-            while let Ok(Some(message)) = wire::read_async::<FromWorker>(&mut reader).await {
-                if to_inbox.send(message).await.is_err() {
-                    return;
-                }
-            }
-        });
-        let wanted = loop {
-            tokio::select! {
-                message = inbox.recv() => match message {
-                    Some(FromWorker::Events(events)) => {
-                        for event in events {
-                            if self.tell(event).is_none() {
-                                break;
-                            }
-                        }
-                    }
-                    Some(other) => tracing::error!(?other, "out of turn from the engine process"),
-                    None => break true,
-                },
-                command = commands.recv() => {
-                    // None once the engine is shut down, which the other arm tells too.
-                    let Some(command) = command else { break false };
-                    match wire::encode(&ToWorker::Command(command)) {
-                        Ok(frame) => tokio::select! {
-                            // An error shows as the end of the inbox, after the child's last words.
-                            _ = writer.write_all(&frame) => {}
-                            // A child that hangs reads nothing.
-                            _ = self.stop.changed() => break false,
-                        },
-                        Err(error) => tracing::error!(%error, "a command that does not fit a frame"),
-                    }
-                },
-                _ = self.stop.changed() => break false,
-            }
-        };
-        self.shared.link().take();
-        reading.abort();
-        drop(writer);
-        let how = end_process(process).await;
-        wanted.then_some(how)
-    }
-
-    /// Starts until a child serves the same model; `None` when the engine is no longer wanted.
-    async fn restart(&mut self, wait: &mut Duration) -> Option<Child> {
-        loop {
-            tokio::select! {
-                () = tokio::time::sleep(*wait) => {}
-                _ = self.stop.changed() => return None,
-            }
-            *wait = (*wait * 2).min(LONGEST_WAIT);
-            let started = tokio::select! {
-                started = start(&self.program, &self.args, |_| {}) => started,
-                _ = self.stop.changed() => return None,
-            };
-            let reason = match started {
-                Ok((child, facts)) => match self.adopt(facts) {
-                    Ok(()) => return Some(child),
-                    Err(reason) => reason,
-                },
-                Err(error) => error.to_string(),
-            };
-            tracing::error!(reason, "the engine does not start again; next try in {wait:?}");
-        }
-    }
-
-    /// Takes the facts of a new child, unless it runs something else than what was sold.
-    fn adopt(&self, facts: EngineFacts) -> Result<(), String> {
-        let mut known = self.shared.facts.write().unwrap_or_else(PoisonError::into_inner);
-        let same = facts.model_root == known.model_root && facts.build_id == known.build_id;
-        if !same {
-            return Err("the model file or the program has changed since this node started".into());
-        }
-        *known = facts;
-        Ok(())
-    }
-
-    /// `None` if nobody listens any more.
-    fn tell(&self, event: EngineEvent) -> Option<()> {
-        self.events.send(event).ok()
-    }
-}
-
-async fn start(
-    program: &WorkerProgram,
-    args: &WorkerArgs,
-    progress: impl FnMut(u32),
-) -> Result<(Child, EngineFacts), SpawnError> {
-    match Child::start(program, args, progress).await? {
-        (child, FromWorker::EngineReady(facts)) => Ok((child, *facts)),
-        _ => Err(SpawnError::Protocol("not an engine".into())),
+        self.kept.next_event().await
     }
 }

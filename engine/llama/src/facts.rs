@@ -167,7 +167,7 @@ pub(crate) fn measure(backend: &mut LlamaBackend, shape: &Shape) -> Option<Speed
 }
 
 /// Thousandths of a token per second.
-fn per_second(tokens: u32, time: Duration) -> u64 {
+pub(crate) fn per_second(tokens: u32, time: Duration) -> u64 {
     let nanos = time.as_nanos().max(1);
     u64::try_from(u128::from(tokens) * 1_000_000_000_000 / nanos).unwrap_or(u64::MAX)
 }

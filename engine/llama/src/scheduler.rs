@@ -37,6 +37,8 @@ pub(crate) trait Backend {
     /// Every end-of-generation token.
     fn eog(&self) -> &[u32];
     fn piece(&self, token: u32) -> Vec<u8>;
+    /// The slot's rows are for this job from now on; positions below `prompt` are its prompt.
+    fn seated(&mut self, _slot: u32, _job: JobId, _prompt: u32) {}
 }
 
 /// The shape of the context that the scheduler fills.
@@ -237,6 +239,7 @@ impl Scheduler {
         slot.session = Some(job.session);
         slot.used = self.batches;
         let limit = job.max_output.min(self.shape.context.saturating_sub(prompt));
+        backend.seated(to_u32(number), job.id, prompt);
         slot.running = Some(Running::new(job, grant, cached, limit, backend));
         self.tell_prefilled(number);
     }

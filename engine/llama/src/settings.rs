@@ -4,6 +4,9 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use satgrid_engine::port::Profile;
+use satgrid_engine::stage::codec::WireType;
+use satgrid_engine::stage::ring::RingFacts;
+use satgrid_types::LayerRange;
 
 use crate::devices::Offload;
 
@@ -29,6 +32,31 @@ pub struct EngineSettings {
     pub offload: Offload,
 }
 
+/// A part of a model to run as a stage.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StageSettings {
+    /// A part that does not end its model (`satgrid models split`).
+    pub part: PathBuf,
+    pub profile: Profile,
+    pub threads: u32,
+    /// KV sequences held at once. 1 to [`MAX_SLOTS`].
+    pub sequences: u32,
+    /// Positions of each; memory is taken for `sequences` times this. 0 means the model's own context, but no more than
+    /// [`DEFAULT_CONTEXT`].
+    pub context: u32,
+}
+
+/// The two ends of a model whose middle is elsewhere.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeadSettings {
+    /// The part with the first layers.
+    pub head: PathBuf,
+    /// `model` is the part that ends the model; the rest is as for a whole one. The context is cut to the ring's.
+    pub tail: EngineSettings,
+    /// What the middle is; see `stage::ring`.
+    pub ring: RingFacts,
+}
+
 /// Positions for each job where the settings name none.
 pub const DEFAULT_CONTEXT: u32 = 4096;
 
@@ -37,6 +65,10 @@ pub const DEFAULT_CONTEXT: u32 = 4096;
 pub enum WorkerArgs {
     /// Run a model.
     Engine(EngineSettings),
+    /// Run some layers.
+    Stage(StageSettings),
+    /// Run a model whose middle is elsewhere.
+    Lead(LeadSettings),
     /// Tokenise with the vocabulary of this file; weights, if it has any, are not loaded.
     Tokenizer { artefact: PathBuf },
     /// Print the devices that this build finds, one on a line.
@@ -54,7 +86,7 @@ pub enum ArgsError {
     BadValue { name: String, value: String },
     #[error("unknown argument {0:?}")]
     Unknown(String),
-    #[error("one of --model and --tokenizer is needed")]
+    #[error("one of --model, --stage and --tokenizer is needed")]
     NoFile,
 }
 
@@ -71,6 +103,24 @@ impl WorkerArgs {
             Self::Devices => {
                 add("--devices", "list".into());
                 return args;
+            }
+            Self::Stage(stage) => {
+                add("--stage", stage.part.clone().into());
+                add("--profile", stage.profile.name().into());
+                add("--threads", stage.threads.to_string().into());
+                add("--slots", stage.sequences.to_string().into());
+                add("--context", stage.context.to_string().into());
+                return args;
+            }
+            Self::Lead(lead) => {
+                add("--head", lead.head.clone().into());
+                let ranges: Vec<String> = lead.ring.stages.iter().map(ToString::to_string).collect();
+                add("--ring-stages", ranges.join(",").into());
+                add("--ring-sequences", lead.ring.sequences.to_string().into());
+                add("--ring-context", lead.ring.context.to_string().into());
+                add("--ring-batch", lead.ring.batch.to_string().into());
+                add("--ring-wire", lead.ring.wire.name().into());
+                &lead.tail
             }
             Self::Engine(engine) => engine,
             Self::Bare(engine, load) => {
@@ -104,7 +154,8 @@ impl WorkerArgs {
             context: 0,
             offload: Offload::default(),
         };
-        let mut artefact = None;
+        let (mut artefact, mut stage, mut head) = (None, None, None);
+        let mut ring = RingFacts { stages: Vec::new(), sequences: 0, context: 0, batch: 0, wire: WireType::F32 };
         let mut load = crate::bare::Load { streams: 0, prompt: 0, output: 0 };
         let mut args = args.into_iter();
         while let Some(name) = args.next() {
@@ -114,6 +165,13 @@ impl WorkerArgs {
             let number = || value.to_str().and_then(|text| text.parse::<u32>().ok()).ok_or_else(bad);
             match name.as_str() {
                 "--tokenizer" => artefact = Some(PathBuf::from(&value)),
+                "--stage" => stage = Some(PathBuf::from(&value)),
+                "--head" => head = Some(PathBuf::from(&value)),
+                "--ring-stages" => ring.stages = value.to_str().and_then(ranges).ok_or_else(bad)?,
+                "--ring-sequences" => ring.sequences = number()?,
+                "--ring-context" => ring.context = number()?,
+                "--ring-batch" => ring.batch = number()?,
+                "--ring-wire" => ring.wire = value.to_str().and_then(WireType::from_name).ok_or_else(bad)?,
                 "--model" => engine.model = PathBuf::from(&value),
                 "--profile" => {
                     let named = |profile: &Profile| value.to_str() == Some(profile.name());
@@ -131,19 +189,37 @@ impl WorkerArgs {
                 _ => return Err(ArgsError::Unknown(name)),
             }
         }
+        if let Some(part) = stage {
+            let EngineSettings { profile, threads, slots: sequences, context, .. } = engine;
+            return Ok(Self::Stage(StageSettings { part, profile, threads, sequences, context }));
+        }
         match artefact {
             Some(artefact) => Ok(Self::Tokenizer { artefact }),
             None if engine.model.as_os_str().is_empty() => Err(ArgsError::NoFile),
+            None if head.is_some() => {
+                Ok(Self::Lead(LeadSettings { head: head.unwrap_or_default(), tail: engine, ring }))
+            }
             None if load.streams > 0 => Ok(Self::Bare(engine, load)),
             None => Ok(Self::Engine(engine)),
         }
     }
 }
 
+/// `2-5,5-9`; nothing where there are no stages.
+fn ranges(text: &str) -> Option<Vec<LayerRange>> {
+    let range = |text: &str| {
+        let (start, end) = text.split_once('-')?;
+        LayerRange::new(start.parse().ok()?, end.parse().ok()?)
+    };
+    if text.is_empty() { Some(Vec::new()) } else { text.split(',').map(range).collect() }
+}
+
 /// Environment that ggml reads once, early, and so only from the process's start.
 pub(crate) fn environment(args: &WorkerArgs) -> Vec<(&'static str, &'static str)> {
     let profile = match args {
         WorkerArgs::Engine(engine) | WorkerArgs::Bare(engine, _) => engine.profile,
+        WorkerArgs::Stage(stage) => stage.profile,
+        WorkerArgs::Lead(lead) => lead.tail.profile,
         WorkerArgs::Tokenizer { .. } | WorkerArgs::Devices => return Vec::new(),
     };
     match profile {
@@ -188,7 +264,21 @@ mod tests {
             offload: Offload { device: Some("CUDA0".into()), layers: Some(20) },
         };
         let load = crate::bare::Load { streams: 16, prompt: 64, output: 128 };
+        let range = |start, end| LayerRange::new(start, end).unwrap();
+        let stages = vec![range(2, 5), range(5, 9)];
+        let ring = RingFacts { stages, sequences: 8, context: 1024, batch: 512, wire: WireType::Bf16 };
+        let stage = StageSettings {
+            part: "part.gguf".into(),
+            profile: Profile::Exact,
+            threads: 2,
+            sequences: 8,
+            context: 1024,
+        };
+        let alone = RingFacts { stages: Vec::new(), ..ring.clone() };
         for args in [
+            WorkerArgs::Stage(stage),
+            WorkerArgs::Lead(LeadSettings { head: "head.gguf".into(), tail: engine.clone(), ring }),
+            WorkerArgs::Lead(LeadSettings { head: "head.gguf".into(), tail: engine.clone(), ring: alone }),
             WorkerArgs::Engine(engine.clone()),
             WorkerArgs::Tokenizer { artefact: "t.gguf".into() },
             WorkerArgs::Bare(engine, load),

@@ -8,6 +8,8 @@ use std::io::{self, Read, Write};
 
 use minicbor::{Decode, Encode};
 use satgrid_engine::port::{Command, EngineEvent, EngineFacts, SpecialTokens, TokenizerError};
+use satgrid_engine::stage::port::{StageCommand, StageEvent, StageFacts};
+use satgrid_engine::stage::ring::{RingCommand, RingEvent};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
 /// Most bytes in one frame. The longest is a vocabulary's table of pieces, or a prompt of a very long context.
@@ -35,6 +37,12 @@ pub(crate) enum ToWorker {
         #[n(0)]
         ids: Vec<u32>,
     },
+    /// To a process that holds some layers.
+    #[n(3)]
+    Stage(#[n(0)] StageCommand),
+    /// To a lead's process, from the ring.
+    #[n(4)]
+    Ring(#[n(0)] RingEvent),
 }
 
 /// From the process to the node.
@@ -62,6 +70,13 @@ pub(crate) enum FromWorker {
     Tokenized(#[n(0)] Result<Vec<u32>, TokenizerError>),
     #[n(6)]
     Named(#[n(0)] Result<Vec<PieceBytes>, TokenizerError>),
+    #[n(7)]
+    StageReady(#[n(0)] Box<StageFacts>),
+    #[n(8)]
+    StageEvents(#[n(0)] Vec<StageEvent>),
+    /// From a lead's process, to the ring.
+    #[n(9)]
+    Ring(#[n(0)] RingCommand),
 }
 
 /// What a tokenizer process reads from its file once.

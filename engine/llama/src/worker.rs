@@ -19,9 +19,11 @@ use crate::bare;
 use crate::devices;
 use crate::facts;
 use crate::ffi::{self, Model, ModelConfig};
+use crate::lead;
 use crate::model_file;
 use crate::scheduler::Scheduler;
 use crate::settings::{BATCH, EngineSettings, WorkerArgs};
+use crate::stage;
 use crate::watchdog::Watchdog;
 use crate::wire::{self, FromWorker, PieceBytes, PieceTable, ToWorker, VERSION, VocabFacts};
 
@@ -61,6 +63,14 @@ pub fn worker_main(args: WorkerArgs) -> u8 {
             limit(None);
             serve(|link| run_engine(&settings, link))
         }
+        WorkerArgs::Stage(settings) => {
+            limit(None);
+            serve(|link| stage::worker::run(&settings, link))
+        }
+        WorkerArgs::Lead(settings) => {
+            limit(None);
+            serve(|link| lead::worker::run(&settings, link))
+        }
         WorkerArgs::Tokenizer { artefact } => {
             limit(Some(MAX_TOKENIZER_MEMORY));
             serve(|link| run_tokenizer(&artefact, link))
@@ -69,24 +79,24 @@ pub fn worker_main(args: WorkerArgs) -> u8 {
 }
 
 /// The socket, split into a writer and a thread that reads.
-struct Link {
+pub(crate) struct Link {
     writer: UnixStream,
-    requests: Receiver<ToWorker>,
+    pub(crate) requests: Receiver<ToWorker>,
 }
 
 impl Link {
-    fn send(&mut self, message: &FromWorker) -> io::Result<()> {
+    pub(crate) fn send(&mut self, message: &FromWorker) -> io::Result<()> {
         wire::write(&mut self.writer, message)
     }
 
     /// That the parent may be gone is the reading thread's to notice.
-    fn tell_load(&mut self, permille: u32) {
+    pub(crate) fn tell_load(&mut self, permille: u32) {
         let _ = self.send(&FromWorker::Loading { permille });
     }
 }
 
 /// Why a worker stops. A parent that went is the ordinary end.
-enum Stop {
+pub(crate) enum Stop {
     ParentGone,
     LoadFailed(String),
 }
@@ -214,8 +224,8 @@ fn drive(scheduler: &mut Scheduler, backend: &mut LlamaBackend, link: &mut Link)
                 // More commands may wait; a batch is long, so all are heard before it.
                 continue;
             }
-            Some(ToWorker::Tokenize { .. } | ToWorker::Names { .. }) => {
-                tracing::error!("an engine was asked to tokenise");
+            Some(ToWorker::Tokenize { .. } | ToWorker::Names { .. } | ToWorker::Stage(_) | ToWorker::Ring(_)) => {
+                tracing::error!("an engine was asked for something else than jobs");
                 continue;
             }
             None => {
@@ -255,7 +265,9 @@ fn run_tokenizer(artefact: &Path, link: &mut Link) -> Result<(), Stop> {
                 };
                 link.send(&FromWorker::Named(ids.into_iter().map(name).collect()))?;
             }
-            ToWorker::Command(_) => tracing::error!("a tokenizer was asked to run a job"),
+            ToWorker::Command(_) | ToWorker::Stage(_) | ToWorker::Ring(_) => {
+                tracing::error!("a tokenizer was asked to compute");
+            }
         }
     }
 }

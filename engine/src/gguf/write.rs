@@ -106,6 +106,47 @@ impl GgufWriter {
     }
 }
 
+impl GgufWriter {
+    /// Writes the whole file; `data` writes each tensor's bytes, in order and exactly as many as its shape takes. For
+    /// tensors that should not be held in memory.
+    pub fn write_streamed<W: Write>(
+        &self,
+        out: &mut W,
+        mut data: impl FnMut(&Tensor, &mut dyn Write) -> io::Result<()>,
+    ) -> Result<(), WriteError> {
+        out.write_all(&self.header()?)?;
+        for tensor in &self.tensors {
+            let mut counted = Counted { out: &mut *out, written: 0 };
+            data(tensor, &mut counted)?;
+            let given = counted.written;
+            if given != tensor.bytes {
+                return Err(WriteError::WrongLength { name: tensor.name.clone(), given, expected: tensor.bytes });
+            }
+            let padding = align_up(given, DEFAULT_ALIGNMENT).unwrap_or(given) - given;
+            out.write_all(&vec![0; usize::try_from(padding).unwrap_or(0)])?;
+        }
+        Ok(())
+    }
+}
+
+/// Counts what goes through.
+struct Counted<'a, W> {
+    out: &'a mut W,
+    written: u64,
+}
+
+impl<W: Write> Write for Counted<'_, W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.out.write(bytes)?;
+        self.written += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
 impl Gguf {
     /// A writer with this file's metadata, except what `keep` refuses, and no tensors.
     pub fn writer(&self, keep: impl Fn(&str) -> bool) -> GgufWriter {

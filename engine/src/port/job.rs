@@ -9,7 +9,7 @@ pub const MAX_STOPS: usize = 16;
 pub const MAX_STOP_BYTES: usize = 256;
 
 /// Names a job between the node and one engine. The node chooses it and never uses one twice.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
 #[cbor(transparent)]
 pub struct JobId(#[n(0)] pub u64);
 

@@ -126,7 +126,8 @@ pub enum RingEvent {
         #[n(1)]
         rows: HiddenRows,
     },
-    /// The stage holds these sequences only so far; every unanswered work of them is void.
+    /// The stage holds these sequences only so far; every unanswered work of them is void. After a replacement that is every
+    /// sequence that a work was sent for and that was not forgotten, also where the stage holds nothing.
     #[n(1)]
     NeedsReplay {
         #[n(0)]

@@ -1,6 +1,7 @@
 //! The command line: what can be said, not what is done. Doing is in [`crate::commands`].
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use satgrid_types::LayerRange;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -223,8 +224,29 @@ pub(crate) enum ModelsCommand {
         #[arg(long)]
         layers: Option<u32>,
     },
+    /// Cut layers out of a model as a file of their own, which proves what model it is of
+    Split(SplitArgs),
     /// Read the files again and compare their SHA-256; all of them where none is named
     Verify { models: Vec<String> },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SplitArgs {
+    /// A name in the store, or a path
+    pub model: String,
+    /// The layers A up to, not including, B; a part that ends with the last layer has the head too
+    #[arg(long, value_name = "A..B", value_parser = parse_layers)]
+    pub layers: LayerRange,
+    /// Where to write the part
+    #[arg(long, short)]
+    pub out: PathBuf,
+}
+
+fn parse_layers(text: &str) -> Result<LayerRange, String> {
+    let wrong = || "write A..B, with A before B".to_owned();
+    let (start, end) = text.split_once("..").ok_or_else(wrong)?;
+    let number = |text: &str| text.trim().parse::<u32>().map_err(|_| wrong());
+    LayerRange::new(number(start)?, number(end)?).ok_or_else(wrong)
 }
 
 fn parse_setting(text: &str) -> Result<(String, String), String> {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use llama_cpp_sys_2 as sys;
 
 use super::Model;
+use super::capture::Capture;
 
 /// How a context is laid out.
 #[derive(Debug, Clone, Copy)]
@@ -23,6 +24,8 @@ pub(crate) struct ContextConfig {
     pub(crate) unified: bool,
     /// Let llama.cpp choose flash attention; else never.
     pub(crate) flash: bool,
+    /// Take the last layer's rows out and leave the norm and the head uncomputed: a stage of layers.
+    pub(crate) capture: bool,
 }
 
 /// One position to compute.
@@ -45,6 +48,13 @@ pub(crate) enum DecodeError {
     Failed { code: i32 },
     #[error("no logits for row {row}")]
     NoLogits { row: usize },
+    #[error("{numbers} numbers are not {rows} rows of {width}")]
+    BadHidden { numbers: usize, rows: usize, width: usize },
+    #[error("the last layer's rows did not come out")]
+    NothingCaptured,
+    /// The stages of other machines.
+    #[error("{reason}")]
+    Ring { reason: String },
 }
 
 /// A context and the model that it runs. Used by one thread; may move to it.
@@ -53,7 +63,10 @@ pub(crate) struct Context {
     pool: NonNull<sys::ggml_threadpool>,
     model: Arc<Model>,
     vocab: usize,
+    width: usize,
     rows: Rows,
+    /// Boxed: the library holds its address.
+    capture: Option<Box<Capture>>,
 }
 
 // SAFETY: a context may be used from any one thread at a time; `Context` is not `Sync` and every call takes `&mut self`
@@ -68,14 +81,20 @@ struct Rows {
     sequence: Vec<i32>,
     pointers: Vec<*mut i32>,
     output: Vec<i8>,
+    /// Rows of the last batch.
+    filled: usize,
 }
 
 impl Context {
     /// Makes a context; `None` if the library refuses, in practice for want of memory.
     pub(crate) fn new(model: Arc<Model>, config: &ContextConfig) -> Option<Self> {
         let threads = i32::try_from(config.threads).ok()?.max(1);
+        let mut capture = match config.capture {
+            true => Some(Box::new(Capture::of_layer(model.layers().checked_sub(1)?))),
+            false => None,
+        };
         // SAFETY: the parameters come from the library's own defaults and are passed by value; the model outlives the context,
-        // which holds an `Arc` of it.
+        // which holds an `Arc` of it; so does the capture, which is boxed beside it and only touched between calls.
         let context = unsafe {
             let mut params = sys::llama_context_default_params();
             params.n_ctx = config.slots.checked_mul(config.context)?;
@@ -91,6 +110,10 @@ impl Context {
             params.flash_attn_type =
                 if config.flash { sys::LLAMA_FLASH_ATTN_TYPE_AUTO } else { sys::LLAMA_FLASH_ATTN_TYPE_DISABLED };
             params.no_perf = true;
+            if let Some(capture) = capture.as_deref_mut() {
+                params.cb_eval = Some(Capture::on_tensor);
+                params.cb_eval_user_data = std::ptr::from_mut(capture).cast();
+            }
             sys::llama_init_from_model(model.as_ptr(), params)
         };
         let context = NonNull::new(context)?;
@@ -111,8 +134,9 @@ impl Context {
         // SAFETY: both are valid; the context keeps the pointer until it is freed, before the pool.
         unsafe { sys::llama_attach_threadpool(context.as_ptr(), pool.as_ptr(), pool.as_ptr()) };
         let vocab = usize::try_from(model.vocab_size()).ok()?;
+        let width = usize::try_from(model.width()).ok()?;
         let rows = Rows::new(usize::try_from(config.batch).ok()?);
-        Some(Self { context, pool, model, vocab, rows })
+        Some(Self { context, pool, model, vocab, width, rows, capture })
     }
 
     pub(crate) fn model(&self) -> &Arc<Model> {
@@ -134,17 +158,48 @@ impl Context {
 
     /// Computes the rows. On an error the cache may hold some of them: the caller cuts the sequences back.
     pub(crate) fn decode(&mut self, rows: &[BatchRow]) -> Result<(), DecodeError> {
+        self.run(rows, None)
+    }
+
+    /// As [`Context::decode`], over hidden rows instead of tokens, in the order of `rows`.
+    pub(crate) fn decode_hidden(&mut self, rows: &[BatchRow], hidden: &[f32]) -> Result<(), DecodeError> {
+        let width = self.width;
+        if rows.len().checked_mul(width) != Some(hidden.len()) {
+            return Err(DecodeError::BadHidden { numbers: hidden.len(), rows: rows.len(), width });
+        }
+        self.run(rows, Some(hidden))
+    }
+
+    /// The last layer's rows of the last batch, in its order. Of a context made to capture.
+    pub(crate) fn captured(&mut self) -> Result<&[f32], DecodeError> {
+        let rows = self.rows.filled;
+        let capture = self.capture.as_deref().ok_or(DecodeError::NothingCaptured)?;
+        let numbers = capture.numbers();
+        if rows == 0 || numbers.len() != rows * self.width {
+            return Err(DecodeError::NothingCaptured);
+        }
+        Ok(numbers)
+    }
+
+    fn run(&mut self, rows: &[BatchRow], hidden: Option<&[f32]>) -> Result<(), DecodeError> {
         self.rows.fill(rows)?;
+        if let Some(capture) = self.capture.as_deref_mut() {
+            capture.clear();
+        }
+        // One of the two is null: tokens or rows. The library reads them only.
+        let embd = hidden.map_or(std::ptr::null_mut(), |hidden| hidden.as_ptr().cast_mut());
+        let token = if hidden.is_some() { std::ptr::null_mut() } else { self.rows.token.as_mut_ptr() };
         let batch = sys::llama_batch {
             n_tokens: i32::try_from(rows.len()).unwrap_or(0),
-            token: self.rows.token.as_mut_ptr(),
-            embd: std::ptr::null_mut(),
+            token,
+            embd,
             pos: self.rows.position.as_mut_ptr(),
             n_seq_id: self.rows.sequences.as_mut_ptr(),
             seq_id: self.rows.pointers.as_mut_ptr(),
             logits: self.rows.output.as_mut_ptr(),
         };
-        // SAFETY: every array of the batch has at least `n_tokens` elements and lives in `self` during the call; each entry of
+        // SAFETY: every array of the batch has at least `n_tokens` elements (of hidden rows: times the width, as `decode_hidden`
+        // checked) and lives during the call; each entry of
         // `seq_id` points at one sequence id, as `n_seq_id` says. The library checks the ids against its limits.
         let code = unsafe { sys::llama_decode(self.context.as_ptr(), batch) };
         match code {
@@ -199,7 +254,7 @@ impl Rows {
         let zeros = || vec![0; limit];
         let pointers = vec![std::ptr::null_mut(); limit];
         let (token, position, sequence) = (zeros(), zeros(), zeros());
-        Self { token, position, sequences: vec![1; limit], sequence, pointers, output: vec![0; limit] }
+        Self { token, position, sequences: vec![1; limit], sequence, pointers, output: vec![0; limit], filled: 0 }
     }
 
     fn fill(&mut self, rows: &[BatchRow]) -> Result<(), DecodeError> {
@@ -208,6 +263,7 @@ impl Rows {
             return Err(DecodeError::TooManyRows { rows: rows.len(), limit });
         }
         self.output.fill(0);
+        self.filled = rows.len();
         for (i, row) in rows.iter().enumerate() {
             let signed = |value: u32| i32::try_from(value).map_err(|_| DecodeError::Failed { code: -1 });
             self.token[i] = signed(row.token)?;

@@ -6,11 +6,13 @@
 
 #![allow(unsafe_code)]
 
+mod capture;
 mod context;
 mod devices;
 mod log;
 mod model;
 
+pub(crate) use capture::to_floats;
 pub(crate) use context::{BatchRow, Context, ContextConfig, DecodeError};
 pub(crate) use devices::{Handle, devices};
 pub(crate) use model::{LoadError, Model, ModelConfig};

@@ -100,6 +100,17 @@ impl Model {
         u32::try_from(unsafe { sys::llama_vocab_n_tokens(self.vocab.as_ptr()) }).unwrap_or(0)
     }
 
+    /// Numbers in a hidden row.
+    pub(crate) fn width(&self) -> u32 {
+        // SAFETY: the model lives as long as `self`.
+        u32::try_from(unsafe { sys::llama_model_n_embd(self.model.as_ptr()) }).unwrap_or(0)
+    }
+
+    pub(crate) fn layers(&self) -> u32 {
+        // SAFETY: as above.
+        u32::try_from(unsafe { sys::llama_model_n_layer(self.model.as_ptr()) }).unwrap_or(0)
+    }
+
     /// The longest context that the model was trained for.
     pub(crate) fn trained_context(&self) -> u32 {
         // SAFETY: the model lives as long as `self`.

@@ -1,14 +1,15 @@
-//! `satgrid models pull|list|show|verify`.
+//! `satgrid models pull|list|show|split|verify`.
 
 use anyhow::Context as _;
 use satgrid_engine::random_model::{RandomModel, SHAPES};
+use satgrid_engine_llama::split_model;
 use serde_json::json;
 use std::fs::File;
 use std::io::{BufWriter, Write as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::print;
-use crate::cli::{Format, Globals, ModelsCommand};
+use crate::cli::{Format, Globals, ModelsCommand, SplitArgs};
 use crate::config::Models;
 use crate::failure::{Findings, HintExt};
 use crate::models::{
@@ -27,6 +28,7 @@ pub(super) fn run(globals: &Globals, command: &ModelsCommand) -> anyhow::Result<
         ModelsCommand::List => list(globals, &store),
         ModelsCommand::Show { model } => show(globals, &store, model),
         ModelsCommand::Random { shape, out, layers } => random(globals, shape, out, *layers),
+        ModelsCommand::Split(args) => split(globals, &store, args),
         ModelsCommand::Verify { models } => verify(globals, &store, models),
     }
 }
@@ -105,13 +107,7 @@ fn list(globals: &Globals, store: &Store) -> anyhow::Result<()> {
 }
 
 fn show(globals: &Globals, store: &Store, model: &str) -> anyhow::Result<()> {
-    let path = match store.find(model) {
-        Some(record) => store.path(&record),
-        None if Path::new(model).exists() => model.into(),
-        None => {
-            return Err(anyhow::anyhow!("no model {model:?} in {}", store.dir().display())).hint("satgrid models list");
-        }
-    };
+    let path = find(store, model)?;
     let identified = match identify(store, &path, Bytes::new) {
         Ok(identified) => identified,
         Err(fault) => {
@@ -155,6 +151,37 @@ fn show(globals: &Globals, store: &Store, model: &str) -> anyhow::Result<()> {
         ("chat template", if template { "yes" } else { "none: a base model, it continues text" }.to_owned()),
     ];
     print::out(&print::table(&["", ""], rows.into_iter().map(|(what, is)| vec![what.to_owned(), is]).collect()))
+}
+
+/// A name in the store, else a path.
+fn find(store: &Store, model: &str) -> anyhow::Result<PathBuf> {
+    match store.find(model) {
+        Some(record) => Ok(store.path(&record)),
+        None if Path::new(model).exists() => Ok(model.into()),
+        None => Err(anyhow::anyhow!("no model {model:?} in {}", store.dir().display())).hint("satgrid models list"),
+    }
+}
+
+fn split(globals: &Globals, store: &Store, args: &SplitArgs) -> anyhow::Result<()> {
+    let path = find(store, &args.model)?;
+    let bytes = std::fs::metadata(&path)?.len();
+    let progress = Bytes::new(&format!("cutting layers {}", args.layers), bytes);
+    let mut show = |permille| progress.set(bytes / 1000 * u64::from(permille));
+    let report = split_model(&path, args.layers, &args.out, &mut show);
+    progress.finish();
+    let report = report.map_err(anyhow::Error::new).hint("satgrid models show MODEL says how many layers there are")?;
+    let root = hex::encode(report.model_root);
+    match globals.format {
+        Format::Text => {
+            let (layers, all, size) = (report.range, report.layers, megabytes(report.file_bytes));
+            eprintln!("layers {layers} of {all}, {size}, of the model with root {root}");
+            print::out(&args.out.to_string_lossy())
+        }
+        Format::Json => print::json(&json!({
+            "path": args.out, "start": report.range.start(), "end": report.range.end(), "layers": report.layers,
+            "model_root": root, "bytes": report.file_bytes,
+        })),
+    }
 }
 
 fn verify(globals: &Globals, store: &Store, names: &[String]) -> anyhow::Result<()> {

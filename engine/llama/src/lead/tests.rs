@@ -1,0 +1,258 @@
+//! Trips around a ring that loses stages, over ends that only add up.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use satgrid_engine::port::JobId;
+use satgrid_engine::stage::codec::{HiddenRows, WireType};
+use satgrid_engine::stage::port::{Purpose, WorkId};
+use satgrid_engine::stage::ring::{Held, RingCommand, RingEvent, RingWork};
+
+use super::trip::{Ends, Trip, TripShape, Way};
+use crate::ffi::{BatchRow, DecodeError};
+
+const WIDTH: u32 = 32;
+
+/// Rows of one number: each end and stage gives the running sum of what it was given.
+#[derive(Default)]
+struct Sum(BTreeMap<u32, Vec<f32>>);
+
+impl Sum {
+    fn feed(&mut self, sequence: u32, position: u32, number: f32) -> Option<f32> {
+        let held = self.0.entry(sequence).or_default();
+        if held.len() < position as usize {
+            return None;
+        }
+        held.truncate(position as usize);
+        held.push(number);
+        Some(held.iter().sum())
+    }
+}
+
+#[derive(Default)]
+struct Two {
+    head: Sum,
+    tail: Sum,
+    logits: Vec<f32>,
+    head_rows: usize,
+}
+
+impl Ends for Two {
+    fn width(&self) -> u32 {
+        WIDTH
+    }
+
+    fn head(&mut self, rows: &[BatchRow]) -> Result<Vec<f32>, DecodeError> {
+        self.head_rows += rows.len();
+        let number = |row: &BatchRow| self.head.feed(row.slot, row.position, row.token as f32).unwrap();
+        let numbers: Vec<f32> = rows.iter().map(number).collect();
+        Ok(numbers.into_iter().flat_map(|number| [number; WIDTH as usize]).collect())
+    }
+
+    fn tail(&mut self, rows: &[BatchRow], hidden: &[f32]) -> Result<(), DecodeError> {
+        let numbers = rows.iter().zip(hidden.chunks(WIDTH as usize));
+        self.logits = numbers.map(|(row, one)| self.tail.feed(row.slot, row.position, one[0]).unwrap()).collect();
+        Ok(())
+    }
+
+    fn logits(&mut self, row: usize) -> Result<&[f32], DecodeError> {
+        Ok(&self.logits[row..=row])
+    }
+
+    fn truncate_head(&mut self, slot: u32, from: u32) -> bool {
+        self.head.0.entry(slot).or_default().truncate(from as usize);
+        true
+    }
+
+    fn truncate_tail(&mut self, slot: u32, from: u32) -> bool {
+        self.tail.0.entry(slot).or_default().truncate(from as usize);
+        true
+    }
+}
+
+/// Stages that answer at once, and lose what they hold at chosen works.
+struct Stages {
+    stages: Vec<Sum>,
+    events: Vec<RingEvent>,
+    works: u32,
+    /// At the n-th work this stage is replaced: by an empty one, or one rebuilt up to a position.
+    losses: Vec<(u32, usize, u32)>,
+    computed: BTreeMap<Purpose, u32>,
+    first: BTreeSet<(u32, u32)>,
+    again: u32,
+    fails: bool,
+}
+
+impl Stages {
+    fn new(stages: usize, losses: &[(u32, usize, u32)]) -> Self {
+        Self {
+            stages: (0..stages).map(|_| Sum::default()).collect(),
+            events: Vec::new(),
+            works: 0,
+            losses: losses.to_vec(),
+            computed: BTreeMap::new(),
+            first: BTreeSet::new(),
+            again: 0,
+            fails: false,
+        }
+    }
+
+    fn work(&mut self, work: RingWork) {
+        self.works += 1;
+        if self.fails {
+            self.events.insert(0, RingEvent::Failed { reason: "no stages for sale".to_owned() });
+            return;
+        }
+        if let Some((_, stage, upto)) = self.losses.iter().find(|loss| loss.0 == self.works).copied() {
+            // The sequences of the work too: a stage may be lost before it held anything of them.
+            for piece in &work.pieces {
+                self.stages[stage].0.entry(piece.sequence).or_default();
+            }
+            let all = self.stages[stage].0.iter_mut();
+            let held = all.map(|(sequence, held)| {
+                held.truncate(upto as usize);
+                Held { sequence: *sequence, upto: u32::try_from(held.len()).unwrap() }
+            });
+            let held = held.collect();
+            self.events.insert(0, RingEvent::NeedsReplay { stage: u32::try_from(stage).unwrap(), held });
+            // The work is lost on its way.
+            return;
+        }
+        self.again += u32::from(work.again);
+        let mut numbers: Vec<f32> = work.rows.decode(WIDTH).unwrap().iter().step_by(WIDTH as usize).copied().collect();
+        let last = work.ends_at.map_or(self.stages.len(), |stage| stage as usize + 1);
+        for stage in &mut self.stages[..last] {
+            let mut at = 0;
+            for piece in &work.pieces {
+                for position in piece.start..piece.start + piece.rows {
+                    // A gap: the ring asked for a replay already, this work is void.
+                    let Some(sum) = stage.feed(piece.sequence, position, numbers[at]) else { return };
+                    numbers[at] = sum;
+                    at += 1;
+                }
+            }
+        }
+        for piece in &work.pieces {
+            for position in piece.start..piece.start + piece.rows {
+                // Work that is sent again may have come through before: every stage books that as replay.
+                let first = piece.purpose == Purpose::Replay || self.first.insert((piece.sequence, position));
+                let purpose = if first { piece.purpose } else { Purpose::Replay };
+                assert!(first || work.again);
+                *self.computed.entry(purpose).or_default() += 1;
+            }
+        }
+        let rows = match work.ends_at {
+            Some(_) => HiddenRows::none(WireType::F32),
+            None => {
+                let numbers: Vec<f32> = numbers.into_iter().flat_map(|number| [number; WIDTH as usize]).collect();
+                HiddenRows::encode(&numbers, WIDTH, WireType::F32).unwrap()
+            }
+        };
+        self.events.insert(0, RingEvent::Done { work: work.id, rows });
+    }
+}
+
+impl Way for Stages {
+    fn send(&mut self, command: RingCommand) -> Result<(), DecodeError> {
+        match command {
+            RingCommand::Work(work) => self.work(work),
+            RingCommand::Forget { sequence } => self.stages.iter_mut().for_each(|stage| {
+                stage.0.remove(&sequence);
+            }),
+            RingCommand::Reset | RingCommand::JobOver { .. } => {}
+        }
+        Ok(())
+    }
+
+    fn wait(&mut self) -> Result<RingEvent, DecodeError> {
+        Ok(self.events.pop().expect("a word of the ring"))
+    }
+}
+
+fn rows(slot: u32, from: u32, upto: u32) -> Vec<BatchRow> {
+    let row = |position| BatchRow { slot, position, token: position % 7 + slot, output: position + 1 == upto };
+    (from..upto).map(row).collect()
+}
+
+/// A prompt of 20 in two slots, then ten single rows of each, in batches of both. All last logits, in order.
+fn run(stages: &mut Stages, two: &mut Two) -> Vec<f32> {
+    let shape =
+        TripShape { slots: 2, stages: u32::try_from(stages.stages.len()).unwrap(), chunk: 6, wire: WireType::F32 };
+    let mut trip = Trip::new(shape);
+    let mut told = Vec::new();
+    for slot in 0..2 {
+        trip.seated(slot, JobId(u64::from(slot)), 20);
+        let rows = rows(slot, 0, 20);
+        trip.evaluate(&rows, two, stages).unwrap();
+        told.push(trip.logits(19, two).unwrap()[0]);
+    }
+    for at in 20..30 {
+        let both: Vec<BatchRow> = (0..2).flat_map(|slot| rows(slot, at, at + 1)).collect();
+        trip.evaluate(&both, two, stages).unwrap();
+        told.extend((0..2).map(|row| trip.logits(row, two).unwrap()[0]));
+    }
+    told
+}
+
+#[test]
+fn lost_stages_change_nothing_but_the_count_of_replays() {
+    for count in 1..4 {
+        let mut calm = Stages::new(count, &[]);
+        let expect = run(&mut calm, &mut Two::default());
+        assert_eq!(calm.computed, BTreeMap::from([(Purpose::Prefill, 40), (Purpose::Decode, 20)]));
+        // Each stage lost at each work, whole or in part, and twice.
+        for at in 1..=calm.works {
+            for stage in 0..count {
+                for upto in [0, 5, 1000] {
+                    for second in [None, Some((at + 3, count - 1, 0))] {
+                        let losses: Vec<_> = [(at, stage, upto)].into_iter().chain(second).collect();
+                        let mut stages = Stages::new(count, &losses);
+                        assert_eq!(run(&mut stages, &mut Two::default()), expect, "{count} stages, {losses:?}");
+                        // What was computed first is counted as ever; all else is replay.
+                        let first = |purpose| stages.computed.get(&purpose).copied().unwrap_or(0);
+                        assert_eq!((first(Purpose::Prefill), first(Purpose::Decode)), (40, 20), "{losses:?}");
+                        assert!(stages.again > 0);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_replay_takes_the_kept_rows_and_the_head_is_not_asked_again() {
+    let (mut stages, mut two) = (Stages::new(2, &[(15, 1, 0)]), Two::default());
+    run(&mut stages, &mut two);
+    assert!(stages.computed[&Purpose::Replay] > 0);
+    assert_eq!(two.head_rows, 60);
+}
+
+#[test]
+fn a_ring_without_hope_fails_the_batch_and_what_comes_later_begins_anew() {
+    let shape = TripShape { slots: 2, stages: 2, chunk: 64, wire: WireType::F32 };
+    let (mut trip, mut stages, mut two) = (Trip::new(shape), Stages::new(2, &[]), Two::default());
+    for slot in 0..2 {
+        trip.evaluate(&rows(slot, 0, 10), &mut two, &mut stages).unwrap();
+    }
+    stages.fails = true;
+    let error = trip.evaluate(&rows(0, 10, 11), &mut two, &mut stages).unwrap_err();
+    assert!(error.to_string().contains("no stages for sale"), "{error}");
+    trip.truncate(0, 0, &mut two, &mut stages).unwrap();
+    // New stages, which hold nothing: the other slot is replayed from its first position.
+    let mut stages = Stages::new(2, &[]);
+    trip.evaluate(&rows(1, 10, 11), &mut two, &mut stages).unwrap();
+    assert_eq!(stages.computed, BTreeMap::from([(Purpose::Replay, 10), (Purpose::Decode, 1)]));
+    trip.evaluate(&rows(0, 0, 3), &mut two, &mut stages).unwrap();
+    assert_eq!(stages.computed[&Purpose::Replay], 10);
+}
+
+#[test]
+fn answers_of_the_wrong_length_or_of_void_works_are_no_answers() {
+    let shape = TripShape { slots: 1, stages: 1, chunk: 64, wire: WireType::F32 };
+    let (mut trip, mut stages, mut two) = (Trip::new(shape), Stages::new(1, &[]), Two::default());
+    trip.hear(RingEvent::Done { work: WorkId(1), rows: HiddenRows::none(WireType::F32) });
+    stages.events.push(RingEvent::Done { work: WorkId(77), rows: HiddenRows::none(WireType::F32) });
+    trip.evaluate(&rows(0, 0, 3), &mut two, &mut stages).unwrap();
+    stages.events.push(RingEvent::Done { work: WorkId(2), rows: HiddenRows::none(WireType::F32) });
+    let error = trip.evaluate(&rows(0, 3, 4), &mut two, &mut stages).unwrap_err();
+    assert!(error.to_string().contains("0 rows came back for 1"), "{error}");
+}
