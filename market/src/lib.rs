@@ -14,6 +14,7 @@
 pub mod book;
 pub mod catalogue;
 pub mod demand;
+pub mod layers;
 pub mod planner;
 pub mod reputation;
 #[cfg(test)]

@@ -32,6 +32,7 @@ pub(crate) struct Offer {
     pub(crate) build: u8,
     pub(crate) decode_mtok_s: u64,
     pub(crate) addresses: Vec<String>,
+    pub(crate) layer_price: Option<u64>,
 }
 
 impl Offer {
@@ -51,6 +52,7 @@ impl Offer {
             build: 6,
             decode_mtok_s: 40_000,
             addresses: vec!["127.0.0.1:9338".into()],
+            layer_price: None,
         }
     }
 
@@ -83,6 +85,7 @@ impl Offer {
                 cached_input: MsatPerMtok(100_000),
                 output: MsatPerMtok(self.output),
                 per_request: Msat(0),
+                position_layer: self.layer_price.map(MsatPerMtok),
                 ..RateCard::default()
             },
             context_length: self.context_length,

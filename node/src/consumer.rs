@@ -24,6 +24,7 @@ mod calls;
 mod hold;
 mod links;
 mod money;
+mod parts;
 mod streams;
 mod types;
 
@@ -41,7 +42,7 @@ use satgrid_protocol::{
     session::{SessionState, invoice_hash},
 };
 use satgrid_types::{
-    LightningKey, ModelRoot, Msat, NodeKey, PaymentHash, RequestId, SessionId, UnixMs, VerifiedListing, node_key,
+    LightningKey, Msat, NodeKey, PaymentHash, RequestId, SessionId, UnixMs, VerifiedListing, node_key,
 };
 use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -205,6 +206,12 @@ impl Consumer {
         match event {
             ConsumerEvent::Submit(submit) => self.submit(now, *submit),
             ConsumerEvent::Cancel { call } => self.cancel(call),
+            ConsumerEvent::Ordered { call, sent, returned } => self.ordered(now, call, sent, returned),
+            ConsumerEvent::Route { call, slot, downstream, next, addresses, resend } => {
+                self.route(now, call, downstream, parts::Way { slot, next, addresses, resend });
+            }
+            ConsumerEvent::WantTicket { call } => self.want_ticket(now, call),
+            ConsumerEvent::PartDone { call } => self.part_done(call),
             ConsumerEvent::CloseSession { session } => self.begin_close(now, session),
             ConsumerEvent::CloseInvoice { session, result } => self.close_with(now, session, result),
             ConsumerEvent::LinkUp { link } => self.link_up(link),
@@ -237,10 +244,13 @@ impl Consumer {
             ConsumerEvent::Frame { link, frame: ProviderFrame::Chunk(..), .. } => {
                 self.links.get(link).and_then(|i| self.sessions.get(i)).is_some_and(|s| !s.unfunded)
             }
-            ConsumerEvent::Durable(_) => true,
+            ConsumerEvent::Durable(_) | ConsumerEvent::WantTicket { .. } => true,
             ConsumerEvent::Frame { .. }
             | ConsumerEvent::Submit(_)
             | ConsumerEvent::Cancel { .. }
+            | ConsumerEvent::Ordered { .. }
+            | ConsumerEvent::Route { .. }
+            | ConsumerEvent::PartDone { .. }
             | ConsumerEvent::CloseSession { .. }
             | ConsumerEvent::CloseInvoice { .. }
             | ConsumerEvent::LinkUp { .. }
@@ -359,10 +369,9 @@ impl Consumer {
     fn index_of(&self, id: SessionId) -> Option<SessionIndex> {
         self.sessions.iter().find(|(_, s)| s.state.as_ref().is_some_and(|s| s.id() == id)).map(|(index, _)| *index)
     }
-    /// A live session for this provider's model, if there is one.
-    fn session_for(&self, provider: &NodeKey, root: &ModelRoot) -> Option<SessionIndex> {
-        let fits = |s: &links::Session| s.provider() == *provider && s.model_root() == *root && s.is_usable();
-        self.sessions.iter().find(|(_, s)| fits(s)).map(|(index, _)| *index)
+    /// A live session for what this listing offers, if there is one.
+    fn session_for(&self, listing: &VerifiedListing) -> Option<SessionIndex> {
+        self.sessions.iter().find(|(_, s)| s.serves(listing)).map(|(index, _)| *index)
     }
 
     /// The journal cannot write: nothing more is signed or paid; every call ends with an error that says so.

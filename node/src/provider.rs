@@ -14,6 +14,7 @@
 //! signature than the terms' window.
 
 mod links;
+mod parts;
 mod refunds;
 mod requests;
 mod resume;
@@ -159,6 +160,8 @@ impl Provider {
             ProviderEvent::Request { link, stream, frame } => self.request_frame(now, link, stream, frame),
             ProviderEvent::StreamClosed { link, stream } => self.stream_closed(now, link, stream),
             ProviderEvent::Engine { engine, event } => self.engine_event(now, engine, event),
+            ProviderEvent::Worked { job, done, .. } => self.worked(now, job, done),
+            ProviderEvent::Split { job, split, root, .. } => self.split_of(job, *split, root),
             ProviderEvent::InvoiceMade { ticket, result } => self.invoice_made(ticket, result),
             ProviderEvent::PaymentReceived { hash, amount } => self.payment_received(now, hash, amount),
             ProviderEvent::RefundSettled { hash, preimage, fee, .. } => self.refund_settled(hash, preimage, fee),
@@ -179,6 +182,9 @@ impl Provider {
             ProviderEvent::Engine { event: EngineEvent::Tokens { job, .. }, .. } => {
                 self.jobs.get(job).map_or(Touched::Nothing, |(id, _)| Touched::Session(*id))
             }
+            ProviderEvent::Worked { job, .. } => {
+                self.jobs.get(job).map_or(Touched::Nothing, |(id, _)| Touched::Session(*id))
+            }
             ProviderEvent::Durable(_) => Touched::Nothing,
             ProviderEvent::Offer(_)
             | ProviderEvent::LinkUp { .. }
@@ -187,6 +193,7 @@ impl Provider {
             | ProviderEvent::Request { .. }
             | ProviderEvent::StreamClosed { .. }
             | ProviderEvent::Engine { .. }
+            | ProviderEvent::Split { .. }
             | ProviderEvent::InvoiceMade { .. }
             | ProviderEvent::PaymentReceived { .. }
             | ProviderEvent::RefundSettled { .. }

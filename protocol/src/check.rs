@@ -2,9 +2,11 @@
 //! broke it is kept as evidence.
 
 use crate::session::{ReceiptFacts, SessionError, SessionState, SliceStatus};
-use satgrid_ledger::statements::{Ack, Receipt, SliceDescriptor};
+use satgrid_ledger::statements::{Ack, Receipt, RequestOpen, SliceDescriptor};
 use satgrid_pricing::{charge, numerators};
-use satgrid_types::{Digest, Msat, NodeKey, Numerators, Quote, RequestId, TokenUsage, UnixMs, VerifiedListing};
+use satgrid_types::{
+    Digest, Msat, NodeKey, Numerators, PartUsage, Quote, RequestId, TokenUsage, UnixMs, VerifiedListing,
+};
 use thiserror::Error;
 
 /// Longest validity that a quote may claim, in ms.
@@ -113,6 +115,8 @@ pub struct Counted {
     pub received: u32,
     /// Running hash over them.
     pub running_hash: Digest,
+    /// Of a worker: the most that was ordered of it, kind by kind.
+    pub ordered: Option<PartUsage>,
 }
 
 /// What is wrong with an acknowledgement or a receipt. The provider's fault.
@@ -124,6 +128,8 @@ pub enum CountFault {
     Output { claimed: u32, received: u32 },
     #[error("{claimed} prompt tokens claimed, the prompt has {prompt}")]
     Prompt { claimed: u32, prompt: u32 },
+    #[error("part work claimed that was not ordered: {claimed:?} of {ordered:?}")]
+    Part { claimed: Option<PartUsage>, ordered: Option<PartUsage> },
     #[error("a count is smaller than before, or contradicts another")]
     Inconsistent,
     #[error("{claimed} claimed, {computed} computed at the quote's rates")]
@@ -143,6 +149,7 @@ impl CountFault {
             CountFault::OutOfOrder => "count-out-of-order",
             CountFault::Output { .. } => "overcount-output",
             CountFault::Prompt { .. } => "overcount-prompt",
+            CountFault::Part { .. } => "overcount-part",
             CountFault::Inconsistent => "count-inconsistent",
             CountFault::Cost { .. } => "overcharge",
             CountFault::RunningHash => "output-hash",
@@ -162,7 +169,7 @@ pub fn ack(state: &SessionState, id: &RequestId, offered: &Ack, counted: &Counte
     if !in_order {
         return Err(CountFault::OutOfOrder);
     }
-    usage(&offered.usage, &request.acked(), request.open().prompt_tokens, counted)?;
+    usage(&offered.usage, &request.acked(), request.open(), counted)?;
     let computed = numerators(&offered.usage, request.rates()).map_err(SessionError::Charge)?;
     cost(offered.numerators, computed, offered.cost, charge(computed))?;
     if offered.running_hash != counted.running_hash {
@@ -181,7 +188,10 @@ pub fn receipt(
     private_hash: Digest,
 ) -> Result<(), CountFault> {
     let request = state.request_state(id).ok_or(SessionError::UnknownRequest(*id))?;
-    usage(&offered.usage, &request.acked(), request.open().prompt_tokens, counted)?;
+    usage(&offered.usage, &request.acked(), request.open(), counted)?;
+    if offered.part.map(|work| work.order) != request.open().part {
+        return Err(CountFault::Field { field: "part" });
+    }
     for slice in &offered.slices {
         let known = state.slices().get(&slice.k).is_some_and(|s| {
             s.amount == slice.amount
@@ -214,7 +224,18 @@ pub fn receipt(
     first_difference(offered, &ours).map_or(Ok(()), |field| Err(CountFault::Field { field }))
 }
 
-fn usage(claimed: &TokenUsage, acked: &TokenUsage, prompt: u32, counted: &Counted) -> Result<(), CountFault> {
+fn usage(claimed: &TokenUsage, acked: &TokenUsage, open: &RequestOpen, counted: &Counted) -> Result<(), CountFault> {
+    let prompt = open.prompt_tokens;
+    let fits = match (&claimed.part, open.part, counted.ordered) {
+        (None, None, _) => true,
+        // A worker that did nothing need not count.
+        (None, Some(_), _) => true,
+        (Some(part), Some(order), Some(ordered)) => order.allows(part) && ordered.covers(part),
+        (Some(_), _, _) => false,
+    };
+    if !fits {
+        return Err(CountFault::Part { claimed: claimed.part, ordered: counted.ordered });
+    }
     if claimed.completion != counted.received {
         return Err(CountFault::Output { claimed: claimed.completion, received: counted.received });
     }

@@ -42,7 +42,7 @@ impl Party {
     pub fn lightning_key(&self) -> LightningKey {
         LightningKey(PublicKey::from_secret_key(SECP256K1, &self.lightning).serialize())
     }
-    pub(super) fn genesis(&self) -> Evidence {
+    pub fn genesis(&self) -> Evidence {
         Evidence::Genesis {
             node: node_key(&self.node),
             nostr: nostr_key(&self.nostr),

@@ -173,6 +173,7 @@ impl Gateway {
             stop: request.stop.clone(),
             max_output,
             allow_fallbacks: request.routing.allow_fallbacks,
+            part: None,
         };
         let (emit, emissions) = mpsc::unbounded_channel();
         self.consumer.send(Message::Call(Box::new(submit), emit)).await.map_err(|_| stopped())?;
@@ -189,6 +190,7 @@ impl Gateway {
         };
         // Admitted once a provider has the request: refusals before that become statuses.
         let started = match run.emissions.recv().await {
+            Some(Emission::Ordered { .. } | Emission::Ticket { .. }) => return Err(stopped()),
             Some(Emission::Started { .. }) => CompletionEvent::Started { model: name.to_owned(), fingerprint: None },
             Some(Emission::Failed { error, bill }) => {
                 run.over = true;
@@ -334,7 +336,7 @@ impl Run {
     async fn next(&mut self) -> Option<Result<CompletionEvent, ServiceError>> {
         while !self.over {
             let event = match self.emissions.recv().await {
-                Some(Emission::Started { .. }) => continue,
+                Some(Emission::Started { .. } | Emission::Ordered { .. } | Emission::Ticket { .. }) => continue,
                 Some(Emission::Tokens { ids }) => {
                     self.emitted_tokens += u32::try_from(ids.len()).unwrap_or(u32::MAX);
                     let mut delta = String::new();

@@ -2,8 +2,9 @@
 
 use super::{Bill, CallError, CallId, Consumer, ConsumerAction, ConsumerConfig, Emission, Leg, SessionIndex, Submit};
 use crate::CloseCode;
-use satgrid_protocol::metering;
-use satgrid_types::{FinishReason, Msat, NodeKey, RequestId, UnixMs, VerifiedListing};
+use satgrid_ledger::statements::{Leg as PartLeg, PartOrder};
+use satgrid_protocol::metering::Meter;
+use satgrid_types::{Digest, FinishReason, Msat, NodeKey, RequestId, UnixMs, VerifiedListing};
 use std::collections::VecDeque;
 
 /// How long a call may wait for a session that is ready and funded, in ms.
@@ -54,6 +55,15 @@ impl Call {
     }
     pub(super) fn submit(&self) -> &Submit {
         &self.submit
+    }
+    pub(super) fn part(&self) -> Option<PartOrder> {
+        self.submit.part
+    }
+    pub(super) fn meter(&self) -> Meter {
+        match self.submit.part {
+            Some(order) => Meter::Part(order),
+            None => Meter::Tokens { prompt_tokens: self.prompt_len(), max_output: self.output_left() },
+        }
     }
 }
 
@@ -167,7 +177,7 @@ impl Consumer {
         if call.cancelled {
             return self.fail_call(id, CallError::Cancelled);
         }
-        if call.output_left() == 0 {
+        if call.output_left() == 0 && call.part().is_none() {
             // Everything that was asked for was received before the provider went away.
             let bill = call.bill.clone();
             return self.finish_call(id, FinishReason::Length, bill);
@@ -226,14 +236,21 @@ impl Consumer {
         let request_state = state.request_state(&request)?;
         let (usage, rates, before) = (request_state.acked(), *request_state.rates(), state.charged());
         let provider = state.provider();
+        let part = request_state.open().part.map(|order| PartLeg {
+            worker: provider,
+            order,
+            usage: usage.part.unwrap_or_default(),
+            id: request_state.last_ack_id().map(|id| Digest(id.0)),
+            rows: None,
+        });
         let draft = state.abandoned(request).ok()?;
         self.record(index, vec![draft], Vec::new());
         let after = self.sessions.get(&index)?.state.as_ref()?.charged();
         let call = live?.call;
         let cost = after.saturating_sub(before);
-        let leg = Leg { provider, request, receipt: None, usage, rates, cost };
+        let leg = Leg { provider, request, receipt: None, usage, rates, cost, part };
         let held = self.calls.get_mut(&call)?;
-        if usage.prompt > 0 || usage.completion > 0 {
+        if part.is_some() || usage.prompt > 0 || usage.completion > 0 {
             held.bill.legs.push(leg);
         }
         Some(call)
@@ -243,7 +260,7 @@ impl Consumer {
     pub(super) fn start_need(&self, index: SessionIndex, id: CallId) -> Option<Msat> {
         let call = self.calls.get(&id)?;
         let quote = self.sessions.get(&index)?.state.as_ref()?.quote();
-        metering::start_cost(call.prompt_len(), call.output_left(), &quote.rates, &quote.terms)
+        call.meter().start_cost(&quote.rates, &quote.terms)
     }
 
     pub(super) fn tick_calls(&mut self, now: UnixMs) {

@@ -59,7 +59,9 @@ impl Consumer {
     pub(super) fn hold(&mut self, now: UnixMs, link: LinkId, text: &str) -> bool {
         let Some(session) = self.links.get(&link).and_then(|i| self.sessions.get_mut(i)) else { return false };
         let known = session.state.is_some() && session.listing.is_some() && session.link == Some(link);
-        if !known || session.requests.is_empty() || session.resume_ms() == 0 {
+        // A lead does not wait for a worker: it has the rows, and takes another one.
+        let parts = session.requests.values().any(|live| live.part.is_some());
+        if !known || parts || session.requests.is_empty() || session.resume_ms() == 0 {
             return false;
         }
         match &mut session.hold {

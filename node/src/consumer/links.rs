@@ -13,8 +13,8 @@ use satgrid_protocol::{
     session::{SessionState, Side, SliceStatus},
 };
 use satgrid_types::{
-    ModelRoot, Msat, NodeKey, Numerators, Quote, ReceiptId, RequestId, SessionId, Signed, UnixMs, VerifiedListing,
-    node_key,
+    ModelRoot, Msat, NodeKey, Numerators, Part, Quote, ReceiptId, RequestId, SessionId, Signed, UnixMs,
+    VerifiedListing, node_key,
 };
 use std::collections::{BTreeMap, VecDeque};
 
@@ -44,6 +44,8 @@ pub(super) struct Session {
     pub key: SigningKey,
     provider: NodeKey,
     root: ModelRoot,
+    /// Which part of the model: none after a restart, where only the price tells.
+    part: Option<Part>,
     /// The listing by which it was found; none after a restart, until a call finds it again.
     pub listing: Option<VerifiedListing>,
     pub state: Option<SessionState>,
@@ -84,6 +86,7 @@ impl Session {
             key,
             provider,
             root,
+            part: None,
             listing: None,
             state: None,
             phase: Phase::Asleep,
@@ -118,12 +121,25 @@ impl Session {
     pub(super) fn provider(&self) -> NodeKey {
         self.provider
     }
-    pub(super) fn model_root(&self) -> ModelRoot {
-        self.root
+    /// Whether a call to this listing may use the session.
+    pub(super) fn serves(&self, listing: &VerifiedListing) -> bool {
+        let part = match &self.part {
+            Some(part) => *part == listing.part,
+            // From the journal: whole models have a price for output, parts have none.
+            None => {
+                listing.part == Part::Whole
+                    && self.state.as_ref().is_none_or(|s| {
+                        let rates = &s.quote().rates;
+                        rates.position_layer.is_none() && rates.expert_row.is_none()
+                    })
+            }
+        };
+        part && self.provider == listing.node_key && self.root == listing.model_root && self.is_usable()
     }
     /// A newer listing of the same provider and model says where it is now.
     pub(super) fn learn(&mut self, listing: &VerifiedListing) {
-        let same = listing.node_key == self.provider && listing.model_root == self.root;
+        let part = self.part.as_ref().is_none_or(|part| *part == listing.part);
+        let same = listing.node_key == self.provider && listing.model_root == self.root && part;
         if same && self.listing.as_ref().is_none_or(|known| known.created_at() <= listing.created_at()) {
             self.listing = Some(listing.clone());
         }
@@ -179,10 +195,12 @@ impl Session {
 impl Consumer {
     /// The session that a call to this listing uses, new if there is none.
     pub(super) fn session_with(&mut self, now: UnixMs, listing: &VerifiedListing) -> SessionIndex {
-        let index = self.session_for(&listing.node_key, &listing.model_root).unwrap_or_else(|| {
+        let index = self.session_for(listing).unwrap_or_else(|| {
             let index = self.free_index();
             let key = session_key(&self.master, index);
-            self.sessions.insert(index, Session::new(key, listing.node_key, listing.model_root));
+            let mut session = Session::new(key, listing.node_key, listing.model_root);
+            session.part = Some(listing.part.clone());
+            self.sessions.insert(index, session);
             index
         });
         if let Some(session) = self.sessions.get_mut(&index) {

@@ -2,20 +2,21 @@
 
 use super::{
     CallError, CallId, Consumer, ConsumerAction, ConsumerConfig, Emission, FundsLimit, Leg, SessionIndex, calls::Place,
-    links::Session,
+    links::Session, parts::PartLive,
 };
 use crate::{LinkId, StreamId};
 use satgrid_ledger::statements::{
-    Ack, Receipt, ReceiptOpening, ReceiptPrivate, RequestOpen, RequestPrivate, RunningHash, receipt_id,
+    Ack, Leg as PartLeg, Receipt, ReceiptOpening, ReceiptPrivate, RequestOpen, RequestPrivate, RunningHash, receipt_id,
 };
-use satgrid_pricing::cost_alone;
 use satgrid_protocol::{
     check::{self, Counted},
     frame::{ConsumerFrame, MAX_CHUNK_TOKENS, ProviderFrame, Refusal, StartRequest},
-    metering::{self, Grant, Progress},
+    metering::{Grant, Meter},
     session::RequestState,
 };
-use satgrid_types::{BothSigned, FinishReason, Msat, RequestId, Salt, Signed, TokenUsage, UnixMs, cbor, sign_body};
+use satgrid_types::{
+    BothSigned, Digest, FinishReason, Msat, RequestId, Salt, Signed, Terms, TokenUsage, UnixMs, cbor, sign_body,
+};
 
 /// Times in a row that a call may be refused for want of funds before its provider is left.
 const MAX_SHORT: u32 = 4;
@@ -32,6 +33,8 @@ pub(super) struct Live {
     pub received: u32,
     running: RunningHash,
     pub last_frame_at: UnixMs,
+    /// Of a worker.
+    pub(super) part: Option<PartLive>,
     /// A statement that is right, and beyond what our own books show as paid: signed once the payment is booked.
     held: Option<Held>,
     /// Why this side asked for the end of it, where the client did not.
@@ -52,11 +55,16 @@ pub(super) enum Ended {
 
 impl Live {
     pub(super) fn stall_deadline(&self, config: &ConsumerConfig, starved: bool) -> UnixMs {
+        if self.part.is_some() && self.ended.is_none() {
+            // A worker waits for rows, and its lead for a customer. Who is dead is told by the link.
+            return UnixMs(u64::MAX);
+        }
         let patience = if starved && self.ended.is_none() { UNFUNDED_STALL_MS } else { config.stall_ms };
         self.last_frame_at.plus_ms(patience)
     }
     fn counted(&self) -> Counted {
-        Counted { received: self.received, running_hash: self.running.value() }
+        let ordered = self.part.as_ref().map(|part| part.sent);
+        Counted { received: self.received, running_hash: self.running.value(), ordered }
     }
 }
 
@@ -65,38 +73,25 @@ impl Session {
     fn granted(&self, id: &RequestId) -> Option<(Grant, &RequestState)> {
         let state = self.state.as_ref()?;
         let request = state.request_state(id)?;
-        let grant = metering::grant(&Progress {
-            prompt_tokens: request.open().prompt_tokens,
-            max_output: request.open().max_output,
-            acked: request.acked(),
-            funds: request.reserved().saturating_add(self.usable_balance()),
-            rates: *request.rates(),
-            terms: state.quote().terms,
-        });
+        let funds = request.reserved().saturating_add(self.usable_balance());
+        let grant = Meter::of(request.open()).grant(&request.acked(), funds, request.rates(), &state.quote().terms);
         Some((grant, request))
     }
 
     /// No money can be had, and the request cannot go on without.
     pub(super) fn is_starved(&self, id: &RequestId) -> bool {
         let (Some((grant, request)), Some(live)) = (self.granted(id), self.requests.get(id)) else { return false };
-        let acked = request.acked();
-        let prompt_left = acked.prompt < request.open().prompt_tokens;
-        let goes_on = if prompt_left { grant.prompt_upto > acked.prompt } else { grant.output_upto > live.received };
-        self.unfunded && !goes_on
+        let mut done = request.acked();
+        done.completion = done.completion.max(live.received);
+        self.unfunded && !Meter::of(request.open()).goes_on(grant, &done)
     }
 
     /// What should be free beside a running request's reservation: `low` water or its next prompt piece, and never more
     /// than the rest of it can cost.
     pub(super) fn ahead(&self, id: &RequestId, low: Msat) -> Msat {
         let Some((_, request)) = self.granted(id) else { return Msat::ZERO };
-        let (open, rates) = (request.open(), request.rates());
-        let piece = self.state.as_ref().map_or(1, |s| s.quote().terms.prefill_piece.max(1));
-        let prompt = request.acked().prompt.saturating_add(piece.saturating_mul(2)).min(open.prompt_tokens);
-        let cost = |prompt, completion| {
-            let usage = TokenUsage { prompt, completion, ..TokenUsage::default() };
-            cost_alone(&usage, rates).unwrap_or(Msat::MAX).saturating_sub(request.reserved())
-        };
-        low.max(cost(prompt, 0)).min(cost(open.prompt_tokens, open.max_output))
+        let terms = self.state.as_ref().map_or_else(Terms::default, |s| s.quote().terms);
+        Meter::of(request.open()).ahead(&request.acked(), request.reserved(), low, request.rates(), &terms)
     }
 }
 
@@ -136,19 +131,13 @@ impl Consumer {
             max_output,
             private_hash: private.commitment(&salt),
             opened_at: now,
-            part: None,
+            part: call.part(),
         };
         let signed = Signed::sign(&open, &session.key);
         let quote = state.quote();
-        let grant = metering::grant(&Progress {
-            prompt_tokens: open.prompt_tokens,
-            max_output,
-            acked: TokenUsage::default(),
-            funds: session.usable_balance(),
-            rates: quote.rates,
-            terms: quote.terms,
-        });
-        let reserve = cost_alone(&grant.usage(), &quote.rates).unwrap_or(Msat::ZERO);
+        let meter = call.meter();
+        let grant = meter.grant(&TokenUsage::default(), session.usable_balance(), &quote.rates, &quote.terms);
+        let reserve = meter.cost(grant, &quote.rates).unwrap_or(Msat::ZERO);
         let draft = state.request(now, &signed, request, reserve);
         let provider = state.provider();
         let live = Live {
@@ -159,10 +148,12 @@ impl Consumer {
             received: 0,
             running: RunningHash::start(&salt, &request),
             last_frame_at: now,
+            part: call.part().map(|_| PartLive::default()),
             held: None,
             ended: None,
         };
         let start = StartRequest { open: signed, salt, prompt, private };
+        let ordered = call.part().map(|_| Emission::Ordered { session: state.id(), key: state.consumer(), request });
         if let Some(session) = self.sessions.get_mut(&index) {
             session.streams.insert(stream, request);
             session.requests.insert(request, live);
@@ -174,7 +165,8 @@ impl Consumer {
         let open = ConsumerAction::OpenStream { link, stream, frame: ConsumerFrame::Start(Box::new(start)) };
         // Told at once: it promises nothing, and must not come after the call's end.
         self.actions.push_back(ConsumerAction::Emit { call: id, emission: Emission::Started { provider, request } });
-        self.record(index, vec![draft], vec![open]);
+        let ordered = ordered.map(|emission| ConsumerAction::Emit { call: id, emission });
+        self.record(index, vec![draft], [Some(open), ordered].into_iter().flatten().collect());
     }
 
     pub(super) fn frame(&mut self, now: UnixMs, link: LinkId, stream: StreamId, frame: ProviderFrame) {
@@ -225,6 +217,12 @@ impl Consumer {
             return self.misbehaved(now, index, fault.rule(), &fault.to_string(), cbor::encode(signed));
         }
         let both = BothSigned::countersign(signed, &session.key);
+        if live.is_early(&offered.usage) {
+            if let Some(live) = self.sessions.get_mut(&index).and_then(|s| s.requests.get_mut(&request)) {
+                live.held = Some(Held::Ack(Box::new(Ack::clone(&offered)), both));
+            }
+            return;
+        }
         self.commit_ack(now, index, link, request, &offered, both);
     }
 
@@ -253,15 +251,10 @@ impl Consumer {
         let Some(held) = state.request_state(&request) else { return };
         let Some(live) = session.requests.get(&request) else { return };
         // What the provider may do next on this signature is reserved with it.
-        let grant = metering::grant(&Progress {
-            prompt_tokens: held.open().prompt_tokens,
-            max_output: held.open().max_output,
-            acked: offered.usage,
-            funds: held.reserved().saturating_add(session.usable_balance()),
-            rates: *held.rates(),
-            terms: state.quote().terms,
-        });
-        let next = cost_alone(&grant.usage(), held.rates()).unwrap_or(Msat::ZERO);
+        let meter = Meter::of(held.open());
+        let funds = held.reserved().saturating_add(session.usable_balance());
+        let grant = meter.grant(&offered.usage, funds, held.rates(), &state.quote().terms);
+        let next = meter.cost(grant, held.rates()).unwrap_or(Msat::ZERO);
         let more = next.saturating_sub(held.reserved()).min(session.usable_balance());
         // What is signed for is reserved, whatever the provider knows of our money.
         let more = more.max(offered.cost.saturating_sub(held.reserved()));
@@ -313,8 +306,15 @@ impl Consumer {
         let Ok(draft) = state.finished(&both, &offered, Some(opening)) else { return };
         let (stream, id, provider) = (live.stream, live.call, session.provider());
         let (receipt, rates) = (receipt_id(&both), offered.rates);
-        let leg = Leg { provider, request, receipt: Some(receipt), usage: offered.usage, rates, cost: offered.cost };
-        let cost = offered.cost;
+        let part = offered.part.map(|work| PartLeg {
+            worker: provider,
+            order: work.order,
+            usage: offered.usage.part.unwrap_or_default(),
+            id: Some(Digest(receipt.0)),
+            rows: Some((work.input, work.output)),
+        });
+        let (usage, cost) = (offered.usage, offered.cost);
+        let leg = Leg { provider, request, receipt: Some(receipt), usage, rates, cost, part };
         let error = offered.error.clone();
         self.counters.receipts += 1;
         let settled = self.settled_with.entry(provider).or_default();
@@ -423,6 +423,15 @@ impl Consumer {
             session.requests.iter_mut().filter_map(|(id, live)| Some((*id, live.held.take()?))).collect();
         for (request, held) in held {
             match held {
+                Held::Ack(offered, both)
+                    if self.sessions.get(&index).is_some_and(|s| {
+                        s.requests.get(&request).is_some_and(|live| live.is_early(&offered.usage))
+                    }) =>
+                {
+                    if let Some(live) = self.sessions.get_mut(&index).and_then(|s| s.requests.get_mut(&request)) {
+                        live.held = Some(Held::Ack(offered, both));
+                    }
+                }
                 Held::Ack(offered, both) => self.commit_ack(now, index, link, request, &offered, both),
                 Held::Receipt(reason, signed) => self.receipt(now, index, request, reason, &signed),
             }

@@ -2,13 +2,15 @@
 
 use super::SessionIndex;
 use crate::{Append, CloseCode, LinkId, StreamId, Ticket};
+use satgrid_ledger::statements::PartOrder;
 use satgrid_protocol::{
-    frame::{ConsumerControl, ConsumerFrame, ProviderControl, ProviderFrame},
+    frame::{ConsumerControl, ConsumerFrame, ProviderControl, ProviderFrame, Resend},
+    hop,
     slices::SlicePolicy,
 };
 use satgrid_types::{
-    FinishReason, LightningKey, Msat, NodeKey, PaymentHash, Preimage, RateCard, ReceiptId, RequestId, Sampling,
-    SessionId, TokenUsage, VerifiedListing,
+    FinishReason, LightningKey, Msat, NodeKey, PartUsage, PaymentHash, Preimage, RateCard, ReceiptId, RequestId,
+    Sampling, SessionId, Signed, TokenUsage, VerifiedListing,
 };
 use satgrid_wallet::Network;
 use std::collections::BTreeSet;
@@ -85,6 +87,8 @@ pub struct Submit {
     pub max_output: u32,
     /// Another provider may go on where one failed.
     pub allow_fallbacks: bool,
+    /// Work on a part of a model, of the one candidate; then there is no prompt and no output.
+    pub part: Option<PartOrder>,
 }
 
 /// What happened.
@@ -93,6 +97,30 @@ pub enum ConsumerEvent {
     Submit(Box<Submit>),
     /// The client went away.
     Cancel {
+        call: CallId,
+    },
+    /// A lead ordered so much of a worker so far, and so much of it came back through the ring: a worker's statements are
+    /// signed up to what came back.
+    Ordered {
+        call: CallId,
+        sent: PartUsage,
+        returned: PartUsage,
+    },
+    /// Tells a worker where its rows go next: to the worker of another call, or back to the lead.
+    Route {
+        call: CallId,
+        slot: u64,
+        downstream: Option<CallId>,
+        next: NodeKey,
+        addresses: Vec<String>,
+        resend: Vec<Resend>,
+    },
+    /// A ticket for the lead's own hop to the worker of this call.
+    WantTicket {
+        call: CallId,
+    },
+    /// Nothing more is wanted of the worker: its receipt is due.
+    PartDone {
         call: CallId,
     },
     /// The operator wants the remainder back.
@@ -246,6 +274,16 @@ pub enum Emission {
     Tokens {
         ids: Vec<u32>,
     },
+    /// A worker was ordered: this session, its key (which signs tickets), this request.
+    Ordered {
+        session: SessionId,
+        key: NodeKey,
+        request: RequestId,
+    },
+    /// The ticket that [`ConsumerEvent::WantTicket`] asked for.
+    Ticket {
+        ticket: Signed<hop::Ticket>,
+    },
     Finished {
         reason: FinishReason,
         bill: Bill,
@@ -272,6 +310,8 @@ pub struct Leg {
     pub usage: TokenUsage,
     pub rates: RateCard,
     pub cost: Msat,
+    /// Of a worker: its part in the request of the lead's customer.
+    pub part: Option<satgrid_ledger::statements::Leg>,
 }
 
 impl Bill {

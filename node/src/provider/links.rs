@@ -102,7 +102,7 @@ impl Provider {
             instruction_set: listed.instruction_set.clone(),
             context_length: listed.context_length,
             rates: offering.rates,
-            terms: self.config.terms,
+            terms: self.terms_for(&offering),
             issued_at: now,
             valid_until: now.plus_ms(self.config.quote_validity_ms),
             nonce: self.nonce(),

@@ -1,13 +1,13 @@
 //! A request's run: started, metered, acknowledged, receipted.
 
-use super::{EngineId, Provider, ProviderAction, start::check_start, words::engine_sampling};
+use super::{EngineId, Provider, ProviderAction, parts::PartLive, start::check_start, words::engine_sampling};
 use crate::{LinkId, StreamId};
 use satgrid_engine::port::{Command, EngineEvent, FinishReason as EngineFinish, Job, JobId};
-use satgrid_ledger::statements::{Ack, Receipt, ReceiptOpening, ReceiptPrivate, RunningHash};
-use satgrid_pricing::{charge, cost_alone, numerators};
+use satgrid_ledger::statements::{Ack, Receipt, ReceiptOpening, ReceiptPrivate, RunningHash, Split};
+use satgrid_pricing::{charge, numerators};
 use satgrid_protocol::{
     frame::{ConsumerFrame, MAX_CHUNK_TOKENS, ProviderFrame, Refusal, StartRequest},
-    metering::{self, Grant, Progress},
+    metering::{Grant, Meter},
     session::{REQUEST_DEADLINE_MS, ReceiptFacts},
 };
 use satgrid_types::{
@@ -20,8 +20,11 @@ pub(super) struct Request {
     pub stream: (LinkId, StreamId),
     pub job: JobId,
     pub done: TokenUsage,
-    prompt_tokens: u32,
-    max_output: u32,
+    meter: Meter,
+    /// Of work on a part of a model.
+    pub(super) part: Option<PartLive>,
+    /// Of a lead: how the answer was put together, once it is.
+    pub(super) split: Option<(Split, Digest)>,
     salt: Salt,
     prompt_hash: Digest,
     sampling: Sampling,
@@ -34,7 +37,7 @@ pub(super) struct Request {
     pub awaits_stream: Option<u32>,
     pub phase: Phase,
     started_at: UnixMs,
-    first_token_at: Option<UnixMs>,
+    pub(super) first_token_at: Option<UnixMs>,
     /// It ran for too long and its engine was told to stop.
     overdue: bool,
 }
@@ -75,7 +78,9 @@ impl Request {
                 Some(self.ack.offered_at.plus_ms(signature_timeout_ms))
             }
             (_, Some(_)) => Some(self.ack.offered_at.plus_ms(signature_timeout_ms)),
-            (Phase::Running, None) if self.done.completion > self.ack.offered.completion => {
+            (Phase::Running, None)
+                if self.meter.units(&self.done).completion > self.meter.units(&self.ack.offered).completion =>
+            {
                 Some(self.ack.offered_at.plus_ms(u64::from(terms.ack_interval_ms)))
             }
             (Phase::Running, None) if self.overdue => None,
@@ -98,9 +103,8 @@ impl Provider {
                     self.ack_signed(now, id, request, seq, &signature);
                 }
             }
-            ConsumerFrame::Route(_) | ConsumerFrame::Done => {
-                self.violation(link, "work on a part of a model is not sold in this session");
-            }
+            ConsumerFrame::Route(route) => self.route(link, stream, id, *route),
+            ConsumerFrame::Done => self.part_done(link, stream, id),
             ConsumerFrame::Cancel => {
                 if let Some(request) = self.request_on(id, link, stream) {
                     self.cancel(id, request);
@@ -114,7 +118,7 @@ impl Provider {
         }
     }
 
-    fn request_on(&self, id: SessionId, link: LinkId, stream: StreamId) -> Option<RequestId> {
+    pub(super) fn request_on(&self, id: SessionId, link: LinkId, stream: StreamId) -> Option<RequestId> {
         let session = self.sessions.get(&id)?;
         session.requests.iter().find(|(_, r)| r.stream == (link, stream)).map(|(id, _)| *id)
     }
@@ -151,8 +155,11 @@ impl Provider {
         {
             return self.refuse_request(link, stream, Refusal::Busy, "all slots and places in the queue are taken");
         }
+        if let Some(text) = self.order_refused(engine, &open) {
+            return self.refuse_order(link, stream, text);
+        }
         let room = quote.context_length.saturating_sub(open.prompt_tokens);
-        if room == 0 {
+        if room == 0 && open.part.is_none() {
             let text = format!(
                 "a prompt of {} tokens leaves no room in a context of {}",
                 open.prompt_tokens, quote.context_length
@@ -160,20 +167,17 @@ impl Provider {
             return self.refuse_request(link, stream, Refusal::Context, text);
         }
         let max_output = open.max_output.min(room).max(1);
-        let granted = metering::grant(&Progress {
-            prompt_tokens: open.prompt_tokens,
-            max_output,
-            acked: TokenUsage::default(),
-            funds: state.available(),
-            rates: quote.rates,
-            terms: quote.terms,
-        });
+        let meter = match open.part {
+            Some(order) => Meter::Part(order),
+            None => Meter::Tokens { prompt_tokens: open.prompt_tokens, max_output },
+        };
+        let granted = meter.grant(&TokenUsage::default(), state.available(), &quote.rates, &quote.terms);
         if granted == Grant::default() {
-            let needed = metering::start_cost(open.prompt_tokens, max_output, &quote.rates, &quote.terms);
+            let needed = meter.start_cost(&quote.rates, &quote.terms);
             let text = format!("{} available, {} needed to start", state.available(), needed.unwrap_or(Msat::MAX));
             return self.refuse_request(link, stream, Refusal::Funds, text);
         }
-        let Ok(reserve) = cost_alone(&granted.usage(), &quote.rates) else {
+        let Ok(reserve) = meter.cost(granted, &quote.rates) else {
             return self.refuse_request(
                 link,
                 stream,
@@ -198,8 +202,9 @@ impl Provider {
             stream: (link, stream),
             job,
             done: TokenUsage::default(),
-            prompt_tokens: open.prompt_tokens,
-            max_output,
+            meter,
+            part: open.part.map(PartLive::new),
+            split: None,
             salt: start.salt,
             prompt_hash: start.private.prompt_hash,
             sampling: start.private.sampling,
@@ -220,7 +225,10 @@ impl Provider {
             session.requests.insert(request, live);
         }
         let grant = grant_command(job, granted);
-        let begin = ProviderAction::Engine { engine, command: Command::Start(work) };
+        let begin = match open.part {
+            Some(order) => self.admit(engine, job, id, &open, order),
+            None => ProviderAction::Engine { engine, command: Command::Start(work) },
+        };
         self.record(id, vec![draft], vec![begin, ProviderAction::Engine { engine, command: grant }]);
     }
 
@@ -228,7 +236,11 @@ impl Provider {
     fn engine_for(&mut self, id: SessionId) -> Option<EngineId> {
         let session = self.sessions.get_mut(&id)?;
         let (root, build) = (session.state.quote().model_root, session.state.quote().build);
-        let serving = self.offerings.values().find(|o| o.listing.model_root == root && o.build == build)?.engine;
+        // One node may sell several parts of one model: the very listing says which, or the engine that served before.
+        let known = self.offerings.get(&session.state.quote().listing).map(|o| o.engine).or(session.engine);
+        let fits = |o: &&super::Offering| o.listing.model_root == root && o.build == build;
+        let live = self.offerings.values().filter(fits).find(|o| known.is_none_or(|engine| o.engine == engine));
+        let serving = live.or_else(|| self.offerings.values().find(fits))?.engine;
         session.engine = Some(serving);
         Some(serving)
     }
@@ -253,7 +265,8 @@ impl Provider {
         match event {
             EngineEvent::Prefilled { upto, cached, .. } => {
                 let Some(live) = self.live(id, &request) else { return };
-                live.done.prompt = upto.min(live.prompt_tokens);
+                let Meter::Tokens { prompt_tokens, .. } = live.meter else { return };
+                live.done.prompt = upto.min(prompt_tokens);
                 live.done.cached_prompt = cached.min(live.done.prompt);
                 self.offer_ack_if_due(now, id, request);
             }
@@ -291,7 +304,7 @@ impl Provider {
 
     fn tokens(&mut self, now: UnixMs, id: SessionId, request: RequestId, first: u32, ids: &[u32]) {
         let Some(live) = self.live(id, &request) else { return };
-        if !live.is_running() || first != live.done.completion {
+        if !live.is_running() || first != live.done.completion || live.part.is_some() {
             return;
         }
         live.first_token_at.get_or_insert(now);
@@ -318,7 +331,7 @@ impl Provider {
         let Some(live) = session.requests.get_mut(&request) else { return };
         let waited = now.since(live.ack.offered_at);
         let due = live.is_running() && live.ack.out.is_none();
-        if !due || !metering::ack_due(&live.done, &live.ack.offered, waited, &terms) {
+        if !due || !live.meter.ack_due(&live.done, &live.ack.offered, waited, &terms) {
             return;
         }
         let Ok(numerators) = numerators(&live.done, &rates) else { return };
@@ -381,21 +394,15 @@ impl Provider {
         let rates = *state.rates();
         let reserved = state.reserved();
         let live = session.requests.get(&request).ok_or_else(unknown)?;
-        let next = metering::grant(&Progress {
-            prompt_tokens: live.prompt_tokens,
-            max_output: live.max_output,
-            acked,
-            funds: reserved.saturating_add(session.state.available()),
-            rates,
-            terms: session.state.quote_of(&state.open().quote).map_or_else(Terms::default, |q| q.terms),
-        });
+        let terms = session.state.quote_of(&state.open().quote).map_or_else(Terms::default, |q| q.terms);
+        let next = live.meter.grant(&acked, reserved.saturating_add(session.state.available()), &rates, &terms);
         let grows = next.prompt_upto > live.granted.prompt_upto || next.output_upto > live.granted.output_upto;
         let next = Grant {
             prompt_upto: next.prompt_upto.max(live.granted.prompt_upto),
             output_upto: next.output_upto.max(live.granted.output_upto),
         };
         let running = live.is_running();
-        let more = cost_alone(&next.usage(), &rates)?.saturating_sub(reserved);
+        let more = live.meter.cost(next, &rates)?.saturating_sub(reserved);
         let more = if running { more.min(session.state.available()) } else { Msat::ZERO };
         let draft = match &ack {
             Some((_, both)) => Some(session.state.acked(now, both, request, more)?),
@@ -485,8 +492,8 @@ impl Provider {
             private_hash: private(live).commitment(&live.salt),
             error: error.clone(),
             slices: session.state.unreceipted().into_iter().take(Receipt::MAX_SLICES).collect(),
-            part: None,
-            split: None,
+            part: live.part.as_ref().map(PartLive::work),
+            split: live.split.clone(),
         };
         let (link, stream) = live.stream;
         let Ok(body) = session.state.receipt(&request, facts) else {

@@ -1,5 +1,6 @@
 //! What a request must be before it is taken up.
 
+use super::parts::check_part_start;
 use satgrid_ledger::statements::{RequestOpen, prompt_hash};
 use satgrid_protocol::{
     frame::{MAX_PROMPT_TOKENS, MAX_STOPS, StartRequest},
@@ -12,16 +13,17 @@ pub(super) fn check_start(state: &SessionState, start: &StartRequest) -> Result<
     let open = start.open.verify(&state.consumer()).map_err(|e| e.to_string())?;
     let private = &start.private;
     let length = u32::try_from(start.prompt.len()).unwrap_or(u32::MAX);
-    if open.part.is_some() {
-        return Err("work on a part of a model is not sold in this session".into());
+    let whole = open.part.is_none();
+    if !whole {
+        check_part_start(start, &open)?;
     }
     if open.version != RequestOpen::VERSION || open.session != state.id() {
         return Err("the request is for another session".into());
     }
-    if start.prompt.is_empty() || start.prompt.len() > MAX_PROMPT_TOKENS || length != open.prompt_tokens {
+    if (start.prompt.is_empty() && whole) || start.prompt.len() > MAX_PROMPT_TOKENS || length != open.prompt_tokens {
         return Err(format!("the prompt has {length} tokens, {} were signed for", open.prompt_tokens));
     }
-    if open.max_output == 0 || private.stop.len() > MAX_STOPS || private.resumed > length {
+    if (open.max_output == 0 && whole) || private.stop.len() > MAX_STOPS || private.resumed > length {
         return Err("no output asked for, too many stop strings, or more resumed than prompt tokens".into());
     }
     let committed = private.commitment(&start.salt) == open.private_hash;

@@ -1,11 +1,12 @@
 //! What the provider role is told, and what it asks for.
 
 use crate::{Append, CloseCode, LinkId, StreamId, Ticket};
-use satgrid_engine::port::{Command, EngineEvent};
-use satgrid_protocol::frame::{ConsumerControl, ConsumerFrame, ProviderControl, ProviderFrame};
+use satgrid_engine::port::{Command, EngineEvent, JobId};
+use satgrid_ledger::statements::{PartOrder, Split};
+use satgrid_protocol::frame::{ConsumerControl, ConsumerFrame, PartRoute, ProviderControl, ProviderFrame};
 use satgrid_types::{
-    BuildId, Digest, EngineProfile, Msat, NodeKey, PaymentHash, Preimage, RateCard, SessionId, Terms, UnixMs,
-    VerifiedListing,
+    BuildId, Digest, EngineProfile, Msat, NodeKey, PartUsage, PaymentHash, Preimage, RateCard, RequestId, SessionId,
+    Terms, UnixMs, VerifiedListing,
 };
 
 /// Names one engine of this node; a node with several models runs several.
@@ -31,6 +32,10 @@ pub struct ProviderConfig {
     pub signature_timeout_ms: u64,
     /// Name and version of the engine, for receipts.
     pub engine_name: String,
+    /// Work on a part of a model that may be unacknowledged, per request; at least two batches of the engine.
+    pub part_window: Msat,
+    /// Positions in one batch of an engine that holds a part.
+    pub part_batch: u32,
 }
 
 impl Default for ProviderConfig {
@@ -43,6 +48,8 @@ impl Default for ProviderConfig {
             max_requests: 64,
             signature_timeout_ms: 20_000,
             engine_name: "unnamed".into(),
+            part_window: Msat(2_000),
+            part_batch: 512,
         }
     }
 }
@@ -62,6 +69,18 @@ impl Offering {
     pub(super) fn is_live(&self, now: UnixMs) -> bool {
         self.listing.is_live(now)
     }
+}
+
+/// What an engine that holds a part has done for one request, cumulative.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PartDone {
+    pub usage: PartUsage,
+    /// Running hashes over the rows that came in and went out.
+    pub input: Digest,
+    pub output: Digest,
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+    pub busy_ms: u64,
 }
 
 /// A refund that was attempted before a restart and has no outcome.
@@ -101,6 +120,20 @@ pub enum ProviderEvent {
     Engine {
         engine: EngineId,
         event: EngineEvent,
+    },
+    /// An engine that holds a part worked for a request.
+    Worked {
+        engine: EngineId,
+        job: JobId,
+        done: PartDone,
+    },
+    /// A lead's run is about to be reported as over: these layers were its own, and this is the root over the workers'
+    /// receipts.
+    Split {
+        engine: EngineId,
+        job: JobId,
+        split: Box<Split>,
+        root: Digest,
     },
     InvoiceMade {
         ticket: InvoiceTicket,
@@ -160,6 +193,27 @@ pub enum ProviderAction {
     Engine {
         engine: EngineId,
         command: Command,
+    },
+    /// An order for a part of a model was accepted. Units are granted and the job cancelled by the engine's own commands.
+    Admit {
+        engine: EngineId,
+        job: JobId,
+        session: SessionId,
+        request: RequestId,
+        order: PartOrder,
+        /// Signs the tickets of this request.
+        lead: NodeKey,
+    },
+    /// Where the rows of a part request go next.
+    Route {
+        engine: EngineId,
+        job: JobId,
+        route: Box<PartRoute>,
+    },
+    /// The lead wants no more of a part request: end it in good order.
+    Settle {
+        engine: EngineId,
+        job: JobId,
     },
     /// The journal has this wallet event: acknowledge it.
     WalletHandled {

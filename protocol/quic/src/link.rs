@@ -31,6 +31,8 @@ pub enum StreamKind {
     Request = 1,
     /// One download of a blob by its hash.
     Artefact = 2,
+    /// Hidden rows from one node of a ring to the next.
+    Hop = 3,
 }
 
 impl StreamKind {
@@ -39,6 +41,7 @@ impl StreamKind {
             0 => Some(StreamKind::Control),
             1 => Some(StreamKind::Request),
             2 => Some(StreamKind::Artefact),
+            3 => Some(StreamKind::Hop),
             _ => None,
         }
     }
@@ -46,7 +49,7 @@ impl StreamKind {
     fn priority(self) -> i32 {
         match self {
             StreamKind::Control => 1,
-            StreamKind::Request => 0,
+            StreamKind::Request | StreamKind::Hop => 0,
             StreamKind::Artefact => -1,
         }
     }

@@ -98,6 +98,7 @@ impl World {
             stop: Vec::new(),
             max_output: ask.max_output,
             allow_fallbacks: ask.allow_fallbacks,
+            part: None,
         };
         let epoch = self.consumers[c].epoch;
         self.tell_consumer(c, epoch, ConsumerEvent::Submit(Box::new(submit)));
@@ -196,6 +197,7 @@ impl World {
         assert!(log.end.is_none(), "{call:?} hears {emission:?} after its end");
         match emission {
             Emission::Started { provider, request } => log.started.push((provider, request)),
+            Emission::Ordered { .. } | Emission::Ticket { .. } => {}
             Emission::Tokens { ids } => {
                 log.tokens.extend(ids);
                 log.chunk_times.push(now);

@@ -180,6 +180,9 @@ impl World {
                 self.at(INVOICE_MS, What::Invoice { provider: p, epoch, ticket, result });
             }
             ProviderAction::Engine { command, .. } => self.command(p, command),
+            ProviderAction::Admit { .. } | ProviderAction::Route { .. } | ProviderAction::Settle { .. } => {
+                panic!("the world sells whole models")
+            }
             ProviderAction::WalletHandled { hash } => self.wallet_handled(who, hash),
             ProviderAction::PayRefund { hash, bolt11, amount, max_fee, .. } => {
                 let again = self.providers[p].old_refunds.contains(&hash);

@@ -193,6 +193,13 @@ impl Running {
                 });
             }
             ProviderAction::Engine { engine, command } => self.command(engine, command),
+            ProviderAction::Admit { engine, job, .. } => {
+                // No engine of this program holds a part yet, so none is listed.
+                let error = JobError::Backend { reason: "no engine here holds a part of a model".into() };
+                let event = ProviderEvent::Engine { engine, event: EngineEvent::Failed { job, error } };
+                self.later(std::future::ready(event));
+            }
+            ProviderAction::Route { .. } | ProviderAction::Settle { .. } => {}
             ProviderAction::WalletHandled { hash } => {
                 let _ = self.driver.payments.send(payments::Command::Booked { hash });
                 let _ = self.driver.handled.send(hash);
@@ -299,6 +306,8 @@ async fn serve_link(link: LinkId, quic: Link, artefacts: ConnectionArtefacts, in
                     let _ = inbox.send(Message::Event(ProviderEvent::StreamClosed { link, stream })).await;
                 });
             }
+            // Dropped, it tells the peer to stop: there is nobody for it.
+            StreamKind::Hop => drop((tx, rx)),
             StreamKind::Artefact => {
                 let artefacts = artefacts.clone();
                 tokio::spawn(async move {
