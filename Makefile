@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build build-gpu demo test test-fast lint deny bench bench-ledger fuzz-ledger sim clean-cache
+.PHONY: help build build-gpu demo test test-fast lint deny bench bench-ledger fuzz-ledger sim clean-cache test-wallet bench-wallet
 
 ENV := . tests/scripts/env.sh;
 
@@ -25,6 +25,9 @@ test: ## everything that must hold; what CI runs
 test-fast: ## format, clippy and tests of the light crates: seconds once built
 	@tests/scripts/test.sh fast
 
+test-wallet: ## real Lightning nodes: conformance, just-in-time channels, kill -9, apps (KILLS=100 for the long trials, BITCOIND=path for a real chain)
+	@tests/scripts/wallet.sh
+
 lint: ## rustfmt and clippy, warnings are errors
 	@tests/scripts/bootstrap.sh build
 	@tests/scripts/lint.sh format
@@ -40,6 +43,9 @@ bench: build ## speed and memory, printed as ratios from one run
 
 fuzz-ledger: ## every single flipped bit of bundles and claims, without sampling (minutes)
 	@$(ENV) exec cargo test $$LOCKED -p satgrid-ledger --lib whole_ -- --ignored --nocapture
+
+bench-wallet: ## what a payment costs in time, against ldk-node alone in the same run
+	@tests/scripts/wallet.sh bench
 
 sim: ## the whole market in virtual time (SEEDS=0..200, or one seed with its trace: SEEDS=7)
 	@$(ENV) SATGRID_SEEDS="$(or $(SEEDS),0..200)" exec cargo test $$LOCKED -p satgrid-tests --test sim -- --nocapture

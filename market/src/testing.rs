@@ -100,6 +100,8 @@ impl Offer {
             node_key: node_key(&node),
             lightning_node: LightningKey(lightning.public_key(SECP256K1).serialize()),
             expires_at: created_at + self.lifetime_s,
+            lightning_address: None,
+            lightning_unproven: false,
             bindings: Bindings::default(),
         };
         let message = lightning_binding_message(&listing.node_key);

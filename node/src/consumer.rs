@@ -140,18 +140,25 @@ impl Consumer {
             for hash in hashes.chain(refund) {
                 self.by_payment.insert(hash, index);
             }
-            let unresolved = state.attempted().map(|(_, slice)| slice.clone());
+            let session = state.id();
+            let unresolved = state.attempted().map(|(k, slice)| (k, slice.clone()));
             let open: Vec<RequestId> = state.requests().keys().copied().collect();
             self.sessions.insert(index, links::Session::asleep(session_key(&self.master, index), state));
             self.refresh(index);
             for request in open {
                 self.abandon(index, request);
             }
-            if let Some(slice) = unresolved
+            if let Some((k, slice)) = unresolved
                 && let Some(hash) = slice.payment_hash
             {
                 let (bolt11, amount, max_fee) = (slice.bolt11, slice.amount, slice.max_fee);
-                self.actions.push_back(ConsumerAction::ResolvePayment { hash, bolt11, amount, max_fee });
+                self.actions.push_back(ConsumerAction::ResolvePayment {
+                    slice: (session, k),
+                    hash,
+                    bolt11,
+                    amount,
+                    max_fee,
+                });
             }
         }
     }

@@ -40,6 +40,7 @@ const ROOMS: &[Room] = &[
     effects("ledger/sqlite", "satgrid-ledger-sqlite", &["types", "ledger"]),
     effects("ledger/cli", "satgrid-ledger-cli", &["types", "ledger", "ledger/sqlite"]),
     effects("wallet/ldk", "satgrid-wallet-ldk", &["types", "wallet"]),
+    effects("wallet/nwc", "satgrid-wallet-nwc", &["types", "wallet"]),
     effects("engine/llama", "satgrid-engine-llama", &["types", "engine"]),
     effects("api", "satgrid-api", &["types"]),
     effects("node/devnet", "satgrid-devnet", &[]),

@@ -72,6 +72,13 @@ pub struct Listing {
     pub addresses: Vec<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub region: Option<String>,
+    /// `host:port` of its Lightning node, where it takes channels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lightning_address: Option<String>,
+    /// The Lightning node is a wallet's that signs no messages (Nostr Wallet Connect): its binding is absent, and only
+    /// invoices show that it is paid on behalf of the node key.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub lightning_unproven: bool,
     /// Signs quotes, acks and receipts, and is the QUIC identity.
     pub node_key: NodeKey,
     pub lightning_node: LightningKey,
@@ -174,7 +181,7 @@ impl Listing {
             return Err(ListingRefusal::Version(self.version));
         }
         let texts = [&self.model, &self.quantisation, &self.instruction_set];
-        for text in texts.into_iter().chain(&self.region).chain(&self.addresses) {
+        for text in texts.into_iter().chain(&self.region).chain(&self.lightning_address).chain(&self.addresses) {
             limit("text", text.len(), MAX_TEXT_BYTES)?;
         }
         limit("addresses", self.addresses.len(), MAX_ADDRESSES)?;
@@ -213,10 +220,13 @@ impl Listing {
 
     fn check_bindings(&self, nostr: &NostrKey) -> Result<(), ListingRefusal> {
         let node = self.bindings.node.as_ref().ok_or(ListingRefusal::MissingBinding { key: "node" })?;
-        let lightning = self.bindings.lightning.as_ref().ok_or(ListingRefusal::MissingBinding { key: "Lightning" })?;
         if !verify_node_binding(&self.node_key, nostr, &self.d(), node) {
             return Err(ListingRefusal::BadBinding { key: "node" });
         }
+        if self.lightning_unproven && self.bindings.lightning.is_none() {
+            return Ok(());
+        }
+        let lightning = self.bindings.lightning.as_ref().ok_or(ListingRefusal::MissingBinding { key: "Lightning" })?;
         let message = lightning_binding_message(&self.node_key);
         if !verify_lightning_message(&self.lightning_node, &message, lightning) {
             return Err(ListingRefusal::BadBinding { key: "Lightning" });
@@ -294,6 +304,10 @@ fn check_times(event: &NostrEvent, now: u64) -> Result<(), ListingRefusal> {
         return Err(ListingRefusal::LivesTooLong { created_at, expires_at });
     }
     Ok(())
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 fn limit(what: &'static str, given: usize, limit: usize) -> Result<(), ListingRefusal> {

@@ -103,6 +103,11 @@ impl fmt::Debug for Phrase {
 pub struct Seed(Zeroizing<[u8; 64]>);
 
 impl Seed {
+    /// The seed as [`Seed::lightning`] gave it, on the other side of a pipe between two processes of one node.
+    pub fn from_bytes(bytes: [u8; 64]) -> Seed {
+        Seed(Zeroizing::new(bytes))
+    }
+
     /// Entropy of the embedded Lightning node.
     pub fn lightning(&self) -> Zeroizing<[u8; 64]> {
         self.0.clone()

@@ -6,10 +6,12 @@
 //! decides only whether a payment that was started may be started again, which is where money is lost.
 //!
 //! - [`port`]: the trait, its records and its errors;
+//! - [`embedded`]: what only a node of our own can do, and what it lacks before work starts;
 //! - [`invoice`]: reading a BOLT 11 invoice against what was agreed;
 //! - [`payment`]: the life cycle of one payment, and never two payments for one slice;
 //! - [`keys`]: every key of a node from one BIP-39 phrase;
 //! - [`message`]: signatures by a Lightning node key over a text, as other Lightning implementations make them;
+//! - [`reopen`]: opening a force-closed channel again without a person;
 //! - `fake` (feature): wallets that fail by script, for the simulator;
 //! - `conformance` (feature): the suite that the fake and every adapter pass.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -18,6 +20,7 @@
 
 #[cfg(feature = "conformance")]
 pub mod conformance;
+pub mod embedded;
 #[cfg(feature = "fake")]
 pub mod fake;
 pub mod invoice;
@@ -26,7 +29,9 @@ pub mod message;
 mod network;
 pub mod payment;
 pub mod port;
+pub mod reopen;
 
+pub use embedded::Embedded;
 pub use network::{Network, UnknownNetwork};
 pub use port::{
     Balance, Channel, ChannelError, ChannelId, Direction, FailureReason, Invoice, InvoiceError, InvoiceRequest,

@@ -5,7 +5,7 @@ use lightning_invoice::Currency;
 use thiserror::Error;
 
 /// A Bitcoin network. Real money is never the default: it has to be named.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
 pub enum Network {
     Mainnet,
     Testnet,

@@ -15,6 +15,7 @@ use crate::Network;
 use async_trait::async_trait;
 use core::{fmt, net::SocketAddr};
 use satgrid_types::{Digest, LightningKey, Msat, PaymentHash, Preimage, UnixMs};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// Longest invoice lifetime that the port accepts: what is agreed is agreed for now, not for next week.
@@ -62,7 +63,7 @@ pub trait Lightning: Send + Sync {
 }
 
 /// What a payee asks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InvoiceRequest {
     pub amount: Msat,
     /// SHA-256 of the terms (for a slice: of its descriptor). The invoice's signature then covers the terms.
@@ -70,20 +71,20 @@ pub struct InvoiceRequest {
     pub expiry_secs: u32,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Invoice {
     pub bolt11: String,
     pub payment_hash: PaymentHash,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Direction {
     Inbound,
     Outbound,
 }
 
 /// What a wallet knows of a payment.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PaymentState {
     /// No row. Not the same as "never sent": see [`crate::payment`].
     Unknown,
@@ -101,7 +102,7 @@ pub enum PaymentState {
 }
 
 /// One row of the wallet's own payment list.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PaymentRecord {
     pub hash: PaymentHash,
     pub direction: Direction,
@@ -113,7 +114,7 @@ pub struct PaymentRecord {
 }
 
 /// Why a payment that was tried came to nothing. Nothing was paid.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum FailureReason {
     /// No path with enough balance on it, within the fee limit.
     NoRoute,
@@ -140,7 +141,7 @@ impl fmt::Display for FailureReason {
 }
 
 /// What a wallet holds.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Balance {
     /// Our side of all open channels, the reserve included; amounts in flight are not ours until they fail.
     pub lightning_total: Msat,
@@ -163,7 +164,7 @@ pub struct Balance {
 }
 
 /// A channel's id, as the wallet names it.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ChannelId(pub [u8; 32]);
 
 impl fmt::Display for ChannelId {
@@ -177,7 +178,7 @@ impl fmt::Debug for ChannelId {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Channel {
     pub id: ChannelId,
     pub counterparty: LightningKey,
@@ -201,7 +202,7 @@ pub struct Channel {
 }
 
 /// A channel to open.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OpenChannel {
     pub node: LightningKey,
     pub addr: SocketAddr,
@@ -211,7 +212,7 @@ pub struct OpenChannel {
 }
 
 /// What happened in a wallet. May come twice.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum WalletEvent {
     PaymentSettled {
         hash: PaymentHash,
@@ -251,7 +252,7 @@ pub enum WalletEvent {
 }
 
 /// An operation that can only fail because the wallet did.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Error, Serialize, Deserialize)]
 pub enum WalletError {
     #[error("the wallet is stopped")]
     Stopped,
@@ -260,7 +261,7 @@ pub enum WalletError {
 }
 
 /// Why no invoice was made.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Error, Serialize, Deserialize)]
 pub enum InvoiceError {
     #[error("an invoice over nothing is no invoice")]
     ZeroAmount,
@@ -269,12 +270,17 @@ pub enum InvoiceError {
     /// The operator's own limit on what this hot wallet may hold.
     #[error("refused: {holds_sat} sat held and {asked} asked would exceed this wallet's cap of {cap_sat} sat")]
     OverCap { holds_sat: u64, asked: Msat, cap_sat: u64 },
+    /// No channel has room for it and none will be opened.
+    #[error("no channel has room for {amount}, and the liquidity provider opens none: {reason}")]
+    NoRoom { amount: Msat, reason: String },
+    #[error("the liquidity provider asks more than {limit} to open a channel for {amount}; ask for more at once")]
+    LspFee { amount: Msat, limit: Msat },
     #[error(transparent)]
     Wallet(#[from] WalletError),
 }
 
 /// Why `pay` did not start a payment.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Error, Serialize, Deserialize)]
 pub enum PayError {
     #[error("not an invoice that this wallet can pay: {reason}")]
     BadInvoice { reason: String },
@@ -300,7 +306,7 @@ impl PayError {
 }
 
 /// Why a peer was not reached or a channel not opened.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Error, Serialize, Deserialize)]
 pub enum ChannelError {
     #[error("cannot reach {node} at {addr}")]
     Unreachable { node: LightningKey, addr: SocketAddr },

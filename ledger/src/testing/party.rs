@@ -105,6 +105,8 @@ pub fn listing(party: &Party, rates: RateCard, at: UnixMs) -> VerifiedListing {
         node_key: node_key(&party.node),
         lightning_node: party.lightning_key(),
         expires_at: at.as_secs().saturating_add(1_800),
+        lightning_address: None,
+        lightning_unproven: false,
         bindings: Bindings::default(),
     };
     let message = lightning_binding_message(&listing.node_key);

@@ -10,6 +10,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 #![forbid(unsafe_code)]
 
+pub mod heartbeat;
 mod outbox;
 mod publisher;
 mod relays;

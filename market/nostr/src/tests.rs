@@ -58,6 +58,8 @@ pub(crate) fn listing(model: u8, slots: u32) -> Listing {
         node_key: node_key(&node),
         lightning_node: LightningKey(lightning.public_key(SECP256K1).serialize()),
         expires_at: 0,
+        lightning_address: None,
+        lightning_unproven: false,
         bindings: Bindings::default(),
     };
     let message = lightning_binding_message(&listing.node_key);

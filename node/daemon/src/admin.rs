@@ -1,7 +1,11 @@
 //! The admin port: what the operator's tools ask a running node. Loopback only, and only with the token that stands in
 //! the node's folder: other users of this machine cannot read it.
 
+mod apps;
+mod wallet;
+
 use crate::drive::{
+    channels,
     consumer::{self, ConsumerView},
     market::{Listening, Market},
     now,
@@ -21,10 +25,9 @@ use satgrid_engine::port::Engine;
 use satgrid_engine_llama::LlamaEngine;
 use satgrid_market_nostr::RelayHealth;
 use satgrid_node::consumer::ConsumerEvent;
-use satgrid_types::{LightningKey, Msat, NodeKey, NostrKey, SessionId, UnixMs};
-use satgrid_wallet::{Direction, Lightning, OpenChannel, PaymentState};
-use satgrid_wallet_ldk::LdkWallet;
-use serde::Deserialize;
+use satgrid_types::{Msat, NodeKey, NostrKey, SessionId, UnixMs};
+use satgrid_wallet::{Embedded, Lightning};
+use satgrid_wallet_nwc::NwcService;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::{
@@ -45,7 +48,16 @@ pub(crate) struct State {
     pub token: String,
     pub node_key: NodeKey,
     pub nostr_key: NostrKey,
-    pub wallet: Arc<LdkWallet>,
+    pub wallet: Arc<dyn Lightning>,
+    /// Absent where the wallet is somebody else's.
+    pub embedded: Option<Arc<dyn Embedded>>,
+    /// Channels that the operator asked to force-close.
+    pub wished: channels::Wished,
+    /// Our wallet for other apps.
+    pub apps: Option<Arc<NwcService>>,
+    pub app_relays: Vec<String>,
+    /// The smallest slice that is sold, and that is bought.
+    pub wants: (Option<Msat>, Option<Msat>),
     pub network: &'static str,
     pub quic_listen: Option<SocketAddr>,
     pub provider: Option<Arc<RwLock<ProviderView>>>,
@@ -83,11 +95,8 @@ pub(crate) fn token(dir: &Path) -> anyhow::Result<String> {
 pub(crate) fn router(state: State) -> Router {
     Router::new()
         .route("/admin/v1/status", get(status))
-        .route("/admin/v1/wallet", get(wallet))
-        .route("/admin/v1/wallet/address", post(new_address))
-        .route("/admin/v1/wallet/sync", post(sync))
-        .route("/admin/v1/wallet/open", post(open_channel))
-        .route("/admin/v1/wallet/payments", get(payments))
+        .merge(wallet::routes())
+        .merge(apps::routes())
         .route("/admin/v1/sessions/{session}/close", post(close_session))
         .layer(axum::middleware::from_fn_with_state(state.clone(), authorise))
         .with_state(state)
@@ -144,7 +153,10 @@ async fn status(Shared(state): Shared<State>) -> Answer {
         "node_key": state.node_key,
         "nostr_key": state.nostr_key,
         "lightning_node": state.wallet.node_id(),
-        "lightning_listen": state.wallet.listen_addr(),
+        "lightning_listen": match &state.embedded {
+            Some(embedded) => embedded.facts().await.ok().and_then(|facts| facts.listen),
+            None => None,
+        },
         "network": state.network,
         "version": env!("CARGO_PKG_VERSION"),
         "uptime_s": now().since(state.started) / 1_000,
@@ -205,83 +217,6 @@ fn consumer_json(view: &ConsumerView) -> Value {
         "avoided": avoided,
         "halted": view.halted,
     })
-}
-
-async fn wallet(Shared(state): Shared<State>) -> Answer {
-    let balance = state.wallet.balance().await.map_err(failed)?;
-    let channels: Vec<Value> = state
-        .wallet
-        .channels()
-        .await
-        .map_err(failed)?
-        .iter()
-        .map(|c| {
-            json!({
-                "id": c.id.to_string(), "counterparty": c.counterparty, "capacity_sat": c.capacity_sat,
-                "ours_msat": c.ours, "reserve_sat": c.reserve_sat, "payable_msat": c.payable,
-                "receivable_msat": c.receivable, "ready": c.ready, "usable": c.usable,
-            })
-        })
-        .collect();
-    Ok(Json(json!({
-        "balance": {
-            "lightning_total_msat": balance.lightning_total, "payable_msat": balance.payable,
-            "receivable_msat": balance.receivable, "closing_sat": balance.closing_sat,
-            "onchain_confirmed_sat": balance.onchain_confirmed_sat, "onchain_total_sat": balance.onchain_total_sat,
-        },
-        "channels": channels,
-    })))
-}
-
-async fn new_address(Shared(state): Shared<State>) -> Answer {
-    let address = state.wallet.new_address().await.map_err(failed)?;
-    Ok(Json(json!({ "address": address })))
-}
-
-async fn sync(Shared(state): Shared<State>) -> Answer {
-    state.wallet.sync().await.map_err(failed)?;
-    Ok(Json(json!({})))
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Open {
-    node: LightningKey,
-    addr: SocketAddr,
-    capacity_sat: u64,
-    #[serde(default)]
-    push_msat: u64,
-}
-
-async fn open_channel(Shared(state): Shared<State>, Json(open): Json<Open>) -> Answer {
-    let request =
-        OpenChannel { node: open.node, addr: open.addr, capacity_sat: open.capacity_sat, push: Msat(open.push_msat) };
-    state.wallet.open_channel(request).await.map_err(failed)?;
-    Ok(Json(json!({})))
-}
-
-async fn payments(Shared(state): Shared<State>) -> Answer {
-    let rows: Vec<Value> = state
-        .wallet
-        .payments()
-        .await
-        .map_err(failed)?
-        .iter()
-        .map(|p| {
-            json!({
-                "payment_hash": p.hash,
-                "direction": match p.direction { Direction::Inbound => "inbound", Direction::Outbound => "outbound" },
-                "amount_msat": p.amount, "fee_msat": p.fee,
-                "state": match p.state {
-                    PaymentState::Unknown => "unknown",
-                    PaymentState::InFlight => "in_flight",
-                    PaymentState::Settled { .. } => "settled",
-                    PaymentState::Failed { .. } => "failed",
-                },
-            })
-        })
-        .collect();
-    Ok(Json(Value::Array(rows)))
 }
 
 async fn close_session(Shared(state): Shared<State>, UrlPath(session): UrlPath<SessionId>) -> Answer {

@@ -1,5 +1,9 @@
 //! The command line: what can be said, not what is done. Doing is in [`crate::commands`].
 
+mod wallet;
+
+pub(crate) use wallet::{AppCommand, OpenArgs, PayArgs, ReceiveArgs, SendArgs, WalletCommand};
+
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use satgrid_types::LayerRange;
 use std::collections::BTreeMap;
@@ -108,33 +112,6 @@ pub(crate) enum MarketCommand {
 }
 
 #[derive(Debug, Subcommand)]
-pub(crate) enum WalletCommand {
-    /// Balance and channels
-    Balance,
-    /// A fresh on-chain address of this wallet
-    Address,
-    /// Every Lightning payment that the wallet knows
-    History,
-    /// Open a channel to a Lightning node
-    Open {
-        /// Its node id, in hex
-        node: String,
-        /// host:port
-        addr: SocketAddr,
-        /// Size of the channel
-        capacity_sat: u64,
-        /// Given to the peer at the start
-        #[arg(long, default_value_t = 0)]
-        push_msat: u64,
-    },
-    /// End a session and ask for its remainder back
-    Refund {
-        /// The session's id, as the status or the ledger shows it
-        session: String,
-    },
-}
-
-#[derive(Debug, Subcommand)]
 pub(crate) enum DevnetCommand {
     /// A regtest chain: Esplora and bitcoind's JSON-RPC on one port; prints the address once it listens
     Chain {
@@ -189,6 +166,9 @@ pub(crate) struct InitArgs {
     /// Read the 24 words of an existing seed from standard input
     #[arg(long)]
     pub restore: bool,
+    /// A seed of 12 words instead of 24
+    #[arg(long, conflicts_with = "restore")]
+    pub twelve: bool,
     /// Do not show the words of a new seed
     #[arg(long)]
     pub hide_words: bool,

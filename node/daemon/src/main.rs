@@ -22,10 +22,14 @@ use clap::Parser;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    // The child that runs llama.cpp is this same binary; nothing of the command line is its business.
+    // The children that run llama.cpp and the wallet are this same binary; nothing of the command line is its business.
     let mut args = std::env::args_os().skip(1);
-    if args.next().is_some_and(|first| first == commands::engine_worker::NAME) {
+    let first = args.next();
+    if first.as_ref().is_some_and(|first| first == commands::engine_worker::NAME) {
         return commands::engine_worker::run(args);
+    }
+    if first.is_some_and(|first| first == commands::wallet_process::NAME) {
+        return commands::wallet_process::run();
     }
     let cli = cli::Cli::parse();
     match commands::run(cli) {

@@ -169,7 +169,8 @@ impl Consumer {
         let Some(state) = self.sessions.get(&index).and_then(|s| s.state.as_ref()) else { return };
         let Ok(attempt) = state.attempt(k, hash, fee) else { return };
         self.by_payment.insert(hash, index);
-        let pay = ConsumerAction::Pay { hash, bolt11, amount, max_fee: fee };
+        let slice = (state.id(), k);
+        let pay = ConsumerAction::Pay { slice, hash, bolt11, amount, max_fee: fee };
         self.record(index, vec![attempt], vec![pay]);
     }
 

@@ -223,6 +223,7 @@ pub enum ConsumerAction {
         reason: String,
     },
     Pay {
+        slice: (SessionId, u32),
         hash: PaymentHash,
         bolt11: String,
         amount: Msat,
@@ -230,6 +231,7 @@ pub enum ConsumerAction {
     },
     /// After a restart: find out what became of this payment, and never pay it a second time.
     ResolvePayment {
+        slice: (SessionId, u32),
         hash: PaymentHash,
         bolt11: String,
         amount: Msat,

@@ -201,6 +201,8 @@ pub(super) fn listing_of(
         node_key: node_key(key),
         lightning_node: lightning,
         expires_at: now.as_secs() + 3_600,
+        lightning_address: None,
+        lightning_unproven: false,
         bindings: Bindings::default(),
     };
     let message = lightning_binding_message(&listing.node_key);

@@ -47,6 +47,8 @@ fn listing() -> Listing {
         node_key: node_key(&node),
         lightning_node,
         expires_at: NOW + 1_800,
+        lightning_address: None,
+        lightning_unproven: false,
         bindings: Bindings::default(),
     };
     let message = lightning_binding_message(&listing.node_key);
@@ -133,6 +135,20 @@ fn all_three_keys_must_agree() {
     check_listing("bad_binding", |l| l.bindings.lightning = Some("y".repeat(104)));
     check_listing("bad_binding", |l| l.node_key = node_key(&SigningKey::from_bytes(&[8; 32])));
     check_listing("bad_binding", |l| l.model_root = ModelRoot([1; 32]));
+}
+
+#[test]
+fn a_wallet_that_signs_nothing_says_so() {
+    let unproven = |l: &mut Listing| l.lightning_unproven = true;
+    // The mark alone changes nothing: a signature that is there has to be right.
+    check_listing("bad_binding", |l| {
+        unproven(l);
+        l.bindings.lightning = Some("y".repeat(104));
+    });
+    let mut nwc = listing();
+    nwc.bindings.lightning = None;
+    unproven(&mut nwc);
+    assert!(verify(nwc.to_event(&nostr_keys(1), NOW, &[0; 32])).unwrap().lightning_unproven);
 }
 
 #[test]

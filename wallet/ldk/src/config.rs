@@ -3,6 +3,7 @@
 use core::fmt;
 use satgrid_types::LightningKey;
 use satgrid_wallet::{Network, keys::Seed};
+use serde::{Deserialize, Serialize};
 use std::{net::SocketAddr, path::PathBuf};
 
 /// What a wallet on mainnet may hold unless the operator names another cap: it is a hot wallet, beta software, and one
@@ -10,7 +11,7 @@ use std::{net::SocketAddr, path::PathBuf};
 pub const MAINNET_CAP_SAT: u64 = 100_000;
 
 /// Where blocks come from.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ChainSource {
     /// Base URL of an Esplora server.
     Esplora {
@@ -44,7 +45,7 @@ impl fmt::Debug for ChainSource {
     }
 }
 
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum LogLevel {
     Trace,
     Debug,
@@ -54,11 +55,12 @@ pub enum LogLevel {
     Error,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct LdkConfig {
     /// The node's own directory; made with mode 0700.
     pub dir: PathBuf,
     pub network: Network,
+    #[serde(with = "seed_bytes")]
     pub seed: Seed,
     pub chain: ChainSource,
     /// Where peers may connect to; empty for a wallet that only connects out.
@@ -76,6 +78,30 @@ pub struct LdkConfig {
     pub max_balance_sat: Option<u64>,
     /// Seconds between looks at the chain; at least 10.
     pub sync_every_secs: u64,
+    /// Who opens a channel to us when a payment comes that no channel has room for (LSPS2). It is trusted with
+    /// unconfirmed channels.
+    pub lsp: Option<Lsp>,
+    /// Opens such channels for others.
+    pub lsp_service: Option<LspService>,
+}
+
+/// A liquidity provider.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lsp {
+    pub node: LightningKey,
+    pub addr: SocketAddr,
+    pub token: Option<String>,
+    /// The most that it may keep of a payment, in thousandths, for an invoice that names no limit of its own.
+    pub max_fee_permille: u32,
+}
+
+/// What we take for opening channels to others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LspService {
+    /// Parts per million of the payment ...
+    pub fee_ppm: u32,
+    /// ... and never less than this.
+    pub min_fee_msat: u64,
 }
 
 impl LdkConfig {
@@ -94,12 +120,33 @@ impl LdkConfig {
             log_level: LogLevel::default(),
             max_balance_sat: None,
             sync_every_secs: 10,
+            lsp: None,
+            lsp_service: None,
         }
     }
 
     /// The cap that holds.
     pub fn cap_sat(&self) -> Option<u64> {
         self.max_balance_sat.or(self.network.is_real_money().then_some(MAINNET_CAP_SAT))
+    }
+}
+
+/// The seed crosses one pipe, to the wallet's own process ([`crate::process`]), and nothing else.
+mod seed_bytes {
+    use satgrid_wallet::keys::Seed;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error, ser::SerializeSeq};
+
+    pub(super) fn serialize<S: Serializer>(seed: &Seed, to: S) -> Result<S::Ok, S::Error> {
+        let bytes = seed.lightning();
+        let mut list = to.serialize_seq(Some(bytes.len()))?;
+        bytes.iter().try_for_each(|byte| list.serialize_element(byte))?;
+        list.end()
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Seed, D::Error> {
+        let bytes = <Vec<u8>>::deserialize(from)?;
+        let bytes = bytes.try_into().map_err(|_| D::Error::custom("a seed has 64 bytes"))?;
+        Ok(Seed::from_bytes(bytes))
     }
 }
 

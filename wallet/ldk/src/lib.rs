@@ -8,8 +8,8 @@
 //!
 //! - Killed (`kill -9`) in mid-payment it may force-close its channels at the next start (reported as
 //!   [`satgrid_wallet::WalletEvent::ChannelClosed`] with `forced`). The channel's share comes back after the close's
-//!   delay; an amount below the dust limit that was in flight goes to the miners. So: `stop()` on SIGTERM, and nothing
-//!   that may abort in this process.
+//!   delay; an amount below the dust limit that was in flight goes to the miners. So the daemon runs it in a process of
+//!   its own ([`process`], `docs/adr/0012`) that stops cleanly when whoever uses it dies.
 //! - After a restart of either side, a channel is usable when the peers have connected again, which it tries once a
 //!   minute: the side that wants to pay calls [`LdkWallet::ensure_connected`].
 //! - Both ends must have seen about the same blocks: a payer that is dozens of blocks behind offers a timeout that the
@@ -21,13 +21,16 @@
 
 mod balance;
 mod config;
+mod embedded;
 mod log;
 mod port;
+pub mod process;
 mod start;
 mod store;
 mod translate;
 
-pub use config::{ChainSource, LdkConfig, LogLevel, MAINNET_CAP_SAT};
+pub use config::{ChainSource, LdkConfig, LogLevel, Lsp, LspService, MAINNET_CAP_SAT};
+pub use process::{Program, WalletProcess};
 pub use start::StartError;
 
 use ldk_node::Node;
@@ -48,6 +51,7 @@ pub struct LdkWallet {
     key: LightningKey,
     network: Network,
     cap_sat: Option<u64>,
+    lsp: Option<Lsp>,
     anchors: Arc<balance::Anchors>,
     stopped: watch::Sender<bool>,
     /// Held while the node may write.
@@ -82,18 +86,6 @@ impl LdkWallet {
             }
             tokio::time::sleep(USABLE_POLL).await;
         }
-    }
-
-    /// Connects to every peer with whom there is a channel and no connection, at the address that worked last. A peer
-    /// that was restarted is found again at once instead of at ldk-node's next try. Returns how many were found.
-    pub async fn reconnect(&self) -> Result<usize, WalletError> {
-        self.blocking(|node| {
-            let partners: Vec<_> = node.list_channels().iter().map(|channel| channel.counterparty_node_id).collect();
-            let lost =
-                node.list_peers().into_iter().filter(|peer| !peer.is_connected && partners.contains(&peer.node_id));
-            lost.filter(|peer| node.connect(peer.node_id, peer.address.clone(), true).is_ok()).count()
-        })
-        .await
     }
 
     /// The address that the node listens on, if it does.

@@ -14,15 +14,12 @@ use ldk_node::{
 use satgrid_types::{LightningKey, Msat, PaymentHash, UnixMs};
 use satgrid_wallet::{
     Balance, Channel, ChannelError, ChannelId, Invoice, InvoiceError, InvoiceRequest, Lightning, Network, OpenChannel,
-    PayError, PaymentRecord, PaymentState, WalletError, WalletEvent, invoice, port::MAX_INVOICE_EXPIRY_SECS,
+    PayError, PaymentRecord, PaymentState, WalletError, WalletEvent, embedded::ANCHOR_RESERVE_SAT, invoice,
 };
 use std::{
     net::SocketAddr,
     time::{SystemTime, UNIX_EPOCH},
 };
-
-/// What ldk-node keeps on chain for each anchor channel, so that a force-close can be paid for.
-const ANCHOR_RESERVE_SAT: u64 = 25_000;
 
 #[async_trait]
 impl Lightning for LdkWallet {
@@ -34,27 +31,9 @@ impl Lightning for LdkWallet {
     }
 
     async fn create_invoice(&self, request: InvoiceRequest) -> Result<Invoice, InvoiceError> {
-        if request.amount.is_zero() {
-            return Err(InvoiceError::ZeroAmount);
-        }
-        if request.expiry_secs == 0 || request.expiry_secs > MAX_INVOICE_EXPIRY_SECS {
-            return Err(InvoiceError::Expiry { asked: request.expiry_secs });
-        }
-        if let Some(cap_sat) = self.cap_sat {
-            let holds_sat = holds_sat(&self.balance().await?);
-            if holds_sat.saturating_add(request.amount.0.div_ceil(1_000)) > cap_sat {
-                return Err(InvoiceError::OverCap { holds_sat, asked: request.amount, cap_sat });
-            }
-        }
         let terms = Sha256(sha256::Hash::from_byte_array(request.description_hash.0));
-        let made = self
-            .blocking(move |node| {
-                let description = Bolt11InvoiceDescription::Hash(terms);
-                node.bolt11_payment().receive(request.amount.0, &description, request.expiry_secs)
-            })
-            .await?
-            .map_err(wallet_error)?;
-        Ok(Invoice { payment_hash: PaymentHash(made.payment_hash().to_byte_array()), bolt11: made.to_string() })
+        let description = Bolt11InvoiceDescription::Hash(terms);
+        Ok(self.invoice(request.amount, description, request.expiry_secs, None).await?.invoice)
     }
 
     async fn pay(&self, bolt11: &str, max_fee: Msat) -> Result<(), PayError> {
@@ -221,7 +200,7 @@ impl Lightning for LdkWallet {
 }
 
 /// Everything that is ours, rounded up: what the cap is held against.
-fn holds_sat(balance: &Balance) -> u64 {
+pub(crate) fn holds_sat(balance: &Balance) -> u64 {
     balance
         .lightning_total
         .0

@@ -11,6 +11,7 @@ use ldk_node::{
     BuildError, Builder, Node, NodeError,
     bitcoin::{Network as BitcoinNetwork, secp256k1::PublicKey},
     config::{BackgroundSyncConfig, Config, ElectrumSyncConfig, EsploraSyncConfig},
+    liquidity::LSPS2ServiceConfig,
 };
 use satgrid_types::LightningKey;
 use satgrid_wallet::Network;
@@ -25,6 +26,14 @@ use tokio::{
     runtime::{Handle, RuntimeFlavor},
     sync::watch,
 };
+
+/// A channel that we open for somebody has room for four times its first payment.
+const OVER_PROVISIONING_PPM: u32 = 3_000_000;
+const MIN_CHANNEL_LIFETIME_BLOCKS: u32 = 1_008;
+const MAX_TO_SELF_DELAY_BLOCKS: u32 = 2_016;
+/// The smallest and largest payment for which we open a channel to its payee.
+const MIN_JIT_PAYMENT_MSAT: u64 = 1_000_000;
+const MAX_JIT_PAYMENT_MSAT: u64 = 1_000_000_000;
 
 /// Why a node did not start.
 #[derive(Debug, Error)]
@@ -51,6 +60,11 @@ pub enum StartError {
     Runtime,
     #[error("the Lightning node did not start: {reason}")]
     Node { reason: String },
+    /// The wallet's process said so.
+    #[error("{reason}")]
+    Remote { reason: String },
+    #[error("the wallet's process did not start: {reason}")]
+    Process { reason: String },
 }
 
 pub(crate) async fn start(config: LdkConfig) -> Result<LdkWallet, StartError> {
@@ -59,7 +73,7 @@ pub(crate) async fn start(config: LdkConfig) -> Result<LdkWallet, StartError> {
     }
     let lock = store::prepare(&config.dir)?;
     store::set_wal(&config.dir).await?;
-    let (cap_sat, network) = (config.cap_sat(), config.network);
+    let (cap_sat, network, lsp) = (config.cap_sat(), config.network, config.lsp.clone());
     let node = tokio::task::spawn_blocking(move || run(&config))
         .await
         .map_err(|e| StartError::Node { reason: e.to_string() })??;
@@ -68,6 +82,7 @@ pub(crate) async fn start(config: LdkConfig) -> Result<LdkWallet, StartError> {
         node: Arc::new(node),
         network,
         cap_sat,
+        lsp,
         anchors: Arc::default(),
         stopped: watch::Sender::new(false),
         _lock: lock,
@@ -105,6 +120,7 @@ fn build(config: &LdkConfig) -> Result<Node, StartError> {
         .map_err(|source| StartError::Log { path: config.log_file.clone(), source })?;
     builder.set_custom_logger(Arc::new(log));
     set_chain(&mut builder, config);
+    set_liquidity(&mut builder, config)?;
     let build_error = |e| build_error(config, e);
     if !config.listen.is_empty() {
         builder
@@ -137,6 +153,29 @@ fn set_chain(builder: &mut Builder, config: &LdkConfig) {
             builder.set_chain_source_bitcoind_rpc(host, port, user, password)
         }
     };
+}
+
+/// Channels that are opened when a payment needs them, by others for us and by us for others.
+fn set_liquidity(builder: &mut Builder, config: &LdkConfig) -> Result<(), StartError> {
+    if let Some(lsp) = &config.lsp {
+        let key = public_key(&lsp.node).map_err(|_| StartError::Key { key: lsp.node })?;
+        builder.set_liquidity_source_lsps2(key, lsp.addr.into(), lsp.token.clone());
+    }
+    if let Some(service) = config.lsp_service {
+        builder.set_liquidity_provider_lsps2(LSPS2ServiceConfig {
+            require_token: None,
+            advertise_service: false,
+            channel_opening_fee_ppm: service.fee_ppm,
+            channel_over_provisioning_ppm: OVER_PROVISIONING_PPM,
+            min_channel_opening_fee_msat: service.min_fee_msat,
+            min_channel_lifetime: MIN_CHANNEL_LIFETIME_BLOCKS,
+            max_client_to_self_delay: MAX_TO_SELF_DELAY_BLOCKS,
+            min_payment_size_msat: MIN_JIT_PAYMENT_MSAT,
+            max_payment_size_msat: MAX_JIT_PAYMENT_MSAT,
+            client_trusts_lsp: false,
+        });
+    }
+    Ok(())
 }
 
 fn path_text(dir: &Path) -> Result<String, StartError> {

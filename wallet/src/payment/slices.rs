@@ -115,6 +115,11 @@ impl<K: Ord + Clone> Slices<K> {
         self.current.get(slice).and_then(|hash| self.payments.get(hash)).map(|(_, payment)| payment)
     }
 
+    /// The payment with this hash, and what it pays for.
+    pub fn payment(&self, hash: &PaymentHash) -> Option<(&K, &Payment)> {
+        self.payments.get(hash).map(|(slice, payment)| (slice, payment))
+    }
+
     /// Payments without an end.
     pub fn unfinished(&self) -> usize {
         self.payments.values().filter(|(_, payment)| !payment.phase().is_over()).count()

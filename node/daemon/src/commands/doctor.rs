@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::print;
 use crate::cli::{Format, Globals};
-use crate::config::{ChainSource, Config, problems};
+use crate::config::{ChainSource, Config, Secret, problems};
 use crate::failure::Findings;
 use crate::models::{Store, free_bytes, inspect};
 use crate::progress::megabytes;
@@ -90,7 +90,21 @@ fn seed(config: &Config) -> Finding {
     let place = config.wallet.seed.to_string();
     match config.wallet.seed.read() {
         Ok(words) => match satgrid_wallet::keys::Phrase::parse(&words) {
-            Ok(_) => ok("seed", place),
+            Ok(_) => match &config.wallet.seed {
+                Secret::File(_) => ok(
+                    "seed",
+                    format!(
+                        "{place}, as plain text that only its owner can read (mode 0600)\nwho takes the disk, a backup \
+                         of it or root on this machine takes the money; `credential:NAME` keeps it encrypted on disk"
+                    ),
+                ),
+                Secret::Credential(_) => ok("seed", format!("{place}, decrypted by the service manager")),
+                Secret::Env(_) => warn(
+                    "seed",
+                    format!("{place}: every process of this user can read the environment"),
+                    "use file:PATH or credential:NAME",
+                ),
+            },
             Err(error) => fail("seed", format!("{place}: {error}"), "restore it from paper: satgrid init --restore"),
         },
         Err(error) => fail("seed", error.to_string(), "satgrid init makes one; an existing file needs chmod 600"),

@@ -15,7 +15,9 @@ use crate::cli::{Format, Globals, InitArgs};
 use crate::config::{self, Network, Secret};
 use crate::failure::HintExt;
 
+/// 24 words, and 12 words.
 const ENTROPY_BYTES: usize = 32;
+const SHORT_ENTROPY_BYTES: usize = 16;
 
 pub(super) fn run(globals: &Globals, args: &InitArgs) -> anyhow::Result<()> {
     let env = |name: &str| std::env::var(name).ok();
@@ -39,7 +41,7 @@ pub(super) fn run(globals: &Globals, args: &InitArgs) -> anyhow::Result<()> {
         }
         (read_seed(&seed_file)?, false)
     } else {
-        let phrase = if args.restore { words_from_stdin()? } else { new_phrase()? };
+        let phrase = if args.restore { words_from_stdin()? } else { new_phrase(args.twelve)? };
         write_new(&seed_file, &format!("{}\n", phrase.reveal()), 0o600)?;
         (phrase, !args.restore)
     };
@@ -72,10 +74,10 @@ fn absolute(path: PathBuf) -> anyhow::Result<PathBuf> {
     std::path::absolute(&path).with_context(|| format!("{} is no path", path.display()))
 }
 
-pub(super) fn new_phrase() -> anyhow::Result<Phrase> {
+pub(super) fn new_phrase(short: bool) -> anyhow::Result<Phrase> {
     let mut entropy = [0; ENTROPY_BYTES];
     rand::rngs::OsRng.try_fill_bytes(&mut entropy).context("the system gives no random bytes")?;
-    Ok(Phrase::from_entropy(&entropy)?)
+    Ok(Phrase::from_entropy(if short { &entropy[..SHORT_ENTROPY_BYTES] } else { &entropy })?)
 }
 
 fn words_from_stdin() -> anyhow::Result<Phrase> {

@@ -101,7 +101,8 @@ fn listing_json(listing: &VerifiedListing) -> Value {
     json!({
         "listing": listing.id(), "model": listing.model, "model_root": listing.model_root,
         "quantisation": listing.quantisation, "part": listing.part.to_string(), "provider": listing.node_key,
-        "nostr_key": listing.nostr_key(), "lightning_node": listing.lightning_node, "rates": listing.rates, "context_length": listing.context_length,
+        "nostr_key": listing.nostr_key(), "lightning_node": listing.lightning_node, "lightning_address": listing.lightning_address,
+        "lightning_unproven": listing.lightning_unproven, "rates": listing.rates, "context_length": listing.context_length,
         "slots": listing.slots, "speed": listing.speed, "profiles": listing.profiles, "build": listing.build,
         "instruction_set": listing.instruction_set, "addresses": listing.addresses, "region": listing.region,
         "expires_at": listing.expires_at, "expires_in_s": listing.expires_at.saturating_sub(now().as_secs()),

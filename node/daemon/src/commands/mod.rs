@@ -14,6 +14,7 @@ mod print;
 mod status;
 mod up;
 mod wallet;
+pub(crate) mod wallet_process;
 
 use crate::cli::{Cli, Command};
 use crate::signals;

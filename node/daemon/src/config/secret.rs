@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 pub(crate) enum Secret {
     Env(String),
     File(PathBuf),
+    /// A credential that systemd gave this service (`LoadCredentialEncrypted=`): encrypted on disk, decrypted in memory.
+    Credential(String),
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -21,6 +23,8 @@ pub(crate) enum SecretError {
     Unreadable { path: PathBuf, source: std::io::Error },
     #[error("{path} can be read by others (mode {mode:o})")]
     Exposed { path: PathBuf, mode: u32 },
+    #[error("no credential {0}: this process has none, or systemd gave it others")]
+    NoCredential(String),
     #[error("{0} is empty")]
     Empty(Secret),
 }
@@ -30,15 +34,21 @@ impl Secret {
     pub(crate) fn read(&self) -> Result<String, SecretError> {
         let text = match self {
             Secret::Env(name) => std::env::var(name).map_err(|_| SecretError::Unset(name.clone()))?,
-            Secret::File(path) => {
-                check_private(path)?;
-                std::fs::read_to_string(path)
-                    .map_err(|source| SecretError::Unreadable { path: path.clone(), source })?
+            Secret::File(path) => read_private(path)?,
+            Secret::Credential(name) => {
+                let dir = std::env::var_os("CREDENTIALS_DIRECTORY");
+                let path = dir.map(|dir| PathBuf::from(dir).join(name)).filter(|path| path.is_file());
+                read_private(&path.ok_or_else(|| SecretError::NoCredential(name.clone()))?)?
             }
         };
         let value = text.trim_end_matches(['\r', '\n']);
         if value.is_empty() { Err(SecretError::Empty(self.clone())) } else { Ok(value.to_owned()) }
     }
+}
+
+fn read_private(path: &Path) -> Result<String, SecretError> {
+    check_private(path)?;
+    std::fs::read_to_string(path).map_err(|source| SecretError::Unreadable { path: path.to_owned(), source })
 }
 
 /// Only the owner may read a secret's file.
@@ -56,8 +66,14 @@ impl TryFrom<String> for Secret {
         match text.split_once(':') {
             Some(("env", name)) if !name.is_empty() => Ok(Secret::Env(name.to_owned())),
             Some(("file", path)) if !path.is_empty() => Ok(Secret::File(PathBuf::from(path))),
+            Some(("credential", name)) if !name.is_empty() && !name.contains('/') => {
+                Ok(Secret::Credential(name.to_owned()))
+            }
             // The text is not repeated: it may well be the secret itself.
-            _ => Err("a secret is never written here; say where it is: env:NAME or file:PATH".to_owned()),
+            _ => {
+                Err("a secret is never written here; say where it is: env:NAME, file:PATH or credential:NAME"
+                    .to_owned())
+            }
         }
     }
 }
@@ -67,6 +83,7 @@ impl fmt::Display for Secret {
         match self {
             Secret::Env(name) => write!(f, "env:{name}"),
             Secret::File(path) => write!(f, "file:{}", path.display()),
+            Secret::Credential(name) => write!(f, "credential:{name}"),
         }
     }
 }

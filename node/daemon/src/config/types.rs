@@ -195,6 +195,24 @@ pub(crate) struct Wallet {
     pub alias: Option<String>,
     pub max_balance_sat: u64,
     pub trusted_0conf: Vec<String>,
+    /// Where peers reach `listen` from outside; published in listings.
+    pub public_address: Option<String>,
+    /// `NODE_ID@HOST:PORT` of a liquidity provider.
+    pub lsp: Option<String>,
+    pub lsp_token: Option<Secret>,
+    pub lsp_max_fee_permille: u32,
+    pub lsp_serve_fee_ppm: Option<u32>,
+    pub backup: Option<PathBuf>,
+    pub reopen: bool,
+    /// A `nostr+walletconnect:` address: that wallet is used instead of the embedded node.
+    pub nwc: Option<Secret>,
+}
+
+/// The two halves of `wallet.lsp`: a Lightning node id, and its host:port.
+pub(crate) fn lsp(text: &str) -> Option<(satgrid_types::LightningKey, String)> {
+    let (node, addr) = text.split_once('@')?;
+    addr.rsplit_once(':').filter(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())?;
+    Some((node.parse().ok()?, addr.to_owned()))
 }
 
 /// Where the wallet reads the chain.

@@ -244,7 +244,16 @@ const BALANCE_CEILING_SAT: u64 = 10_000_000;
 
 fn wallet(config: &Config, found: &mut Found) {
     let w = &config.wallet;
+    if let Some(lsp) = &w.lsp {
+        found.check(
+            super::lsp(lsp).is_some(),
+            "wallet.lsp",
+            format!("{lsp:?} is not NODE_ID@HOST:PORT"),
+            "write the 66 hex digits of its node, @, and its address",
+        );
+    }
     match &w.chain {
+        _ if w.nwc.is_some() => {}
         None => found.add(
             "wallet.chain",
             "the wallet has no source for the chain",
@@ -327,6 +336,7 @@ mod tests {
         check("market.relays", "http://x", "market.relays");
         check("wallet.chain", "bitcoind:rpc@127.0.0.1:1", "wallet.chain_password");
         check("wallet.trusted_0conf", "02ab", "wallet.trusted_0conf");
+        check("wallet.lsp", "02ab@host", "wallet.lsp");
         check("log.level", "satgrid=loud", "log.level");
     }
 

@@ -221,10 +221,12 @@ impl Running {
                     outbound.close(code, &reason);
                 }
             }
-            ConsumerAction::Pay { hash, bolt11, amount, max_fee } => self.pay(hash, bolt11, amount, max_fee, false),
-            ConsumerAction::ResolvePayment { hash, bolt11, amount, max_fee } => {
+            ConsumerAction::Pay { slice, hash, bolt11, amount, max_fee } => {
+                self.pay(slice, hash, bolt11, amount, max_fee, false);
+            }
+            ConsumerAction::ResolvePayment { slice, hash, bolt11, amount, max_fee } => {
                 tracing::info!(payment = %hash, %amount, "finding out what became of a payment from before the restart");
-                self.pay(hash, bolt11, amount, max_fee, true);
+                self.pay(slice, hash, bolt11, amount, max_fee, true);
             }
             ConsumerAction::MakeCloseInvoice { session, amount } => {
                 let wallet = self.driver.wallet.clone();
@@ -308,9 +310,17 @@ impl Running {
         });
     }
 
-    fn pay(&self, hash: PaymentHash, bolt11: String, amount: Msat, max_fee: Msat, recover: bool) {
-        let owner = payments::Owner::Slice;
-        let _ = self.driver.payments.send(payments::Command::Pay { owner, hash, bolt11, amount, max_fee, recover });
+    fn pay(
+        &self,
+        (session, k): (SessionId, u32),
+        hash: PaymentHash,
+        bolt11: String,
+        amount: Msat,
+        max_fee: Msat,
+        recover: bool,
+    ) {
+        let pays_for = payments::PaysFor::Slice(session, k);
+        let _ = self.driver.payments.send(payments::Command::Pay { pays_for, hash, bolt11, amount, max_fee, recover });
     }
 
     /// Reports back what a call answers.

@@ -117,6 +117,8 @@ pub(crate) struct Identity<'a> {
     pub wallet: &'a dyn Lightning,
     pub addresses: Vec<String>,
     pub region: Option<String>,
+    /// Where its Lightning node takes channels.
+    pub lightning_address: Option<String>,
 }
 
 /// The listing of one model, with its two bindings. The publisher sets the expiry.
@@ -144,11 +146,16 @@ pub(crate) fn listing(model: &ForSale, by: &Identity<'_>) -> Listing {
         node_key: ours,
         lightning_node,
         expires_at: 0,
+        lightning_address: by.lightning_address.clone(),
+        lightning_unproven: false,
         bindings: Bindings::default(),
     };
+    // A wallet that signs no messages gives an empty one.
     let lightning = by.wallet.sign_message(lightning_binding_message(&ours).as_bytes());
+    let lightning = (!lightning.is_empty()).then_some(lightning);
+    listing.lightning_unproven = lightning.is_none();
     let node = sign_node_binding(by.node, &by.nostr, &listing.d());
-    listing.bindings = Bindings { node: Some(node), lightning: Some(lightning) };
+    listing.bindings = Bindings { node: Some(node), lightning };
     listing
 }
 

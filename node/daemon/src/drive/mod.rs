@@ -6,12 +6,14 @@
 //! | [`provider`], [`consumer`] | the two roles | QUIC links, engines, wallet, journal |
 //! | [`links`] | frames in and out | QUIC streams |
 //! | [`payments`], [`wallet`] | `wallet::payment` | the Lightning wallet |
+//! | [`channels`] | `wallet::reopen` | the embedded Lightning node |
 //! | [`market`] | `market::book` | Nostr relays |
 //! | [`engines`], [`tokenizers`] | the engine's ports | llama.cpp in child processes |
 //!
 //! Every driver is one task with a bounded or naturally bounded inbox; they talk by messages and share no locks but
 //! the book's. All end with one shutdown token.
 
+pub(crate) mod channels;
 pub(crate) mod consumer;
 pub(crate) mod engines;
 pub(crate) mod figures;

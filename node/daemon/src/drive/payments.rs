@@ -1,19 +1,25 @@
-//! Outbound payments: one machine of `wallet::payment` per payment hash, driven against the wallet.
+//! Outbound payments: the machine of `wallet::payment` that pays each slice once, driven against the wallet.
 
 use super::{now, until};
-use satgrid_types::{Msat, PaymentHash, Preimage, UnixMs};
+use satgrid_types::{Msat, PaymentHash, Preimage, SessionId, UnixMs};
 use satgrid_wallet::{
     FailureReason, Lightning, invoice,
-    payment::{Action, Input, Intent, Outcome, Payment},
+    payment::{Action, Input, InputError, Intent, Outcome, Slices, StartError},
 };
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeSet, VecDeque},
+    sync::Arc,
+};
 use tokio::sync::mpsc;
 
-/// Whose payment it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Owner {
-    Slice,
-    Refund,
+/// Ended payments that are remembered, so that a slice which is paid stays paid whatever a role asks.
+const REMEMBERED: usize = 4_096;
+
+/// What a payment is for: never two for one of these.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum PaysFor {
+    Slice(SessionId, u32),
+    Refund(SessionId),
 }
 
 /// What the driver is told.
@@ -21,7 +27,7 @@ pub(crate) enum Owner {
 pub(crate) enum Command {
     /// Pay, or where `recover` is set, find out what became of an earlier attempt without paying twice.
     Pay {
-        owner: Owner,
+        pays_for: PaysFor,
         hash: PaymentHash,
         bolt11: String,
         amount: Msat,
@@ -52,7 +58,7 @@ pub(crate) enum Command {
 /// How a payment ended.
 #[derive(Debug, Clone)]
 pub(crate) struct Ended {
-    pub owner: Owner,
+    pub pays_for: PaysFor,
     pub hash: PaymentHash,
     pub amount: Msat,
     pub outcome: Outcome,
@@ -62,9 +68,14 @@ struct Payments {
     wallet: Arc<dyn Lightning>,
     commands: mpsc::UnboundedSender<Command>,
     ended: mpsc::UnboundedSender<Ended>,
-    /// Told of events about payments that are none of ours: there is nothing to book.
+    /// Told of events about payments that are none of ours, or that the journal has: there is nothing to book.
     handled: mpsc::UnboundedSender<PaymentHash>,
-    open: BTreeMap<PaymentHash, (Owner, Payment)>,
+    slices: Slices<PaysFor>,
+    /// Waiting for a place: a channel has few slots for payments in flight.
+    waiting: VecDeque<(PaysFor, Intent)>,
+    /// Payments whose end the journal has, oldest first.
+    booked: VecDeque<(PaymentHash, PaysFor)>,
+    booked_hashes: BTreeSet<PaymentHash>,
 }
 
 /// Starts the driver; outcomes go to `ended`.
@@ -74,7 +85,16 @@ pub(crate) fn start(
     handled: mpsc::UnboundedSender<PaymentHash>,
 ) -> mpsc::UnboundedSender<Command> {
     let (commands, inbox) = mpsc::unbounded_channel();
-    let payments = Payments { wallet, commands: commands.clone(), ended, handled, open: BTreeMap::new() };
+    let payments = Payments {
+        wallet,
+        commands: commands.clone(),
+        ended,
+        handled,
+        slices: Slices::new(Slices::<PaysFor>::MAX_IN_FLIGHT),
+        waiting: VecDeque::new(),
+        booked: VecDeque::new(),
+        booked_hashes: BTreeSet::new(),
+    };
     tokio::spawn(payments.run(inbox));
     commands
 }
@@ -82,74 +102,128 @@ pub(crate) fn start(
 impl Payments {
     async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Command>) {
         loop {
-            let wake = self.open.values().filter_map(|(_, p)| p.poll_timeout()).min();
+            let wake = self.slices.poll_timeout();
             tokio::select! {
                 command = inbox.recv() => match command {
                     Some(command) => self.command(now(), command),
                     None => return,
                 },
-                () = tokio::time::sleep(until(wake)) => {
-                    let now = now();
-                    self.open.values_mut().for_each(|(_, payment)| payment.handle_timeout(now));
-                }
+                () = tokio::time::sleep(until(wake)) => self.slices.handle_timeout(now()),
             }
+            self.start_waiting();
             self.act();
         }
     }
 
     fn command(&mut self, now: UnixMs, command: Command) {
         match command {
-            Command::Pay { owner, hash, bolt11, amount, max_fee, recover } => {
+            Command::Pay { pays_for, hash, bolt11, amount, max_fee, recover } => {
                 let expires_at = invoice::read(&bolt11).map_or(now, |facts| facts.expires_at);
                 let intent = Intent { hash, bolt11, amount, max_fee, expires_at };
-                let payment = if recover { Payment::recover(now, intent, None) } else { Payment::start(now, intent) };
-                self.open.entry(hash).or_insert((owner, payment));
+                if recover {
+                    self.slices.recover(now, pays_for, intent, None);
+                } else {
+                    self.waiting.push_back((pays_for, intent));
+                }
             }
-            Command::Settled { hash, preimage, fee } => self.input(now, hash, Input::Settled { preimage, fee }),
-            Command::Failed { hash, reason } => self.input(now, hash, Input::Failed { reason }),
-            Command::Answer { hash, input } => self.input(now, hash, input),
-            Command::Booked { hash } => {
-                if self.open.get(&hash).is_some_and(|(_, p)| p.phase().is_over()) {
-                    self.open.remove(&hash);
+            Command::Settled { hash, preimage, fee } => self.event(now, hash, Input::Settled { preimage, fee }),
+            Command::Failed { hash, reason } => self.event(now, hash, Input::Failed { reason }),
+            Command::Answer { hash, input } => {
+                self.input(now, hash, input);
+            }
+            Command::Booked { hash } => self.booked(hash),
+        }
+    }
+
+    /// Starts what waits, as far as there is room.
+    fn start_waiting(&mut self) {
+        while let Some((pays_for, intent)) = self.waiting.pop_front() {
+            let (hash, amount) = (intent.hash, intent.amount);
+            match self.slices.start(now(), pays_for, intent.clone()) {
+                Ok(()) => {}
+                Err(StartError::TooMany { .. }) => {
+                    self.waiting.push_front((pays_for, intent));
+                    return;
+                }
+                Err(error) => {
+                    // A role asks for what it must not. Nothing was sent under a hash that the machine does not know;
+                    // one that it knows has its own end, which was or will be told.
+                    tracing::error!(payment = %hash, ?pays_for, %error, "a payment was not started");
+                    let of_another = match &error {
+                        StartError::NotOver { hash: other, .. } | StartError::Paid { hash: other } => *other != hash,
+                        StartError::GivenUp { .. } => true,
+                        StartError::HashReused { .. } | StartError::TooMany { .. } => false,
+                    };
+                    if of_another {
+                        let outcome = Outcome::Failed { reason: FailureReason::NeverSent };
+                        let _ = self.ended.send(Ended { pays_for, hash, amount, outcome });
+                    }
                 }
             }
         }
     }
 
-    fn input(&mut self, now: UnixMs, hash: PaymentHash, input: Input) {
-        let Some((owner, payment)) = self.open.get_mut(&hash) else {
+    /// An event of the wallet. Where it brings no news, nobody will book it, and it can be acknowledged.
+    fn event(&mut self, now: UnixMs, hash: PaymentHash, input: Input) {
+        let news = self.input(now, hash, input);
+        if !news && (self.booked_hashes.contains(&hash) || self.intent(hash).is_none()) {
             let _ = self.handled.send(hash);
-            return;
-        };
-        match payment.handle(now, input) {
-            Ok(Some(outcome)) => {
-                let amount = payment.intent().amount;
-                let _ = self.ended.send(Ended { owner: *owner, hash, amount, outcome });
+        }
+    }
+
+    /// Whether it was the payment's end.
+    fn input(&mut self, now: UnixMs, hash: PaymentHash, input: Input) -> bool {
+        let amount = self.intent(hash);
+        match (self.slices.handle(now, hash, input), amount) {
+            (Ok(Some((pays_for, outcome))), Some(amount)) => {
+                let _ = self.ended.send(Ended { pays_for, hash, amount, outcome });
+                true
             }
-            Ok(None) => {}
-            Err(error) => tracing::error!(%error, "the wallet reported something that cannot be"),
+            (Ok(_), _) => false,
+            (Err(InputError::UnknownHash { .. }), _) => false,
+            (Err(error @ InputError::WrongPreimage { .. }), _) => {
+                tracing::error!(%error, "the wallet reported something that cannot be");
+                false
+            }
+        }
+    }
+
+    fn intent(&self, hash: PaymentHash) -> Option<Msat> {
+        self.slices.payment(&hash).map(|(_, payment)| payment.intent().amount)
+    }
+
+    /// The journal has its end: it is remembered for a while, and then forgotten.
+    fn booked(&mut self, hash: PaymentHash) {
+        let Some((pays_for, payment)) = self.slices.payment(&hash) else { return };
+        if !payment.phase().is_over() || !self.booked_hashes.insert(hash) {
+            return;
+        }
+        self.booked.push_back((hash, *pays_for));
+        if self.booked.len() > REMEMBERED
+            && let Some((oldest, pays_for)) = self.booked.pop_front()
+        {
+            self.booked_hashes.remove(&oldest);
+            self.slices.retire(|other| *other == pays_for);
         }
     }
 
     /// Starts the calls that the machines ask for; their answers come back as commands.
     fn act(&mut self) {
-        for (hash, (_, payment)) in &mut self.open {
-            while let Some(action) = payment.poll_action() {
-                let (wallet, commands, hash) = (self.wallet.clone(), self.commands.clone(), *hash);
-                tokio::spawn(async move {
-                    let input = match action {
-                        Action::Pay { bolt11, max_fee } => match wallet.pay(&bolt11, max_fee).await {
-                            Ok(()) => Some(Input::Accepted),
-                            Err(error) => Some(Input::Refused(error)),
-                        },
-                        Action::Look { hash } => wallet.lookup(hash).await.ok().map(Input::Looked),
-                        Action::Observe => observe(wallet.as_ref()).await,
-                    };
-                    if let Some(input) = input {
-                        let _ = commands.send(Command::Answer { hash, input });
-                    }
-                });
-            }
+        while let Some((hash, action)) = self.slices.poll_action() {
+            let (wallet, commands) = (self.wallet.clone(), self.commands.clone());
+            tokio::spawn(async move {
+                let input = match action {
+                    Action::Pay { bolt11, max_fee } => match wallet.pay(&bolt11, max_fee).await {
+                        Ok(()) => Some(Input::Accepted),
+                        Err(error) => Some(Input::Refused(error)),
+                    },
+                    Action::Look { hash } => wallet.lookup(hash).await.ok().map(Input::Looked),
+                    Action::Observe => observe(wallet.as_ref()).await,
+                };
+                if let Some(input) = input {
+                    let _ = commands.send(Command::Answer { hash, input });
+                }
+            });
         }
     }
 }

@@ -204,9 +204,9 @@ impl Running {
                 let _ = self.driver.payments.send(payments::Command::Booked { hash });
                 let _ = self.driver.handled.send(hash);
             }
-            ProviderAction::PayRefund { hash, bolt11, amount, max_fee, recover, .. } => {
-                let owner = payments::Owner::Refund;
-                let pay = payments::Command::Pay { owner, hash, bolt11, amount, max_fee, recover };
+            ProviderAction::PayRefund { session, hash, bolt11, amount, max_fee, recover } => {
+                let pays_for = payments::PaysFor::Refund(session);
+                let pay = payments::Command::Pay { pays_for, hash, bolt11, amount, max_fee, recover };
                 let _ = self.driver.payments.send(pay);
             }
             ProviderAction::Halt { reason } => {

@@ -1,11 +1,10 @@
 //! The wallet's events: to the machine that waits for each, and acknowledged only when the journal has what follows.
 
-use super::{consumer, journal::JournalWriter, now, payments, provider};
+use super::{channels, consumer, journal::JournalWriter, now, payments, provider};
 use satgrid_ledger::entry::{Draft, Evidence};
 use satgrid_node::{consumer::ConsumerEvent, provider::ProviderEvent};
 use satgrid_types::PaymentHash;
-use satgrid_wallet::{Lightning, WalletEvent};
-use satgrid_wallet_ldk::LdkWallet;
+use satgrid_wallet::{Embedded, Lightning, WalletEvent};
 use std::{sync::Arc, time::Duration};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -20,7 +19,7 @@ const BALANCE_EVERY: Duration = Duration::from_secs(5);
 const RECONNECT_EVERY: Duration = Duration::from_secs(2);
 
 /// Keeps the wallet connected to its channels' peers.
-pub(crate) async fn keep_connected(wallet: Arc<LdkWallet>, shutdown: CancellationToken) {
+pub(crate) async fn keep_connected(wallet: Arc<dyn Embedded>, shutdown: CancellationToken) {
     loop {
         tokio::select! {
             () = shutdown.cancelled() => return,
@@ -43,6 +42,8 @@ pub(crate) struct WalletPump {
     pub consumer: Option<mpsc::Sender<consumer::Message>>,
     /// Payment hashes whose events the roles have booked.
     pub handled: mpsc::UnboundedReceiver<PaymentHash>,
+    /// Told of every channel that closed, once the journal has it.
+    pub closed: mpsc::UnboundedSender<channels::Closed>,
     pub shutdown: CancellationToken,
 }
 
@@ -105,14 +106,18 @@ impl WalletPump {
                 tracing::info!(%channel, peer = %counterparty, funding_confirmed, "channel ready");
                 true
             }
-            WalletEvent::ChannelClosed { channel, reason, forced, .. } => {
+            WalletEvent::ChannelClosed { channel, reason, forced, counterparty } => {
                 if forced {
                     tracing::warn!(%channel, %reason, "channel force-closed; its balance returns on chain after the delay");
                 } else {
                     tracing::info!(%channel, %reason, "channel closed");
                 }
                 let evidence = Evidence::ChannelClosed { channel: channel.to_string(), reason, force: forced };
-                self.journal.append(vec![Draft::of(evidence)]).await.is_ok()
+                let booked = self.journal.append(vec![Draft::of(evidence)]).await.is_ok();
+                if booked {
+                    let _ = self.closed.send(channels::Closed { channel: channel.to_string(), counterparty, forced });
+                }
+                booked
             }
             WalletEvent::Other { what } => {
                 tracing::debug!(%what, "wallet event");

@@ -13,7 +13,13 @@ pub(crate) use open::catalogue;
 use crate::admin;
 use crate::config::Config;
 use crate::drive::{
-    figures::Figures, journal::JournalWriter, market::Market, now, tokenizers::Tokenizers, wallet::keep_connected,
+    channels::{Keeper, Wished},
+    figures::Figures,
+    journal::JournalWriter,
+    market::Market,
+    now,
+    tokenizers::Tokenizers,
+    wallet::keep_connected,
 };
 use crate::failure::HintExt;
 use crate::service::Gateway;
@@ -28,9 +34,8 @@ use satgrid_ledger::{
 use satgrid_ledger_sqlite::SqliteJournal;
 use satgrid_node::recover::{Fold, Recovered};
 use satgrid_protocol_quic::Code;
-use satgrid_types::{NostrKey, node_key};
-use satgrid_wallet::Lightning;
-use satgrid_wallet_ldk::LdkWallet;
+use satgrid_types::{Msat, NostrKey, node_key};
+use satgrid_wallet::Embedded;
 use std::{
     net::SocketAddr,
     sync::{Arc, atomic::AtomicU64},
@@ -41,6 +46,9 @@ use tokio_util::sync::CancellationToken;
 
 /// How long the wallet may take to stop.
 const WALLET_STOP: Duration = Duration::from_secs(20);
+
+/// How long the relays may take to hear that this node has stopped.
+const HEARTBEAT_STOP: Duration = Duration::from_secs(3);
 
 /// Runs a node until a signal. Blocks.
 pub(crate) fn run(config: Config) -> anyhow::Result<()> {
@@ -64,6 +72,9 @@ async fn node(config: Config) -> anyhow::Result<()> {
     let admin_port = listen(config.api.admin, "api.admin").await?;
     let api_port = if config.is_consumer() { Some(listen(config.api.listen, "api.listen").await?) } else { None };
 
+    let life = CancellationToken::new();
+    let heartbeat = open::claim_seed(&config, &keys, life.clone()).await?;
+
     let journal = open::open_journal(&config).await?;
     let mut fold = Fold::new(ours);
     let opened: Arc<dyn Journal> = journal.clone();
@@ -71,7 +82,7 @@ async fn node(config: Config) -> anyhow::Result<()> {
     let recovered = fold.finish();
 
     let wallet = open::open_wallet(&config, &keys).await?;
-    let lightning: Arc<dyn Lightning> = wallet.clone();
+    let lightning = wallet.lightning.clone();
     let identity = keys.identity.clone();
     let opened =
         Opened { config, keys, nostr, journal: journal.clone(), writer, recovered, wallet, admin_port, api_port };
@@ -86,6 +97,10 @@ async fn node(config: Config) -> anyhow::Result<()> {
         tracing::warn!(%error, "no checkpoint was signed at the end");
     }
     SqliteJournal::clone(&journal).close().await;
+    life.cancel();
+    if let Some(heartbeat) = heartbeat {
+        let _ = tokio::time::timeout(HEARTBEAT_STOP, heartbeat).await;
+    }
     outcome
 }
 
@@ -97,7 +112,7 @@ struct Opened {
     journal: Arc<SqliteJournal>,
     writer: JournalWriter,
     recovered: Recovered,
-    wallet: Arc<LdkWallet>,
+    wallet: open::Wallet,
     admin_port: TcpListener,
     api_port: Option<TcpListener>,
 }
@@ -107,7 +122,8 @@ impl Opened {
     async fn run(self) -> anyhow::Result<()> {
         let Opened { config, keys, nostr, journal, writer, recovered, wallet, admin_port, api_port } = self;
         let ours = node_key(&keys.identity);
-        let lightning: Arc<dyn Lightning> = wallet.clone();
+        let lightning = wallet.lightning.clone();
+        let embedded: Option<Arc<dyn Embedded>> = wallet.embedded.clone().map(|process| process as Arc<dyn Embedded>);
         let admin_token = admin::token(&config.node.dir)?;
         let shutdown = CancellationToken::new();
         // Whatever fails on the way up takes the drivers down with it.
@@ -134,11 +150,17 @@ impl Opened {
             let health = relays.borrow();
             (health.iter().filter(|relay| relay.connected).count(), health.len())
         };
+        let wished = Wished::default();
         let admin_state = admin::State {
             token: admin_token,
             node_key: ours,
             nostr_key: nostr,
-            wallet: wallet.clone(),
+            wallet: lightning.clone(),
+            embedded: embedded.clone(),
+            wished: wished.clone(),
+            apps: open::serve_apps(&config, &keys, &wallet).await?,
+            app_relays: config.market.relays.clone(),
+            wants: (sells(&config), buys(&config)),
             network: config.node.network.name(),
             quic_listen: running.quic_listen,
             provider: running.provider_view.clone(),
@@ -157,7 +179,20 @@ impl Opened {
             running.publisher.clone(),
             shutdown.clone(),
         ));
-        tokio::spawn(keep_connected(wallet.clone(), shutdown.clone()));
+        if let Some(embedded) = embedded {
+            tokio::spawn(keep_connected(embedded.clone(), shutdown.clone()));
+            let keeper = Keeper {
+                wallet: embedded,
+                dir: config.node.dir.clone(),
+                backup: config.wallet.backup.clone(),
+                network: config.node.network.name(),
+                reopen: config.wallet.reopen,
+                wished,
+                wants: (sells(&config), buys(&config)),
+                shutdown: shutdown.clone(),
+            };
+            tokio::spawn(keeper.run(running.closed));
+        }
         let edges = CancellationToken::new();
         let mut tasks = tokio::task::JoinSet::new();
         let mut admin_routes = admin::router(admin_state);
@@ -190,6 +225,7 @@ impl Opened {
 
         let outcome = tokio::select! {
             () = signals::stop() => Ok(()),
+            () = wallet.gone() => Err(anyhow::anyhow!("the wallet's process is gone; start the node again")),
             Some(ended) = tasks.join_next() => match ended.context("an edge panicked") {
                 Ok(Ok(())) => Err(anyhow::anyhow!("an edge ended by itself")),
                 Ok(Err(error)) | Err(error) => Err(error),
@@ -206,6 +242,16 @@ impl Opened {
         running.engines.iter().for_each(|(_, engine)| engine.shut_down());
         outcome
     }
+}
+
+/// The smallest slice that this node takes, if it sells.
+fn sells(config: &Config) -> Option<Msat> {
+    config.is_provider().then(|| Msat::from_sat(config.provider.slice_min_sat)).flatten()
+}
+
+/// The smallest first slice that this node pays, if it buys.
+fn buys(config: &Config) -> Option<Msat> {
+    config.is_consumer().then(|| Msat::from_sat(config.consumer.slice_first_direct_sat)).flatten()
 }
 
 async fn listen(address: SocketAddr, key: &str) -> anyhow::Result<TcpListener> {

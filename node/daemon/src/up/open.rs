@@ -1,21 +1,34 @@
 //! What a node opens before anything runs: keys from the seed, the ledger, the wallet, the catalogue, the edge's settings.
 
-use crate::config::{ChainSource, Config, Network};
+use crate::commands::wallet_process::NAME as WALLET_PROCESS;
+use crate::config::{ChainSource, Config, Network, lsp};
+use crate::drive::fresh_seed;
 use crate::failure::HintExt;
 use anyhow::Context;
 use ed25519_dalek::SigningKey;
 use satgrid_api::{ApiConfig, ApiKey};
 use satgrid_ledger_sqlite::SqliteJournal;
 use satgrid_market::{Catalogue, ProviderPattern};
+use satgrid_market_nostr::{
+    RelayConfig,
+    heartbeat::{self, HeartbeatError},
+};
 use satgrid_wallet::{
-    Lightning,
+    Embedded, Lightning,
     keys::{Phrase, Seed},
 };
-use satgrid_wallet_ldk::{LdkConfig, LdkWallet};
+use satgrid_wallet_ldk::{LdkConfig, Lsp, LspService, Program, WalletProcess};
+use satgrid_wallet_nwc::{Connections, NwcConfig, NwcService, NwcWallet, ServiceConfig};
+use sha2::{Digest, Sha256};
 use std::{sync::Arc, time::Duration};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
 /// How long open streams may go on after the node was told to stop.
 const DRAIN: Duration = Duration::from_secs(5);
+
+/// The least that we take for opening a channel to somebody.
+const LSP_MIN_FEE_MSAT: u64 = 1_000_000;
 
 /// The keys of this node, all from one seed.
 pub(super) struct Keys {
@@ -34,6 +47,44 @@ pub(super) fn keys(config: &Config) -> anyhow::Result<Keys> {
     Ok(Keys { seed, identity, nostr, sessions })
 }
 
+/// Refuses to run where another node with the same seed does. A relay that does not answer refuses nobody.
+pub(super) async fn claim_seed(
+    config: &Config,
+    keys: &Keys,
+    life: CancellationToken,
+) -> anyhow::Result<Option<JoinHandle<()>>> {
+    if config.market.relays.is_empty() {
+        return Ok(None);
+    }
+    let relays = RelayConfig::new(config.market.relays.clone());
+    match heartbeat::claim(&relays, keys.nostr, instance(config)?, life).await {
+        Ok(beating) => Ok(Some(beating)),
+        Err(error @ HeartbeatError::Elsewhere { .. }) => Err(anyhow::Error::new(error)).hint(format!(
+            "stop the other one; two nodes on one seed lose channels. If it is gone for good, wait {} s",
+            heartbeat::STALE_S
+        )),
+        Err(HeartbeatError::Relays(error)) => Err(error).context("market.relays cannot be used"),
+    }
+}
+
+/// Names this folder on this machine: a copy elsewhere is another instance.
+fn instance(config: &Config) -> anyhow::Result<String> {
+    let path = config.node.dir.join("instance");
+    let id = match std::fs::read(&path) {
+        Ok(id) => id,
+        Err(_) => {
+            let id = fresh_seed().to_vec();
+            std::fs::write(&path, &id).with_context(|| format!("cannot write {}", path.display()))?;
+            id
+        }
+    };
+    let mut hasher = Sha256::new();
+    hasher.update(&id);
+    hasher.update(std::fs::read("/etc/machine-id").unwrap_or_default());
+    hasher.update(config.node.dir.canonicalize().unwrap_or_default().as_os_str().as_encoded_bytes());
+    Ok(hex::encode(hasher.finalize()))
+}
+
 pub(super) async fn open_journal(config: &Config) -> anyhow::Result<Arc<SqliteJournal>> {
     let path = &config.ledger.path;
     let journal =
@@ -41,7 +92,39 @@ pub(super) async fn open_journal(config: &Config) -> anyhow::Result<Arc<SqliteJo
     Ok(Arc::new(journal))
 }
 
-pub(super) async fn open_wallet(config: &Config, keys: &Keys) -> anyhow::Result<Arc<LdkWallet>> {
+/// The wallet that this node uses.
+#[derive(Clone)]
+pub(super) struct Wallet {
+    pub lightning: Arc<dyn Lightning>,
+    /// Absent where the wallet is somebody else's (Nostr Wallet Connect).
+    pub embedded: Option<Arc<WalletProcess>>,
+}
+
+impl Wallet {
+    /// Resolves when the wallet ended by itself.
+    pub(super) async fn gone(&self) {
+        match &self.embedded {
+            Some(process) => process.gone().await,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// The user's own wallet, instead of the embedded node.
+async fn connect_wallet(config: &Config, uri: String) -> anyhow::Result<Wallet> {
+    let network = wallet_network(config.node.network);
+    let state = config.node.dir.join("connected-wallet.json");
+    let wallet = NwcWallet::connect(NwcConfig { uri, network, state }).await;
+    let wallet =
+        wallet.context("the wallet of wallet.nwc cannot be used").hint("make the connection anew in that wallet")?;
+    tracing::info!(node = %wallet.node_id(), "connected to a wallet over Nostr Wallet Connect");
+    Ok(Wallet { lightning: Arc::new(wallet), embedded: None })
+}
+
+pub(super) async fn open_wallet(config: &Config, keys: &Keys) -> anyhow::Result<Wallet> {
+    if let Some(uri) = &config.wallet.nwc {
+        return connect_wallet(config, uri.read()?).await;
+    }
     let chain = match &config.wallet.chain {
         Some(ChainSource::Esplora { url }) => satgrid_wallet_ldk::ChainSource::Esplora { url: url.clone() },
         Some(ChainSource::Electrum { server }) => {
@@ -70,9 +153,41 @@ pub(super) async fn open_wallet(config: &Config, keys: &Keys) -> anyhow::Result<
         .iter()
         .map(|text| text.parse().with_context(|| format!("wallet.trusted_0conf: {text:?} is no Lightning node id")))
         .collect::<anyhow::Result<_>>()?;
-    let wallet = LdkWallet::start(ldk).await.context("the Lightning wallet does not start")?;
-    tracing::info!(node = %wallet.node_id(), height = wallet.height(), "wallet is up");
-    Ok(Arc::new(wallet))
+    ldk.lsp_service =
+        config.wallet.lsp_serve_fee_ppm.map(|fee_ppm| LspService { fee_ppm, min_fee_msat: LSP_MIN_FEE_MSAT });
+    if let Some((node, addr)) = config.wallet.lsp.as_deref().and_then(lsp) {
+        let addr = tokio::net::lookup_host(&addr).await.ok().and_then(|mut found| found.next());
+        let addr = addr.with_context(|| format!("wallet.lsp: {:?} has no address", config.wallet.lsp))?;
+        let token = config.wallet.lsp_token.as_ref().map(|secret| secret.read()).transpose()?;
+        ldk.lsp = Some(Lsp { node, addr, token, max_fee_permille: config.wallet.lsp_max_fee_permille });
+    }
+    let program = Program { exe: std::env::current_exe()?, args: vec![WALLET_PROCESS.into()] };
+    let wallet = WalletProcess::start(&program, ldk).await.context("the Lightning wallet does not start")?;
+    let height = wallet.facts().await.map(|facts| facts.height).unwrap_or_default();
+    tracing::info!(node = %wallet.node_id(), height, process = wallet.pid(), "wallet is up");
+    let wallet = Arc::new(wallet);
+    Ok(Wallet { lightning: wallet.clone(), embedded: Some(wallet) })
+}
+
+/// Our wallet for the user's other apps. A relay that does not answer is no reason not to run.
+pub(super) async fn serve_apps(
+    config: &Config,
+    keys: &Keys,
+    wallet: &Wallet,
+) -> anyhow::Result<Option<Arc<NwcService>>> {
+    if config.market.relays.is_empty() {
+        return Ok(None);
+    }
+    let connections = Connections::open(config.node.dir.join("connections.json"), keys.sessions)?;
+    let embedded = wallet.embedded.clone().map(|process| process as Arc<dyn Embedded>);
+    let relays = ServiceConfig { relays: config.market.relays.clone() };
+    match NwcService::start(relays, wallet.lightning.clone(), embedded, connections).await {
+        Ok(service) => Ok(Some(Arc::new(service))),
+        Err(error) => {
+            tracing::warn!(%error, "apps cannot connect to this wallet");
+            Ok(None)
+        }
+    }
 }
 
 pub(super) fn wallet_network(network: Network) -> satgrid_wallet::Network {

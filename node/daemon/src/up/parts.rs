@@ -3,6 +3,7 @@
 use super::open::{Keys, wallet_network};
 use crate::config::Config;
 use crate::drive::{
+    channels,
     consumer::{self, ConsumerDriver, ConsumerView},
     engines::{self, ForSale, Identity, TokenizersForSale},
     fresh_seed,
@@ -63,6 +64,8 @@ pub(super) struct Running {
     pub consumer: Option<mpsc::Sender<consumer::Message>>,
     pub provider_view: Option<Arc<RwLock<ProviderView>>>,
     pub consumer_view: Option<Arc<RwLock<ConsumerView>>>,
+    /// Channels as they close, for whoever opens them again.
+    pub closed: mpsc::UnboundedReceiver<channels::Closed>,
 }
 
 impl Node<'_> {
@@ -111,6 +114,7 @@ impl Node<'_> {
             provider::start(driver, endpoint.clone())
         });
         tokio::spawn(route_ended(ended_inbox, provider.clone(), consumer.clone()));
+        let (tell_closed, closed) = mpsc::unbounded_channel();
         let pump = WalletPump {
             wallet: self.wallet.clone(),
             journal: self.journal.clone(),
@@ -118,6 +122,7 @@ impl Node<'_> {
             provider: provider.clone(),
             consumer: consumer.clone(),
             handled: handled_inbox,
+            closed: tell_closed,
             shutdown: self.shutdown.clone(),
         };
         tokio::spawn(pump.run());
@@ -149,6 +154,7 @@ impl Node<'_> {
             consumer,
             provider_view,
             consumer_view,
+            closed,
         })
     }
 
@@ -182,6 +188,7 @@ impl Node<'_> {
             wallet: self.wallet.as_ref(),
             addresses,
             region: self.config.provider.region.clone(),
+            lightning_address: self.lightning_address(),
         };
         let listings = for_sale.iter().map(|model| engines::listing(model, &by)).collect();
         let mut config = PublisherConfig::new(
@@ -213,6 +220,13 @@ impl Node<'_> {
         });
         publisher.offer(listings).await?.context("the listing of this node is not valid")?;
         Ok(publisher)
+    }
+
+    /// Where consumers open channels to: as configured, else where the wallet listens if that is no wildcard.
+    fn lightning_address(&self) -> Option<String> {
+        let wallet = &self.config.wallet;
+        let here = || (!wallet.listen.ip().is_unspecified()).then(|| wallet.listen.to_string());
+        if wallet.nwc.is_some() { None } else { wallet.public_address.clone().or_else(here) }
     }
 
     fn provider_config(&self) -> ProviderConfig {
@@ -271,10 +285,10 @@ async fn route_ended(
     provider: Option<mpsc::Sender<provider::Message>>,
     consumer: Option<mpsc::Sender<consumer::Message>>,
 ) {
-    while let Some(payments::Ended { owner, hash, amount, outcome }) = ended.recv().await {
+    while let Some(payments::Ended { pays_for, hash, amount, outcome }) = ended.recv().await {
         let text = |reason: FailureReason| reason.to_string();
-        match owner {
-            payments::Owner::Slice => {
+        match pays_for {
+            payments::PaysFor::Slice(..) => {
                 let event = match outcome {
                     Outcome::Settled { preimage, fee } => ConsumerEvent::PaymentSettled { hash, preimage, fee },
                     Outcome::Failed { reason } => ConsumerEvent::PaymentFailed { hash, reason: text(reason) },
@@ -283,7 +297,7 @@ async fn route_ended(
                     let _ = consumer.send(consumer::Message::Event(event)).await;
                 }
             }
-            payments::Owner::Refund => {
+            payments::PaysFor::Refund(_) => {
                 let event = match outcome {
                     Outcome::Settled { preimage, fee } => {
                         ProviderEvent::RefundSettled { hash, amount, preimage: Some(preimage), fee }

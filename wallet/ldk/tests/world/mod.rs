@@ -96,6 +96,11 @@ impl World {
 
 /// Acknowledges events until one fits.
 pub(crate) async fn next(wallet: &LdkWallet, fits: impl Fn(&WalletEvent) -> bool) -> WalletEvent {
+    next_of(wallet, fits).await
+}
+
+/// The same of any wallet.
+pub(crate) async fn next_of(wallet: &dyn Lightning, fits: impl Fn(&WalletEvent) -> bool) -> WalletEvent {
     let mut seen = Vec::new();
     let wait = async {
         loop {

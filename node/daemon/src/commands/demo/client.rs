@@ -102,6 +102,8 @@ pub(super) enum Direction {
 pub(super) enum PaymentState {
     Unknown,
     InFlight,
+    /// An invoice of ours that nobody paid yet.
+    Unpaid,
     Settled,
     Failed,
 }

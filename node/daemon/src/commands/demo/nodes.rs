@@ -141,7 +141,7 @@ impl Node {
     ) -> anyhow::Result<Node> {
         let dir = market.dir.join(name);
         private_dir(&dir)?;
-        let phrase = new_phrase()?;
+        let phrase = new_phrase(false)?;
         write_new(&dir.join("seed"), &format!("{}\n", phrase.reveal()), 0o600)?;
         // The same key that the seed gives, as `ledger export --key` reads it.
         let identity = hex::encode(phrase.seed().identity().to_bytes());

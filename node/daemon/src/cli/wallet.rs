@@ -1,0 +1,120 @@
+//! What can be said of the wallet.
+
+use clap::{Args, Subcommand};
+use std::path::PathBuf;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum WalletCommand {
+    /// What can be paid and received, and what is lacking
+    Balance,
+    /// Every channel
+    Channels,
+    /// An invoice, with its QR code: top up from any Lightning wallet
+    Receive(ReceiveArgs),
+    /// A fresh on-chain address of this wallet, with its QR code
+    Address,
+    /// Pay a Lightning invoice
+    Pay(PayArgs),
+    /// Send coins on chain
+    Send(SendArgs),
+    /// Open a channel to a provider or to any Lightning node
+    Open(OpenArgs),
+    /// Close a channel
+    Close {
+        /// The channel's id, or its beginning
+        channel: String,
+        /// Without the peer: our share comes back after the channel's delay
+        #[arg(long)]
+        force: bool,
+    },
+    /// What was paid in fees, what a channel keeps on chain, what the chain asks now
+    Fees,
+    /// Every Lightning payment that the wallet knows
+    History {
+        /// Invoices that nobody paid, too
+        #[arg(long)]
+        all: bool,
+    },
+    /// What reaches the channels' peers again when this machine is lost; it is also written at every change
+    Backup {
+        /// A file; standard output where it is missing
+        file: Option<PathBuf>,
+    },
+    /// Other apps that may use this wallet (Nostr Wallet Connect)
+    #[command(subcommand)]
+    App(AppCommand),
+    /// End a session and ask for its remainder back
+    Refund {
+        /// The session's id, as the status or the ledger shows it
+        session: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum AppCommand {
+    /// Connect an app; prints the address that it wants, once, with its QR code
+    Add {
+        name: String,
+        /// What it may spend; 0: it may receive and look, and not pay
+        #[arg(long, default_value_t = 0)]
+        budget_sat: u64,
+        /// When the budget starts over
+        #[arg(long, default_value = "never", value_parser = ["never", "daily", "weekly", "monthly"])]
+        renewal: String,
+    },
+    /// Every app, and what it may still spend
+    List,
+    /// Take the wallet away from an app, at once
+    Revoke { name: String },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ReceiveArgs {
+    pub amount_sat: u64,
+    #[arg(long, default_value = "satgrid")]
+    pub description: String,
+    #[arg(long, default_value_t = 86_400)]
+    pub expiry_s: u32,
+    /// The most that a liquidity provider may keep for opening a channel
+    #[arg(long, value_name = "SAT")]
+    pub max_lsp_fee_sat: Option<u64>,
+    /// Wait until it is paid
+    #[arg(long)]
+    pub wait: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PayArgs {
+    pub invoice: String,
+    /// The most that the route may cost [default: 1 %, at least 1 sat]
+    #[arg(long)]
+    pub max_fee_sat: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SendArgs {
+    pub address: String,
+    /// Sats, or `all` above the anchor reserve
+    pub amount: String,
+    /// Sats per virtual byte [default: the chain source's estimate]
+    #[arg(long)]
+    pub fee_rate: Option<u32>,
+    /// Do not ask
+    #[arg(long)]
+    pub yes: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct OpenArgs {
+    /// A Lightning node id; or a provider's key (or its first letters), or a model: the listing says where
+    pub node: String,
+    /// [HOST:PORT] CAPACITY_SAT
+    #[arg(num_args = 1..=2, value_name = "HOST:PORT CAPACITY_SAT", required = true)]
+    pub place_and_capacity: Vec<String>,
+    /// Given to the peer at the start
+    #[arg(long, default_value_t = 0)]
+    pub push_msat: u64,
+    /// Return once it is asked for, without waiting for its confirmation
+    #[arg(long)]
+    pub no_wait: bool,
+}

@@ -1,0 +1,55 @@
+//! `satgrid wallet ...`: asks the running node over its admin port.
+
+mod apps;
+mod channels;
+mod money;
+mod qr;
+mod show;
+
+use super::admin_client::Admin;
+use crate::cli::{Globals, WalletCommand};
+use serde_json::{Value, json};
+use std::time::Duration;
+
+/// Between two looks at something that is waited for.
+const POLL: Duration = Duration::from_millis(500);
+
+pub(super) fn run(globals: &Globals, command: &WalletCommand) -> anyhow::Result<()> {
+    let config = globals.load()?.config;
+    let admin = Admin::of(&config)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let format = globals.format;
+        match command {
+            WalletCommand::Balance => show::balance(format, &admin.get("wallet").await?),
+            WalletCommand::Channels => show::channels(format, &admin.get("wallet").await?),
+            WalletCommand::Receive(args) => money::receive(format, &admin, args).await,
+            WalletCommand::Address => money::address(format, &admin).await,
+            WalletCommand::Pay(args) => money::pay(format, &admin, args).await,
+            WalletCommand::Send(args) => money::send(format, &admin, args).await,
+            WalletCommand::Open(args) => channels::open(format, &admin, args).await,
+            WalletCommand::Close { channel, force } => channels::close(format, &admin, channel, *force).await,
+            WalletCommand::Fees => {
+                let chain = money::chain_fees(config.wallet.chain.as_ref()).await;
+                show::fees(format, &admin.get("wallet/fees").await?, chain)
+            }
+            WalletCommand::History { all } => show::history(format, &admin.get("wallet/payments").await?, *all),
+            WalletCommand::Backup { file } => money::backup(&admin, file.as_deref()).await,
+            WalletCommand::App(command) => apps::run(format, &admin, command).await,
+            WalletCommand::Refund { session } => {
+                admin.post(&format!("sessions/{session}/close"), &json!({})).await?;
+                eprintln!("asked; the refund arrives as a payment, or the ledger shows a credit note");
+                Ok(())
+            }
+        }
+    })
+}
+
+/// Millisatoshi as people read them.
+fn sats(msat: &Value) -> String {
+    match msat.as_u64() {
+        None => "-".to_owned(),
+        Some(msat) if msat % 1_000 == 0 => format!("{} sat", msat / 1_000),
+        Some(msat) => format!("{}.{:03} sat", msat / 1_000, msat % 1_000),
+    }
+}

@@ -1,0 +1,165 @@
+//! Keeps the channels: a backup at every change, a force-closed channel opened again, and what is lacking said in time.
+
+use super::now;
+use satgrid_types::{LightningKey, Msat, UnixMs};
+use satgrid_wallet::{
+    Channel, Embedded, OpenChannel,
+    embedded::{ChannelBackup, Shortage},
+    reopen::{Due, Reopen},
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::BTreeSet,
+    fs::OpenOptions,
+    io::{self, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+/// How often channels are looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// The backup below the node's folder.
+pub(crate) const BACKUP_FILE: &str = "channels.json";
+
+/// Channels that the operator asked to force-close: those stay closed.
+pub(crate) type Wished = Arc<Mutex<BTreeSet<String>>>;
+
+/// A channel that closed; the journal has it.
+#[derive(Debug, Clone)]
+pub(crate) struct Closed {
+    pub channel: String,
+    pub counterparty: Option<LightningKey>,
+    pub forced: bool,
+}
+
+/// The file: what reaches the channels' peers again, and what is to be opened again. No secret is in it.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct BackupFile {
+    pub version: u32,
+    pub network: String,
+    pub written_at: UnixMs,
+    pub backup: ChannelBackup,
+    #[serde(default)]
+    pub reopen: Reopen,
+}
+
+const VERSION: u32 = 1;
+
+pub(crate) struct Keeper {
+    pub wallet: Arc<dyn Embedded>,
+    pub dir: PathBuf,
+    pub backup: Option<PathBuf>,
+    pub network: &'static str,
+    pub reopen: bool,
+    pub wished: Wished,
+    /// The smallest slice that is sold, and that is bought.
+    pub wants: (Option<Msat>, Option<Msat>),
+    pub shutdown: CancellationToken,
+}
+
+impl Keeper {
+    pub(crate) async fn run(self, mut closed: mpsc::UnboundedReceiver<Closed>) {
+        let mut reopen = read(&self.dir.join(BACKUP_FILE)).map(|file| file.reopen).unwrap_or_default();
+        let mut told: Vec<&str> = Vec::new();
+        // The channels that the backup on disk names.
+        let mut written: Option<Vec<(String, u64)>> = None;
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        loop {
+            tokio::select! {
+                () = self.shutdown.cancelled() => return,
+                _ = look.tick() => {}
+                Some(gone) = closed.recv() => {
+                    let wished = self.wished.lock().unwrap_or_else(PoisonError::into_inner).remove(&gone.channel);
+                    reopen.closed(now(), &gone.channel, gone.forced && !wished);
+                    written = None;
+                    if gone.forced {
+                        let peer = gone.counterparty.map(|peer| peer.to_string()).unwrap_or_default();
+                        tracing::warn!(channel = %gone.channel, %peer, reopens = reopen.wanted(), "noticed a force-close");
+                    }
+                }
+            }
+            let (Ok(channels), Ok(balance)) = (self.wallet.channels().await, self.wallet.balance().await) else {
+                return;
+            };
+            let state: Vec<(String, u64)> = channels.iter().map(|c| (c.id.to_string(), c.capacity_sat)).collect();
+            if reopen.saw(&channels) || written.as_ref() != Some(&state) {
+                match self.write(&reopen).await {
+                    Ok(()) => written = Some(state),
+                    Err(error) => tracing::error!(%error, "the channel backup was not written"),
+                }
+            }
+            if self.reopen
+                && let Some(due) = reopen.due(now(), &balance, &channels)
+            {
+                self.open(due).await;
+            }
+            let lsp = self.wallet.facts().await.is_ok_and(|facts| facts.lsp.is_some());
+            self.tell(&channels, Shortage::all(&balance, &channels, lsp, self.wants.0, self.wants.1), &mut told);
+        }
+    }
+
+    /// Says what is lacking when it begins to, and when it is mended.
+    fn tell(&self, channels: &[Channel], shortages: Vec<Shortage>, told: &mut Vec<&'static str>) {
+        // A channel that is being opened or found again is a shortage of seconds.
+        if channels.iter().any(|c| !c.usable) {
+            return;
+        }
+        for shortage in &shortages {
+            if !told.contains(&shortage.reason()) {
+                tracing::warn!(hint = shortage.remedy(), "{shortage}");
+            }
+        }
+        let now: Vec<&'static str> = shortages.iter().map(Shortage::reason).collect();
+        for reason in told.iter().filter(|reason| !now.contains(reason)) {
+            tracing::info!("the wallet is no longer short: {reason}");
+        }
+        *told = now;
+    }
+
+    async fn open(&self, due: Due) {
+        let Due { node, capacity_sat } = due;
+        let peers = self.wallet.channel_backup().await.map(|backup| backup.peers).unwrap_or_default();
+        let Some(addr) = peers.iter().find(|(key, _)| *key == node).and_then(|(_, addr)| addr.parse().ok()) else {
+            tracing::warn!(peer = %node, "a force-closed channel is not opened again: the peer's address is not known");
+            return;
+        };
+        match self.wallet.open_channel(OpenChannel { node, addr, capacity_sat, push: Msat::ZERO }).await {
+            Ok(()) => tracing::info!(peer = %node, capacity_sat, "opening a force-closed channel again"),
+            Err(error) => {
+                tracing::warn!(peer = %node, capacity_sat, %error, "a force-closed channel is not open again yet")
+            }
+        }
+    }
+
+    async fn write(&self, reopen: &Reopen) -> anyhow::Result<()> {
+        let backup = self.wallet.channel_backup().await?;
+        let (network, written_at) = (self.network.to_owned(), now());
+        let file = BackupFile { version: VERSION, network, written_at, backup, reopen: reopen.clone() };
+        let text = serde_json::to_string_pretty(&file)?;
+        write(&self.dir.join(BACKUP_FILE), &text)?;
+        if let Some(path) = &self.backup {
+            write(path, &text)?;
+        }
+        Ok(())
+    }
+}
+
+fn read(path: &Path) -> Option<BackupFile> {
+    let file: BackupFile = serde_json::from_str(&std::fs::read_to_string(path).ok()?).ok()?;
+    (file.version == VERSION).then_some(file)
+}
+
+/// Replaces a file as a whole: whoever reads it reads the old one or the new one.
+pub(crate) fn write(path: &Path, text: &str) -> io::Result<()> {
+    let mut new = path.to_owned().into_os_string();
+    new.push(".new");
+    let new = PathBuf::from(new);
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()?;
+    std::fs::rename(&new, path)
+}

@@ -1,0 +1,142 @@
+//! How much an app may spend: an amount a period, reserved before it is paid. Pure; time is an argument.
+//!
+//! | step | `spent` | `reserved` |
+//! |---|---|---|
+//! | a payment may start | | + amount and fee limit |
+//! | it settled | + amount and fee | - what was reserved for it |
+//! | it failed | | - what was reserved for it |
+//! | its fate is unknown | | stays: what may be out counts |
+
+use satgrid_types::{Msat, PaymentHash, UnixMs};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use thiserror::Error;
+
+const DAY_MS: u64 = 24 * 3_600 * 1_000;
+
+/// How often a budget starts over.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Renewal {
+    #[default]
+    Never,
+    Daily,
+    Weekly,
+    Monthly,
+}
+
+impl Renewal {
+    const fn period_ms(self) -> Option<u64> {
+        match self {
+            Renewal::Never => None,
+            Renewal::Daily => Some(DAY_MS),
+            Renewal::Weekly => Some(7 * DAY_MS),
+            Renewal::Monthly => Some(30 * DAY_MS),
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Budget {
+    pub limit: Msat,
+    pub renewal: Renewal,
+    pub period_began: UnixMs,
+    pub spent: Msat,
+    /// By payment.
+    pub reserved: BTreeMap<PaymentHash, Msat>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("{asked} with its fee limit is more than the {left} that this connection may still spend")]
+pub struct OverBudget {
+    pub asked: Msat,
+    pub left: Msat,
+}
+
+impl Budget {
+    pub fn new(now: UnixMs, limit: Msat, renewal: Renewal) -> Budget {
+        Budget { limit, renewal, period_began: now, spent: Msat::ZERO, reserved: BTreeMap::new() }
+    }
+
+    /// What may still be spent in this period.
+    pub fn left(&self, now: UnixMs) -> Msat {
+        let spent = if self.is_over(now) { Msat::ZERO } else { self.spent };
+        let held = self.reserved.values().fold(spent, |sum, held| sum.saturating_add(*held));
+        self.limit.checked_sub(held).unwrap_or(Msat::ZERO)
+    }
+
+    /// Holds back what a payment may cost. The same payment is held once.
+    pub fn reserve(&mut self, now: UnixMs, hash: PaymentHash, most: Msat) -> Result<(), OverBudget> {
+        self.renew(now);
+        if self.reserved.contains_key(&hash) {
+            return Ok(());
+        }
+        let left = self.left(now);
+        if most > left {
+            return Err(OverBudget { asked: most, left });
+        }
+        self.reserved.insert(hash, most);
+        Ok(())
+    }
+
+    /// A payment cost this much. It counts once.
+    pub fn settled(&mut self, now: UnixMs, hash: PaymentHash, cost: Msat) {
+        self.renew(now);
+        if self.reserved.remove(&hash).is_some() {
+            self.spent = self.spent.saturating_add(cost);
+        }
+    }
+
+    pub fn failed(&mut self, hash: &PaymentHash) {
+        self.reserved.remove(hash);
+    }
+
+    fn is_over(&self, now: UnixMs) -> bool {
+        self.renewal.period_ms().is_some_and(|period| now.since(self.period_began) >= period)
+    }
+
+    fn renew(&mut self, now: UnixMs) {
+        if self.is_over(now) {
+            self.period_began = now;
+            self.spent = Msat::ZERO;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hash(byte: u8) -> PaymentHash {
+        PaymentHash([byte; 32])
+    }
+
+    #[test]
+    fn what_may_be_out_counts() {
+        let (now, mut budget) = (UnixMs(1_000), Budget::new(UnixMs(0), Msat(10_000), Renewal::Never));
+        budget.reserve(now, hash(1), Msat(6_000)).unwrap();
+        budget.reserve(now, hash(1), Msat(6_000)).unwrap();
+        let over = OverBudget { asked: Msat(4_001), left: Msat(4_000) };
+        assert_eq!(budget.reserve(now, hash(2), Msat(4_001)), Err(over));
+        budget.settled(now, hash(1), Msat(5_500));
+        budget.settled(now, hash(1), Msat(5_500));
+        assert_eq!(budget.left(now), Msat(4_500));
+        budget.reserve(now, hash(3), Msat(4_500)).unwrap();
+        budget.failed(&hash(3));
+        assert_eq!(budget.left(now), Msat(4_500));
+        // Never renewed, however long.
+        assert_eq!(budget.left(UnixMs(1_000 * DAY_MS)), Msat(4_500));
+    }
+
+    #[test]
+    fn a_period_starts_over_and_keeps_what_is_held() {
+        let mut budget = Budget::new(UnixMs(0), Msat(10_000), Renewal::Daily);
+        budget.reserve(UnixMs(1), hash(1), Msat(9_000)).unwrap();
+        budget.settled(UnixMs(2), hash(1), Msat(9_000));
+        budget.reserve(UnixMs(3), hash(2), Msat(1_000)).unwrap();
+        assert_eq!(budget.left(UnixMs(DAY_MS - 1)), Msat(0));
+        assert_eq!(budget.left(UnixMs(DAY_MS)), Msat(9_000));
+        budget.reserve(UnixMs(DAY_MS), hash(3), Msat(9_000)).unwrap();
+        assert_eq!(budget.left(UnixMs(DAY_MS)), Msat(0));
+    }
+}
