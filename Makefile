@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build build-gpu demo test test-fast lint deny bench bench-ledger fuzz-ledger sim clean-cache test-wallet bench-wallet
+.PHONY: help build build-gpu demo test test-fast lint deny bench bench-ledger fuzz-ledger sim fuzz clean-cache test-wallet bench-wallet
 
 ENV := . tests/scripts/env.sh;
 
@@ -49,6 +49,9 @@ bench-wallet: ## what a payment costs in time, against ldk-node alone in the sam
 
 sim: ## the whole market in virtual time (SEEDS=0..200, or one seed with its trace: SEEDS=7)
 	@$(ENV) SATGRID_SEEDS="$(or $(SEEDS),0..200)" exec cargo test $$LOCKED -p satgrid-tests --test sim -- --nocapture
+
+fuzz: ## decoders under damaged bytes, SECONDS_EACH (60) for each target, a new seed each time (SEED=7 repeats one)
+	@$(ENV) SATGRID_FUZZ_SECONDS="$(or $(SECONDS_EACH),60)" SATGRID_FUZZ_SEED="$(or $(SEED),$$(date +%s))" exec cargo test $$LOCKED -p satgrid-tests --test fuzz -- --nocapture --test-threads 2
 
 clean-cache: ## remove the cache: tools, models, CI's target folder (not ./target)
 	rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}/satgrid"

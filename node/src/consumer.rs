@@ -24,6 +24,7 @@ mod calls;
 mod hold;
 mod links;
 mod money;
+mod owed;
 mod parts;
 mod streams;
 mod types;
@@ -39,7 +40,7 @@ use rand_chacha::{
 use satgrid_ledger::entry::{Draft, Evidence};
 use satgrid_protocol::{
     frame::{ConsumerControl, ProviderFrame, reason},
-    session::{SessionState, invoice_hash},
+    session::SessionState,
 };
 use satgrid_types::{
     LightningKey, Msat, NodeKey, PaymentHash, RequestId, SessionId, UnixMs, VerifiedListing, node_key,
@@ -136,8 +137,7 @@ impl Consumer {
         }
         for (index, state) in found {
             let hashes = state.slices().values().filter_map(|slice| slice.payment_hash);
-            let refund = state.close_statement().and_then(|close| invoice_hash(close.invoice.as_deref()?));
-            for hash in hashes.chain(refund) {
+            for hash in hashes.chain(state.refund_invoices().iter().copied()) {
                 self.by_payment.insert(hash, index);
             }
             let session = state.id();
@@ -169,6 +169,12 @@ impl Consumer {
         for session in self.sessions.values_mut() {
             session.learn(listing);
         }
+    }
+
+    /// It would ask for money that is owed to it, and does not know where the provider is.
+    pub fn wants_listings(&self) -> bool {
+        let mut live = self.live.iter().filter_map(|index| self.sessions.get(index));
+        live.any(|session| session.owed.is_some() && session.listing.is_none())
     }
 
     // Getters.

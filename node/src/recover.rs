@@ -117,6 +117,11 @@ impl Fold {
                     self.apply_to(ack.session, &draft);
                 }
             }
+            Evidence::CreditNote(signed) => {
+                if let Ok(note) = signed.peek() {
+                    self.apply_to(note.session, &draft);
+                }
+            }
             Evidence::Close(signed) => {
                 if let Ok(close) = signed.peek() {
                     self.apply_to(close.session, &draft);
@@ -126,7 +131,6 @@ impl Fold {
             | Evidence::Abandoned { session, .. }
             | Evidence::RefundReceived { session, .. } => self.apply_to(*session, &draft),
             Evidence::Listing { .. }
-            | Evidence::CreditNote(_)
             | Evidence::ChannelClosed { .. }
             | Evidence::Misbehaviour { .. }
             | Evidence::WalletSnapshot { .. }

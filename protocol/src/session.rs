@@ -25,7 +25,7 @@ mod tests;
 use crate::exposure::{ConsumerExposure, ProviderExposure};
 use satgrid_ledger::{
     entry::{Draft, Evidence},
-    statements::{Ack, Receipt, SessionClose, SessionOpen, session_id},
+    statements::{Ack, CreditNote, Receipt, SessionClose, SessionOpen, session_id},
     transfer::{Account, Transfer, TransferKind, transfer_id},
 };
 use satgrid_pricing::ChargeError;
@@ -99,6 +99,13 @@ pub struct SessionState {
     /// Provider: the refund whose fate is not known, and how many came to nothing before it.
     refund: Option<(PaymentHash, Msat)>,
     refunds_failed: u32,
+    /// Refunds of this session that were paid: a remainder may go back in parts.
+    refunds_made: u32,
+    /// Payment hashes of the invoices that closes named; refunds that arrived on one of them.
+    refund_invoices: BTreeSet<PaymentHash>,
+    refunds_received: BTreeSet<PaymentHash>,
+    /// The provider's word for what it still owes.
+    credit_note: Option<Signed<CreditNote>>,
 }
 
 /// Requests that ended and are remembered, so that a late frame about one is not a new request.
@@ -130,6 +137,10 @@ impl SessionState {
             close: None,
             refund: None,
             refunds_failed: 0,
+            refunds_made: 0,
+            refund_invoices: BTreeSet::new(),
+            refunds_received: BTreeSet::new(),
+            credit_note: None,
         }
     }
 
@@ -184,6 +195,19 @@ impl SessionState {
     pub fn close_statement(&self) -> Option<&SessionClose> {
         self.close.as_ref()
     }
+    /// What is owed on after the close, as long as some of it is.
+    pub fn credit_note(&self) -> Option<&Signed<CreditNote>> {
+        self.credit_note.as_ref().filter(|_| !self.remainder().is_zero())
+    }
+    /// Invoices that closes named, by their payment hashes.
+    pub fn refund_invoices(&self) -> &BTreeSet<PaymentHash> {
+        &self.refund_invoices
+    }
+    /// Consumer: this payment is a refund of this session, and it is not booked yet.
+    pub fn is_refund_due_on(&self, hash: &PaymentHash) -> bool {
+        let named = self.refund_invoices.contains(hash) && !self.refunds_received.contains(hash);
+        named && !self.remainder().is_zero()
+    }
     /// Provider: the refund that was attempted and whose fate is not known.
     pub fn refund_in_flight(&self) -> Option<(PaymentHash, Msat)> {
         self.refund
@@ -223,12 +247,13 @@ impl SessionState {
         Draft::of(Evidence::Quote(quote.evidence().clone()))
     }
 
-    /// The consumer's close. The provider moves the remainder to refunds due in the same entry.
+    /// The consumer's close. The provider moves the remainder to refunds due in the same entry. Said again with another
+    /// invoice, it moves nothing.
     pub fn closed(&self, close: &Signed<SessionClose>) -> Draft {
         let draft = Draft::of(Evidence::Close(close.clone()));
         let remainder = self.remainder();
         match self.side {
-            Side::Provider if !remainder.is_zero() => {
+            Side::Provider if !remainder.is_zero() && self.close.is_none() => {
                 let id = transfer_id(self.id, None, TransferKind::Remainder, 0);
                 let (debit, credit) = (Account::Prepaid(self.id), Account::RefundsDue(self.id));
                 draft.with([Transfer::post(id, debit, credit, remainder)])
@@ -254,7 +279,7 @@ impl SessionState {
         let amount = self.refund_of(&payment_hash)?;
         let mut transfers = vec![Transfer::post_pending(self.refund_transfer(), amount)];
         if !fee.is_zero() {
-            let id = transfer_id(self.id, None, TransferKind::RefundFee, self.refunds_failed);
+            let id = transfer_id(self.id, None, TransferKind::RefundFee, self.refunds_tried());
             transfers.push(Transfer::post(id, Account::RoutingFees, Account::Lightning, fee));
         }
         let evidence = Evidence::RefundSettled { session: self.id, payment_hash, amount, fee, preimage };
@@ -274,12 +299,16 @@ impl SessionState {
     }
 
     fn refund_transfer(&self) -> TransferId {
-        transfer_id(self.id, None, TransferKind::Refund, self.refunds_failed)
+        transfer_id(self.id, None, TransferKind::Refund, self.refunds_tried())
+    }
+
+    fn refunds_tried(&self) -> u32 {
+        self.refunds_failed.saturating_add(self.refunds_made)
     }
 
     /// Consumer: the remainder came back.
     pub fn refund_received(&self, payment_hash: PaymentHash, amount: Msat) -> Draft {
-        let id = transfer_id(self.id, None, TransferKind::RefundCredit, 0);
+        let id = transfer_id(self.id, None, TransferKind::RefundCredit, self.refunds_made);
         let (debit, credit) = (Account::Lightning, Account::PrepaidAsset(self.id));
         Draft::of(Evidence::RefundReceived { session: self.id, payment_hash, amount }).with([Transfer::post(
             id,
@@ -326,10 +355,19 @@ impl SessionState {
                 self.refund = Some((*payment_hash, *amount));
                 Ok(())
             }
-            Evidence::RefundSettled { session, amount, .. } | Evidence::RefundReceived { session, amount, .. }
+            Evidence::CreditNote(signed) => {
+                if signed.verify(&self.open.provider).is_ok_and(|note| note.session == self.id) {
+                    self.credit_note = Some(signed.clone());
+                }
+                Ok(())
+            }
+            Evidence::RefundSettled { session, amount, payment_hash, .. }
+            | Evidence::RefundReceived { session, amount, payment_hash }
                 if *session == self.id =>
             {
                 self.refund = None;
+                self.refunds_made = self.refunds_made.saturating_add(1);
+                self.refunds_received.insert(*payment_hash);
                 self.refunded = self.refunded.checked_add(*amount).ok_or(SessionError::Overflow)?;
                 Ok(())
             }
@@ -339,7 +377,6 @@ impl SessionState {
             | Evidence::Invoice { .. }
             | Evidence::PaymentAttempted { .. }
             | Evidence::Abandoned { .. }
-            | Evidence::CreditNote(_)
             | Evidence::RefundAttempted { .. }
             | Evidence::RefundSettled { .. }
             | Evidence::RefundReceived { .. }
@@ -376,6 +413,7 @@ impl SessionState {
     fn apply_close(&mut self, signed: &Signed<SessionClose>) -> Result<(), SessionError> {
         let close = signed.verify(&self.open.consumer).map_err(|e| SessionError::Evidence(e.to_string()))?;
         if close.session == self.id {
+            self.refund_invoices.extend(close.invoice.as_deref().and_then(invoice_hash));
             self.close = Some(close.into_statement());
         }
         Ok(())

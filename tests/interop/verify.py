@@ -221,6 +221,7 @@ class Session:
     tokens: list = field(default_factory=lambda: [0, 0])
     refund: tuple | None = None
     closed: bool = False
+    close_invoices: frozenset = frozenset()
 
     def remainder(self) -> int:
         return max(0, max(0, self.paid - self.charged) - self.refunded)
@@ -662,7 +663,8 @@ class Audit:
         c = statement("session-close", f[0], s.open[2])
         self.version(c)
         self.require(c[3] == s.remainder() and c.get(2) == s.last(), "close/remainder")
-        self.require(not s.closed, "close/twice")
+        self.require(c.get(4) not in s.close_invoices, "close/twice")
+        s.close_invoices = s.close_invoices | {c.get(4)}
         s.closed = True
         return s, ("remainder",) if s.as_provider else ("nothing",)
 

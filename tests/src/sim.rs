@@ -118,6 +118,7 @@ impl Sim {
         options.consumer.shun_ms = 60_000;
         options.consumer.exposure_cap = Msat::sat(rng.gen_range(300..2_000));
         options.consumer.slices.first = Msat::sat(rng.gen_range(10..60));
+        options.consumer.refund_idle = rng.gen_bool(0.3);
         options.provider.quote_validity_ms = rng.gen_range(20_000..600_000);
         let (providers, consumers) = (rng.gen_range(2..=4), rng.gen_range(1..=3));
         let mut world = World::new(options, providers, consumers);

@@ -141,6 +141,8 @@ pub(super) struct SessionAudit {
     pub(super) receipts: u32,
     pub(super) last_receipt: Option<ReceiptId>,
     pub(super) closed: bool,
+    /// Invoices that its closes named: a close may be said again with another one, after a credit note.
+    close_invoices: BTreeSet<Option<String>>,
     pub(super) refund: Option<Refund>,
     pub(super) summary: Option<SessionSummary>,
 }
@@ -178,6 +180,7 @@ impl SessionAudit {
             receipts: 0,
             last_receipt: None,
             closed: false,
+            close_invoices: BTreeSet::new(),
             refund: None,
             summary,
         }
@@ -354,7 +357,9 @@ impl SessionAudit {
         notes.require(close.last_receipt == self.last_receipt, Rule::CloseRemainder, consumer, || {
             format!("names receipt {:?}, the last is {:?}", close.last_receipt, self.last_receipt)
         });
-        notes.require(!self.closed, Rule::CloseTwice, Party::Exporter, || "the session was closed before".into());
+        notes.require(self.close_invoices.insert(close.invoice.clone()), Rule::CloseTwice, Party::Exporter, || {
+            "the session was closed before, with the same invoice".into()
+        });
         self.closed = true;
         if self.as_provider {
             Backing::Remainder(self.id, Reserves::Nothing)

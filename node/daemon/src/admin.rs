@@ -209,6 +209,7 @@ fn consumer_json(view: &ConsumerView) -> Value {
             "resumed": c.resumed,
             "receipts": c.receipts, "slices": c.slices, "misbehaviour": c.misbehaviour,
             "refused_quotes": c.refused_quotes, "lost_sessions": c.lost_sessions,
+            "refunds_asked_again": c.refunds_asked_again,
         },
         "open_calls": view.open_calls,
         "exposure_msat": view.exposure,

@@ -1,6 +1,8 @@
 //! A session's connection: hello, quote, open, resume.
 
-use super::{CallId, Consumer, ConsumerAction, ConsumerConfig, SessionIndex, hold::Hold, session_key, streams::Live};
+use super::{
+    CallId, Consumer, ConsumerAction, ConsumerConfig, SessionIndex, hold::Hold, owed::Owed, session_key, streams::Live,
+};
 use crate::{CloseCode, LinkId, StreamId};
 use ed25519_dalek::SigningKey;
 use satgrid_ledger::{
@@ -69,6 +71,8 @@ pub(super) struct Session {
     pub hold: Option<Hold>,
     /// The operator asked for the remainder.
     pub closing: bool,
+    /// The provider owes a remainder by a credit note: when it is asked for again.
+    pub owed: Option<Owed>,
     /// Asked for the invoice to be refunded to.
     pub close_asked: bool,
     /// Money cannot be had for it: what stalls now is out of funds.
@@ -102,6 +106,7 @@ impl Session {
             requests: BTreeMap::new(),
             idle_since: UnixMs(0),
             hold: None,
+            owed: None,
             closing: false,
             close_asked: false,
             unfunded: false,
@@ -114,6 +119,7 @@ impl Session {
     pub(super) fn asleep(key: SigningKey, state: SessionState) -> Session {
         let mut session = Session::new(key, state.provider(), state.quote().model_root);
         session.phase = if state.close_statement().is_some() { Phase::Over } else { Phase::Asleep };
+        session.owed = Owed::of(UnixMs(0), &state);
         session.state = Some(state);
         session
     }
@@ -170,7 +176,11 @@ impl Session {
     }
     /// Something here can go on or fall due.
     pub(super) fn is_live(&self) -> bool {
-        self.link.is_some() || self.closing || !self.waiting.is_empty() || !self.requests.is_empty()
+        self.link.is_some()
+            || self.closing
+            || self.owed.is_some()
+            || !self.waiting.is_empty()
+            || !self.requests.is_empty()
     }
     pub(super) fn is_setting_up(&self) -> bool {
         matches!(self.phase, Phase::Connecting | Phase::Greeting | Phase::Quoting | Phase::Opening | Phase::Resuming)
@@ -188,7 +198,8 @@ impl Session {
         let running = self.requests.iter().filter(|_| self.is_ready());
         let stall = running.map(|(id, r)| r.stall_deadline(config, self.is_starved(id))).min();
         let hold = self.hold.as_ref().and_then(|hold| hold.next_deadline(self, config));
-        [setup, invoice, quote, credit, idle, stall, hold].into_iter().flatten().min()
+        let owed = self.owed.as_ref().filter(|_| self.link.is_none()).map(Owed::next_try);
+        [setup, invoice, quote, credit, idle, stall, hold, owed].into_iter().flatten().min()
     }
 }
 
@@ -507,9 +518,10 @@ impl Consumer {
             return self.misbehaved(now, index, "slice-not-credited", text, proof);
         }
         let idle = session.is_ready() && session.is_idle() && now.since(session.idle_since) >= self.config.idle_ms;
-        if idle {
+        if idle && !self.refund_idle(now, index) {
             return self.drop_link(now, index, CloseCode::Done, "idle");
         }
+        self.tick_owed(now, index);
         self.watch_credit(now, index);
         self.tick_streams(now, index);
     }

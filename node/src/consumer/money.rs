@@ -226,8 +226,7 @@ impl Consumer {
         let handled = ConsumerAction::WalletHandled { hash };
         let Some(&index) = self.by_payment.get(&hash) else { return self.actions.push_back(handled) };
         let Some(state) = self.sessions.get(&index).and_then(|s| s.state.as_ref()) else { return };
-        let refund = state.close_statement().and_then(|close| invoice_hash(close.invoice.as_deref()?));
-        if refund != Some(hash) || !state.refunded().is_zero() || state.remainder().is_zero() {
+        if !state.is_refund_due_on(&hash) {
             // Told twice, or nothing that is owed to us.
             return self.actions.push_back(handled);
         }
@@ -265,7 +264,9 @@ impl Consumer {
             return;
         }
         session.close_asked = true;
-        if let Some(close) = state.close_statement() {
+        if let Some(close) = state.close_statement()
+            && state.credit_note().is_none()
+        {
             let again = Signed::sign(close, &session.key);
             return self.say(link, ConsumerControl::Close(again));
         }
@@ -277,7 +278,7 @@ impl Consumer {
         let Some(index) = self.index_of(id) else { return };
         let Some(session) = self.sessions.get(&index) else { return };
         let (Some(state), Some(link)) = (&session.state, session.link) else { return };
-        if state.close_statement().is_some() {
+        if state.close_statement().is_some() && state.credit_note().is_none() {
             return;
         }
         let invoice = result.ok();
@@ -300,12 +301,16 @@ impl Consumer {
     /// The provider owes what it could not pay: its signed word is kept.
     pub(super) fn owed(&mut self, now: UnixMs, index: SessionIndex, note: &Signed<CreditNote>) {
         let Some(session) = self.sessions.get(&index) else { return };
-        let ours = session.state.as_ref().map(satgrid_protocol::session::SessionState::id);
+        let Some(state) = &session.state else { return };
         let Ok(verified) = note.verify(&session.provider()) else { return };
-        if Some(verified.session) == ours {
-            self.append(vec![Draft::of(Evidence::CreditNote(note.clone()))], Vec::new());
-            self.closed_by_provider(now, index);
+        if verified.session != state.id() {
+            return;
         }
+        if state.credit_note() != Some(note) {
+            self.record(index, vec![Draft::of(Evidence::CreditNote(note.clone()))], Vec::new());
+        }
+        self.ask_again_later(now, index);
+        self.closed_by_provider(now, index);
     }
 
     pub(super) fn closed_by_provider(&mut self, now: UnixMs, index: SessionIndex) {

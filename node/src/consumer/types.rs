@@ -46,8 +46,10 @@ pub struct ConsumerConfig {
     pub failover_ms: u64,
     /// How long a slice may take to be credited once it is paid, in ms.
     pub credit_ms: u64,
-    /// A connection without work is closed after this long, in ms; the session's balance stays.
+    /// A connection without work is closed after this long, in ms.
     pub idle_ms: u64,
+    /// The session is closed with it, and its balance asked back; else the balance stays for the next call.
+    pub refund_idle: bool,
     /// Calls that may wait or run.
     pub max_calls: usize,
     /// Providers that one call may try.
@@ -70,6 +72,7 @@ impl Default for ConsumerConfig {
             failover_ms: 3_000,
             credit_ms: 15_000,
             idle_ms: 5 * 60 * 1_000,
+            refund_idle: false,
             max_calls: 256,
             max_attempts: 4,
         }
@@ -363,6 +366,8 @@ pub struct ConsumerCounters {
     pub slices: u64,
     pub misbehaviour: u64,
     pub refused_quotes: u64,
+    /// Times that a remainder was asked for again on a credit note.
+    pub refunds_asked_again: u64,
     /// Sessions that could not be resumed; what was left in them is a claim.
     pub lost_sessions: u64,
 }

@@ -6,6 +6,9 @@
 //! | refund begun | refund attempted, pending | resolved by its hash: the same invoice is sent again |
 //! | refund settled | refund settled, posted | done |
 //! | refund impossible | failed and voided, then credit note | owed for 30 days |
+//! | close received again with a new invoice | close | tried anew: the channel may allow now what it did not then |
+//!
+//! A note is given once for an amount: being asked again makes it neither longer nor more.
 
 use super::{PendingRefund, Provider, ProviderAction};
 use crate::LinkId;
@@ -13,7 +16,10 @@ use satgrid_ledger::{
     entry::{Draft, Evidence},
     statements::{CreditNote, CreditReason, SessionClose},
 };
-use satgrid_protocol::frame::{ProviderControl, Refusal};
+use satgrid_protocol::{
+    frame::{ProviderControl, Refusal},
+    session::invoice_hash,
+};
 use satgrid_types::{Msat, PaymentHash, Preimage, SessionId, Signed, UnixMs, node_key};
 use satgrid_wallet::invoice;
 
@@ -30,7 +36,7 @@ impl Provider {
             return self.refuse(link, Refusal::Protocol, "a close for another session");
         }
         if session.state.close_statement().is_some() {
-            return self.closed_before(now, link, id);
+            return self.closed_before(now, link, id, close, &body);
         }
         if !session.state.requests().is_empty() {
             // A countersignature travels on its own stream and may come after this.
@@ -100,12 +106,24 @@ impl Provider {
     }
 
     /// The same close again, after a lost answer: where it stands.
-    fn closed_before(&mut self, now: UnixMs, link: LinkId, id: SessionId) {
+    fn closed_before(
+        &mut self,
+        now: UnixMs,
+        link: LinkId,
+        id: SessionId,
+        close: &Signed<SessionClose>,
+        body: &SessionClose,
+    ) {
         let Some(session) = self.sessions.get(&id) else { return };
-        let remainder = session.state.remainder();
-        match session.state.refund_in_flight() {
+        let state = &session.state;
+        let remainder = state.remainder();
+        let hash = body.invoice.as_deref().and_then(invoice_hash);
+        let new_invoice = hash.is_some_and(|hash| !state.refund_invoices().contains(&hash));
+        let same_books = body.remainder == remainder && body.last_receipt == state.last_receipt();
+        match state.refund_in_flight() {
             Some((hash, amount)) => self.say(link, ProviderControl::Refunding(hash, amount)),
             None if remainder.is_zero() => self.say(link, ProviderControl::Closed),
+            None if new_invoice && same_books => self.close_now(now, link, id, close, body),
             None => self.owe(now, id, remainder, CreditReason::Unpayable),
         }
     }
@@ -148,6 +166,16 @@ impl Provider {
 
     fn owe(&mut self, now: UnixMs, id: SessionId, amount: Msat, reason: CreditReason) {
         let Some(session) = self.sessions.get(&id) else { return };
+        let link = session.link;
+        let owed = |signed: Signed<CreditNote>| {
+            link.map(|link| ProviderAction::Control { link, frame: ProviderControl::Owed(signed) })
+        };
+        if let Some(given) = session.state.credit_note()
+            && given.peek().is_ok_and(|note| note.amount == amount)
+        {
+            let again = owed(given.clone());
+            return self.behind(again.into_iter().collect());
+        }
         let note = CreditNote {
             version: CreditNote::VERSION,
             session: id,
@@ -159,8 +187,7 @@ impl Provider {
             valid_until: now.plus_ms(CreditNote::VALIDITY_MS),
         };
         let signed = Signed::sign(&note, &self.key);
-        let link = session.link;
-        let then = link.map(|link| ProviderAction::Control { link, frame: ProviderControl::Owed(signed.clone()) });
-        self.record(id, vec![Draft::of(Evidence::CreditNote(signed))], then.into_iter().collect());
+        let then = owed(signed.clone()).into_iter().collect();
+        self.record(id, vec![Draft::of(Evidence::CreditNote(signed))], then);
     }
 }

@@ -110,6 +110,12 @@ impl World {
         self.tell_consumer(c, epoch, ConsumerEvent::Cancel { call });
         self.settle();
     }
+    /// Something woke it: it looks at what is due.
+    pub fn tick_consumer(&mut self, c: usize) {
+        let epoch = self.consumers[c].epoch;
+        self.tell_consumer(c, epoch, ConsumerEvent::Tick);
+        self.settle();
+    }
     /// Asks the remainders of all sessions back.
     pub fn close_all(&mut self, c: usize) {
         let listings: Vec<_> = self.providers.iter().map(|p| p.listing.clone()).collect();

@@ -205,6 +205,75 @@ fn what_cannot_be_paid_back_is_owed_by_a_signed_note() {
 }
 
 #[test]
+fn a_note_is_asked_for_again_and_paid_once_the_channel_allows() {
+    // (what happens between the note and the money, days until then)
+    for (restart, days) in [(false, 0), (true, 1), (false, 29), (false, 31)] {
+        let mut options = Options::default();
+        options.consumer.slices.first = Msat::sat(100);
+        let mut world = World::new(options, 1, 1);
+        let call = world.submit(0, Ask::tokens(30, 60));
+        world.finish_calls(60_000);
+        assert_undisturbed(&world, world.call(0, call));
+        world.close_all(0);
+        world.run_ms(10_000);
+        assert_eq!(world.consumers[0].journal.count("credit-note"), 1);
+        let owed = world.consumers[0].role.as_ref().unwrap().exposure();
+        assert!(owed > Msat::sat(90), "what is owed may be lost: {owed}");
+        if restart {
+            world.crash_consumer(0, Crash::default());
+            world.crash_provider(0, Crash::default());
+            world.run_ms(100);
+            world.restart_provider(0);
+            world.restart_consumer(0);
+            let listing = world.providers[0].listing.clone();
+            world.consumers[0].role.as_mut().unwrap().learn(&listing);
+            world.tick_consumer(0);
+        }
+        world.run_ms(days * 24 * 3_600_000);
+        let asked = world.consumers[0].role.as_ref().unwrap().counters().refunds_asked_again;
+        assert!(asked <= 40, "{asked} times in {days} days");
+        // Now the provider has outbound money.
+        let (a, b) = (world.providers[0].purse.lightning, world.consumers[0].purse.lightning);
+        world.net.add_channel(a, b, 100_000, Msat::ZERO);
+        world.providers[0].endowment = world.providers[0].endowment.saturating_add(Msat::sat(100_000));
+        world.run_ms(25 * 3_600_000);
+        let totals = world.audit_consumer(0).as_consumer;
+        let paid = if days <= 30 { totals.paid_msat - totals.charged_msat } else { 0 };
+        assert_eq!(totals.refunded_msat, paid, "after {days} days");
+        assert_eq!(world.audit_provider(0).as_provider.refunded_msat, paid);
+        assert_eq!(world.providers[0].journal.count("credit-note"), 1, "one note, however often it is asked");
+        let left = world.consumers[0].role.as_ref().unwrap().exposure();
+        assert_eq!(left.is_zero(), paid > 0, "{left}");
+        world.assert_quiet();
+        world.assert_agree(0, 0);
+    }
+}
+
+#[test]
+fn an_idle_session_is_closed_and_its_balance_comes_back() {
+    let mut options = Options::default();
+    options.consumer.refund_idle = true;
+    options.consumer.slices.first = Msat::sat(100);
+    let mut world = World::new(options, 1, 1);
+    let (a, b) = (world.providers[0].purse.lightning, world.consumers[0].purse.lightning);
+    world.net.add_channel(a, b, 100_000, Msat::ZERO);
+    world.providers[0].endowment = Msat::sat(100_000);
+    world.submit(0, Ask::tokens(30, 60));
+    world.finish_calls(60_000);
+    world.run_ms(4 * 60_000);
+    assert_eq!(world.consumers[0].journal.count("close"), 0, "not idle for long enough");
+    world.run_ms(2 * 60_000);
+    let totals = world.audit_consumer(0).as_consumer;
+    assert_eq!(totals.refunded_msat, totals.paid_msat - totals.charged_msat);
+    assert_eq!(world.consumers[0].role.as_ref().unwrap().exposure(), Msat::ZERO);
+    let next = world.submit(0, Ask::tokens(30, 60));
+    world.finish_calls(60_000);
+    assert_undisturbed(&world, world.call(0, next));
+    world.assert_quiet();
+    world.assert_agree(0, 0);
+}
+
+#[test]
 fn a_close_survives_deaths_on_both_sides() {
     for ms in (0..30).map(|i| i * 7) {
         let mut options = Options { seed: ms, ..Options::default() };

@@ -92,6 +92,8 @@ pub(crate) struct Session {
     pub invoice_expiry_s: u64,
     pub quote_validity_s: u64,
     pub idle_close_s: u64,
+    pub refund_idle: bool,
+    pub resume_s: u64,
     pub refund_dust_sat: u64,
 }
 

@@ -125,6 +125,9 @@ impl Running {
                 () = tokio::time::sleep(wake) => Some(ConsumerEvent::Tick),
             };
             if let Some(event) = event {
+                if matches!(event, ConsumerEvent::Tick) && self.driver.role.wants_listings() {
+                    self.learn();
+                }
                 // A chunk changes no list.
                 let chunk = matches!(event, ConsumerEvent::Frame { frame: ProviderFrame::Chunk(..), .. });
                 self.lists_stale |= !chunk && !matches!(event, ConsumerEvent::Tick);
@@ -143,9 +146,7 @@ impl Running {
                     self.early.retain(|(of, _), _| of != link);
                 }
                 if let ConsumerEvent::CloseSession { .. } = &event {
-                    // After a restart the role knows whom it owes to, not where they are reached now.
-                    let live = self.driver.market.live();
-                    live.iter().for_each(|listing| self.driver.role.learn(listing));
+                    self.learn();
                 }
                 Some(event)
             }
@@ -169,6 +170,12 @@ impl Running {
                 None
             }
         }
+    }
+
+    /// After a restart the role knows with whom it has sessions, not where they are reached now.
+    fn learn(&mut self) {
+        let live = self.driver.market.live();
+        live.iter().for_each(|listing| self.driver.role.learn(listing));
     }
 
     fn act(&mut self) {

@@ -245,6 +245,7 @@ impl Node<'_> {
                 invoice_expiry_secs: small(session.invoice_expiry_s),
                 refund_dust: sat(session.refund_dust_sat),
                 idle_close_ms: small(session.idle_close_s.saturating_mul(1_000)),
+                resume_ms: small(session.resume_s.saturating_mul(1_000)),
                 ..Terms::default()
             },
             quote_validity_ms: session.quote_validity_s.saturating_mul(1_000),
@@ -270,6 +271,7 @@ impl Node<'_> {
             fee_per_mille: u64::from(consumer.max_fee_permille),
             network: wallet_network(self.config.node.network),
             idle_ms: self.config.session.idle_close_s.saturating_mul(1_000),
+            refund_idle: self.config.session.refund_idle,
             ..ConsumerConfig::default()
         }
     }
