@@ -71,6 +71,8 @@ pub struct Consumer {
     /// Providers that are not asked again before this time.
     shunned: BTreeMap<NodeKey, (UnixMs, String)>,
     payable: Option<Msat>,
+    /// Why no new work is taken.
+    paused: Option<String>,
     direct_peers: BTreeSet<LightningKey>,
     /// Sessions with a connection, work, or a close under way. All others cost nothing per event.
     live: BTreeSet<SessionIndex>,
@@ -112,6 +114,7 @@ impl Consumer {
             settled_with: BTreeMap::new(),
             shunned: BTreeMap::new(),
             payable: None,
+            paused: None,
             direct_peers: BTreeSet::new(),
             live: BTreeSet::new(),
             wake: None,
@@ -182,6 +185,10 @@ impl Consumer {
     pub fn counters(&self) -> &ConsumerCounters {
         &self.counters
     }
+    /// Why no new work is taken, where there is a reason.
+    pub fn paused(&self) -> Option<&str> {
+        self.paused.as_deref()
+    }
     pub fn open_calls(&self) -> usize {
         self.calls.len()
     }
@@ -236,6 +243,7 @@ impl Consumer {
             ConsumerEvent::PaymentSettled { hash, preimage, fee } => self.payment_settled(now, hash, preimage, fee),
             ConsumerEvent::PaymentFailed { hash, reason } => self.payment_failed(now, hash, reason),
             ConsumerEvent::PaymentReceived { hash, amount } => self.payment_received(hash, amount),
+            ConsumerEvent::Paused(why) => self.paused = why,
             ConsumerEvent::Payable(payable) => self.payable = Some(payable),
             ConsumerEvent::DirectPeers(peers) => self.direct_peers = peers,
             ConsumerEvent::Durable(ticket) => {
@@ -275,6 +283,7 @@ impl Consumer {
             | ConsumerEvent::PaymentFailed { .. }
             | ConsumerEvent::PaymentReceived { .. }
             | ConsumerEvent::Payable(_)
+            | ConsumerEvent::Paused(_)
             | ConsumerEvent::DirectPeers(_)
             | ConsumerEvent::JournalFailed { .. }
             | ConsumerEvent::Tick => false,

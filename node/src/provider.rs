@@ -58,6 +58,8 @@ pub struct Provider {
     by_payment: BTreeMap<PaymentHash, SessionId>,
     /// Engines whose process is dead.
     down: BTreeSet<EngineId>,
+    /// Why no new work is taken.
+    paused: Option<String>,
     /// Sessions that time can change: with open requests, or a close that waits. All others cost nothing per event.
     live: BTreeSet<SessionId>,
     /// The earliest deadline of the live sessions.
@@ -94,6 +96,7 @@ impl Provider {
             next_invoice: 0,
             by_payment: BTreeMap::new(),
             down: BTreeSet::new(),
+            paused: None,
             live: BTreeSet::new(),
             wake: None,
             exposed: Msat::ZERO,
@@ -121,6 +124,10 @@ impl Provider {
     }
     pub fn counters(&self) -> &ProviderCounters {
         &self.counters
+    }
+    /// Why no new work is taken, where there is a reason.
+    pub fn paused(&self) -> Option<&str> {
+        self.paused.as_deref()
     }
     pub fn open_requests(&self) -> usize {
         self.jobs.len()
@@ -170,6 +177,7 @@ impl Provider {
                 let released = self.gate.durable(ticket);
                 self.actions.extend(released);
             }
+            ProviderEvent::Paused(why) => self.paused = why,
             ProviderEvent::JournalFailed { reason } => self.journal_failed(&reason),
             ProviderEvent::Tick => {}
         }
@@ -198,6 +206,7 @@ impl Provider {
             | ProviderEvent::PaymentReceived { .. }
             | ProviderEvent::RefundSettled { .. }
             | ProviderEvent::RefundFailed { .. }
+            | ProviderEvent::Paused(_)
             | ProviderEvent::JournalFailed { .. }
             | ProviderEvent::Tick => Touched::Anything,
         }

@@ -158,8 +158,19 @@ mod minicbor_decode {
         )*};
     }
     decodes!(
-        ConsumerControl, ConsumerFrame, ProviderControl, ProviderFrame, Quote, SessionOpen, RequestOpen, Ack, Receipt,
-        SessionClose, CreditNote, SliceDescriptor, Entry,
+        ConsumerControl,
+        ConsumerFrame,
+        ProviderControl,
+        ProviderFrame,
+        Quote,
+        SessionOpen,
+        RequestOpen,
+        Ack,
+        Receipt,
+        SessionClose,
+        CreditNote,
+        SliceDescriptor,
+        Entry,
     );
 }
 
@@ -177,7 +188,9 @@ fn frames() {
     corpus.push(frame::encode(&ProviderControl::Closed));
     corpus.push(frame::encode(&ConsumerFrame::Cancel));
     for body in golden.iter().filter(|body| body.len() < 2_000) {
-        corpus.push([&[0x82, 0x05, 0x81, 0x82, 0x59][..], &u16::try_from(body.len()).unwrap().to_be_bytes(), body].concat());
+        corpus.push(
+            [&[0x82, 0x05, 0x81, 0x82, 0x59][..], &u16::try_from(body.len()).unwrap().to_be_bytes(), body].concat(),
+        );
     }
     fuzz("frames", &corpus, |bytes| {
         let ours = [same::<ConsumerControl>(bytes), same::<ProviderControl>(bytes)];

@@ -186,6 +186,7 @@ fn provider_json(view: &ProviderView) -> Value {
         "exposure_msat": view.exposure,
         "largest_exposure_msat": view.largest_exposure,
         "halted": view.halted,
+        "paused": view.paused,
     })
 }
 
@@ -217,6 +218,7 @@ fn consumer_json(view: &ConsumerView) -> Value {
         "sessions": sessions,
         "avoided": avoided,
         "halted": view.halted,
+        "paused": view.paused,
     })
 }
 

@@ -74,7 +74,7 @@ impl Service for Gateway {
         if self.market.live().is_empty() {
             reasons.push("no listing is known yet".to_owned());
         }
-        let halted = self.view.read().ok().and_then(|view| view.halted.clone());
+        let halted = self.view.read().ok().and_then(|view| view.halted.clone().or_else(|| view.paused.clone()));
         let ready = halted.is_none() && !self.market.live().is_empty();
         reasons.extend(halted.map(|reason| format!("stopped taking work: {reason}")));
         Readiness { ready, reasons }
@@ -293,6 +293,7 @@ impl Gateway {
             error @ (CallError::ProvidersFailed { .. }
             | CallError::Cancelled
             | CallError::Busy
+            | CallError::Paused { .. }
             | CallError::Journal { .. }) => ended(error, bill, 0, 0),
         }
     }
@@ -458,7 +459,9 @@ fn ended(error: CallError, bill: &Bill, prompt: u32, completion: u32) -> Service
         }
         CallError::Cancelled => ServiceError::ProviderFailed { reason: "the call was cancelled".into(), bill: charged },
         CallError::Busy => ServiceError::Busy { retry_after: BUSY_RETRY },
-        CallError::Journal { reason } => ServiceError::NotReady { reasons: vec![reason] },
+        CallError::Journal { reason } | CallError::Paused { reason } => {
+            ServiceError::NotReady { reasons: vec![reason] }
+        }
     }
 }
 

@@ -92,6 +92,9 @@ impl Consumer {
         if self.gate.is_broken() {
             return self.fail_call(id, CallError::Journal { reason: "an earlier write failed".into() });
         }
+        if let Some(reason) = self.paused.clone() {
+            return self.fail_call(id, CallError::Paused { reason });
+        }
         if self.calls.len() > self.config.max_calls {
             return self.fail_call(id, CallError::Busy);
         }

@@ -179,6 +179,8 @@ pub enum ConsumerEvent {
     Payable(Msat),
     /// Lightning nodes with which the wallet has a usable channel of its own.
     DirectPeers(BTreeSet<LightningKey>),
+    /// There is a reason to take no new work, or none any more. What runs goes on.
+    Paused(Option<String>),
     Durable(Ticket),
     JournalFailed {
         reason: String,
@@ -338,6 +340,8 @@ pub enum CallError {
     Cancelled,
     #[error("too many calls wait already")]
     Busy,
+    #[error("this node takes no new work: {reason}")]
+    Paused { reason: String },
     #[error("this node's ledger cannot be written: {reason}")]
     Journal { reason: String },
 }

@@ -137,6 +137,9 @@ impl Provider {
         let Some((quote, engine, event_json)) = held.quote.take() else {
             return self.refuse(link, Refusal::Quote, "ask for a quote first");
         };
+        if let Some(why) = self.paused.clone() {
+            return self.refuse(link, Refusal::Unavailable, why);
+        }
         let ours = node_key(&self.key);
         let fits = open.version == SessionOpen::VERSION
             && open.provider == ours
@@ -160,6 +163,10 @@ impl Provider {
             return self.refuse(link, Refusal::Unknown, "no session on this connection");
         };
         let Some(session) = self.sessions.get(&id) else { return };
+        // What runs is paid for to its end; nothing is taken for work that would not be begun.
+        if let Some(why) = self.paused.clone().filter(|_| session.requests.is_empty()) {
+            return self.refuse(link, Refusal::Unavailable, why);
+        }
         let state = &session.state;
         let terms = &state.quote().terms;
         if now > state.quote().valid_until {

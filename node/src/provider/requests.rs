@@ -127,6 +127,9 @@ impl Provider {
         if self.gate.is_broken() {
             return self.refuse_request(link, stream, Refusal::Unavailable, "this node's ledger cannot be written");
         }
+        if let Some(why) = self.paused.clone() {
+            return self.refuse_request(link, stream, Refusal::Unavailable, why);
+        }
         let engine = self.engine_for(id);
         let Some(session) = self.sessions.get(&id) else { return };
         let open = match check_start(&session.state, &start) {

@@ -154,6 +154,8 @@ pub enum ProviderEvent {
         hash: PaymentHash,
         reason: String,
     },
+    /// There is a reason to take no new work, or none any more. What runs goes on.
+    Paused(Option<String>),
     Durable(Ticket),
     JournalFailed {
         reason: String,

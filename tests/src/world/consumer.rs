@@ -116,6 +116,11 @@ impl World {
         self.tell_consumer(c, epoch, ConsumerEvent::Tick);
         self.settle();
     }
+    pub fn pause_consumer(&mut self, c: usize, why: Option<String>) {
+        let epoch = self.consumers[c].epoch;
+        self.tell_consumer(c, epoch, ConsumerEvent::Paused(why));
+        self.settle();
+    }
     /// Asks the remainders of all sessions back.
     pub fn close_all(&mut self, c: usize) {
         let listings: Vec<_> = self.providers.iter().map(|p| p.listing.clone()).collect();

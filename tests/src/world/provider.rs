@@ -91,6 +91,12 @@ impl World {
         }
     }
 
+    pub fn pause_provider(&mut self, p: usize, why: Option<String>) {
+        let epoch = self.providers[p].epoch;
+        self.tell_provider(p, epoch, ProviderEvent::Paused(why));
+        self.settle();
+    }
+
     /// The engine's process dies; the node lives.
     pub fn kill_engine(&mut self, p: usize) {
         self.say(|| format!("the engine of provider {p} dies"));

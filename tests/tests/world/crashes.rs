@@ -4,7 +4,7 @@ use super::assert_undisturbed;
 use satgrid_ledger::entry::Evidence;
 use satgrid_node::consumer::CallError;
 use satgrid_tests::world::{Ask, Options, World};
-use satgrid_types::PaymentHash;
+use satgrid_types::{PaymentHash, node_key};
 use satgrid_wallet::fake::{Crash, Fault};
 use std::collections::BTreeMap;
 
@@ -123,6 +123,46 @@ fn a_provider_whose_journal_fails_promises_nothing_more() {
     let refused = world.submit(0, Ask::tokens(5, 5));
     world.finish_calls(60_000);
     assert!(!world.call(0, refused).is_ok());
+}
+
+#[test]
+fn a_node_whose_disk_is_nearly_full_ends_what_runs_and_takes_nothing_new_until_there_is_room() {
+    let mut world = World::new(Options::default(), 2, 1);
+    let why = || Some("12 MiB are free".to_owned());
+    let call = world.submit(0, Ask::tokens(50, 600));
+    world.run_while("tokens flow", 20_000, |w| w.call(0, call).tokens.len() < 100);
+    // The provider: the stream goes on to its end and is paid for, the next call goes elsewhere.
+    world.pause_provider(0, why());
+    let next = world.submit(0, Ask::tokens(30, 60).to(&[0, 1]));
+    world.finish_calls(60_000);
+    assert_undisturbed(&world, world.call(0, call));
+    assert!(world.call(0, call).bill().legs[0].receipt.is_some());
+    assert_undisturbed(&world, world.call(0, next));
+    assert_eq!(world.call(0, next).bill().legs[0].provider, node_key(&world.providers[1].key));
+    let invoices = world.providers[0].journal.count("invoice");
+    let alone = world.submit(0, Ask::tokens(30, 60));
+    world.finish_calls(60_000);
+    assert!(matches!(world.call(0, alone).error(), CallError::ProvidersFailed { .. }));
+    assert_eq!(world.providers[0].journal.count("invoice"), invoices, "no money is taken for work that is not begun");
+    world.pause_provider(0, None);
+    world.run_ms(20_000);
+    let again = world.submit(0, Ask::tokens(30, 60));
+    world.finish_calls(60_000);
+    assert_undisturbed(&world, world.call(0, again));
+    // The consumer.
+    let call = world.submit(0, Ask::tokens(50, 600));
+    world.run_while("tokens flow", 20_000, |w| w.call(0, call).tokens.len() < 100);
+    world.pause_consumer(0, why());
+    let refused = world.submit(0, Ask::tokens(5, 5));
+    assert!(matches!(world.call(0, refused).error(), CallError::Paused { .. }));
+    world.finish_calls(60_000);
+    assert_undisturbed(&world, world.call(0, call));
+    world.pause_consumer(0, None);
+    let again = world.submit(0, Ask::tokens(30, 60));
+    world.finish_calls(60_000);
+    assert_undisturbed(&world, world.call(0, again));
+    world.assert_quiet();
+    world.assert_agree(0, 0);
 }
 
 #[test]

@@ -52,6 +52,9 @@ fn head(status: &Value) -> String {
         if let Some(why) = status[role]["halted"].as_str() {
             rows.push(vec![format!("{role} STOPPED"), why.to_owned()]);
         }
+        if let Some(why) = status[role]["paused"].as_str() {
+            rows.push(vec![format!("{role} PAUSED"), why.to_owned()]);
+        }
     }
     print::table(&["STATUS", ""], rows)
 }

@@ -104,6 +104,7 @@ pub(crate) const SECTIONS: &[(&str, &str)] = &[
 pub(super) const KEYS: &[Key] = &[
     key("node.network", Text, Value("\"regtest\""), "regtest, signet, testnet or mainnet; mainnet only ever by name"),
     key("node.dir", Path, Derived("the data folder, one per network"), "state of this node: seed, wallet, ledger"),
+    key("node.min_free_mib", Number, Value("128"), "with less space on the disk than this, no new work is taken"),
     key("node.roles", Texts, Value("[\"consumer\"]"), "provider, consumer or both"),
     key("api.listen", Text, Value("\"127.0.0.1:8402\""), "address of the OpenAI-compatible endpoint"),
     key("api.admin", Text, Value("\"127.0.0.1:8403\""), "address of metrics and administration, loopback only"),

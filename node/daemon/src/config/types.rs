@@ -65,6 +65,7 @@ pub(crate) struct Node {
     /// Absolute.
     pub dir: PathBuf,
     pub roles: Vec<Role>,
+    pub min_free_mib: u64,
 }
 
 #[derive(Clone, Debug, Deserialize)]

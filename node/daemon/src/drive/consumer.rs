@@ -59,6 +59,7 @@ pub(crate) struct ConsumerView {
     pub sessions: Vec<SessionView>,
     pub avoided: Vec<(NodeKey, String)>,
     pub halted: Option<String>,
+    pub paused: Option<String>,
 }
 
 #[derive(Debug, Clone)]
@@ -344,6 +345,7 @@ impl Running {
         let exposure = role.exposure();
         view.counters = *role.counters();
         view.open_calls = role.open_calls();
+        view.paused = role.paused().map(str::to_owned);
         view.exposure = exposure;
         view.largest_exposure = view.largest_exposure.max(exposure);
         if !at_once && (!self.lists_stale || self.listed_at.elapsed() < VIEW_INTERVAL) {

@@ -8,7 +8,7 @@ use satgrid_ledger::{
     journal::{Journal, JournalError, MAX_APPEND, MAX_READ},
 };
 use std::sync::Arc;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// Appends that may wait; roles are held back by their own windows long before.
 const QUEUE: usize = 4_096;
@@ -22,6 +22,7 @@ const _: () = assert!(JOBS_AT_ONCE * DRAFTS_PER_JOB <= MAX_APPEND);
 #[derive(Clone)]
 pub(crate) struct JournalWriter {
     queue: mpsc::Sender<Job>,
+    full: watch::Receiver<bool>,
 }
 
 struct Job {
@@ -50,8 +51,14 @@ impl JournalWriter {
             }
         }
         let (queue, inbox) = mpsc::channel(QUEUE);
-        tokio::spawn(write(journal, books, inbox));
-        Ok(JournalWriter { queue })
+        let (found_full, full) = watch::channel(false);
+        tokio::spawn(write(journal, books, inbox, found_full));
+        Ok(JournalWriter { queue, full })
+    }
+
+    /// Turns true when an append failed since the disk is full: nothing is written any more by this process.
+    pub(crate) fn full(&self) -> watch::Receiver<bool> {
+        self.full.clone()
     }
 
     /// Appends all drafts or none; durable when it returns `Ok`. Calls are written in the order in which they are made.
@@ -65,7 +72,12 @@ impl JournalWriter {
     }
 }
 
-async fn write(journal: Arc<dyn Journal>, mut books: Books, mut inbox: mpsc::Receiver<Job>) {
+async fn write(
+    journal: Arc<dyn Journal>,
+    mut books: Books,
+    mut inbox: mpsc::Receiver<Job>,
+    found_full: watch::Sender<bool>,
+) {
     let mut broken: Option<String> = None;
     let mut waiting = Vec::new();
     while inbox.recv_many(&mut waiting, JOBS_AT_ONCE).await > 0 {
@@ -74,17 +86,29 @@ async fn write(journal: Arc<dyn Journal>, mut books: Books, mut inbox: mpsc::Rec
             jobs.for_each(|job| drop(job.done.send(Err(reason.clone()))));
             continue;
         }
-        if let Err(reason) = commit(journal.as_ref(), &mut books, jobs.collect()).await {
-            tracing::error!(%reason, "the journal cannot be written; no work is taken until this is mended and the node restarted");
+        if let Err(broke) = commit(journal.as_ref(), &mut books, jobs.collect()).await {
+            let (full, reason) = (matches!(broke, Broke::Storage(JournalError::Full)), broke.to_string());
+            let cure = if full { "the node starts anew when there is room" } else { "mend it and restart the node" };
+            tracing::error!(%reason, "the journal cannot be written; no work is taken; {cure}");
             broken = Some(reason);
+            found_full.send_replace(full);
         }
     }
+}
+
+/// Why nothing more is written.
+#[derive(Debug, Clone, thiserror::Error)]
+enum Broke {
+    #[error(transparent)]
+    Storage(JournalError),
+    #[error("an entry does not balance: {0}")]
+    Books(String),
 }
 
 /// Proves each job against the books, writes those that pass, and answers all.
 ///
 /// An error breaks the writer for good: the books may be ahead of the disk then, and only a restart brings them together.
-async fn commit(journal: &dyn Journal, books: &mut Books, jobs: Vec<Job>) -> Result<(), String> {
+async fn commit(journal: &dyn Journal, books: &mut Books, jobs: Vec<Job>) -> Result<(), Broke> {
     let at = now();
     let mut passed = Vec::with_capacity(jobs.len());
     let mut drafts = Vec::new();
@@ -92,23 +116,20 @@ async fn commit(journal: &dyn Journal, books: &mut Books, jobs: Vec<Job>) -> Res
     for job in jobs {
         if fault.is_none() {
             let applied = job.drafts.iter().try_for_each(|draft| books.apply(at, draft));
-            fault = applied.err().map(|error| format!("an entry does not balance: {error}"));
+            fault = applied.err().map(|error| Broke::Books(error.to_string()));
         }
         match &fault {
             None => {
                 drafts.extend(job.drafts);
                 passed.push(job.done);
             }
-            Some(reason) => drop(job.done.send(Err(reason.clone()))),
+            Some(broke) => drop(job.done.send(Err(broke.to_string()))),
         }
     }
-    let written = if drafts.is_empty() {
-        Ok(())
-    } else {
-        journal.append(at, drafts).await.map(|_| ()).map_err(|error| error.to_string())
-    };
+    let written =
+        if drafts.is_empty() { Ok(()) } else { journal.append(at, drafts).await.map(|_| ()).map_err(Broke::Storage) };
     for done in passed {
-        let _ = done.send(written.clone());
+        let _ = done.send(written.clone().map_err(|broke| broke.to_string()));
     }
     written.and(fault.map_or(Ok(()), Err))
 }

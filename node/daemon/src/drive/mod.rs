@@ -22,6 +22,7 @@ pub(crate) mod links;
 pub(crate) mod market;
 pub(crate) mod payments;
 pub(crate) mod provider;
+pub(crate) mod space;
 pub(crate) mod tokenizers;
 pub(crate) mod wallet;
 

@@ -52,6 +52,7 @@ pub(crate) struct ProviderView {
     pub exposure: Msat,
     pub largest_exposure: Msat,
     pub halted: Option<String>,
+    pub paused: Option<String>,
 }
 
 /// Everything that the driver needs.
@@ -244,6 +245,7 @@ impl Running {
         let Ok(mut view) = self.driver.view.write() else { return };
         let exposure = self.driver.role.exposure();
         view.counters = *self.driver.role.counters();
+        view.paused = self.driver.role.paused().map(str::to_owned);
         view.open_requests = self.driver.role.open_requests();
         view.links = self.links.len();
         view.exposure = exposure;

@@ -38,6 +38,7 @@ use satgrid_types::{Msat, NostrKey, node_key};
 use satgrid_wallet::Embedded;
 use std::{
     net::SocketAddr,
+    os::unix::process::CommandExt,
     sync::{Arc, atomic::AtomicU64},
     time::Duration,
 };
@@ -56,10 +57,27 @@ pub(crate) fn run(config: Config) -> anyhow::Result<()> {
     let result = runtime.block_on(node(config));
     // Tasks that still wait for a peer are not waited for.
     runtime.shutdown_timeout(Duration::from_secs(1));
-    result
+    match result? {
+        Ended::Told => Ok(()),
+        Ended::Anew => {
+            // The same process, from the beginning: what is on the disk is all that counts.
+            let exe = std::env::current_exe().context("this program does not find itself")?;
+            let error = std::process::Command::new(exe).args(std::env::args_os().skip(1)).exec();
+            Err(error).context("this program cannot be started anew")
+        }
+    }
 }
 
-async fn node(config: Config) -> anyhow::Result<()> {
+/// Why a node stopped in good order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    /// By a signal.
+    Told,
+    /// The disk was full and has room again: the journal is folded anew.
+    Anew,
+}
+
+async fn node(config: Config) -> anyhow::Result<Ended> {
     if !config.is_provider() && !config.is_consumer() {
         bail!("node.roles is empty: nothing to run");
     }
@@ -119,7 +137,7 @@ struct Opened {
 
 impl Opened {
     /// Starts the parts, serves until a signal, and ends the parts again. The wallet and the journal stay open.
-    async fn run(self) -> anyhow::Result<()> {
+    async fn run(self) -> anyhow::Result<Ended> {
         let Opened { config, keys, nostr, journal, writer, recovered, wallet, admin_port, api_port } = self;
         let ours = node_key(&keys.identity);
         let lightning = wallet.lightning.clone();
@@ -134,6 +152,7 @@ impl Opened {
             writer.append(vec![Draft::of(genesis)]).await.map_err(anyhow::Error::msg)?;
         }
 
+        let full = writer.full();
         let node = Node {
             config: &config,
             keys: &keys,
@@ -224,8 +243,9 @@ impl Opened {
         tracing::info!("up");
 
         let outcome = tokio::select! {
-            () = signals::stop() => Ok(()),
+            () = signals::stop() => Ok(Ended::Told),
             () = wallet.gone() => Err(anyhow::anyhow!("the wallet's process is gone; start the node again")),
+            () = parts::space(&config).back_after(full) => Ok(Ended::Anew),
             Some(ended) = tasks.join_next() => match ended.context("an edge panicked") {
                 Ok(Ok(())) => Err(anyhow::anyhow!("an edge ended by itself")),
                 Ok(Err(error)) | Err(error) => Err(error),

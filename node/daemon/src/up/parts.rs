@@ -11,6 +11,7 @@ use crate::drive::{
     market::{Listening, Market},
     now, payments,
     provider::{self, ProviderDriver, ProviderView},
+    space::Space,
     wallet::WalletPump,
 };
 use crate::failure::HintExt;
@@ -113,6 +114,7 @@ impl Node<'_> {
             };
             provider::start(driver, endpoint.clone())
         });
+        tokio::spawn(space(self.config).watch(provider.clone(), consumer.clone(), self.shutdown.clone()));
         tokio::spawn(route_ended(ended_inbox, provider.clone(), consumer.clone()));
         let (tell_closed, closed) = mpsc::unbounded_channel();
         let pump = WalletPump {
@@ -275,6 +277,13 @@ impl Node<'_> {
             ..ConsumerConfig::default()
         }
     }
+}
+
+/// Where this node writes, and how much must be free there.
+pub(super) fn space(config: &Config) -> Space {
+    let ledger = config.ledger.path.parent().map(std::path::Path::to_owned);
+    let folders = [config.node.dir.clone()].into_iter().chain(ledger).collect();
+    Space { folders, least_bytes: config.node.min_free_mib.saturating_mul(1024 * 1024) }
 }
 
 fn sat(sat: u64) -> Msat {
