@@ -172,6 +172,7 @@ impl Gateway {
             sampling: request.sampling.clone(),
             stop: request.stop.clone(),
             max_output,
+            ends: planned.vocabulary.tokenizer.special().eog.clone(),
             allow_fallbacks: request.routing.allow_fallbacks,
             part: None,
         };

@@ -145,8 +145,12 @@ impl Consumer {
         let elsewhere = self.has_elsewhere(now, id);
         let max = self.config.max_attempts;
         let usable = self.sessions.get(&index).is_some_and(|s| s.is_ready() && s.is_usable());
+        let goes_on = |call: &Call| {
+            let ended = call.received.last().is_some_and(|token| call.submit.ends.contains(token));
+            !call.cancelled && !ended && call.output_left() > 0 && call.attempts < max
+        };
         match self.calls.get_mut(&id) {
-            Some(call) if !elsewhere && usable && call.attempts < max && !call.cancelled && call.output_left() > 0 => {
+            Some(call) if !elsewhere && usable && goes_on(call) => {
                 call.attempts += 1;
                 self.requeue(now, id, index);
             }
@@ -179,6 +183,11 @@ impl Consumer {
         call.last_failure = why.to_owned();
         if call.cancelled {
             return self.fail_call(id, CallError::Cancelled);
+        }
+        if call.received.last().is_some_and(|token| call.submit.ends.contains(token)) {
+            // It had come to its end before the provider went away.
+            let bill = call.bill.clone();
+            return self.finish_call(id, FinishReason::Stop, bill);
         }
         if call.output_left() == 0 && call.part().is_none() {
             // Everything that was asked for was received before the provider went away.

@@ -88,6 +88,8 @@ pub struct Submit {
     pub sampling: Sampling,
     pub stop: Vec<String>,
     pub max_output: u32,
+    /// Tokens that end a generation: where the last one received is one, nothing is left for another provider to do.
+    pub ends: BTreeSet<u32>,
     /// Another provider may go on where one failed.
     pub allow_fallbacks: bool,
     /// Work on a part of a model, of the one candidate; then there is no prompt and no output.

@@ -19,13 +19,22 @@ pub struct Ask {
     /// Providers in the order of the plan.
     pub providers: Vec<usize>,
     pub allow_fallbacks: bool,
+    /// Tokens that end a generation.
+    pub ends: std::collections::BTreeSet<u32>,
 }
 
 impl Ask {
     /// A prompt of so many tokens, to provider 0 and then the others.
     pub fn tokens(prompt: u32, max_output: u32) -> Ask {
         let prompt = (0..prompt).map(|i| 3 + (i * 7 + max_output) % 250).collect();
-        Ask { prompt, max_output, sampling: Sampling::default(), providers: vec![0], allow_fallbacks: true }
+        Ask {
+            prompt,
+            max_output,
+            sampling: Sampling::default(),
+            providers: vec![0],
+            allow_fallbacks: true,
+            ends: [2].into(),
+        }
     }
     pub fn to(mut self, providers: &[usize]) -> Ask {
         self.providers = providers.to_vec();
@@ -97,6 +106,7 @@ impl World {
             sampling: ask.sampling,
             stop: Vec::new(),
             max_output: ask.max_output,
+            ends: ask.ends,
             allow_fallbacks: ask.allow_fallbacks,
             part: None,
         };

@@ -227,6 +227,28 @@ fn a_provider_that_comes_back_without_the_request_begins_it_again_from_what_was_
 }
 
 #[test]
+fn a_text_that_had_ended_before_its_provider_died_is_not_gone_on_with() {
+    // A token that comes early is taken for the end; the toy engine knows nothing of it and would go on for ever.
+    let mut world = World::new(Options::default(), 2, 1);
+    let mut ask = Ask::tokens(50, 600).to(&[0, 1]);
+    let text = undisturbed(&world.options.toy, &ask.prompt, 600, None);
+    let call = {
+        ask.ends = [text[119]].into();
+        world.submit(0, ask)
+    };
+    let first = text.iter().position(|token| *token == text[119]).unwrap() + 1;
+    world.run_while("the end comes", 20_000, |w| w.call(0, call).tokens.len() < first);
+    // Cut to where the end was the last token: chunks of this engine are of one token.
+    assert_eq!(world.call(0, call).tokens.len(), first);
+    world.crash_provider(0, Default::default());
+    world.finish_calls(60_000);
+    let log = world.call(0, call);
+    assert!(log.is_ok(), "{:?}", log.end);
+    assert_eq!((log.tokens.len(), log.started.len()), (first, 1), "nobody was asked to go on");
+    world.assert_agree(1, 0);
+}
+
+#[test]
 fn a_resume_after_a_quarter_of_an_hour_still_meets() {
     let mut world = World::new(Options::default(), 1, 1);
     world.submit(0, Ask::tokens(30, 600));
