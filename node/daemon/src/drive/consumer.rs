@@ -314,6 +314,10 @@ impl Running {
                 }
                 Err(error) => tracing::debug!(%error, "a request stream was not opened"),
             }
+            // A stream that ends with its connection is no word of the provider's: the link's end is told by itself.
+            if quic.close_reason().is_some() {
+                return;
+            }
             let _ = inbox.send(Message::Event(ConsumerEvent::StreamClosed { link, stream })).await;
         });
     }

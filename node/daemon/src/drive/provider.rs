@@ -299,13 +299,17 @@ async fn serve_link(link: LinkId, quic: Link, artefacts: ConnectionArtefacts, in
             }
             StreamKind::Request => {
                 let stream = StreamId(next_stream);
+                let connection = quic.clone();
                 next_stream += 1;
                 tokio::spawn(async move {
                     let mut rx = rx;
                     let _ = inbox.send(Message::Stream { link, stream, sender: tx }).await;
                     let event = |frame: ConsumerFrame| Message::Event(ProviderEvent::Request { link, stream, frame });
                     let _ = links::read(&mut rx, &inbox, event).await;
-                    let _ = inbox.send(Message::Event(ProviderEvent::StreamClosed { link, stream })).await;
+                    // A stream that ends with its connection is no word of the consumer's: the link's end is told by itself.
+                    if connection.close_reason().is_none() {
+                        let _ = inbox.send(Message::Event(ProviderEvent::StreamClosed { link, stream })).await;
+                    }
                 });
             }
             // Dropped, it tells the peer to stop: there is nobody for it.
