@@ -40,6 +40,8 @@ fn layers() -> LayerRange {
 fn listing(party: &Party) -> VerifiedListing {
     let mut listing = Listing {
         version: Listing::VERSION,
+        lightning_address: None,
+        lightning_unproven: false,
         model: "tiny".into(),
         model_root: ModelRoot(bytes32("model")),
         tokenizer: TokenizerHash([0; 32]),
@@ -124,6 +126,7 @@ impl Pair {
             sampling: Sampling::default(),
             stop: Vec::new(),
             max_output: 0,
+            ends: Default::default(),
             allow_fallbacks: false,
             part: Some(self.order(layers)),
         };
