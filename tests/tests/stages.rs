@@ -61,8 +61,6 @@ fn listing(party: &Party) -> VerifiedListing {
         node_key: node_key(&party.node),
         lightning_node: party.lightning_key(),
         expires_at: START.as_secs() + 1_800,
-        lightning_address: None,
-        lightning_unproven: false,
         bindings: Bindings::default(),
     };
     listing.bindings = Bindings {
