@@ -41,6 +41,10 @@ bench: build ## speed and memory, printed as ratios from one run
 	@tests/scripts/model.sh >/dev/null
 	@$(ENV) exec cargo test $$LOCKED -p satgrid-tests --test bench -- --ignored --test-threads 1 --nocapture
 
+bench-ledger: ## the ledger's speed: verify a million receipts, proofs from ten million leaves (RECEIPTS=100000 for a short run)
+	@$(ENV) SATGRID_BENCH_RECEIPTS="$(or $(RECEIPTS),1000000)" cargo test $$LOCKED -p satgrid-ledger-cli --test bench -- --ignored --nocapture
+	@$(ENV) exec cargo test $$LOCKED -p satgrid-ledger-sqlite --test bench --test journal -- --ignored --nocapture proofs_from append_rate
+
 fuzz-ledger: ## every single flipped bit of bundles and claims, without sampling (minutes)
 	@$(ENV) exec cargo test $$LOCKED -p satgrid-ledger --lib whole_ -- --ignored --nocapture
 

@@ -5,10 +5,13 @@
 
 use crate::{
     entry::{Draft, Entry, Head, MAX_ENTRY_LEN, MAX_OPENING_LEN},
-    log::leaf_hash,
+    log::{
+        MissingTile, ProofError, SignedCheckpoint, TileCache, TileId, consistency_proof, inclusion_proof, leaf_hash,
+        root_at,
+    },
 };
 use core::{future::Future, pin::Pin};
-use satgrid_types::{UnixMs, cbor};
+use satgrid_types::{Digest, NodeKey, UnixMs, cbor};
 use std::sync::{Arc, Mutex, PoisonError};
 use thiserror::Error;
 
@@ -49,6 +52,90 @@ pub trait Journal: Send + Sync {
     fn read(&self, from: u64, limit: usize) -> JournalFuture<'_, Vec<Entry>>;
     /// The durable head.
     fn head(&self) -> JournalFuture<'_, Head>;
+}
+
+/// The reading side of a stored journal: entries, checkpoints and proofs, also beside the node that writes it.
+///
+/// An entry never changes once it is there, so everything below a checkpoint is one consistent snapshot, however many reads
+/// it takes.
+pub trait JournalReader: Send + Sync {
+    /// As [`Journal::read`].
+    fn read(&self, from: u64, limit: usize) -> JournalFuture<'_, Vec<Entry>>;
+    /// The durable head.
+    fn head(&self) -> JournalFuture<'_, Head>;
+    /// The newest checkpoint that covers at most `size` entries.
+    fn checkpoint(&self, size: u64) -> JournalFuture<'_, Option<SignedCheckpoint>>;
+    /// These tiles of the log, as far as they exist.
+    fn tiles(&self, ids: Vec<TileId>) -> JournalFuture<'_, TileCache>;
+    /// Numbers of entries in `[from, to)` whose bodies were pruned, at most [`MAX_READ`]: they read as entries without
+    /// evidence, and their bytes are no leaves.
+    fn pruned(&self, from: u64, to: u64) -> JournalFuture<'_, Vec<u64>>;
+    /// Checkpoints of another node's log as they were heard, newest first.
+    fn witnessed(&self, node: NodeKey) -> JournalFuture<'_, Vec<SignedCheckpoint>>;
+
+    /// Root of the log of the first `size` entries.
+    fn root(&self, size: u64) -> JournalFuture<'_, Digest> {
+        Box::pin(async move {
+            let mut cache = self.tiles(TileCache::for_inclusion(size.saturating_sub(1), size)).await?;
+            root_at(size, &mut cache).map_err(|missing| unproven(ProofError::Store(missing)))
+        })
+    }
+    /// Proof that entry `index` is in the log of the first `size` entries.
+    fn prove_inclusion(&self, index: u64, size: u64) -> JournalFuture<'_, Vec<Digest>> {
+        Box::pin(async move {
+            let mut cache = self.tiles(TileCache::for_inclusion(index, size)).await?;
+            inclusion_proof(index, size, &mut cache).map_err(unproven)
+        })
+    }
+    /// Proof that the log of `new` entries extends that of `old`.
+    fn prove_consistency(&self, old: u64, new: u64) -> JournalFuture<'_, Vec<Digest>> {
+        Box::pin(async move {
+            let mut cache = self.tiles(TileCache::for_consistency(old, new)).await?;
+            consistency_proof(old, new, &mut cache).map_err(unproven)
+        })
+    }
+}
+
+/// Why a stored log could not answer.
+pub fn unproven(error: ProofError<MissingTile>) -> JournalError {
+    match error {
+        ProofError::Store(MissingTile { level, index }) => {
+            JournalError::Damaged { seq: index, what: format!("tile {level}/{index} is missing or too short") }
+        }
+        ProofError::NoSuchLeaf { index, size } => {
+            JournalError::Storage(format!("entry {index} is not among the first {size}"))
+        }
+        ProofError::Backwards { old, new } => JournalError::Storage(format!("{new} entries do not extend {old}")),
+    }
+}
+
+/// What another node's checkpoint shows beside those of it that were heard before.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Witness {
+    /// The first of its node.
+    First,
+    /// Heard before: the same root over as many entries.
+    Known,
+    /// A new one, and the nearest smaller one that is kept: a consistency proof between the two is owed.
+    Grown { from: Box<SignedCheckpoint> },
+    /// Another root over as many entries: together they are a fraud proof.
+    Conflict { with: Box<SignedCheckpoint> },
+}
+
+impl Witness {
+    /// Judges a checkpoint by the newest kept one of its node that covers at most as many entries.
+    pub fn of(heard: &SignedCheckpoint, below: Option<SignedCheckpoint>) -> Witness {
+        match below {
+            None => Witness::First,
+            Some(below) if below.size != heard.size => Witness::Grown { from: Box::new(below) },
+            Some(same) if same.root == heard.root => Witness::Known,
+            Some(other) => Witness::Conflict { with: Box::new(other) },
+        }
+    }
+    /// Whether it is to be kept.
+    pub const fn is_new(&self) -> bool {
+        matches!(self, Witness::First | Witness::Grown { .. })
+    }
 }
 
 /// Limits of a draft that hold for every journal.

@@ -34,5 +34,5 @@ pub mod transfer;
 
 pub use books::{Books, BooksError, Hold, Sums};
 pub use entry::{Draft, Entry, Evidence, Head};
-pub use journal::{Journal, JournalError, JournalFuture, MemoryJournal};
+pub use journal::{Journal, JournalError, JournalFuture, JournalReader, MemoryJournal};
 pub use transfer::{Account, Transfer, TransferKind, TransferOp, attempt, end_id, transfer_id};

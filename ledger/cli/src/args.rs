@@ -51,7 +51,8 @@ pub(crate) enum Format {
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct ExportArgs {
-    /// The node's journal (a SQLite file); it may be running. For the books, also an exported file
+    /// The node's journal: a SQLite file, or postgres://... or env:NAME that holds such an address; the node may be running.
+    /// For the books, also an exported file
     #[arg(long, value_name = "FILE")]
     pub(crate) db: PathBuf,
     /// Where to write; `-` is stdout

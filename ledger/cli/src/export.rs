@@ -1,15 +1,14 @@
 //! `export`: a journal, or whole sessions of it, as a bundle.
 
-use crate::{CLEAN, args::ExportArgs, output::hinted, time::utc};
+use crate::{CLEAN, args::ExportArgs, output::hinted, source::journal, time::utc};
 use anyhow::{Context, bail};
 use ed25519_dalek::SigningKey;
 use satgrid_ledger::{
     bundle::{BundleWriter, Filter, Header, Selector},
     entry::{Entry, Evidence},
-    journal::MAX_READ,
+    journal::{JournalReader, MAX_READ},
     log::SignedCheckpoint,
 };
-use satgrid_ledger_sqlite::SqliteReader;
 use satgrid_types::{NodeKey, UnixMs, node_key};
 use std::{
     fs::{self, File},
@@ -21,18 +20,18 @@ pub(crate) async fn run(args: ExportArgs) -> anyhow::Result<u8> {
     if let Some(form) = args.books_form() {
         return crate::books::run(&args, form).await;
     }
-    let reader = SqliteReader::open(&args.db).await?;
-    let node = owner(&reader).await?;
-    let checkpoint = checkpoint(&reader, node, args.key.as_deref()).await?;
+    let reader = journal(&args.db).await?;
+    let node = owner(reader.as_ref()).await?;
+    let checkpoint = checkpoint(reader.as_ref(), node, args.key.as_deref()).await?;
     let filter = filter(&args);
     let written = if args.out == Path::new("-") {
         let out = BufWriter::new(io::stdout().lock());
-        write(&reader, &checkpoint, filter, args.redact, out).await?
+        write(reader.as_ref(), &checkpoint, filter, args.redact, out).await?
     } else {
         // Written beside and renamed when whole, so that a file under the final name is never a part.
         let part = args.out.with_extension("part");
         let out = BufWriter::new(File::create(&part).with_context(|| part.display().to_string())?);
-        let written = write(&reader, &checkpoint, filter, args.redact, out).await;
+        let written = write(reader.as_ref(), &checkpoint, filter, args.redact, out).await;
         match written {
             Ok(written) => {
                 fs::rename(&part, &args.out).with_context(|| args.out.display().to_string())?;
@@ -66,7 +65,7 @@ fn filter(args: &ExportArgs) -> Filter {
 }
 
 /// Whose journal it is.
-pub(crate) async fn owner(reader: &SqliteReader) -> anyhow::Result<NodeKey> {
+pub(crate) async fn owner(reader: &dyn JournalReader) -> anyhow::Result<NodeKey> {
     let first = reader.read(0, 1).await?;
     match first.first().and_then(|entry| entry.evidence.as_ref()) {
         Some(Evidence::Genesis { node, .. }) => Ok(*node),
@@ -74,7 +73,7 @@ pub(crate) async fn owner(reader: &SqliteReader) -> anyhow::Result<NodeKey> {
     }
 }
 
-async fn checkpoint(reader: &SqliteReader, node: NodeKey, key: Option<&Path>) -> anyhow::Result<SignedCheckpoint> {
+async fn checkpoint(reader: &dyn JournalReader, node: NodeKey, key: Option<&Path>) -> anyhow::Result<SignedCheckpoint> {
     let size = reader.head().await?.len;
     let Some(path) = key else {
         let newest = reader.checkpoint(size).await?;
@@ -102,7 +101,7 @@ fn read_key(path: &Path) -> anyhow::Result<SigningKey> {
 
 /// Writes the entries below the checkpoint that the filter selects; says how many.
 async fn write(
-    reader: &SqliteReader,
+    reader: &dyn JournalReader,
     checkpoint: &SignedCheckpoint,
     filter: Filter,
     redact: bool,
@@ -151,7 +150,7 @@ async fn write(
     Ok(written)
 }
 
-async fn below(reader: &SqliteReader, from: u64, size: u64) -> anyhow::Result<Vec<Entry>> {
+async fn below(reader: &dyn JournalReader, from: u64, size: u64) -> anyhow::Result<Vec<Entry>> {
     let limit = usize::try_from(size - from).unwrap_or(MAX_READ).min(MAX_READ);
     let entries = reader.read(from, limit).await?;
     if entries.is_empty() {

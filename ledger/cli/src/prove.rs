@@ -4,16 +4,16 @@ use crate::{
     CLEAN,
     args::{CheckpointArgs, Format, FraudArgs, ProveArgs},
     output::{hinted, print, print_json},
+    source::journal,
 };
 use anyhow::{Context, bail};
 use satgrid_ledger::{
     bundle::write_fraud,
     entry::Evidence,
-    journal::MAX_READ,
+    journal::{JournalReader, MAX_READ},
     log::{FraudProof, SignedCheckpoint, verify_consistency, verify_inclusion},
     statements::receipt_id,
 };
-use satgrid_ledger_sqlite::SqliteReader;
 use satgrid_types::{Digest, ReceiptId};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
@@ -42,7 +42,7 @@ pub(crate) enum Proof {
 }
 
 pub(crate) async fn run(args: ProveArgs) -> anyhow::Result<u8> {
-    let reader = SqliteReader::open(&args.db).await?;
+    let reader = journal(&args.db).await?;
     let len = reader.head().await?.len;
     let newest = reader.checkpoint(args.size.unwrap_or(len)).await?;
     let size = args.size.or(newest.as_ref().map(|signed| signed.size)).unwrap_or(len);
@@ -63,7 +63,7 @@ pub(crate) async fn run(args: ProveArgs) -> anyhow::Result<u8> {
     } else {
         let index = match (args.entry, args.receipt) {
             (Some(index), _) => index,
-            (None, Some(receipt)) => find_receipt(&reader, receipt, size).await?,
+            (None, Some(receipt)) => find_receipt(reader.as_ref(), receipt, size).await?,
             (None, None) => bail!("nothing to prove"),
         };
         let entry = reader.read(index, 1).await?;
@@ -89,7 +89,7 @@ pub(crate) async fn run(args: ProveArgs) -> anyhow::Result<u8> {
 }
 
 /// Looks for a receipt from the newest entry back.
-async fn find_receipt(reader: &SqliteReader, id: ReceiptId, size: u64) -> anyhow::Result<u64> {
+async fn find_receipt(reader: &dyn JournalReader, id: ReceiptId, size: u64) -> anyhow::Result<u64> {
     let mut to = size;
     while to > 0 {
         let from = to.saturating_sub(MAX_READ as u64);
@@ -129,9 +129,9 @@ fn text(proof: &Proof) -> String {
 
 /// Prints the newest signed note as it is: others keep it, and compare.
 pub(crate) async fn checkpoint(args: CheckpointArgs) -> anyhow::Result<u8> {
-    let reader = SqliteReader::open(&args.db).await?;
+    let reader = journal(&args.db).await?;
     if let Some(node) = args.of {
-        let heard = reader.witnessed(&node).await?;
+        let heard = reader.witnessed(node).await?;
         let newest = heard.first().with_context(|| format!("no checkpoint of {node} was heard"))?;
         print(newest.note().trim_end_matches('\n'))?;
         return Ok(CLEAN);

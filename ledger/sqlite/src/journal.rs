@@ -1,7 +1,6 @@
 //! What a node opens for writing, once.
 
 use crate::{
-    keep::Witness,
     lock::Lock,
     open::{self, OpenError},
     reader::SqliteReader,
@@ -10,7 +9,7 @@ use crate::{
 use ed25519_dalek::SigningKey;
 use satgrid_ledger::{
     entry::{Draft, Entry, Head},
-    journal::{Journal, JournalError, JournalFuture},
+    journal::{Journal, JournalError, JournalFuture, Witness},
     log::SignedCheckpoint,
 };
 use satgrid_types::UnixMs;

@@ -3,7 +3,7 @@
 use crate::reader::{entry_of, row_number, storage};
 use satgrid_ledger::{
     entry::Entry,
-    journal::JournalError,
+    journal::{JournalError, Witness},
     log::{SignedCheckpoint, leaf_hash},
 };
 use satgrid_types::UnixMs;
@@ -14,46 +14,26 @@ const KEPT_PER_NODE: i64 = 64;
 /// Bodies pruned in one transaction.
 const PRUNED_AT_ONCE: usize = 1_000;
 
-/// What a checkpoint that was heard shows.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Witness {
-    /// The first of its node.
-    First,
-    /// Heard before, word for word.
-    Known,
-    /// A new one. The nearest smaller one that is kept: a consistency proof between the two is owed.
-    Grown { from: Box<SignedCheckpoint> },
-    /// Another root over as many entries: together they are a fraud proof.
-    Conflict { with: Box<SignedCheckpoint> },
-}
-
 pub(crate) async fn witness(
     connection: &mut SqliteConnection,
     heard: &SignedCheckpoint,
     at: UnixMs,
 ) -> Result<Witness, JournalError> {
-    let parse = |note: &str| {
-        let damaged = |e: satgrid_ledger::log::CheckpointError| JournalError::Damaged { seq: 0, what: e.to_string() };
-        SignedCheckpoint::parse(note).map(Box::new).map_err(damaged)
-    };
     let node = heard.node.0;
-    let below: Option<(i64, String)> =
-        sqlx::query_as("SELECT size, note FROM witnessed WHERE node = ? AND size <= ? ORDER BY size DESC LIMIT 1")
+    let below: Option<(String,)> =
+        sqlx::query_as("SELECT note FROM witnessed WHERE node = ? AND size <= ? ORDER BY size DESC LIMIT 1")
             .bind(&node[..])
             .bind(row_number(heard.size))
             .fetch_optional(&mut *connection)
             .await
             .map_err(|e| storage(&e))?;
-    let shows = match below {
-        Some((_, note)) if note == heard.note() => return Ok(Witness::Known),
-        Some((size, note)) if size == row_number(heard.size) => {
-            let with = parse(&note)?;
-            // Two spellings of one root cannot be: signatures are deterministic, but another signer's tool may differ.
-            return Ok(if with.root == heard.root { Witness::Known } else { Witness::Conflict { with } });
-        }
-        Some((_, note)) => Witness::Grown { from: parse(&note)? },
-        None => Witness::First,
-    };
+    let below = below.map(|(note,)| {
+        SignedCheckpoint::parse(&note).map_err(|e| JournalError::Damaged { seq: 0, what: e.to_string() })
+    });
+    let shows = Witness::of(heard, below.transpose()?);
+    if !shows.is_new() {
+        return Ok(shows);
+    }
     sqlx::query("INSERT INTO witnessed (node, size, note, heard_at) VALUES (?, ?, ?, ?)")
         .bind(&node[..])
         .bind(row_number(heard.size))

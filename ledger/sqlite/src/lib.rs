@@ -20,6 +20,5 @@ mod reader;
 mod writer;
 
 pub use journal::{Options, SqliteJournal};
-pub use keep::Witness;
 pub use open::OpenError;
 pub use reader::SqliteReader;

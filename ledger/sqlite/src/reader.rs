@@ -3,8 +3,8 @@
 use crate::open::{OpenError, check_schema, copy_into, read_options};
 use satgrid_ledger::{
     entry::{Entry, Head},
-    journal::{JournalError, MAX_READ},
-    log::{MissingTile, ProofError, SignedCheckpoint, TileCache, TileId, consistency_proof, inclusion_proof},
+    journal::{JournalError, JournalFuture, JournalReader, MAX_READ, unproven},
+    log::{ProofError, SignedCheckpoint, TileCache, TileId, consistency_proof, inclusion_proof},
     statements::ReceiptOpening,
 };
 use satgrid_types::{Digest, NodeKey, cbor};
@@ -99,19 +99,19 @@ impl SqliteReader {
     /// Proof that entry `index` is in the log of the first `size` entries.
     pub async fn prove_inclusion(&self, index: u64, size: u64) -> Result<Vec<Digest>, JournalError> {
         let mut cache = self.tiles(&TileCache::for_inclusion(index, size)).await?;
-        inclusion_proof(index, size, &mut cache).map_err(proof_error)
+        inclusion_proof(index, size, &mut cache).map_err(unproven)
     }
 
     /// Proof that the log of `new` entries extends that of `old`.
     pub async fn prove_consistency(&self, old: u64, new: u64) -> Result<Vec<Digest>, JournalError> {
         let mut cache = self.tiles(&TileCache::for_consistency(old, new)).await?;
-        consistency_proof(old, new, &mut cache).map_err(proof_error)
+        consistency_proof(old, new, &mut cache).map_err(unproven)
     }
 
     /// Root of the log of the first `size` entries.
     pub async fn root(&self, size: u64) -> Result<Digest, JournalError> {
         let mut cache = self.tiles(&TileCache::for_inclusion(size.saturating_sub(1), size)).await?;
-        satgrid_ledger::log::root_at(size, &mut cache).map_err(|e| proof_error(ProofError::Store(e)))
+        satgrid_ledger::log::root_at(size, &mut cache).map_err(|e| unproven(ProofError::Store(e)))
     }
 
     /// Numbers of entries in `[from, to)` whose bodies were pruned, at most [`MAX_READ`]: they read as entries without
@@ -166,15 +166,24 @@ impl SqliteReader {
     }
 }
 
-fn proof_error(error: ProofError<MissingTile>) -> JournalError {
-    match error {
-        ProofError::Store(MissingTile { level, index }) => {
-            JournalError::Damaged { seq: index, what: format!("tile {level}/{index} is missing or too short") }
-        }
-        ProofError::NoSuchLeaf { index, size } => {
-            JournalError::Storage(format!("entry {index} is not among the first {size}"))
-        }
-        ProofError::Backwards { old, new } => JournalError::Storage(format!("{new} entries do not extend {old}")),
+impl JournalReader for SqliteReader {
+    fn read(&self, from: u64, limit: usize) -> JournalFuture<'_, Vec<Entry>> {
+        Box::pin(SqliteReader::read(self, from, limit))
+    }
+    fn head(&self) -> JournalFuture<'_, Head> {
+        Box::pin(SqliteReader::head(self))
+    }
+    fn checkpoint(&self, size: u64) -> JournalFuture<'_, Option<SignedCheckpoint>> {
+        Box::pin(SqliteReader::checkpoint(self, size))
+    }
+    fn tiles(&self, ids: Vec<TileId>) -> JournalFuture<'_, TileCache> {
+        Box::pin(async move { SqliteReader::tiles(self, &ids).await })
+    }
+    fn pruned(&self, from: u64, to: u64) -> JournalFuture<'_, Vec<u64>> {
+        Box::pin(SqliteReader::pruned(self, from, to))
+    }
+    fn witnessed(&self, node: NodeKey) -> JournalFuture<'_, Vec<SignedCheckpoint>> {
+        Box::pin(async move { SqliteReader::witnessed(self, &node).await })
     }
 }
 

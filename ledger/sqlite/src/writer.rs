@@ -5,13 +5,13 @@
 //! of its appends fail and the state is read again from the database, which is the truth.
 
 use crate::{
-    keep::{self, Witness},
+    keep,
     reader::{entry_of, hashes_of, row_number, storage},
 };
 use ed25519_dalek::SigningKey;
 use satgrid_ledger::{
     entry::{Draft, Entry, Head},
-    journal::{JournalError, chain},
+    journal::{JournalError, Witness, chain},
     log::{SignedCheckpoint, TILE_WIDTH, TileEdge, TileId, leaf_hash},
 };
 use satgrid_types::{Digest, UnixMs, cbor};

@@ -7,7 +7,7 @@ use satgrid_ledger::{
     log::{SignedCheckpoint, verify_consistency, verify_inclusion},
     testing::{
         Party,
-        conformance::{CASES, assert_chained, numbered},
+        conformance::{CASES, READER_CASES, assert_chained, numbered},
     },
 };
 use satgrid_ledger_sqlite::{OpenError, Options, SqliteJournal, SqliteReader};
@@ -37,6 +37,19 @@ fn it_conforms() {
         runtime().block_on(async {
             let journal = SqliteJournal::open(&folder.path().join("ledger.db")).await.unwrap();
             case(&journal).await;
+            journal.close().await;
+            println!("{name}");
+        });
+    }
+}
+
+#[test]
+fn its_reader_conforms() {
+    for (name, case) in READER_CASES {
+        let folder = tempfile::tempdir().unwrap();
+        runtime().block_on(async {
+            let journal = SqliteJournal::open(&folder.path().join("ledger.db")).await.unwrap();
+            case(&journal, journal.reader()).await;
             journal.close().await;
             println!("{name}");
         });

@@ -4,11 +4,12 @@
 
 use satgrid_ledger::{
     Books, Entry, Evidence, Journal,
+    journal::Witness,
     log::{FraudProof, SignedCheckpoint, verify_inclusion},
     retention::Retention,
     testing::{World, conformance::numbered},
 };
-use satgrid_ledger_sqlite::{SqliteJournal, SqliteReader, Witness};
+use satgrid_ledger_sqlite::{SqliteJournal, SqliteReader};
 use satgrid_types::{Digest, UnixMs, node_key};
 use std::path::Path;
 

@@ -5,7 +5,8 @@
 use super::World;
 use crate::{
     entry::{Draft, Entry, Evidence, Head},
-    journal::{Journal, JournalError, MAX_APPEND, MAX_READ},
+    journal::{Journal, JournalError, JournalReader, MAX_APPEND, MAX_READ},
+    log::{MemoryTiles, root_at, verify_consistency, verify_inclusion},
 };
 use core::{future::Future, pin::Pin};
 use satgrid_types::{Msat, UnixMs};
@@ -23,6 +24,16 @@ pub const CASES: &[(&str, Case)] = &[
     ("reads_in_pieces", |journal| Box::pin(reads_in_pieces(journal))),
 ];
 
+/// A case on a journal and the reader beside it.
+pub type ReaderCase =
+    for<'a> fn(&'a dyn Journal, &'a dyn JournalReader) -> Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
+
+/// What every stored journal's reader does.
+pub const READER_CASES: &[(&str, ReaderCase)] = &[
+    ("reads_what_was_appended", |journal, reader| Box::pin(reads_what_was_appended(journal, reader))),
+    ("proves_from_its_tiles", |journal, reader| Box::pin(proves_from_its_tiles(journal, reader))),
+];
+
 /// A draft that says nothing but a number.
 pub fn numbered(n: u64) -> Draft {
     Draft::of(Evidence::WalletSnapshot { lightning_msat: Msat(n), onchain_msat: Msat::ZERO })
@@ -35,6 +46,43 @@ pub fn assert_chained(entries: &[Entry]) {
         assert_eq!((entry.seq, entry.prev), (head.len, head.last), "entry {}", entry.seq);
         assert!(entry.at >= head.at, "entry {}", entry.seq);
         head = entry.head();
+    }
+}
+
+async fn reads_what_was_appended(journal: &dyn Journal, reader: &dyn JournalReader) {
+    assert_eq!(reader.head().await, Ok(Head::EMPTY));
+    assert_eq!(reader.checkpoint(10).await, Ok(None));
+    let world = World::example();
+    for entry in world.consumer.journal.entries() {
+        journal.append(entry.at, vec![entry.draft()]).await.expect("appended");
+        assert_eq!(reader.head().await, Ok(entry.head()), "what is durable is seen at once");
+    }
+    assert_eq!(reader.read(0, MAX_READ).await, Ok(world.consumer.journal.entries()));
+    assert_eq!(reader.pruned(0, u64::MAX).await, Ok(Vec::new()));
+    assert_eq!(reader.witnessed(satgrid_types::NodeKey([1; 32])).await, Ok(Vec::new()));
+}
+
+async fn proves_from_its_tiles(journal: &dyn Journal, reader: &dyn JournalReader) {
+    let (mut tiles, mut entries) = (MemoryTiles::default(), Vec::new());
+    for count in [1, 254, 1, 1, 300, 43] {
+        let added = journal.append(UnixMs(1), (0..count).map(numbered).collect()).await.expect("appended");
+        added.iter().for_each(|entry| tiles.push(entry.leaf()));
+        entries.extend(added);
+        let size = tiles.size();
+        let root = reader.root(size).await.expect("a root");
+        assert_eq!(root_at(size, &mut tiles), Ok(root));
+        for index in [0, size / 2, size.saturating_sub(1)] {
+            let proof = reader.prove_inclusion(index, size).await.expect("a proof");
+            let leaf = entries[usize::try_from(index).expect("small")].leaf();
+            assert!(verify_inclusion(&leaf, index, size, &proof, &root), "{index} of {size}");
+        }
+        for old in [1, size / 2, size] {
+            let old_root = reader.root(old).await.expect("a root");
+            let proof = reader.prove_consistency(old, size).await.expect("a proof");
+            assert!(verify_consistency(old, size, &old_root, &root, &proof), "{old} to {size}");
+        }
+        assert!(reader.prove_inclusion(size, size).await.is_err());
+        assert!(reader.prove_consistency(size.saturating_add(1), size).await.is_err());
     }
 }
 

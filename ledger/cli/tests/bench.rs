@@ -1,0 +1,209 @@
+//! What it costs to verify a long journal: rate against a bare loop of the same checks, growth, and peak memory of the
+//! built binary. Figures, not verdicts; `make bench-ledger` runs it. `SATGRID_BENCH_RECEIPTS` sets the longest journal.
+
+#![allow(clippy::unwrap_used, clippy::wildcard_enum_match_arm)]
+
+use satgrid_ledger::{
+    Entry, Evidence, MemoryJournal,
+    audit::read_invoice,
+    bundle::{BundleWriter, EntryItem, Filter, Header},
+    entry::Head,
+    log::{Frontier, SignedCheckpoint},
+    statements::{Ack, Receipt, RequestOpen},
+    testing::{Work, World},
+};
+use satgrid_types::{Digest, Msat, NodeKey, node_key, verify_body};
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{self, BufWriter, Seek, SeekFrom, Write},
+    path::Path,
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+const RECEIPTS: u64 = 1_000_000;
+/// As a node writes them: several payments in a session, several requests for each.
+const PAYMENTS: u64 = 4;
+const REQUESTS: u64 = 5;
+
+/// Writes sessions to `out` until there are so many receipts; says how many entries and what the root is.
+fn generate(world: &mut World, receipts: u64, out: &mut impl Write) -> (u64, Digest) {
+    let (mut head, mut frontier, mut made) = (Head::EMPTY, Frontier::new(), 0);
+    let dummy = SignedCheckpoint::sign(0, Digest([0; 32]), &world.provider.node);
+    let header = Header::new(node_key(&world.provider.node), Filter::All);
+    // The head of a file is written once its root is known: here it goes nowhere.
+    let mut writer = BundleWriter::start(Skip { out, bytes: 0, armed: false }, &header, &dummy).unwrap();
+    let mut flush = |world: &mut World, writer: &mut BundleWriter<_>| {
+        for entry in world.provider.journal.entries() {
+            let opening = entry.opening().map(satgrid_types::cbor::encode);
+            let entry = Entry::chain(&head, entry.at, entry.draft());
+            head = entry.head();
+            frontier.push(head.last);
+            writer.item(EntryItem { entry: entry.bytes(), opening, proof: None }).unwrap();
+        }
+        world.provider.journal = MemoryJournal::new();
+        world.consumer.journal = MemoryJournal::new();
+    };
+    let start = world.now;
+    while made < receipts {
+        // All sessions stand on one listing, which lives for half an hour: the entries' time stands still.
+        world.now = start;
+        let mut session = world.open();
+        for _ in 0..PAYMENTS {
+            world.pay(&mut session, Msat::sat(20));
+            for _ in 0..REQUESTS.min(receipts - made) {
+                world.complete(&mut session, Work { prompt: 100, cached: 0, output: 100, acks: 1 });
+                made += 1;
+            }
+        }
+        world.close_with_refund(&mut session);
+        world.provider.books.retire(session.id);
+        world.consumer.books.retire(session.id);
+        flush(world, &mut writer);
+    }
+    writer.finish().unwrap();
+    (frontier.size(), frontier.root())
+}
+
+/// Lets everything through but the first two items.
+struct Skip<'a, W> {
+    out: &'a mut W,
+    bytes: u64,
+    armed: bool,
+}
+
+impl<W: Write> Write for Skip<'_, W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // `start` writes four times: a length and a body for each of two items.
+        if !self.armed {
+            self.bytes += 1;
+            self.armed = self.bytes == 4;
+            return Ok(bytes.len());
+        }
+        self.out.write(bytes)
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+fn bundle(path: &Path, receipts: u64) -> u64 {
+    let mut world = World::new();
+    let part = path.with_extension("items");
+    let mut items = BufWriter::new(File::create(&part).unwrap());
+    let (size, root) = generate(&mut world, receipts, &mut items);
+    drop(items);
+    let checkpoint = SignedCheckpoint::sign(size, root, &world.provider.node);
+    let header = Header::new(node_key(&world.provider.node), Filter::All);
+    let mut out = BufWriter::new(File::create(path).unwrap());
+    // Only the head: the items end with their own end mark.
+    drop(BundleWriter::start(&mut out, &header, &checkpoint).unwrap());
+    let mut items = File::open(&part).unwrap();
+    items.seek(SeekFrom::Start(0)).unwrap();
+    io::copy(&mut items, &mut out).unwrap();
+    out.flush().unwrap();
+    std::fs::remove_file(part).unwrap();
+    size
+}
+
+/// Seconds for each receipt of a bare loop over the same signatures and invoices: bodies and keys lie ready.
+fn bare(sample: u64) -> f64 {
+    let mut world = World::new();
+    let mut keys: BTreeMap<[u8; 32], NodeKey> = BTreeMap::new();
+    let mut made = 0;
+    while made < sample {
+        let mut session = world.open();
+        keys.insert(session.id.0, node_key(&session.key));
+        for _ in 0..PAYMENTS {
+            world.pay(&mut session, Msat::sat(20));
+            for _ in 0..REQUESTS {
+                world.complete(&mut session, Work { prompt: 100, cached: 0, output: 100, acks: 1 });
+                made += 1;
+            }
+        }
+        world.close_with_refund(&mut session);
+    }
+    let provider = node_key(&world.provider.node);
+    let mut checks: Vec<Box<dyn Fn()>> = Vec::new();
+    for entry in world.provider.journal.entries() {
+        match entry.evidence.unwrap() {
+            Evidence::Receipt { receipt, .. } => {
+                let consumer = keys[&receipt.peek().unwrap().session.0];
+                checks.push(Box::new(move || {
+                    verify_body::<Receipt>(receipt.body(), &provider, receipt.provider_signature()).unwrap();
+                    verify_body::<Receipt>(receipt.body(), &consumer, receipt.consumer_signature()).unwrap();
+                }));
+            }
+            Evidence::Ack(ack) => {
+                let consumer = keys[&ack.peek().unwrap().session.0];
+                checks.push(Box::new(move || {
+                    verify_body::<Ack>(ack.body(), &provider, ack.provider_signature()).unwrap();
+                    verify_body::<Ack>(ack.body(), &consumer, ack.consumer_signature()).unwrap();
+                }));
+            }
+            Evidence::Request(request) => {
+                let consumer = keys[&request.peek().unwrap().session.0];
+                checks.push(Box::new(move || {
+                    verify_body::<RequestOpen>(request.body(), &consumer, request.signature()).unwrap();
+                }));
+            }
+            Evidence::Invoice { bolt11, .. } => checks.push(Box::new(move || {
+                read_invoice(&bolt11).unwrap();
+            })),
+            _ => {}
+        }
+    }
+    let began = Instant::now();
+    checks.iter().for_each(|check| check());
+    began.elapsed().as_secs_f64() / made as f64
+}
+
+/// Runs the built binary; how long it took and the most memory that it had, in kB.
+fn verify(path: &Path) -> (Duration, u64) {
+    let began = Instant::now();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_satgrid-ledger"))
+        .args(["verify", path.to_str().unwrap()])
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut most = 0;
+    let status = loop {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let peak = peak.and_then(|text| text.trim().trim_end_matches(" kB").parse().ok());
+        most = most.max(peak.unwrap_or(0));
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        thread::sleep(Duration::from_millis(20));
+    };
+    assert!(status.success(), "{status}");
+    (began.elapsed(), most)
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn a_long_journal() {
+    let most = std::env::var("SATGRID_BENCH_RECEIPTS").map_or(RECEIPTS, |text| text.parse().unwrap());
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    println!("| receipts | entries | bytes | verify, receipts/s | ratio to the bare loop | peak memory, MB |");
+    println!("|---|---|---|---|---|---|");
+    let mut receipts = 10_000.min(most);
+    loop {
+        let path = folder.path().join("long.bundle");
+        let entries = bundle(&path, receipts);
+        let bytes = std::fs::metadata(&path).unwrap().len();
+        // Before and after, since other work on the machine comes and goes.
+        let before = bare(4_000);
+        let (took, kb) = verify(&path);
+        let alone = (before + bare(4_000)) / 2.0;
+        let rate = receipts as f64 / took.as_secs_f64();
+        println!("| {receipts} | {entries} | {bytes} | {rate:.0} | {:.2} | {} |", alone * rate, kb / 1_024);
+        if receipts == most {
+            break;
+        }
+        receipts = (receipts * 10).min(most);
+    }
+}

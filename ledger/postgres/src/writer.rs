@@ -1,0 +1,255 @@
+//! The one task that writes: as on SQLite, the first waiting append and every other that waits already are committed in
+//! one transaction, and nothing is answered before the commit returned.
+//!
+//! A transaction that failed leaves nothing, and the state is read again from the database. A connection that is lost takes
+//! the writer's lock with it, so another process may have written since: nothing more is written then, and the node must
+//! be started again.
+
+use crate::{
+    keep,
+    reader::{entry_of, hashes_of, row_number, storage},
+};
+use ed25519_dalek::SigningKey;
+use satgrid_ledger::{
+    entry::{Draft, Entry, Head},
+    journal::{JournalError, Witness, chain},
+    log::{MissingTile, SignedCheckpoint, TILE_WIDTH, TileEdge, TileId, leaf_hash},
+};
+use satgrid_types::{Digest, UnixMs, cbor};
+use sqlx::{Connection, PgConnection};
+use std::collections::{BTreeMap, BTreeSet};
+use tokio::sync::{mpsc, oneshot};
+
+/// Entries in one transaction, at most.
+const MAX_GROUP: usize = 8_192;
+/// Appends that wait in the queue before callers are made to wait.
+pub(crate) const QUEUE: usize = 1_024;
+
+type Answer<T> = oneshot::Sender<Result<T, JournalError>>;
+
+/// Drafts to append, whole or not at all.
+#[derive(Debug)]
+pub(crate) struct Append {
+    pub(crate) at: UnixMs,
+    pub(crate) drafts: Vec<Draft>,
+    pub(crate) answer: Answer<Vec<Entry>>,
+}
+
+/// What the writer is asked.
+#[derive(Debug)]
+pub(crate) enum Ask {
+    Append(Append),
+    Checkpoint { key: Box<SigningKey>, answer: Answer<SignedCheckpoint> },
+    Witness { heard: Box<SignedCheckpoint>, at: UnixMs, answer: Answer<Witness> },
+    Close,
+}
+
+/// Entries that wait for the commit.
+struct Waiting {
+    entries: Vec<Entry>,
+    answer: Answer<Vec<Entry>>,
+}
+
+/// The columns of the entries that one transaction writes.
+#[derive(Default)]
+struct Rows {
+    seq: Vec<i64>,
+    at: Vec<i64>,
+    bytes: Vec<Vec<u8>>,
+    opening: Vec<Option<Vec<u8>>>,
+}
+
+/// The writer's state, always that of the last commit.
+pub(crate) struct Writer {
+    connection: PgConnection,
+    head: Head,
+    edge: TileEdge,
+    /// Set when nothing more may be written.
+    broken: Option<JournalError>,
+}
+
+impl Writer {
+    /// Takes up the journal where it ends, and checks that its end hangs together.
+    pub(crate) async fn start(connection: PgConnection) -> Result<Writer, JournalError> {
+        let mut writer = Writer { connection, head: Head::EMPTY, edge: TileEdge::default(), broken: None };
+        writer.reload().await?;
+        Ok(writer)
+    }
+
+    async fn reload(&mut self) -> Result<(), JournalError> {
+        let row = sqlx::query("SELECT seq, bytes, opening FROM entries ORDER BY seq DESC LIMIT 1")
+            .fetch_optional(&mut self.connection)
+            .await
+            .map_err(|e| storage(&e))?;
+        let head = row.as_ref().map_or(Ok(Head::EMPTY), |row| entry_of(row).map(|entry| entry.head()))?;
+        let mut tiles = Vec::new();
+        for id in TileEdge::ids(head.len) {
+            let tile: Option<(Vec<u8>,)> = sqlx::query_as("SELECT hashes FROM tiles WHERE level = $1 AND idx = $2")
+                .bind(i64::from(id.level))
+                .bind(row_number(id.index))
+                .fetch_optional(&mut self.connection)
+                .await
+                .map_err(|e| storage(&e))?;
+            tiles.push(tile.map(|(bytes,)| hashes_of(&bytes)).unwrap_or_default());
+        }
+        let damaged = |what: &str| JournalError::Damaged { seq: head.len.saturating_sub(1), what: what.into() };
+        self.edge = TileEdge::restore(head.len, tiles).ok_or_else(|| damaged("its log tiles are not of its length"))?;
+        let last_leaf = self.edge.tiles().next().and_then(|(_, hashes)| hashes.last().copied());
+        if last_leaf.is_some_and(|leaf| leaf != head.last) {
+            return Err(damaged("its bytes are not the leaf that the log holds"));
+        }
+        self.head = head;
+        Ok(())
+    }
+
+    /// Serves until it is told to close or every sender is gone, then lets go of the database.
+    pub(crate) async fn run(mut self, mut asks: mpsc::Receiver<Ask>) {
+        let mut next = None;
+        loop {
+            let ask = match next.take() {
+                Some(ask) => ask,
+                None => match asks.recv().await {
+                    Some(ask) => ask,
+                    None => break,
+                },
+            };
+            match ask {
+                Ask::Append(append) => {
+                    let mut count = append.drafts.len();
+                    let mut group = vec![append];
+                    while count < MAX_GROUP {
+                        match asks.try_recv() {
+                            Ok(Ask::Append(append)) => {
+                                count = count.saturating_add(append.drafts.len());
+                                group.push(append);
+                            }
+                            Ok(other) => {
+                                next = Some(other);
+                                break;
+                            }
+                            Err(_) => break,
+                        }
+                    }
+                    self.group(group).await;
+                }
+                // A caller that stopped waiting needs no answer.
+                Ask::Checkpoint { key, answer } => drop(answer.send(self.checkpoint(&key).await)),
+                Ask::Witness { heard, at, answer } => {
+                    drop(answer.send(keep::witness(&mut self.connection, &heard, at).await));
+                }
+                Ask::Close => break,
+            }
+        }
+        // Everything is durable already; closing tells the server, which drops the lock.
+        if let Err(error) = self.connection.close().await {
+            tracing::warn!(%error, "closing the journal");
+        }
+    }
+
+    async fn group(&mut self, asks: Vec<Append>) {
+        if let Some(error) = &self.broken {
+            asks.into_iter().for_each(|ask| drop(ask.answer.send(Err(error.clone()))));
+            return;
+        }
+        let (mut head, mut edge) = (self.head, self.edge.clone());
+        let (mut rows, mut waiting) = (Rows::default(), Vec::new());
+        let mut tiles: BTreeMap<TileId, Vec<u8>> = BTreeMap::new();
+        let mut changed: BTreeSet<TileId> = BTreeSet::new();
+        for Append { at, drafts, answer } in asks {
+            match chain(head, at, drafts) {
+                Err(error) => drop(answer.send(Err(error))),
+                Ok(chained) => {
+                    let mut entries = Vec::with_capacity(chained.len());
+                    for (entry, bytes) in chained {
+                        let leaf = leaf_hash(&bytes);
+                        edge.push(leaf, &mut |id, hashes| {
+                            changed.insert(id);
+                            // The edge lets go of a full tile; the others are taken from it at the end.
+                            if hashes.len() == TILE_WIDTH {
+                                tiles.insert(id, tile_bytes(hashes));
+                            }
+                        });
+                        head = Head { len: head.len + 1, last: leaf, at: entry.at };
+                        rows.seq.push(row_number(entry.seq));
+                        rows.at.push(row_number(entry.at.0));
+                        rows.bytes.push(bytes);
+                        rows.opening.push(entry.opening().map(cbor::encode));
+                        entries.push(entry);
+                    }
+                    waiting.push(Waiting { entries, answer });
+                }
+            }
+        }
+        let partial = edge.tiles().filter(|(id, hashes)| !hashes.is_empty() && changed.contains(id));
+        tiles.extend(partial.map(|(id, hashes)| (id, tile_bytes(hashes))));
+        match self.commit(rows, tiles).await {
+            Ok(()) => {
+                (self.head, self.edge) = (head, edge);
+                waiting.into_iter().for_each(|w| drop(w.answer.send(Ok(w.entries))));
+            }
+            Err(error) => {
+                tracing::error!(%error, "nothing of this group was written");
+                // Without the connection there is no lock, and no way to read the state again.
+                if let Err(reload) = self.reload().await {
+                    self.broken = Some(reload);
+                }
+                waiting.into_iter().for_each(|w| drop(w.answer.send(Err(error.clone()))));
+            }
+        }
+    }
+
+    async fn commit(&mut self, rows: Rows, tiles: BTreeMap<TileId, Vec<u8>>) -> Result<(), JournalError> {
+        if rows.seq.is_empty() {
+            return Ok(());
+        }
+        // Dropped without a commit, the transaction is rolled back.
+        let mut transaction = self.connection.begin().await.map_err(|e| storage(&e))?;
+        sqlx::query(
+            "INSERT INTO entries (seq, at, bytes, opening) SELECT * FROM UNNEST($1::bigint[], $2::bigint[], $3::bytea[], $4::bytea[])",
+        )
+        .bind(rows.seq)
+        .bind(rows.at)
+        .bind(rows.bytes)
+        .bind(rows.opening)
+        .execute(&mut *transaction)
+        .await
+        .map_err(|e| storage(&e))?;
+        let (mut levels, mut indices, mut hashes) = (Vec::new(), Vec::new(), Vec::new());
+        for (id, bytes) in tiles {
+            levels.push(i64::from(id.level));
+            indices.push(row_number(id.index));
+            hashes.push(bytes);
+        }
+        sqlx::query(
+            "INSERT INTO tiles (level, idx, hashes) SELECT * FROM UNNEST($1::bigint[], $2::bigint[], $3::bytea[]) ON CONFLICT (level, idx) DO UPDATE SET hashes = EXCLUDED.hashes",
+        )
+        .bind(levels)
+        .bind(indices)
+        .bind(hashes)
+        .execute(&mut *transaction)
+        .await
+        .map_err(|e| storage(&e))?;
+        transaction.commit().await.map_err(|e| storage(&e))
+    }
+
+    async fn checkpoint(&mut self, key: &SigningKey) -> Result<SignedCheckpoint, JournalError> {
+        if let Some(error) = &self.broken {
+            return Err(error.clone());
+        }
+        let damaged = |e: MissingTile| JournalError::Damaged { seq: self.head.len, what: e.to_string() };
+        let root: Digest = self.edge.root().map_err(damaged)?;
+        let signed = SignedCheckpoint::sign(self.head.len, root, key);
+        // ed25519 signatures are deterministic: the same head gives the same note again.
+        sqlx::query("INSERT INTO checkpoints (size, note) VALUES ($1, $2) ON CONFLICT (size) DO UPDATE SET note = EXCLUDED.note")
+            .bind(row_number(signed.size))
+            .bind(signed.note())
+            .execute(&mut self.connection)
+            .await
+            .map_err(|e| storage(&e))?;
+        Ok(signed)
+    }
+}
+
+fn tile_bytes(hashes: &[Digest]) -> Vec<u8> {
+    hashes.iter().flat_map(|hash| hash.0).collect()
+}
