@@ -23,6 +23,7 @@
 mod calls;
 mod hold;
 mod links;
+mod log;
 mod money;
 mod owed;
 mod parts;
@@ -37,7 +38,10 @@ use rand_chacha::{
     ChaCha20Rng,
     rand_core::{RngCore, SeedableRng},
 };
-use satgrid_ledger::entry::{Draft, Evidence};
+use satgrid_ledger::{
+    entry::{Draft, Evidence},
+    log::SignedCheckpoint,
+};
 use satgrid_protocol::{
     frame::{ConsumerControl, ProviderFrame, reason},
     session::SessionState,
@@ -74,6 +78,8 @@ pub struct Consumer {
     /// Why no new work is taken.
     paused: Option<String>,
     direct_peers: BTreeSet<LightningKey>,
+    /// The newest tree head of each provider that this run has heard.
+    heads: BTreeMap<NodeKey, SignedCheckpoint>,
     /// Sessions with a connection, work, or a close under way. All others cost nothing per event.
     live: BTreeSet<SessionIndex>,
     /// The earliest deadline of the live sessions and of the calls.
@@ -116,6 +122,7 @@ impl Consumer {
             payable: None,
             paused: None,
             direct_peers: BTreeSet::new(),
+            heads: BTreeMap::new(),
             live: BTreeSet::new(),
             wake: None,
             exposed: Msat::ZERO,
@@ -250,6 +257,7 @@ impl Consumer {
                 let released = self.gate.durable(ticket);
                 self.actions.extend(released);
             }
+            ConsumerEvent::SecondHistory(proof) => self.second_history(now, &proof),
             ConsumerEvent::JournalFailed { reason } => self.journal_failed(&reason),
             ConsumerEvent::Tick => {}
         }
@@ -285,6 +293,7 @@ impl Consumer {
             | ConsumerEvent::Payable(_)
             | ConsumerEvent::Paused(_)
             | ConsumerEvent::DirectPeers(_)
+            | ConsumerEvent::SecondHistory(_)
             | ConsumerEvent::JournalFailed { .. }
             | ConsumerEvent::Tick => false,
         }

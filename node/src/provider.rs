@@ -14,6 +14,7 @@
 //! signature than the terms' window.
 
 mod links;
+mod log;
 mod parts;
 mod refunds;
 mod requests;
@@ -178,6 +179,9 @@ impl Provider {
                 self.actions.extend(released);
             }
             ProviderEvent::Paused(why) => self.paused = why,
+            ProviderEvent::Logged(entry) => self.logged(now, &entry),
+            ProviderEvent::TreeHead { note } => self.tree_head(&note),
+            ProviderEvent::LogProved { link, proof } => self.proved(link, proof),
             ProviderEvent::JournalFailed { reason } => self.journal_failed(&reason),
             ProviderEvent::Tick => {}
         }
@@ -193,7 +197,10 @@ impl Provider {
             ProviderEvent::Worked { job, .. } => {
                 self.jobs.get(job).map_or(Touched::Nothing, |(id, _)| Touched::Session(*id))
             }
-            ProviderEvent::Durable(_) => Touched::Nothing,
+            ProviderEvent::Durable(_)
+            | ProviderEvent::Logged(_)
+            | ProviderEvent::TreeHead { .. }
+            | ProviderEvent::LogProved { .. } => Touched::Nothing,
             ProviderEvent::Offer(_)
             | ProviderEvent::LinkUp { .. }
             | ProviderEvent::LinkDown { .. }

@@ -13,10 +13,10 @@
 use crate::hop::Ticket;
 use minicbor::{Decode, Encode};
 use satgrid_ledger::statements::{
-    Ack, CreditNote, Receipt, RequestOpen, RequestPrivate, SessionClose, SessionOpen, SliceDescriptor,
+    Ack, CreditNote, InclusionPromise, Receipt, RequestOpen, RequestPrivate, SessionClose, SessionOpen, SliceDescriptor,
 };
 use satgrid_types::{
-    BothSigned, FinishReason, ListingId, ModelRoot, Msat, NodeKey, Numerators, PaymentHash, Quote, ReceiptId,
+    BothSigned, Digest, FinishReason, ListingId, ModelRoot, Msat, NodeKey, Numerators, PaymentHash, Quote, ReceiptId,
     RequestId, Salt, SessionId, Signature, Signed,
     cbor::{self, CodecError},
 };
@@ -49,8 +49,13 @@ pub struct Hello {
 
 impl Hello {
     pub const VERSION: u32 = 1;
+    /// This side speaks of its log: promises, tree heads, proofs.
+    pub const LOG: &'static str = "log";
+    pub fn speaks_of_its_log(&self) -> bool {
+        self.features.iter().any(|feature| feature == Hello::LOG)
+    }
     pub fn ours() -> Hello {
-        Hello { version: Hello::VERSION, features: vec!["whole".into()] }
+        Hello { version: Hello::VERSION, features: vec!["whole".into(), Hello::LOG.into()] }
     }
 }
 
@@ -117,6 +122,9 @@ pub enum ConsumerControl {
     Resume(#[n(0)] SessionId, #[n(1)] Vec<OpenRequest>, #[n(2)] Option<BothSigned<Receipt>>),
     #[n(5)]
     Close(#[n(0)] Signed<SessionClose>),
+    /// Show that your log holds what you promised, or only grew. Only to a provider that speaks of its log.
+    #[n(6)]
+    WantProof(#[n(0)] LogAsk),
 }
 
 /// From provider to consumer on the control stream.
@@ -148,6 +156,35 @@ pub enum ProviderControl {
     Closed,
     #[n(9)]
     Refused(#[n(0)] Refusal, #[n(1)] String),
+    /// A receipt of this session is durable, at this place of the provider's log.
+    #[n(10)]
+    Promise(#[n(0)] Signed<InclusionPromise>),
+    /// The newest tree head that the provider signed, as a note.
+    #[n(11)]
+    TreeHead(#[n(0)] String),
+    #[n(12)]
+    Proof(#[n(0)] LogProof),
+}
+
+/// A question about the provider's log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub enum LogAsk {
+    /// That the log of so many entries holds the entry of this index: index, size.
+    #[n(0)]
+    Inclusion(#[n(0)] u64, #[n(1)] u64),
+    /// That the log of `new` entries extends that of `old`: old, new.
+    #[n(1)]
+    Consistency(#[n(0)] u64, #[n(1)] u64),
+}
+
+/// The answer: RFC 6962 hashes, none where the log cannot tell.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct LogProof {
+    #[n(0)]
+    pub ask: LogAsk,
+    #[n(1)]
+    pub hashes: Vec<Digest>,
 }
 
 /// From consumer to provider on a request's stream.

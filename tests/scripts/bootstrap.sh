@@ -3,6 +3,7 @@
 #
 #   bootstrap.sh build    cmake and libclang (llama.cpp is compiled from source)
 #   bootstrap.sh deny     cargo-deny
+#   bootstrap.sh postgres PostgreSQL's server, for the journal's tests; without it they say that they are skipped
 #
 # As root, or where sudo needs no password, by apt; else as Python wheels in the cache. Nothing else is touched.
 set -euo pipefail
@@ -121,8 +122,18 @@ deny_tool() {
     rm -rf "$tools_dir/deny/build"
 }
 
+# The server's binaries only: the tests start one of their own.
+postgres_tool() {
+    command -v postgres >/dev/null 2>&1 || compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null && return 0
+    if can_apt && apt_install postgresql; then
+        return 0
+    fi
+    say "no PostgreSQL and no way to install it: the journal's tests on it will be skipped"
+}
+
 case "${1:-build}" in
 build) build_tools ;;
+postgres) postgres_tool ;;
 deny) deny_tool ;;
-*) die "bootstrap.sh knows 'build' and 'deny', not '$1'" ;;
+*) die "bootstrap.sh knows 'build', 'deny' and 'postgres', not '$1'" ;;
 esac

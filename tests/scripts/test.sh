@@ -4,7 +4,10 @@
 #   test.sh fast   what takes seconds once built: format, light clippy, light tests
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-if [ "${1:-all}" != fast ]; then tests/scripts/bootstrap.sh build; fi
+if [ "${1:-all}" != fast ]; then
+    tests/scripts/bootstrap.sh build
+    tests/scripts/bootstrap.sh postgres
+fi
 # shellcheck source=tests/scripts/env.sh
 . tests/scripts/env.sh
 # shellcheck source=tests/scripts/phases.sh

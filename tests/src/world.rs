@@ -376,11 +376,15 @@ impl World {
     fn durable(&mut self, who: Who, epoch: u64, ticket: Ticket) {
         match who {
             Who::Provider(p) if self.providers[p].epoch == epoch => {
-                self.providers[p].journal.durable(ticket);
+                let receipts = self.providers[p].journal.durable(ticket).iter().filter(|e| e.opening().is_some());
+                let receipts: Vec<_> = receipts.cloned().collect();
                 self.tell_provider(p, epoch, ProviderEvent::Durable(ticket));
+                for entry in receipts {
+                    self.tell_provider(p, epoch, ProviderEvent::Logged(Box::new(entry)));
+                }
             }
             Who::Consumer(c) if self.consumers[c].epoch == epoch => {
-                self.consumers[c].journal.durable(ticket);
+                let _ = self.consumers[c].journal.durable(ticket);
                 self.tell_consumer(c, epoch, ConsumerEvent::Durable(ticket));
             }
             Who::Provider(_) | Who::Consumer(_) => {}

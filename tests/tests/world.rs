@@ -11,6 +11,8 @@ mod cheats;
 mod crashes;
 #[path = "world/failover.rs"]
 mod failover;
+#[path = "world/log.rs"]
+mod log;
 #[path = "world/money.rs"]
 mod money;
 

@@ -44,6 +44,10 @@ pub(crate) fn place(options: &PgConnectOptions) -> String {
 }
 
 pub(crate) fn options(url: &str) -> Result<PgConnectOptions, OpenError> {
+    if !["postgres://", "postgresql://"].iter().any(|scheme| url.starts_with(scheme)) {
+        // The text is not repeated: it may hold a password.
+        return Err(OpenError::Address("another scheme".into()));
+    }
     let options: PgConnectOptions = url.parse().map_err(|error: sqlx::Error| OpenError::Address(error.to_string()))?;
     Ok(options.application_name("satgrid").disable_statement_logging())
 }

@@ -15,6 +15,7 @@ mod models;
 mod progress;
 mod service;
 mod signals;
+mod store;
 mod telemetry;
 mod up;
 

@@ -82,6 +82,8 @@ pub(super) struct Session {
     pub short: bool,
     /// Its part of what the consumer says that it may lose.
     pub exposed: Msat,
+    /// What is known of the provider's log.
+    pub log: super::log::LogView,
 }
 
 impl Session {
@@ -112,6 +114,7 @@ impl Session {
             unfunded: false,
             short: false,
             exposed: Msat::ZERO,
+            log: super::log::LogView::default(),
         }
     }
 
@@ -281,6 +284,7 @@ impl Consumer {
         session.uncredited_since = None;
         session.close_asked = false;
         session.short = false;
+        session.log.unlinked();
         if session.phase != Phase::Over {
             session.phase = Phase::Asleep;
         }
@@ -315,6 +319,9 @@ impl Consumer {
         let Some(session) = self.sessions.get(&index) else { return };
         match (session.phase, frame) {
             (Phase::Greeting, ProviderControl::Hello(hello)) if hello.version == Hello::VERSION => {
+                if let Some(session) = self.sessions.get_mut(&index) {
+                    session.log.speaks = hello.speaks_of_its_log();
+                }
                 self.greeted(now, index, link);
             }
             (Phase::Quoting | Phase::Ready, ProviderControl::Quote(signed)) => self.quoted(now, index, link, &signed),
@@ -331,6 +338,9 @@ impl Consumer {
             (Phase::Ready, ProviderControl::Credited(_, total)) => self.credited(index, total),
             (Phase::Ready, ProviderControl::Refunding(..)) => {}
             (_, ProviderControl::Owed(note)) => self.owed(now, index, &note),
+            (_, ProviderControl::Promise(signed)) => self.promised(now, index, signed),
+            (_, ProviderControl::TreeHead(note)) => self.tree_head(now, index, &note),
+            (_, ProviderControl::Proof(proof)) => self.proof(now, index, proof),
             (_, ProviderControl::Closed) => self.closed_by_provider(now, index),
             (_, ProviderControl::Refused(refusal, text)) => self.refused(now, index, refusal, &text),
             (

@@ -2,7 +2,7 @@
 
 use super::SessionIndex;
 use crate::{Append, CloseCode, LinkId, StreamId, Ticket};
-use satgrid_ledger::statements::PartOrder;
+use satgrid_ledger::{log::FraudProof, statements::PartOrder};
 use satgrid_protocol::{
     frame::{ConsumerControl, ConsumerFrame, ProviderControl, ProviderFrame, Resend},
     hop,
@@ -184,6 +184,8 @@ pub enum ConsumerEvent {
     /// There is a reason to take no new work, or none any more. What runs goes on.
     Paused(Option<String>),
     Durable(Ticket),
+    /// Two tree heads of one provider that exclude each other were found among what this node heard.
+    SecondHistory(Box<FraudProof>),
     JournalFailed {
         reason: String,
     },
@@ -265,6 +267,10 @@ pub enum ConsumerAction {
     Settled {
         provider: NodeKey,
         amount: Msat,
+    },
+    /// A provider's tree head: keep it, and compare it with what was heard of that log elsewhere.
+    Witness {
+        note: String,
     },
     /// The journal is broken: take no work and tell the operator.
     Halt {
@@ -374,6 +380,9 @@ pub struct ConsumerCounters {
     pub refused_quotes: u64,
     /// Times that a remainder was asked for again on a credit note.
     pub refunds_asked_again: u64,
+    /// Inclusion promises, and those that a proof has kept.
+    pub promises: u64,
+    pub promises_kept: u64,
     /// Sessions that could not be resumed; what was left in them is a claim.
     pub lost_sessions: u64,
 }

@@ -27,6 +27,10 @@ pub(super) struct Link {
     greeted: bool,
     quote: Option<(Verified<Quote>, EngineId, String)>,
     pub session: Option<SessionId>,
+    /// The consumer hears of our log: its hello said so.
+    pub log: bool,
+    /// Its questions about the log that are not answered.
+    pub asks: usize,
 }
 
 /// What an invoice that the wallet is making is for.
@@ -43,7 +47,7 @@ impl Provider {
             self.actions.push_back(ProviderAction::CloseLink { link, code, reason });
             return;
         }
-        self.links.insert(link, Link { peer, greeted: false, quote: None, session: None });
+        self.links.insert(link, Link { peer, greeted: false, quote: None, session: None, log: false, asks: 0 });
     }
 
     pub(super) fn control(&mut self, now: UnixMs, link: LinkId, frame: ConsumerControl) {
@@ -52,6 +56,7 @@ impl Provider {
             return match frame {
                 ConsumerControl::Hello(hello) if hello.version == Hello::VERSION => {
                     held.greeted = true;
+                    held.log = hello.speaks_of_its_log();
                     self.say(link, ProviderControl::Hello(Hello::ours()));
                 }
                 ConsumerControl::Hello(hello) => {
@@ -64,6 +69,7 @@ impl Provider {
                 | ConsumerControl::Open(_)
                 | ConsumerControl::WantInvoice(..)
                 | ConsumerControl::Resume(..)
+                | ConsumerControl::WantProof(_)
                 | ConsumerControl::Close(_) => self.violation(link, "the first frame is a hello"),
             };
         }
@@ -77,6 +83,7 @@ impl Provider {
             }
             ConsumerControl::Resume(session, open, receipt) => self.resume(now, link, session, open, receipt),
             ConsumerControl::Close(close) => self.close(now, link, &close),
+            ConsumerControl::WantProof(ask) => self.want_proof(link, ask),
         }
     }
 

@@ -2,8 +2,13 @@
 
 use crate::{Append, CloseCode, LinkId, StreamId, Ticket};
 use satgrid_engine::port::{Command, EngineEvent, JobId};
-use satgrid_ledger::statements::{PartOrder, Split};
-use satgrid_protocol::frame::{ConsumerControl, ConsumerFrame, PartRoute, ProviderControl, ProviderFrame};
+use satgrid_ledger::{
+    Entry,
+    statements::{PartOrder, Split},
+};
+use satgrid_protocol::frame::{
+    ConsumerControl, ConsumerFrame, LogAsk, LogProof, PartRoute, ProviderControl, ProviderFrame,
+};
 use satgrid_types::{
     BuildId, Digest, EngineProfile, Msat, NodeKey, PartUsage, PaymentHash, Preimage, RateCard, RequestId, SessionId,
     Terms, UnixMs, VerifiedListing,
@@ -157,6 +162,17 @@ pub enum ProviderEvent {
     /// There is a reason to take no new work, or none any more. What runs goes on.
     Paused(Option<String>),
     Durable(Ticket),
+    /// An entry with a receipt is durable, at this place of the journal.
+    Logged(Box<Entry>),
+    /// A tree head over the journal was signed.
+    TreeHead {
+        note: String,
+    },
+    /// What [`ProviderAction::ProveLog`] asked for.
+    LogProved {
+        link: LinkId,
+        proof: LogProof,
+    },
     JournalFailed {
         reason: String,
     },
@@ -229,6 +245,11 @@ pub enum ProviderAction {
         max_fee: Msat,
         /// It was begun before a restart: find out what became of it and never pay it twice.
         recover: bool,
+    },
+    /// Answer a question about this node's log from its tiles.
+    ProveLog {
+        link: LinkId,
+        ask: LogAsk,
     },
     /// The journal is broken: take no work and tell the operator.
     Halt {

@@ -46,10 +46,12 @@ impl SimJournal {
     }
 
     /// The oldest pending append is on disk. Its ticket must be this one.
-    pub fn durable(&mut self, ticket: Ticket) {
+    /// Gives its entries.
+    pub fn durable(&mut self, ticket: Ticket) -> &[Entry] {
         let (first, len) = self.pending.pop_front().expect("an append was pending");
         assert_eq!(first, ticket, "appends become durable in order");
-        self.durable = len;
+        let before = core::mem::replace(&mut self.durable, len);
+        &self.entries[before..len]
     }
 
     pub fn pending(&self) -> usize {
@@ -69,6 +71,9 @@ impl SimJournal {
         }
     }
 
+    pub fn durable_entries(&self) -> &[Entry] {
+        &self.entries[..self.durable]
+    }
     pub fn entries(&self) -> &[Entry] {
         &self.entries
     }

@@ -6,11 +6,15 @@ use satgrid_engine::{
     port::{Command, EngineEvent, JobError},
     toy::ToyEngine,
 };
+use satgrid_ledger::{
+    Entry,
+    log::{MemoryTiles, SignedCheckpoint, consistency_proof, inclusion_proof, root_at},
+};
 use satgrid_node::{
     provider::{EngineId, Offering, Provider, ProviderAction, ProviderEvent},
     recover::Fold,
 };
-use satgrid_protocol::frame::{self, ProviderControl};
+use satgrid_protocol::frame::{self, LogAsk, LogProof, ProviderControl};
 use satgrid_types::{Digest, Msat, node_key};
 use satgrid_wallet::{fake::Crash, port::InvoiceRequest};
 
@@ -51,6 +55,18 @@ impl World {
         let offering = Offering { listing, engine: ENGINE, rates: node.quoted, profile, build };
         let epoch = node.epoch;
         self.tell_provider(p, epoch, ProviderEvent::Offer(Box::new(offering)));
+    }
+
+    /// Signs a tree head over what is durable, as the daemon does from time to time; `bend` may lie about the root.
+    pub fn sign_head(&mut self, p: usize, bend: impl FnOnce(Digest) -> Digest) {
+        let node = &self.providers[p];
+        let (entries, epoch) = (node.journal.durable_entries(), node.epoch);
+        let mut tiles = tiles(entries);
+        let size = tiles.size();
+        let root = bend(root_at(size, &mut tiles).unwrap());
+        let note = SignedCheckpoint::sign(size, root, &node.key).note().to_owned();
+        self.tell_provider(p, epoch, ProviderEvent::TreeHead { note });
+        self.settle();
     }
 
     /// The process dies, engine and wallet with it; of its unanswered appends the first few survive.
@@ -195,6 +211,12 @@ impl World {
                 self.providers[p].purse.refunds.insert(hash, amount);
                 self.pay(who, hash, bolt11, max_fee, again);
             }
+            ProviderAction::ProveLog { link, ask } => {
+                let node = &self.providers[p];
+                let (hashes, epoch) = (prove(node.journal.entries(), ask), node.epoch);
+                let proof = LogProof { ask, hashes };
+                self.tell_provider(p, epoch, ProviderEvent::LogProved { link, proof });
+            }
             ProviderAction::Halt { reason } => {
                 self.say(|| format!("provider {p} halts: {reason}"));
                 assert!(self.providers[p].journal.broken, "provider {p} halts by itself: {reason}");
@@ -242,5 +264,20 @@ impl World {
         let invoice = self.net.create_invoice(self.now, payee, request).map_err(|e| e.to_string())?;
         self.providers[p].first_invoice.insert(terms.0, invoice.bolt11.clone());
         Ok(invoice.bolt11)
+    }
+}
+
+fn tiles(entries: &[Entry]) -> MemoryTiles {
+    let mut tiles = MemoryTiles::default();
+    entries.iter().for_each(|entry| tiles.push(entry.leaf()));
+    tiles
+}
+
+/// What the log of these entries answers.
+fn prove(entries: &[Entry], ask: LogAsk) -> Vec<Digest> {
+    let mut tiles = tiles(entries);
+    match ask {
+        LogAsk::Inclusion(index, size) => inclusion_proof(index, size, &mut tiles).unwrap_or_default(),
+        LogAsk::Consistency(old, new) => consistency_proof(old, new, &mut tiles).unwrap_or_default(),
     }
 }

@@ -188,6 +188,12 @@ pub(super) const KEYS: &[Key] = &[
     key("wallet.reopen", Switch, Value("true"), "open a force-closed channel of ours again"),
     key("wallet.nwc", Secret, Unset, "a Nostr Wallet Connect address: pay and be paid with that wallet instead"),
     key("ledger.path", Path, Derived("ledger.sqlite in node.dir"), "the journal, an SQLite file"),
+    key(
+        "ledger.url",
+        Secret,
+        Unset,
+        "a PostgreSQL database instead of the file, as env:NAME or file:PATH of its postgres:// address",
+    ),
     key("models.dir", Path, Derived("models in the cache folder"), "downloaded and linked model files"),
     key("models.hub_endpoint", Text, Unset, "another hub than the public one, for hf: references"),
     key("models.hub_token", Secret, Unset, "token for gated repositories, as env:NAME or file:PATH"),

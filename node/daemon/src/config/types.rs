@@ -264,6 +264,8 @@ impl TryFrom<String> for ChainSource {
 pub(crate) struct Ledger {
     /// Absolute.
     pub path: PathBuf,
+    /// The address of a PostgreSQL database that keeps the journal instead of the file.
+    pub url: Option<Secret>,
 }
 
 #[derive(Clone, Debug, Deserialize)]

@@ -6,6 +6,11 @@ use super::{
     market::Market,
     now, payments, until,
 };
+use crate::store::Store;
+use satgrid_ledger::{
+    journal::Witness,
+    log::{FraudProof, SignedCheckpoint},
+};
 use satgrid_market::Fault;
 use satgrid_node::{
     LinkId, StreamId,
@@ -84,6 +89,7 @@ pub(crate) struct ConsumerDriver {
     pub handled: mpsc::UnboundedSender<PaymentHash>,
     pub endpoint: QuicEndpoint,
     pub market: Market,
+    pub store: Store,
     pub view: Arc<RwLock<ConsumerView>>,
     pub shutdown: CancellationToken,
 }
@@ -191,7 +197,7 @@ impl Running {
                 let written = self.driver.journal.append(append.drafts);
                 self.later(async move {
                     match written.await {
-                        Ok(()) => ConsumerEvent::Durable(append.ticket),
+                        Ok(_) => ConsumerEvent::Durable(append.ticket),
                         Err(reason) => ConsumerEvent::JournalFailed { reason },
                     }
                 });
@@ -263,6 +269,7 @@ impl Running {
                 tracing::warn!(provider = %provider, %rule, "a provider broke a rule; the proof is in the ledger");
                 self.driver.market.fault(now(), provider, fault_of(&rule));
             }
+            ConsumerAction::Witness { note } => self.witness(note),
             ConsumerAction::Settled { provider, amount } => self.driver.market.settled(provider, amount),
             ConsumerAction::Halt { reason } => {
                 tracing::error!(%reason, "the consumer has stopped taking work");
@@ -271,6 +278,23 @@ impl Running {
                 }
             }
         }
+    }
+
+    /// Keeps a tree head beside those of earlier runs; one that contradicts them is told to the role.
+    fn witness(&self, note: String) {
+        let (store, inbox) = (self.driver.store.clone(), self.inbox.clone());
+        tokio::spawn(async move {
+            let Ok(heard) = SignedCheckpoint::parse(&note) else { return };
+            match store.witness(&heard, now()).await {
+                Ok(Witness::Conflict { with }) => {
+                    let proof = FraudProof { one: with.note().to_owned(), other: note };
+                    let event = ConsumerEvent::SecondHistory(Box::new(proof));
+                    let _ = inbox.send(Message::Event(event)).await;
+                }
+                Ok(Witness::First | Witness::Known | Witness::Grown { .. }) => {}
+                Err(error) => tracing::warn!(%error, "a tree head of another node was not kept"),
+            }
+        });
     }
 
     fn connect(&self, link: LinkId, provider: NodeKey, addresses: Vec<String>, session: SessionIndex) {

@@ -4,7 +4,7 @@
 use super::now;
 use satgrid_ledger::{
     books::Books,
-    entry::{Draft, Entry},
+    entry::{Draft, Entry, Evidence},
     journal::{Journal, JournalError, MAX_APPEND, MAX_READ},
 };
 use std::sync::Arc;
@@ -27,7 +27,7 @@ pub(crate) struct JournalWriter {
 
 struct Job {
     drafts: Vec<Draft>,
-    done: oneshot::Sender<Result<(), String>>,
+    done: oneshot::Sender<Result<Vec<Entry>, String>>,
 }
 
 impl JournalWriter {
@@ -61,8 +61,9 @@ impl JournalWriter {
         self.full.clone()
     }
 
-    /// Appends all drafts or none; durable when it returns `Ok`. Calls are written in the order in which they are made.
-    pub(crate) fn append(&self, drafts: Vec<Draft>) -> impl Future<Output = Result<(), String>> + Send + use<> {
+    /// Appends all drafts or none; durable when it returns `Ok`, with the entries of receipts as they stand in the journal.
+    /// Calls are written in the order in which they are made.
+    pub(crate) fn append(&self, drafts: Vec<Draft>) -> impl Future<Output = Result<Vec<Entry>, String>> + Send + use<> {
         let (done, written) = oneshot::channel();
         let queued = self.queue.try_send(Job { drafts, done });
         async move {
@@ -96,6 +97,10 @@ async fn write(
     }
 }
 
+fn is_receipt(entry: &Entry) -> bool {
+    matches!(entry.evidence, Some(Evidence::Receipt { .. }))
+}
+
 /// Why nothing more is written.
 #[derive(Debug, Clone, thiserror::Error)]
 enum Broke {
@@ -120,16 +125,25 @@ async fn commit(journal: &dyn Journal, books: &mut Books, jobs: Vec<Job>) -> Res
         }
         match &fault {
             None => {
+                let count = job.drafts.len();
                 drafts.extend(job.drafts);
-                passed.push(job.done);
+                passed.push((job.done, count));
             }
             Some(broke) => drop(job.done.send(Err(broke.to_string()))),
         }
     }
-    let written =
-        if drafts.is_empty() { Ok(()) } else { journal.append(at, drafts).await.map(|_| ()).map_err(Broke::Storage) };
-    for done in passed {
-        let _ = done.send(written.clone().map_err(|broke| broke.to_string()));
+    let written = if drafts.is_empty() {
+        Ok(Vec::new())
+    } else {
+        journal.append(at, drafts).await.map_err(Broke::Storage)
+    };
+    let (mut entries, written) = match written {
+        Ok(entries) => (entries.into_iter(), Ok(())),
+        Err(broke) => (Vec::new().into_iter(), Err(broke)),
+    };
+    for (done, count) in passed {
+        let receipts = entries.by_ref().take(count).filter(is_receipt).collect();
+        let _ = done.send(written.clone().map(|()| receipts).map_err(|broke| broke.to_string()));
     }
     written.and(fault.map_or(Ok(()), Err))
 }

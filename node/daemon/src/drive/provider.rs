@@ -5,6 +5,7 @@ use super::{
     links::{self, Outbound},
     now, payments, until,
 };
+use crate::store::Store;
 use satgrid_engine::port::{Command, Engine, EngineEvent, JobError};
 use satgrid_node::{
     LinkId, StreamId,
@@ -64,6 +65,7 @@ pub(crate) struct ProviderDriver {
     pub handled: mpsc::UnboundedSender<PaymentHash>,
     pub engines: BTreeMap<EngineId, Arc<dyn Engine>>,
     pub artefacts: ArtefactServer,
+    pub store: Store,
     pub view: Arc<RwLock<ProviderView>>,
     pub shutdown: CancellationToken,
 }
@@ -156,11 +158,17 @@ impl Running {
     fn do_one(&mut self, action: ProviderAction) {
         match action {
             ProviderAction::Append(append) => {
-                let written = self.driver.journal.append(append.drafts);
-                self.later(async move {
-                    match written.await {
-                        Ok(()) => ProviderEvent::Durable(append.ticket),
-                        Err(reason) => ProviderEvent::JournalFailed { reason },
+                let (written, inbox) = (self.driver.journal.append(append.drafts), self.inbox.clone());
+                tokio::spawn(async move {
+                    let events = match written.await {
+                        Ok(receipts) => {
+                            let logged = receipts.into_iter().map(|entry| ProviderEvent::Logged(Box::new(entry)));
+                            core::iter::once(ProviderEvent::Durable(append.ticket)).chain(logged).collect()
+                        }
+                        Err(reason) => vec![ProviderEvent::JournalFailed { reason }],
+                    };
+                    for event in events {
+                        let _ = inbox.send(Message::Event(event)).await;
                     }
                 });
             }
@@ -209,6 +217,10 @@ impl Running {
                 let pays_for = payments::PaysFor::Refund(session);
                 let pay = payments::Command::Pay { pays_for, hash, bolt11, amount, max_fee, recover };
                 let _ = self.driver.payments.send(pay);
+            }
+            ProviderAction::ProveLog { link, ask } => {
+                let store = self.driver.store.clone();
+                self.later(async move { ProviderEvent::LogProved { link, proof: store.prove(ask).await } });
             }
             ProviderAction::Halt { reason } => {
                 tracing::error!(%reason, "the provider has stopped taking work");

@@ -24,6 +24,7 @@ use crate::drive::{
 use crate::failure::HintExt;
 use crate::service::Gateway;
 use crate::signals;
+use crate::store::Store;
 use anyhow::{Context, bail};
 use parts::Node;
 use satgrid_api::{Api, MetricsRegistry, admin_router, serve_admin};
@@ -31,7 +32,6 @@ use satgrid_ledger::{
     entry::{Draft, Evidence},
     journal::Journal,
 };
-use satgrid_ledger_sqlite::SqliteJournal;
 use satgrid_node::recover::{Fold, Recovered};
 use satgrid_protocol_quic::Code;
 use satgrid_types::{Msat, NostrKey, node_key};
@@ -95,7 +95,7 @@ async fn node(config: Config) -> anyhow::Result<Ended> {
 
     let journal = open::open_journal(&config).await?;
     let mut fold = Fold::new(ours);
-    let opened: Arc<dyn Journal> = journal.clone();
+    let opened: Arc<dyn Journal> = Arc::new(journal.clone());
     let writer = JournalWriter::open(opened, |entry| fold.entry(entry)).await.context("the ledger does not fold")?;
     let recovered = fold.finish();
 
@@ -114,7 +114,7 @@ async fn node(config: Config) -> anyhow::Result<Ended> {
     if let Err(error) = journal.checkpoint(&identity).await {
         tracing::warn!(%error, "no checkpoint was signed at the end");
     }
-    SqliteJournal::clone(&journal).close().await;
+    journal.close().await;
     life.cancel();
     if let Some(heartbeat) = heartbeat {
         let _ = tokio::time::timeout(HEARTBEAT_STOP, heartbeat).await;
@@ -127,7 +127,7 @@ struct Opened {
     config: Config,
     keys: open::Keys,
     nostr: NostrKey,
-    journal: Arc<SqliteJournal>,
+    journal: Store,
     writer: JournalWriter,
     recovered: Recovered,
     wallet: open::Wallet,
@@ -158,6 +158,7 @@ impl Opened {
             keys: &keys,
             nostr,
             journal: writer,
+            store: journal.clone(),
             wallet: lightning.clone(),
             shutdown: shutdown.clone(),
         };
@@ -196,6 +197,7 @@ impl Opened {
             journal.clone(),
             keys.identity.clone(),
             running.publisher.clone(),
+            running.provider.clone(),
             shutdown.clone(),
         ));
         if let Some(embedded) = embedded {

@@ -4,9 +4,11 @@ use crate::commands::wallet_process::NAME as WALLET_PROCESS;
 use crate::config::{ChainSource, Config, Network, lsp};
 use crate::drive::fresh_seed;
 use crate::failure::HintExt;
+use crate::store::Store;
 use anyhow::Context;
 use ed25519_dalek::SigningKey;
 use satgrid_api::{ApiConfig, ApiKey};
+use satgrid_ledger_postgres::PostgresJournal;
 use satgrid_ledger_sqlite::SqliteJournal;
 use satgrid_market::{Catalogue, ProviderPattern};
 use satgrid_market_nostr::{
@@ -85,11 +87,16 @@ fn instance(config: &Config) -> anyhow::Result<String> {
     Ok(hex::encode(hasher.finalize()))
 }
 
-pub(super) async fn open_journal(config: &Config) -> anyhow::Result<Arc<SqliteJournal>> {
+pub(super) async fn open_journal(config: &Config) -> anyhow::Result<Store> {
+    if let Some(url) = &config.ledger.url {
+        let url = url.read().context("ledger.url")?;
+        let journal = PostgresJournal::open(&url).await.context("the ledger cannot be opened")?;
+        return Ok(Store::Postgres(journal));
+    }
     let path = &config.ledger.path;
     let journal =
         SqliteJournal::open(path).await.with_context(|| format!("the ledger {} cannot be opened", path.display()))?;
-    Ok(Arc::new(journal))
+    Ok(Store::Sqlite(journal))
 }
 
 /// The wallet that this node uses.

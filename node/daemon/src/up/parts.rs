@@ -15,6 +15,7 @@ use crate::drive::{
     wallet::WalletPump,
 };
 use crate::failure::HintExt;
+use crate::store::Store;
 use anyhow::Context;
 use satgrid_engine::port::Engine;
 use satgrid_engine_llama::LlamaEngine;
@@ -49,6 +50,7 @@ pub(super) struct Node<'a> {
     pub keys: &'a Keys,
     pub nostr: NostrKey,
     pub journal: JournalWriter,
+    pub store: Store,
     pub wallet: Arc<dyn Lightning>,
     pub shutdown: CancellationToken,
 }
@@ -63,6 +65,7 @@ pub(super) struct Running {
     /// Events from relays, by what became of them.
     pub heard: Option<Arc<Listening>>,
     pub consumer: Option<mpsc::Sender<consumer::Message>>,
+    pub provider: Option<mpsc::Sender<provider::Message>>,
     pub provider_view: Option<Arc<RwLock<ProviderView>>>,
     pub consumer_view: Option<Arc<RwLock<ConsumerView>>>,
     /// Channels as they close, for whoever opens them again.
@@ -91,6 +94,7 @@ impl Node<'_> {
                 handled: handled.clone(),
                 endpoint: endpoint.clone(),
                 market: market.clone(),
+                store: self.store.clone(),
                 view,
                 shutdown: self.shutdown.clone(),
             })
@@ -109,6 +113,7 @@ impl Node<'_> {
                 handled: handled.clone(),
                 engines: for_sale.iter().map(|m| (m.id, m.engine.clone() as Arc<dyn Engine>)).collect(),
                 artefacts: ArtefactServer::new(served, ServeLimits::default()),
+                store: self.store.clone(),
                 view,
                 shutdown: self.shutdown.clone(),
             };
@@ -154,6 +159,7 @@ impl Node<'_> {
             relays: health,
             heard,
             consumer,
+            provider,
             provider_view,
             consumer_view,
             closed,
