@@ -54,7 +54,9 @@ fn two_histories_are_found_and_kept_as_a_proof_that_verify_judges() {
         satgrid_ledger::bundle::Opened::Fraud(proof) => {
             assert_eq!(proof.check(), Ok(satgrid_types::node_key(&world.providers[0].key)));
         }
-        _ => panic!("a fraud proof was expected"),
+        satgrid_ledger::bundle::Opened::Journal(_) | satgrid_ledger::bundle::Opened::Claim(_) => {
+            panic!("a fraud proof was expected")
+        }
     }
 }
 
