@@ -132,11 +132,8 @@ async fn commit(journal: &dyn Journal, books: &mut Books, jobs: Vec<Job>) -> Res
             Some(broke) => drop(job.done.send(Err(broke.to_string()))),
         }
     }
-    let written = if drafts.is_empty() {
-        Ok(Vec::new())
-    } else {
-        journal.append(at, drafts).await.map_err(Broke::Storage)
-    };
+    let written =
+        if drafts.is_empty() { Ok(Vec::new()) } else { journal.append(at, drafts).await.map_err(Broke::Storage) };
     let (mut entries, written) = match written {
         Ok(entries) => (entries.into_iter(), Ok(())),
         Err(broke) => (Vec::new().into_iter(), Err(broke)),
