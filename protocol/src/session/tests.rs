@@ -367,7 +367,8 @@ fn exposure_by_hand() {
 
 /// The consumer's own count of what `usage` says.
 fn counted(received: u32, request: RequestId) -> Counted {
-    Counted { received, running_hash: RunningHash::start(&Salt([0; 32]), &request).value() }
+    let running_hash = RunningHash::start(&Salt([0; 32]), &request).value();
+    Counted { received, running_hash, ordered: None }
 }
 
 #[test]
