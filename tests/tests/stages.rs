@@ -190,7 +190,9 @@ impl Pair {
             | ProviderAction::Settle { .. }
             | ProviderAction::Engine { .. }) => self.desk.push(desk),
             ProviderAction::WalletHandled { .. } => {}
-            ProviderAction::PayRefund { .. } | ProviderAction::Halt { .. } => panic!("{action:?}"),
+            ProviderAction::PayRefund { .. } | ProviderAction::ProveLog { .. } | ProviderAction::Halt { .. } => {
+                panic!("{action:?}")
+            }
         }
     }
 
@@ -226,6 +228,7 @@ impl Pair {
             | ConsumerAction::Settled { .. } => {}
             ConsumerAction::ResolvePayment { .. }
             | ConsumerAction::MakeCloseInvoice { .. }
+            | ConsumerAction::Witness { .. }
             | ConsumerAction::Halt { .. } => panic!("{action:?}"),
         }
     }
