@@ -43,6 +43,7 @@ const ROOMS: &[Room] = &[
     effects("wallet/ldk", "satgrid-wallet-ldk", &["types", "wallet"]),
     effects("wallet/nwc", "satgrid-wallet-nwc", &["types", "wallet"]),
     effects("engine/llama", "satgrid-engine-llama", &["types", "engine"]),
+    effects("engine/openai", "satgrid-engine-openai", &["types", "engine"]),
     effects("api", "satgrid-api", &["types"]),
     effects("node/devnet", "satgrid-devnet", &[]),
 ];
