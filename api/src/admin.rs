@@ -42,6 +42,19 @@ pub fn admin_router(service: Arc<dyn Service>, metrics: MetricsRegistry) -> Rout
         .with_state(Admin { service, metrics: Arc::new(metrics) })
 }
 
+/// `/metrics` alone, for a node without an endpoint of its own.
+pub fn metrics_router(metrics: MetricsRegistry) -> Router {
+    let render = move || {
+        let metrics = metrics.clone();
+        async move { rendered(&metrics) }
+    };
+    Router::new()
+        .route("/metrics", get(render))
+        .fallback(models::unknown_path)
+        .method_not_allowed_fallback(models::wrong_method)
+        .layer(from_fn(local_names_only))
+}
+
 /// Serves `router` until `shutdown` resolves. Refuses a listener that others can reach.
 pub async fn serve_admin(
     listener: TcpListener,
@@ -60,8 +73,12 @@ async fn health(State(admin): State<Admin>) -> Response {
 }
 
 async fn figures(State(admin): State<Admin>) -> Response {
+    rendered(&admin.metrics)
+}
+
+fn rendered(metrics: &MetricsRegistry) -> Response {
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
-    ([(header::CONTENT_TYPE, kind)], admin.metrics.render()).into_response()
+    ([(header::CONTENT_TYPE, kind)], metrics.render()).into_response()
 }
 
 async fn local_names_only(request: Request, next: Next) -> Response {

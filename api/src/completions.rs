@@ -55,6 +55,7 @@ async fn complete(edge: Arc<Edge>, caller: Caller, flavour: Flavour, request: Re
     if edge.closing.is_draining() {
         return Err(ServiceError::closing().into());
     }
+    caller.may_infer()?;
     // Before the body is read: parsed bodies are what a flood would fill the memory with.
     let permit = Arc::clone(&edge.in_flight).try_acquire_owned().map_err(|_| busy())?;
     let (parts, body) = request.into_parts();
@@ -117,7 +118,7 @@ fn begin(
     request: CompletionRequest,
 ) -> Result<Joined, ApiError> {
     let identity = Identity { request: RequestId((edge.config.entropy)()), created: (edge.config.clock)().as_secs() };
-    let Caller { trace, key } = caller;
+    let Caller { trace, key, manages: _ } = caller;
     let context = CallContext { request: identity.request, trace, key, deadline: Some(deadline) };
     let service = Arc::clone(&edge.service);
     let start = move || -> CompletionStream {

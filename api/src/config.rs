@@ -8,6 +8,8 @@ use std::{
 use satgrid_types::UnixMs;
 use sha2::{Digest, Sha256};
 
+use crate::accounts::Accounts;
+
 /// Bounds that no configuration raises.
 pub mod limits {
     use std::time::Duration;
@@ -66,6 +68,8 @@ pub type Entropy = Arc<dyn Fn() -> [u8; 32] + Send + Sync>;
 pub struct ApiConfig {
     /// Empty: only keyless callers on this machine, if those are allowed.
     pub keys: Vec<ApiKey>,
+    /// Keys that are stored, with budgets; none where the node keeps no accounts.
+    pub accounts: Option<Arc<dyn Accounts>>,
     /// Lets callers from a loopback address in without a key. A request that shows a key is still held to it.
     pub keyless_loopback: bool,
     /// Web origins that may call, beside pages served from this machine: `https://chat.example`. Never `*`: a page that
@@ -97,6 +101,7 @@ impl Default for ApiConfig {
     fn default() -> Self {
         ApiConfig {
             keys: Vec::new(),
+            accounts: None,
             keyless_loopback: true,
             allowed_origins: Vec::new(),
             allowed_hosts: Vec::new(),

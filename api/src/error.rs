@@ -5,6 +5,7 @@
 //! | 400 | the request itself; `param` names the field |
 //! | 401, 403 | no or wrong key; a web page that may not call |
 //! | 402 | money, with `metadata`. Never 429, which clients retry by themselves |
+//! | 429 | a key asks more often than it may, with `Retry-After` |
 //! | 404, 405, 408, 413, 422 | path or model; method; body too slow; body too large; `Idempotency-Key` reused |
 //! | 500, 502, 503, 504 | this node failed; the provider failed; not now; took too long |
 //!
@@ -79,6 +80,7 @@ impl ApiError {
     pub(crate) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> ApiError {
         let kind = match status {
             StatusCode::PAYMENT_REQUIRED => "insufficient_quota",
+            StatusCode::TOO_MANY_REQUESTS => "requests",
             s if s.is_server_error() => "server_error",
             _ => "invalid_request_error",
         };
@@ -103,6 +105,13 @@ impl ApiError {
     fn retry(mut self, retry: Retry) -> ApiError {
         self.retry = retry;
         self
+    }
+
+    /// Too many requests: the one case in which clients should come back by themselves.
+    pub(crate) fn too_many(wait: std::time::Duration) -> ApiError {
+        let seconds = wait.as_secs().saturating_add(u64::from(wait.subsec_nanos() > 0)).max(1);
+        let message = format!("Rate limit of this API key reached; try again in {seconds} s.");
+        ApiError::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_exceeded", message).retry(Retry::After(seconds))
     }
 
     pub(crate) fn never_retry(self) -> ApiError {
@@ -137,6 +146,7 @@ impl From<ServiceError> for ApiError {
             }
             ServiceError::ContextLength { .. } => ApiError::bad("context_length_exceeded", "messages", message),
             ServiceError::InvalidRequest { param, .. } => ApiError::bad("invalid_value", param, message),
+            ServiceError::Forbidden { code, .. } => ApiError::new(StatusCode::FORBIDDEN, code, message),
             ServiceError::InsufficientFunds(short) => {
                 let code = match short.limit {
                     LimitSource::Key => "key_limit_exceeded",

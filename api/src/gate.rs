@@ -5,6 +5,7 @@
 //! | caller | key | outcome |
 //! |---|---|---|
 //! | any | a configured one | in |
+//! | any | a stored one (`sk-satgrid-...`) | in, unless revoked, expired (401) or too often (429) |
 //! | any | an unknown one, and keys are configured | 401 |
 //! | loopback, keyless allowed, no proxy header, known host, known or no web origin | none needed | in |
 //! | the same from an unknown web origin or host | none | 403: a page in the user's browser, or DNS rebinding |
@@ -27,9 +28,11 @@ use sha2::{Digest, Sha256};
 use tracing::Instrument;
 
 use crate::{
+    accounts::KeyDenied,
     config::{ApiConfig, limits::MAX_TRACE_ID_BYTES},
     error::ApiError,
     router::Edge,
+    service::ServiceError,
 };
 
 const TRACE_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -40,6 +43,19 @@ const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 pub(crate) struct Caller {
     pub(crate) trace: String,
     pub(crate) key: Option<String>,
+    /// A stored key that makes and revokes others, and asks for no completions.
+    pub(crate) manages: bool,
+}
+
+impl Caller {
+    /// Keys that manage others ask for no completions, so that losing one loses no money.
+    pub(crate) fn may_infer(&self) -> Result<(), ApiError> {
+        if !self.manages {
+            return Ok(());
+        }
+        let message = "This key manages keys; it cannot ask for completions.";
+        Err(ApiError::new(StatusCode::FORBIDDEN, "management_key", message))
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -54,9 +70,10 @@ pub(crate) async fn trace(State(edge): State<Arc<Edge>>, mut request: Request, n
     request.extensions_mut().insert(Trace(id.clone()));
     let route = request.extensions().get::<MatchedPath>().map_or("other", MatchedPath::as_str).to_owned();
     let span = tracing::info_span!("request", request_id = %id);
+    let began = tokio::time::Instant::now();
     let mut response = next.run(request).instrument(span.clone()).await;
     let _entered = span.enter();
-    edge.metrics.responded(&route, response.status().as_u16());
+    edge.metrics.responded(&route, response.status().as_u16(), began.elapsed());
     tracing::debug!(%route, status = response.status().as_u16(), "answered");
     // Checked to be plain ASCII, or made here.
     if let Ok(value) = HeaderValue::from_str(&id) {
@@ -79,9 +96,13 @@ pub(crate) async fn gate(State(edge): State<Arc<Edge>>, mut request: Request, ne
         return next.run(request).await;
     }
     let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip());
-    match admit(&edge.config, request.headers(), request.uri(), peer) {
-        Ok(key) => {
-            request.extensions_mut().insert(Caller { trace, key });
+    let admitted = match stored(&edge, request.headers()).await {
+        Some(known) => known,
+        None => admit(&edge.config, request.headers(), request.uri(), peer).map(|key| (key, false)),
+    };
+    match admitted {
+        Ok((key, manages)) => {
+            request.extensions_mut().insert(Caller { trace, key, manages });
             next.run(request).await
         }
         Err(error) => {
@@ -89,6 +110,28 @@ pub(crate) async fn gate(State(edge): State<Arc<Edge>>, mut request: Request, ne
             error.into_response()
         }
     }
+}
+
+/// How every secret of a stored key begins. Others are left to the configured keys, and cost no look into the database.
+pub const STORED_KEY_PREFIX: &str = "sk-satgrid-";
+
+/// What a stored key says, if one is shown: its id and whether it manages.
+async fn stored(edge: &Edge, headers: &HeaderMap) -> Option<Result<(Option<String>, bool), ApiError>> {
+    let accounts = edge.config.accounts.as_ref()?;
+    let shown = shown_key(headers).filter(|shown| shown.starts_with(STORED_KEY_PREFIX))?;
+    let account = match accounts.admit(Sha256::digest(shown.as_bytes()).into()).await {
+        Ok(account) => account,
+        Err(KeyDenied::Unavailable { detail }) => return Some(Err(ServiceError::Internal { detail }.into())),
+        Err(denied @ (KeyDenied::Unknown | KeyDenied::Revoked | KeyDenied::Expired)) => {
+            return Some(Err(ApiError::new(StatusCode::UNAUTHORIZED, "invalid_api_key", denied.to_string())));
+        }
+    };
+    if let Some(per_minute) = account.requests_per_minute
+        && let Err(wait) = edge.pace.take(&account.id, per_minute)
+    {
+        return Some(Err(ApiError::too_many(wait)));
+    }
+    Some(Ok((Some(account.id), account.manages)))
 }
 
 /// The key's name, or `None` for a keyless caller that may come in.

@@ -9,15 +9,20 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod accounts;
 mod admin;
 mod body;
 mod completions;
 mod config;
 mod error;
 mod gate;
+mod histogram;
 mod idempotency;
+mod keys;
 mod metrics;
 mod models;
+mod openapi;
+mod pace;
 mod reply;
 mod request;
 mod router;
@@ -26,8 +31,15 @@ pub mod service;
 mod shutdown;
 mod stream;
 
-pub use admin::{AdminError, admin_router, serve_admin};
+pub use accounts::{
+    Account, AccountError, Accounts, Estimate, ExchangeRate, Generation, GenerationState, KeyDenied, KeyLimits,
+    KeyView, NewKey,
+};
+pub use admin::{AdminError, admin_router, metrics_router, serve_admin};
 pub use config::{ApiConfig, ApiKey, Clock, Entropy, limits};
+pub use gate::STORED_KEY_PREFIX;
+pub use histogram::Histogram;
+pub use keys::{admin_keys_router, key_json};
 pub use metrics::{ApiMetrics, MetricsRegistry, MetricsSource};
 pub use serve::{Api, serve};
 pub use service::*;

@@ -7,7 +7,10 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
+
+use crate::histogram::Histogram;
 
 /// Appends its families in Prometheus' text format, each with `# HELP` and `# TYPE`. Never blocks on I/O.
 pub trait MetricsSource: Send + Sync {
@@ -38,13 +41,19 @@ impl MetricsRegistry {
 #[derive(Debug, Default)]
 pub struct ApiMetrics {
     responses: Mutex<BTreeMap<(String, u16), u64>>,
+    heads: Mutex<BTreeMap<String, Arc<Histogram>>>,
     streams_opened: AtomicU64,
     streams_closed: AtomicU64,
     clients_left: AtomicU64,
 }
 
 impl ApiMetrics {
-    pub(crate) fn responded(&self, route: &str, status: u16) {
+    pub(crate) fn responded(&self, route: &str, status: u16, after: Duration) {
+        let heads = {
+            let mut heads = self.heads.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(heads.entry(route.to_owned()).or_default())
+        };
+        heads.observe(after);
         let mut responses = self.responses.lock().unwrap_or_else(PoisonError::into_inner);
         *responses.entry((route.to_owned(), status)).or_default() += 1;
     }
@@ -79,6 +88,11 @@ impl MetricsSource for ApiMetrics {
         for ((route, status), count) in &*self.responses.lock().unwrap_or_else(PoisonError::into_inner) {
             // Writing to a String cannot fail.
             let _ = writeln!(out, "satgrid_api_responses_total{{route=\"{route}\",status=\"{status}\"}} {count}");
+        }
+        out.push_str("# HELP satgrid_api_response_seconds From a request to the head of its response.\n");
+        out.push_str("# TYPE satgrid_api_response_seconds histogram\n");
+        for (route, heads) in &*self.heads.lock().unwrap_or_else(PoisonError::into_inner) {
+            heads.series(out, "satgrid_api_response_seconds", &format!("route=\"{route}\""));
         }
         out.push_str("# HELP satgrid_api_streams_open Streams open now.\n# TYPE satgrid_api_streams_open gauge\n");
         let _ = writeln!(out, "satgrid_api_streams_open {}", self.open_streams());

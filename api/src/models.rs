@@ -10,6 +10,7 @@ use axum::{
 };
 
 use crate::{
+    accounts::ExchangeRate,
     body,
     error::ApiError,
     reply::{DetokenizeReply, HealthReply, ModelList, ModelReply, TokenizeReply},
@@ -19,14 +20,20 @@ use crate::{
 };
 
 pub(crate) async fn list(State(edge): State<Arc<Edge>>) -> Response {
-    let data = edge.service.models().await.into_iter().map(ModelReply::from).collect();
+    let rate = exchange_rate(&edge);
+    let models = edge.service.models().await;
+    let data = models.into_iter().map(|model| ModelReply::new(model, rate.as_ref())).collect();
     Json(ModelList { object: "list", data }).into_response()
 }
 
 pub(crate) async fn one(State(edge): State<Arc<Edge>>, Path(id): Path<String>) -> Result<Response, ApiError> {
     let found = edge.service.models().await.into_iter().find(|model| model.id == id);
     let model = found.ok_or(ServiceError::UnknownModel { model: id })?;
-    Ok(Json(ModelReply::from(model)).into_response())
+    Ok(Json(ModelReply::new(model, exchange_rate(&edge).as_ref())).into_response())
+}
+
+fn exchange_rate(edge: &Edge) -> Option<ExchangeRate> {
+    edge.config.accounts.as_ref().and_then(|accounts| accounts.exchange_rate())
 }
 
 pub(crate) async fn tokenize(State(edge): State<Arc<Edge>>, request: Request) -> Result<Response, ApiError> {

@@ -5,7 +5,10 @@
 use satgrid_types::{FinishReason, RateCard, TokenUsage};
 use serde::Serialize;
 
-use crate::service::{Bill, Leg, ModelInfo};
+use crate::{
+    accounts::ExchangeRate,
+    service::{Bill, Leg, ModelInfo},
+};
 
 /// Which of the two completion endpoints is answering.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -133,6 +136,9 @@ struct CompletionDetails {
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct CostReply {
     cost_msat: u64,
+    /// Dollars, as OpenRouter's clients read it; only where an exchange rate is configured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cost: Option<serde_json::Number>,
     cost_details: CostDetails,
     receipt_ids: Vec<String>,
 }
@@ -141,6 +147,11 @@ pub(crate) struct CostReply {
 struct CostDetails {
     /// Lightning fees, on top of `cost_msat`.
     routing_fees_msat: u64,
+    /// What counts against the key, where that is not `cost_msat`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    charged_msat: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exchange_rate: Option<serde_json::Value>,
     providers: Vec<LegReply>,
 }
 
@@ -157,7 +168,7 @@ struct LegReply {
 }
 
 #[derive(Debug, Clone, Serialize)]
-struct RatesReply {
+pub(crate) struct RatesReply {
     input: u64,
     cached_input: u64,
     output: u64,
@@ -184,12 +195,24 @@ impl From<&Leg> for LegReply {
     }
 }
 
+/// A decimal as a JSON number: what OpenRouter's clients expect. Display only.
+pub(crate) fn usd_number(decimal: &str) -> Option<serde_json::Number> {
+    decimal.parse().ok().and_then(serde_json::Number::from_f64)
+}
+
+pub(crate) fn rate_json(rate: &ExchangeRate) -> serde_json::Value {
+    serde_json::json!({ "usd_per_btc": rate.usd_per_btc(), "at": rate.at.as_secs(), "source": rate.source })
+}
+
 impl CostReply {
     pub(crate) fn of(bill: &Bill) -> CostReply {
         CostReply {
             cost_msat: bill.cost.0,
+            cost: bill.rate.as_ref().and_then(|rate| usd_number(&rate.usd(bill.charged.unwrap_or(bill.cost)))),
             cost_details: CostDetails {
                 routing_fees_msat: bill.routing_fees.0,
+                charged_msat: bill.charged.map(|charged| charged.0),
+                exchange_rate: bill.rate.as_ref().map(rate_json),
                 providers: bill.legs.iter().map(LegReply::from).collect(),
             },
             receipt_ids: bill.legs.iter().filter_map(|leg| leg.receipt).map(|id| id.to_string()).collect(),
@@ -223,6 +246,9 @@ pub(crate) struct ModelReply {
     created: u64,
     owned_by: &'static str,
     context_length: u32,
+    /// Dollars for a token and a request, as OpenRouter writes them; only where an exchange rate is configured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pricing: Option<PricingReply>,
     msat_per_mtok: RatesReply,
     per_request_msat: u64,
     sellers: u32,
@@ -230,9 +256,35 @@ pub(crate) struct ModelReply {
     model_root: Option<String>,
 }
 
-impl From<ModelInfo> for ModelReply {
-    fn from(model: ModelInfo) -> ModelReply {
+#[derive(Serialize)]
+struct PricingReply {
+    prompt: String,
+    completion: String,
+    input_cache_read: String,
+    request: String,
+}
+
+impl PricingReply {
+    fn of(rates: &RateCard, rate: &ExchangeRate) -> PricingReply {
+        // A price for a million tokens is a millionth of a price for one: the decimal point moves by six places.
+        let per_token = |msat_per_mtok: u64| {
+            let pico = rate.usd_pico(satgrid_types::Msat(msat_per_mtok));
+            let unit = 10_u128.pow(18);
+            format!("{}.{:018}", pico / unit, pico % unit)
+        };
+        PricingReply {
+            prompt: per_token(rates.input.0),
+            completion: per_token(rates.output.0),
+            input_cache_read: per_token(rates.cached_input.0),
+            request: rate.usd(rates.per_request),
+        }
+    }
+}
+
+impl ModelReply {
+    pub(crate) fn new(model: ModelInfo, rate: Option<&ExchangeRate>) -> ModelReply {
         ModelReply {
+            pricing: rate.map(|rate| PricingReply::of(&model.rates, rate)),
             object: "model",
             created: model.created.as_secs(),
             owned_by: "satgrid",

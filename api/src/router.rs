@@ -21,8 +21,10 @@ use crate::{
     error::{ApiError, SHOULD_RETRY},
     gate,
     idempotency::Runs,
+    keys,
     metrics::ApiMetrics,
-    models,
+    models, openapi,
+    pace::Pace,
     service::{Service, ServiceError},
     shutdown::Closing,
 };
@@ -34,6 +36,7 @@ const PREFLIGHT_AGE: Duration = Duration::from_secs(600);
 pub(crate) struct Edge {
     pub(crate) service: Arc<dyn Service>,
     pub(crate) config: ApiConfig,
+    pub(crate) pace: Pace,
     pub(crate) runs: Arc<Runs>,
     pub(crate) in_flight: Arc<Semaphore>,
     pub(crate) closing: Closing,
@@ -48,6 +51,7 @@ pub(crate) fn router(
 ) -> Router {
     let edge = Arc::new(Edge {
         service,
+        pace: Pace::default(),
         runs: Runs::new(config.idempotency_runs, config.idempotency_window, config.idempotency_grace),
         in_flight: Arc::new(Semaphore::new(config.max_in_flight)),
         config,
@@ -56,6 +60,7 @@ pub(crate) fn router(
     });
     Router::new()
         .route("/health", get(models::health))
+        .route("/v1/openapi.json", get(openapi::serve))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::one))
         .route("/v1/chat/completions", post(completions::chat))
@@ -63,6 +68,11 @@ pub(crate) fn router(
         .route("/v1/tokenize", post(models::tokenize))
         .route("/v1/detokenize", post(models::detokenize))
         .route("/v1/embeddings", post(models::embeddings))
+        .route("/v1/estimate", post(keys::estimate))
+        .route("/v1/generations/{id}", get(keys::generation))
+        .route("/v1/key", get(keys::own))
+        .route("/v1/keys", get(keys::list).post(keys::create))
+        .route("/v1/keys/{id}", get(keys::show).delete(keys::revoke))
         .fallback(models::unknown_path)
         .method_not_allowed_fallback(models::wrong_method)
         .layer(from_fn_with_state(Arc::clone(&edge), gate::gate))
@@ -78,12 +88,14 @@ pub(crate) fn router(
 fn cors(edge: &Arc<Edge>) -> CorsLayer {
     let config = Arc::clone(edge);
     let origin = AllowOrigin::predicate(move |origin: &HeaderValue, _: &Parts| {
-        !config.config.keys.is_empty() || gate::allows_origin(&config.config, origin)
+        !config.config.keys.is_empty()
+            || config.config.accounts.is_some()
+            || gate::allows_origin(&config.config, origin)
     });
     let exposed = ["x-request-id", "x-satgrid-cost-msat", "idempotent-replayed"].map(HeaderName::from_static);
     CorsLayer::new()
         .allow_origin(origin)
-        .allow_methods([Method::GET, Method::POST])
+        .allow_methods([Method::GET, Method::POST, Method::DELETE])
         .allow_headers(AllowHeaders::mirror_request())
         .expose_headers([SHOULD_RETRY, header::RETRY_AFTER].into_iter().chain(exposed).collect::<Vec<_>>())
         .allow_private_network(true)

@@ -26,6 +26,8 @@ use satgrid_types::{
 use thiserror::Error;
 use tokio::time::Instant;
 
+use crate::accounts::ExchangeRate;
+
 /// What a node does for its API clients.
 #[async_trait]
 pub trait Service: Send + Sync + 'static {
@@ -185,6 +187,16 @@ pub struct MaxPrice {
     pub prompt: Option<MsatPerMtok>,
     pub completion: Option<MsatPerMtok>,
     pub request: Option<Msat>,
+    /// The same in dollars, where the caller said it so: only a node with an exchange rate can hold it.
+    pub usd: MaxPriceUsd,
+}
+
+/// Limits in millionths of a dollar: for a million tokens, and for a request.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct MaxPriceUsd {
+    pub prompt: Option<u64>,
+    pub completion: Option<u64>,
+    pub request: Option<u64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -215,6 +227,10 @@ pub struct Bill {
     pub routing_fees: Msat,
     /// One for each provider that worked, in order.
     pub legs: Vec<Leg>,
+    /// What counts against the caller's key, where that is not `cost`.
+    pub charged: Option<Msat>,
+    /// What a bitcoin was worth at that moment, where the operator named a source.
+    pub rate: Option<ExchangeRate>,
 }
 
 /// One provider's part of a request.
@@ -257,6 +273,9 @@ pub enum ServiceError {
     ContextLength { prompt_tokens: u32, context_length: u32 },
     #[error("{message}")]
     InvalidRequest { param: String, message: String },
+    /// The key may not do this: another model, or no completions at all.
+    #[error("{message}")]
+    Forbidden { code: &'static str, message: String },
     #[error(
         "This request needs {} msat and {} msat are available ({}).",
         .0.required.0, .0.available.0, .0.limit.as_str()

@@ -11,6 +11,7 @@
 //! | [`journal`] | the port behind which entries are durable |
 //! | [`claim`] | what a provider owes on one session, as a file that proves it |
 //! | [`retention`] | which bodies may go, when nothing of a session is open any more |
+//! | [`keys`] | what an API client's key may spend, reserved before and posted after |
 //! | [`log`] | RFC 6962 Merkle tree, proofs and signed checkpoints |
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 #![cfg_attr(
@@ -25,6 +26,7 @@ pub mod bundle;
 pub mod claim;
 pub mod entry;
 pub mod journal;
+pub mod keys;
 pub mod log;
 pub mod retention;
 pub mod statements;

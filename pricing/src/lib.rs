@@ -9,8 +9,12 @@
     deny(clippy::arithmetic_side_effects, clippy::cast_possible_truncation, clippy::float_arithmetic)
 )]
 
+mod ceiling;
+
 use satgrid_types::{Msat, Numerators, RateCard, TokenUsage};
 use thiserror::Error;
+
+pub use ceiling::{Ceiling, affordable_output, ceiling, leg_ceiling};
 
 /// Units in a million: prices are per million units of work.
 pub const PER_MILLION: u64 = 1_000_000;

@@ -6,6 +6,7 @@
 //! | `a_paid_answer_on_the_real_model` | the demo as `make demo` runs it |
 //! | `a_killed_provider_is_replaced_in_mid_stream` | SIGKILL for the serving provider; the bill sums both legs |
 //! | `a_market_under_bad_input_and_bad_luck` | one market on a tiny model, left running, and everything that is done to it |
+//! | `budgets_hold` | keys on a running node: twenty at once on the balance of one, refusals, a crash |
 //! | `ports_that_are_taken` | told at once, by number |
 //!
 //! Nothing here looks inside the program: files, ports, exit codes and the auditor's verdict are all there is.
@@ -15,6 +16,8 @@
 mod bad_input;
 #[path = "e2e/bad_luck.rs"]
 mod bad_luck;
+#[path = "e2e/budgets.rs"]
+mod budgets;
 #[path = "e2e/http.rs"]
 mod http;
 #[path = "e2e/market.rs"]
@@ -139,6 +142,21 @@ fn a_market_under_bad_input_and_bad_luck() {
     });
     bad_luck::providers_return(&mut market, &runtime);
     market.audit("after both providers were killed");
+    market.stop();
+}
+
+#[test]
+#[ignore = "needs the built binary: tests/scripts/e2e.sh"]
+fn budgets_hold() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = tiny_model(dir.path());
+    let mut market = Market::start(&dir.path().join("market"), &model);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        market.case("keys and budgets", budgets::hold(&market)).await;
+    });
+    market.audit("after calls with budgets");
+    budgets::survive(&mut market, &runtime);
     market.stop();
 }
 

@@ -6,8 +6,11 @@ use super::fields::Fields;
 use crate::{
     config::limits,
     error::ApiError,
-    service::{MaxPrice, Routing, RoutingSort},
+    service::{MaxPrice, MaxPriceUsd, Routing, RoutingSort},
 };
+
+/// Highest limit in dollars: nobody sells a million tokens for more.
+const MAX_USD: f64 = 2_000.0;
 
 pub(super) fn routing(top: &Fields<'_>) -> Result<Routing, ApiError> {
     let Some(provider) = top.object("provider")? else { return Ok(Routing::default()) };
@@ -40,20 +43,25 @@ fn sort(provider: &Fields<'_>) -> Result<Option<RoutingSort>, ApiError> {
     }
 }
 
-/// OpenRouter's `prompt` and `completion` are dollars a million tokens. A cap must not be read in another unit than it
-/// was meant in, so those names are refused and ours end in their unit.
+/// OpenRouter's `prompt` and `completion` are dollars a million tokens, `request` dollars; ours end in their unit. The
+/// dollars are turned into msat by the node, which refuses them where it has no exchange rate.
 fn max_price(provider: &Fields<'_>) -> Result<MaxPrice, ApiError> {
     let Some(cap) = provider.object("max_price")? else { return Ok(MaxPrice::default()) };
-    for dollars in ["prompt", "completion", "request", "image"] {
-        if cap.get(dollars).is_some() {
-            let message = "A price in dollars needs an exchange rate, and none is configured. Use \
-                           `prompt_msat_per_mtok`, `completion_msat_per_mtok` and `request_msat`.";
-            return Err(ApiError::bad("unsupported_parameter", cap.name(dollars), message));
-        }
+    if cap.get("image").is_some() {
+        return Err(cap.unsupported("image", "a price for images"));
     }
+    let dollars = |field| -> Result<Option<u64>, ApiError> {
+        let micro = cap.micro_unsigned(field, 0.0..=MAX_USD)?;
+        Ok(micro.map(u64::from))
+    };
     Ok(MaxPrice {
         prompt: cap.integer("prompt_msat_per_mtok", 0..=u64::MAX)?.map(MsatPerMtok),
         completion: cap.integer("completion_msat_per_mtok", 0..=u64::MAX)?.map(MsatPerMtok),
         request: cap.integer("request_msat", 0..=u64::MAX)?.map(Msat),
+        usd: MaxPriceUsd {
+            prompt: dollars("prompt")?,
+            completion: dollars("completion")?,
+            request: dollars("request")?,
+        },
     })
 }

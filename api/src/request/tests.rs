@@ -4,7 +4,7 @@ use satgrid_types::{Msat, MsatPerMtok, Sampling};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::service::{MaxPrice, Message, Role, Routing, RoutingSort};
+use crate::service::{MaxPrice, MaxPriceUsd, Message, Role, Routing, RoutingSort};
 
 const SEED: u64 = 7;
 
@@ -99,7 +99,7 @@ fn what_is_refused_is_named() {
         (json!({"provider": {"only": "me"}}), kind, "provider.only"),
         (json!({"provider": {"data_collection": "deny"}}), unsupported, "provider.data_collection"),
         (json!({"provider": {"zdr": true}}), unsupported, "provider.zdr"),
-        (json!({"provider": {"max_price": {"prompt": 1}}}), unsupported, "provider.max_price.prompt"),
+        (json!({"provider": {"max_price": {"image": 1}}}), unsupported, "provider.max_price.image"),
         (json!({"provider": {"max_price": {"request_msat": -1}}}), bad, "provider.max_price.request_msat"),
     ] {
         check_refused(extra, code, param);
@@ -165,7 +165,7 @@ fn everything_that_is_set_comes_through() {
         "provider": {
             "order": ["p1"], "only": ["p1", "p2"], "ignore": ["p3"], "allow_fallbacks": false, "sort": "latency",
             "quantizations": ["Q4_K_M"],
-            "max_price": {"prompt_msat_per_mtok": 5, "completion_msat_per_mtok": 6, "request_msat": 0}
+            "max_price": {"prompt_msat_per_mtok": 5, "completion_msat_per_mtok": 6, "request_msat": 0, "prompt": 0.25}
         }
     });
     let parsed = parse(&body).unwrap();
@@ -204,6 +204,7 @@ fn everything_that_is_set_comes_through() {
                     prompt: Some(MsatPerMtok(5)),
                     completion: Some(MsatPerMtok(6)),
                     request: Some(Msat(0)),
+                    usd: MaxPriceUsd { prompt: Some(250_000), ..MaxPriceUsd::default() },
                 },
                 quantisations: vec!["Q4_K_M".into()],
             },

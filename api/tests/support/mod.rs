@@ -64,6 +64,7 @@ pub(crate) fn bill() -> Bill {
         cost: Msat(210),
         routing_fees: Msat(0),
         legs: vec![leg(0xaa, Some(0x11), 9, 3)],
+        ..Bill::default()
     }
 }
 
@@ -74,6 +75,7 @@ pub(crate) fn bill_of_two() -> Bill {
         cost: Msat(170 + 230),
         routing_fees: Msat(1_000),
         legs: vec![leg(0xaa, None, 9, 2), leg(0xbb, Some(0x22), 11, 3)],
+        ..Bill::default()
     }
 }
 

@@ -6,6 +6,7 @@
 //! | `writer` | the task that owns the writing connection and commits many appends in one transaction |
 //! | `reader` | [`SqliteReader`]: entries, checkpoints and proofs, also beside a running node |
 //! | `keep` | checkpoints of others, and pruned bodies |
+//! | `keys` | [`KeyStore`]: API keys, what they may spend and what their calls cost |
 //! | `lock` | a second process is refused |
 //!
 //! SQLite runs in WAL mode with `synchronous=FULL`: an append that returned is on the disk. This crate decides nothing
@@ -14,11 +15,13 @@
 
 mod journal;
 mod keep;
+mod keys;
 mod lock;
 mod open;
 mod reader;
 mod writer;
 
 pub use journal::{Options, SqliteJournal};
+pub use keys::{CallEnd, CallRef, CallRow, CallState, KeyError, KeyStore, NewCall, OpenCall};
 pub use open::OpenError;
 pub use reader::SqliteReader;

@@ -60,6 +60,11 @@ pub(crate) fn read_options(path: &Path) -> SqliteConnectOptions {
     options(path).read_only(true)
 }
 
+/// What was committed is on the disk.
+pub(crate) fn writer_options(path: &Path) -> SqliteConnectOptions {
+    options(path).journal_mode(SqliteJournalMode::Wal).synchronous(SqliteSynchronous::Full)
+}
+
 /// Opens for writing, creates and migrates.
 pub(crate) async fn writer(path: &Path, max_pages: Option<u32>) -> Result<SqliteConnection, OpenError> {
     let sqlite = |source| OpenError::Sqlite { path: path.to_owned(), source };
@@ -71,7 +76,7 @@ pub(crate) async fn writer(path: &Path, max_pages: Option<u32>) -> Result<Sqlite
         .mode(0o600)
         .open(path)
         .map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
-    let mut options = options(path).journal_mode(SqliteJournalMode::Wal).synchronous(SqliteSynchronous::Full);
+    let mut options = writer_options(path);
     if let Some(pages) = max_pages {
         options = options.pragma("max_page_count", pages.to_string());
     }

@@ -10,6 +10,7 @@ use crate::drive::{
     market::{Listening, Market},
     now,
     provider::ProviderView,
+    upstream::RunningEngine,
 };
 use anyhow::Context;
 use axum::{
@@ -21,8 +22,7 @@ use axum::{
     routing::{get, post},
 };
 use rand::RngCore;
-use satgrid_engine::port::Engine;
-use satgrid_engine_llama::LlamaEngine;
+use satgrid_api::{Accounts, admin_keys_router};
 use satgrid_market_nostr::RelayHealth;
 use satgrid_node::consumer::ConsumerEvent;
 use satgrid_types::{Msat, NodeKey, NostrKey, SessionId, UnixMs};
@@ -66,7 +66,7 @@ pub(crate) struct State {
     pub relays: watch::Receiver<Vec<RelayHealth>>,
     pub api_listen: Option<SocketAddr>,
     /// What is for sale, by its listed name, with the engine that runs it.
-    pub engines: Vec<(String, Arc<LlamaEngine>)>,
+    pub engines: Vec<(String, RunningEngine)>,
     pub started: UnixMs,
     pub market: Market,
     pub heard: Option<Arc<Listening>>,
@@ -92,14 +92,15 @@ pub(crate) fn token(dir: &Path) -> anyhow::Result<String> {
 }
 
 /// The guarded routes.
-pub(crate) fn router(state: State) -> Router {
+pub(crate) fn router(state: State, accounts: Arc<dyn Accounts>) -> Router {
     Router::new()
         .route("/admin/v1/status", get(status))
         .merge(wallet::routes())
         .merge(apps::routes())
         .route("/admin/v1/sessions/{session}/close", post(close_session))
-        .layer(axum::middleware::from_fn_with_state(state.clone(), authorise))
-        .with_state(state)
+        .with_state(state.clone())
+        .merge(admin_keys_router(accounts))
+        .layer(axum::middleware::from_fn_with_state(state, authorise))
 }
 
 /// Lets in whoever shows the token. Hashes are compared, so that time tells nothing of it.

@@ -82,6 +82,9 @@ pub(crate) enum Command {
     /// The wallet of the running node
     #[command(subcommand)]
     Wallet(WalletCommand),
+    /// API keys of the running node: what each may spend and has spent
+    #[command(subcommand)]
+    Keys(KeysCommand),
     /// Look at, export and verify the ledger (the same as satgrid-ledger)
     #[command(disable_help_flag = true)]
     Ledger {
@@ -109,6 +112,50 @@ pub(crate) enum MarketCommand {
         #[arg(long, default_value_t = 256)]
         output: u32,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum KeysCommand {
+    /// Make a key and print its secret, this once
+    Create(NewKeyArgs),
+    /// Every key with its limits and figures
+    List,
+    /// One key
+    Show {
+        /// Its id, such as key_17
+        id: String,
+    },
+    /// End a key and every key below it
+    Revoke { id: String },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NewKeyArgs {
+    /// What it is for
+    pub name: String,
+    /// It makes and revokes keys below itself, over the API, and asks for no completions
+    #[arg(long)]
+    pub manage: bool,
+    /// The key that it stands below: its calls count against that one too
+    #[arg(long, value_name = "KEY")]
+    pub parent: Option<String>,
+    /// The most that one request may cost, in sat
+    #[arg(long, value_name = "SAT")]
+    pub per_request_sat: Option<u64>,
+    /// The most that it may spend in a day (UTC), in sat
+    #[arg(long, value_name = "SAT")]
+    pub per_day_sat: Option<u64>,
+    /// The most that it may ever spend, in sat
+    #[arg(long, value_name = "SAT")]
+    pub total_sat: Option<u64>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub requests_per_minute: Option<u32>,
+    /// A model that it may use; may be repeated [default: all]
+    #[arg(long = "model", value_name = "NAME")]
+    pub models: Vec<String>,
+    /// How long it lives
+    #[arg(long, value_name = "DAYS")]
+    pub days: Option<u64>,
 }
 
 #[derive(Debug, Subcommand)]

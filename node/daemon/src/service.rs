@@ -3,6 +3,10 @@
 //! The walk: name to root by the catalogue, a plan over the book, the model's tokenizer (fetched by its hash if need be),
 //! template and tokens, a plan again with the true length, then a call to the role. Nothing here moves money.
 
+use crate::accounts::{
+    Desk,
+    budget::{Budget, Wanted as BudgetWanted},
+};
 use crate::drive::{
     consumer::{ConsumerView, Message},
     market::Market,
@@ -22,7 +26,7 @@ use satgrid_engine::{
 };
 use satgrid_market::{Choice, Demand, NoPlan, ProviderPattern, Sort, Verdict, Wanted};
 use satgrid_node::consumer::{Bill, CallError, CallId, ConsumerEvent, Emission, FundsLimit, Submit};
-use satgrid_types::{Digest, FinishReason, ModelRoot, Msat, TokenUsage, UnixMs, VerifiedListing};
+use satgrid_types::{Digest, FinishReason, ModelRoot, Msat, RequestId, TokenUsage, UnixMs, VerifiedListing};
 use satgrid_wallet::{InvoiceRequest, Lightning};
 use sha2::Digest as _;
 use std::{
@@ -53,8 +57,17 @@ pub(crate) struct Gateway {
     pub allow_unverified_names: bool,
     pub only: Vec<ProviderPattern>,
     pub prefer: Vec<ProviderPattern>,
+    pub desk: Arc<Desk>,
     pub next_call: AtomicU64,
     pub started: UnixMs,
+}
+
+/// A request as it would be sent.
+pub(crate) struct Prepared {
+    pub candidates: Vec<VerifiedListing>,
+    vocabulary: Arc<Vocabulary>,
+    pub prompt: Vec<u32>,
+    pub max_output: u32,
 }
 
 /// A model, the providers to try, and the words to speak with them.
@@ -96,13 +109,13 @@ impl Service for Gateway {
     async fn complete(
         &self,
         request: CompletionRequest,
-        _context: CallContext,
+        context: CallContext,
     ) -> Result<CompletionStream, ServiceError> {
         let mut names = vec![request.model.clone()];
         names.extend(request.fallback_models.iter().cloned());
         let mut first_error = None;
         for name in names {
-            match self.start(&name, &request).await {
+            match self.start(&name, &request, &context).await {
                 Ok(stream) => return Ok(stream),
                 Err(error) => {
                     let elsewhere =
@@ -145,7 +158,8 @@ impl Service for Gateway {
 }
 
 impl Gateway {
-    async fn start(&self, name: &str, request: &CompletionRequest) -> Result<CompletionStream, ServiceError> {
+    /// What a request would be sent as: who may serve it, its tokens, its longest output.
+    pub(crate) async fn prepare(&self, name: &str, request: &CompletionRequest) -> Result<Prepared, ServiceError> {
         let asked = request.max_tokens.unwrap_or(EXPECTED_OUTPUT);
         // A first plan finds the tokenizer, a second one knows the prompt's length.
         let planned = self.plan(name, &request.routing, 1, 1).await?;
@@ -164,37 +178,63 @@ impl Gateway {
         let planned = self.plan(name, &request.routing, prompt_tokens, asked.min(longest - prompt_tokens)).await?;
         let room = planned.candidates.first().map_or(longest, |l| l.context_length).saturating_sub(prompt_tokens);
         let max_output = request.max_tokens.unwrap_or(room).min(room).max(1);
+        let Planned { candidates, vocabulary } = planned;
+        Ok(Prepared { candidates, vocabulary, prompt, max_output })
+    }
+
+    async fn start(
+        &self,
+        name: &str,
+        request: &CompletionRequest,
+        context: &CallContext,
+    ) -> Result<CompletionStream, ServiceError> {
+        let Prepared { candidates, vocabulary, prompt, max_output } = self.prepare(name, request).await?;
+        let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
+        let rates = candidates.iter().map(|listing| listing.rates).collect();
+        let wanted = BudgetWanted { model: name, request, rates, prompt: prompt_tokens, max_output };
+        let budget = Budget::open(&self.desk, context, wanted).await?;
         let call = CallId(self.next_call.fetch_add(1, Ordering::Relaxed));
         let submit = Submit {
             call,
-            candidates: planned.candidates.clone(),
+            candidates,
             prompt,
             sampling: request.sampling.clone(),
             stop: request.stop.clone(),
-            max_output,
-            ends: planned.vocabulary.tokenizer.special().eog.clone(),
+            max_output: budget.max_output,
+            ends: vocabulary.tokenizer.special().eog.clone(),
             allow_fallbacks: request.routing.allow_fallbacks,
             part: None,
+            max_cost: budget.max_cost(),
         };
         let (emit, emissions) = mpsc::unbounded_channel();
-        self.consumer.send(Message::Call(Box::new(submit), emit)).await.map_err(|_| stopped())?;
         let mut run = Run {
             call,
             emissions,
             consumer: self.consumer.clone(),
-            vocabulary: planned.vocabulary,
+            vocabulary,
+            budget: Some(budget),
             text: TextStream::new(&request.stop),
             emitted_tokens: 0,
             prompt_tokens,
             model: name.to_owned(),
             over: false,
         };
+        if self.consumer.send(Message::Call(Box::new(submit), emit)).await.is_err() {
+            run.ended(None, &api::Bill::default()).await;
+            return Err(stopped());
+        }
         // Admitted once a provider has the request: refusals before that become statuses.
         let started = match run.emissions.recv().await {
-            Some(Emission::Ordered { .. } | Emission::Ticket { .. }) => return Err(stopped()),
-            Some(Emission::Started { .. }) => CompletionEvent::Started { model: name.to_owned(), fingerprint: None },
+            Some(Emission::Ordered { .. } | Emission::Ticket { .. }) => {
+                run.ended(None, &api::Bill::default()).await;
+                return Err(stopped());
+            }
+            Some(Emission::Started { request, .. }) => {
+                run.leg(request).await?;
+                CompletionEvent::Started { model: name.to_owned(), fingerprint: None }
+            }
             Some(Emission::Failed { error, bill }) => {
-                run.over = true;
+                run.ended(None, &api_bill(&bill, prompt_tokens, 0)).await;
                 return Err(self.refused(name, error, &bill).await);
             }
             Some(Emission::Tokens { .. } | Emission::Finished { .. }) | None => return Err(stopped()),
@@ -248,9 +288,10 @@ impl Gateway {
         demand.order = if routing.order.is_empty() { self.prefer.clone() } else { patterns("order", &routing.order)? };
         demand.allow_fallbacks = routing.allow_fallbacks || routing.order.is_empty();
         demand.quantisations = routing.quantisations.iter().cloned().collect::<BTreeSet<_>>();
-        demand.max_price.input = routing.max_price.prompt;
-        demand.max_price.output = routing.max_price.completion;
-        demand.max_price.per_request = routing.max_price.request;
+        let most = self.desk.rate.max_price(&routing.max_price)?;
+        demand.max_price.input = most.prompt;
+        demand.max_price.output = most.completion;
+        demand.max_price.per_request = most.request;
         demand.sort = match routing.sort {
             Some(RoutingSort::Throughput) => Sort::Throughput,
             Some(RoutingSort::Latency) => Sort::Latency,
@@ -321,25 +362,71 @@ struct Run {
     prompt_tokens: u32,
     model: String,
     over: bool,
+    /// Taken when the call has ended.
+    budget: Option<Budget>,
 }
 
 impl Drop for Run {
     fn drop(&mut self) {
         if !self.over {
             let (consumer, call) = (self.consumer.clone(), self.call);
+            let (_, none) = mpsc::unbounded_channel();
+            let mut emissions = std::mem::replace(&mut self.emissions, none);
+            let (budget, prompt, output) = (self.budget.take(), self.prompt_tokens, self.emitted_tokens);
             tokio::spawn(async move {
                 let _ = consumer.send(Message::Event(ConsumerEvent::Cancel { call })).await;
+                // What the client has left behind is still paid for: its end says how much that was.
+                let Some(budget) = budget else { return };
+                let mut output = output;
+                while let Some(emission) = emissions.recv().await {
+                    match emission {
+                        Emission::Started { request, .. } => drop(budget.leg(request).await),
+                        Emission::Tokens { ids } => {
+                            output = output.saturating_add(u32::try_from(ids.len()).unwrap_or(u32::MAX));
+                        }
+                        Emission::Finished { bill, .. } | Emission::Failed { bill, .. } => {
+                            let bill = budget.rated(api_bill(&bill, prompt, output));
+                            return budget.end(None, &bill).await;
+                        }
+                    }
+                }
             });
         }
     }
 }
 
 impl Run {
+    /// Writes down which request to a provider the call now is.
+    async fn leg(&self, request: RequestId) -> Result<(), ServiceError> {
+        match &self.budget {
+            Some(budget) => budget.leg(request).await,
+            None => Ok(()),
+        }
+    }
+
+    /// The call has ended: its budget is posted, and its bill gets the moment's exchange rate.
+    async fn ended(&mut self, finish: Option<FinishReason>, bill: &api::Bill) -> api::Bill {
+        self.over = true;
+        let Some(budget) = self.budget.take() else { return bill.clone() };
+        let bill = budget.rated(bill.clone());
+        budget.end(finish, &bill).await;
+        bill
+    }
+
     async fn next(&mut self) -> Option<Result<CompletionEvent, ServiceError>> {
         while !self.over {
             let event = match self.emissions.recv().await {
-                Some(Emission::Started { .. } | Emission::Ordered { .. } | Emission::Ticket { .. }) => continue,
+                Some(Emission::Ordered { .. } | Emission::Ticket { .. }) => continue,
+                Some(Emission::Started { request, .. }) => {
+                    if let Err(error) = self.leg(request).await {
+                        return Some(Err(error));
+                    }
+                    continue;
+                }
                 Some(Emission::Tokens { ids }) => {
+                    if self.emitted_tokens == 0 {
+                        self.budget.iter().for_each(Budget::spoke);
+                    }
                     self.emitted_tokens += u32::try_from(ids.len()).unwrap_or(u32::MAX);
                     let mut delta = String::new();
                     match self.vocabulary.tokenizer.pieces(&ids, false).await {
@@ -360,12 +447,12 @@ impl Run {
                         std::mem::swap(&mut self.emissions, &mut emissions);
                         return Some(Ok(CompletionEvent::Text { delta: rest }));
                     }
-                    self.over = true;
                     let reason = if self.text.stopped() { FinishReason::Stop } else { reason };
-                    CompletionEvent::Finished { reason, bill: api_bill(&bill, self.prompt_tokens, self.emitted_tokens) }
+                    let bill = api_bill(&bill, self.prompt_tokens, self.emitted_tokens);
+                    CompletionEvent::Finished { reason, bill: self.ended(Some(reason), &bill).await }
                 }
                 Some(Emission::Failed { error, bill }) => {
-                    self.over = true;
+                    self.ended(None, &api_bill(&bill, self.prompt_tokens, self.emitted_tokens)).await;
                     tracing::info!(model = %self.model, %error, "a call failed");
                     return Some(Err(ended(error, &bill, self.prompt_tokens, self.emitted_tokens)));
                 }
@@ -445,6 +532,7 @@ fn api_bill(bill: &Bill, prompt: u32, completion: u32) -> api::Bill {
         cost: bill.cost(),
         routing_fees: Msat::ZERO,
         legs: legs.collect(),
+        ..api::Bill::default()
     }
 }
 

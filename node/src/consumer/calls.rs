@@ -65,6 +65,19 @@ impl Call {
             None => Meter::Tokens { prompt_tokens: self.prompt_len(), max_output: self.output_left() },
         }
     }
+    /// Why this provider could take the call above its limit; `None` where it cannot. A quote dearer than the listing is
+    /// refused later, so the listing's rates bound what it may charge.
+    fn over_budget(&self, listing: &VerifiedListing) -> Option<String> {
+        let max = self.submit.max_cost?;
+        let so_far = self.bill.cost();
+        let more = satgrid_pricing::leg_ceiling(self.prompt_len(), self.output_left(), &listing.rates);
+        let whole = more.ok().and_then(|more| more.checked_add(so_far));
+        if whole.is_some_and(|whole| whole <= max) {
+            return None;
+        }
+        let provider = listing.node_key.short();
+        Some(format!("provider {provider} could bring the cost over the {max} that this call may spend"))
+    }
 }
 
 pub(super) fn len(tokens: &[u32]) -> u32 {
@@ -120,6 +133,10 @@ impl Consumer {
                 && *until > now
             {
                 call.last_failure = format!("provider {} is avoided for now: {why}", listing.node_key.short());
+                continue;
+            }
+            if let Some(over) = call.over_budget(&listing) {
+                call.last_failure = over;
                 continue;
             }
             call.attempts += 1;

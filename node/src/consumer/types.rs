@@ -94,6 +94,8 @@ pub struct Submit {
     pub allow_fallbacks: bool,
     /// Work on a part of a model, of the one candidate; then there is no prompt and no output.
     pub part: Option<PartOrder>,
+    /// The most that the call may cost, over all providers: none is asked that could go above it.
+    pub max_cost: Option<Msat>,
 }
 
 /// What happened.

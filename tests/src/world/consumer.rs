@@ -109,6 +109,7 @@ impl World {
             ends: ask.ends,
             allow_fallbacks: ask.allow_fallbacks,
             part: None,
+            max_cost: None,
         };
         let epoch = self.consumers[c].epoch;
         self.tell_consumer(c, epoch, ConsumerEvent::Submit(Box::new(submit)));

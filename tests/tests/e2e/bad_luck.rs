@@ -227,7 +227,7 @@ pub(crate) fn providers_return(market: &mut Market, runtime: &tokio::runtime::Ru
     eprintln!("  both providers are back: {:.1} s", began.elapsed().as_secs_f32());
 }
 
-fn up(market: &Market, name: &str) -> std::process::Child {
+pub(crate) fn up(market: &Market, name: &str) -> std::process::Child {
     let log = std::fs::File::options().append(true).open(market.dir.join(format!("logs/{name}.log"))).unwrap();
     let mut up = satgrid();
     up.args(["up", "--config"]).arg(&market.node(name).config).stdout(Stdio::null()).stderr(log).spawn().unwrap()

@@ -48,6 +48,11 @@ impl Events {
         if !status.is_success() {
             panic!("{status}: {}", response.text().await.unwrap());
         }
+        Events::of(response)
+    }
+
+    pub(crate) fn of(response: Response) -> Events {
+        assert!(response.status().is_success(), "{}", response.status());
         Events { response, buffer: Vec::new(), pieces: 0, usage: None, error: None, done: false }
     }
 

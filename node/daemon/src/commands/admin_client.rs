@@ -28,13 +28,17 @@ impl Admin {
     pub(super) async fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
         self.answer(self.client.post(format!("{}/{path}", self.base)).json(body)).await
     }
+    pub(super) async fn delete(&self, path: &str) -> anyhow::Result<Value> {
+        self.answer(self.client.delete(format!("{}/{path}", self.base))).await
+    }
     async fn answer(&self, request: reqwest::RequestBuilder) -> anyhow::Result<Value> {
         let sent = request.bearer_auth(&self.token).send().await;
         let response = sent.context("the node does not answer on its admin port").hint("is `satgrid up` running?")?;
         let status = response.status();
         let answer: Value = response.json().await.unwrap_or_default();
         if !status.is_success() {
-            bail!("{}", answer["error"].as_str().unwrap_or("the node refused"));
+            let said = answer["error"].as_str().or(answer["error"]["message"].as_str());
+            bail!("{}", said.unwrap_or("the node refused"));
         }
         Ok(answer)
     }

@@ -7,6 +7,7 @@ mod devnet;
 mod doctor;
 pub(crate) mod engine_worker;
 mod init;
+mod keys;
 mod ledger;
 mod market;
 mod models;
@@ -34,6 +35,7 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Status => status::run(&globals),
         Command::Market(command) => market::run(&globals, &command),
         Command::Wallet(command) => wallet::run(&globals, &command),
+        Command::Keys(command) => keys::run(&globals, &command),
         Command::Ledger { args } => return Ok(ledger::run(args)),
         Command::Doctor => doctor::run(&globals),
         Command::Devnet(command) => devnet::run(&globals, &command),

@@ -74,6 +74,10 @@ pub(super) const MODEL_KEYS: &[&str] = &[
     "slots",
     "context",
     "threads",
+    "upstream",
+    "upstream_model",
+    "upstream_kind",
+    "upstream_key",
 ];
 
 /// Keys of one `[[api.keys]]` table.
@@ -114,6 +118,13 @@ pub(super) const KEYS: &[Key] = &[
         Value("[]"),
         "client keys; none means that no key is asked for (loopback only)",
     ),
+    key(
+        "api.exchange_rate",
+        Text,
+        Unset,
+        "dollars for a bitcoin, shown beside msat: fixed:97000.50, or https://...#/json/pointer",
+    ),
+    key("api.exchange_refresh_s", Number, Value("600"), "how often a URL is asked for it"),
     key("session.ack_tokens", Number, Value("128"), "both sides sign after so many tokens ..."),
     key("session.ack_ms", Number, Value("1000"), "... or after so many milliseconds"),
     key("session.window_tokens", Number, Value("256"), "a provider pauses when so much work is not yet acknowledged"),

@@ -74,6 +74,8 @@ pub(crate) struct Api {
     pub listen: SocketAddr,
     pub admin: SocketAddr,
     pub keys: Vec<ApiKey>,
+    pub exchange_rate: Option<String>,
+    pub exchange_refresh_s: u64,
 }
 
 /// A key that a client of the endpoint presents.
@@ -149,13 +151,35 @@ pub(crate) struct ModelForSale {
     pub device: Option<String>,
     /// Layers on the device; unset: as many as fit.
     pub gpu_layers: Option<u32>,
+    /// A server that runs this model already: `http://127.0.0.1:8080`. The file says what is sold; nothing is loaded here.
+    pub upstream: Option<String>,
+    /// The name that the server knows the model by; else the listed name.
+    pub upstream_model: Option<String>,
+    /// `llama-server`, `vllm`, `sglang`, `ollama` or `text`; else found out by asking.
+    pub upstream_kind: Option<String>,
+    pub upstream_key: Option<Secret>,
 }
 
 fn default_slots() -> u32 {
     16
 }
 
+/// A server that runs a model for this node.
+#[derive(Clone, Debug)]
+pub(crate) struct Upstream {
+    pub url: String,
+    pub model: String,
+    pub kind: Option<String>,
+    pub key: Option<Secret>,
+}
+
 impl ModelForSale {
+    pub(crate) fn upstream(&self) -> Option<Upstream> {
+        let url = self.upstream.clone()?;
+        let model = self.upstream_model.clone().unwrap_or_else(|| self.listed_name());
+        Some(Upstream { url, model, kind: self.upstream_kind.clone(), key: self.upstream_key.clone() })
+    }
+
     /// The name that listings carry.
     pub(crate) fn listed_name(&self) -> String {
         let stem = || self.path.as_ref().and_then(|path| path.file_stem()).map(|s| s.to_string_lossy().into_owned());

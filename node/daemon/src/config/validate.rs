@@ -4,7 +4,10 @@ use std::collections::BTreeSet;
 
 use satgrid_engine_llama::MAX_SLOTS;
 
-use super::types::{Config, ModelForSale, Network};
+use satgrid_ledger::keys::KEY_PREFIX;
+
+use super::types::{Config, ModelForSale, Network, Profile};
+use crate::accounts::rate::Source;
 
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub(crate) struct Problem {
@@ -76,8 +79,17 @@ fn api(config: &Config, found: &mut Found) {
         format!("{} is api.listen too", api.admin),
         "choose another port",
     );
+    if let Some(Err(error)) = api.exchange_rate.as_deref().map(str::parse::<Source>) {
+        found.check(false, "api.exchange_rate", error, "leave it out to show no dollars");
+    }
     let mut names = BTreeSet::new();
     for key in &api.keys {
+        found.check(
+            !key.name.starts_with(KEY_PREFIX),
+            "api.keys",
+            format!("{:?} looks like the id of a stored key", key.name),
+            "choose another name",
+        );
         found.check(
             names.insert(&key.name),
             "api.keys",
@@ -180,6 +192,19 @@ fn model_for_sale(model: &ModelForSale, found: &mut Found) {
         "provider.models",
         format!("model {name:?}: threads = 0"),
         "choose at least 1, or leave it out",
+    );
+    let url = model.upstream.as_deref();
+    found.check(
+        url.is_none_or(|url| url.starts_with("http://") || url.starts_with("https://")),
+        "provider.models",
+        format!("model {name:?}: upstream {:?} is no URL", url.unwrap_or_default()),
+        "write http://HOST:PORT",
+    );
+    found.check(
+        url.is_none() || model.profile == Profile::Fast,
+        "provider.models",
+        format!("model {name:?}: nobody promises the exact profile for an upstream"),
+        "set profile = \"fast\"",
     );
     let cached = model.cached_price();
     found.check(

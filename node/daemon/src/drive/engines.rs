@@ -1,5 +1,6 @@
 //! The engines of a provider, and the listings that say what they run.
 
+use super::upstream::{self, RunningEngine};
 use crate::config::{self, Config};
 use crate::failure::HintExt;
 use crate::models::{Store, identify};
@@ -7,7 +8,8 @@ use crate::progress::Bytes as Progress;
 use anyhow::Context;
 use bytes::Bytes;
 use ed25519_dalek::SigningKey;
-use satgrid_engine::port::{Engine, EngineFacts, Profile};
+use satgrid_engine::port::Engine as _;
+use satgrid_engine::port::{EngineFacts, Profile};
 use satgrid_engine_llama::{EngineConfig, EngineSettings, LlamaEngine, Offload, WorkerProgram, default_threads};
 use satgrid_node::provider::EngineId;
 use satgrid_protocol_quic::artefact::Artefacts;
@@ -16,12 +18,12 @@ use satgrid_types::{
     RateCard, Speed, TokenizerHash, lightning_binding_message, node_key, sign_node_binding,
 };
 use satgrid_wallet::Lightning;
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+use std::{collections::BTreeMap, path::PathBuf};
 
 /// One model that is for sale, with its running engine.
 pub(crate) struct ForSale {
     pub id: EngineId,
-    pub engine: Arc<LlamaEngine>,
+    pub engine: RunningEngine,
     pub name: String,
     pub rates: RateCard,
     pub tokenizer: Bytes,
@@ -58,6 +60,20 @@ async fn start_one(config: &Config, model: &config::ModelForSale, id: EngineId) 
         let hint = fault.hint();
         Err::<(), _>(anyhow::Error::new(fault)).hint(hint).err().unwrap_or_else(|| anyhow::anyhow!("unreadable"))
     })?;
+    let rates = RateCard {
+        input: MsatPerMtok(model.price_in_msat_per_mtok),
+        cached_input: MsatPerMtok(model.cached_price()),
+        output: MsatPerMtok(model.price_out_msat_per_mtok),
+        per_request: Msat(model.per_request_msat),
+        ..RateCard::default()
+    };
+    if let Some(upstream) = model.upstream() {
+        let inspected = &identified.inspected;
+        let engine = upstream::start(model, &upstream, path, inspected, identified.root).await?;
+        let memory_bytes = inspected.facts.tensor_bytes;
+        let tokenizer = Bytes::from(identified.inspected.tokenizer.bytes);
+        return Ok(ForSale { id, engine, name, rates, memory_bytes, tokenizer });
+    }
     let settings = EngineSettings {
         model: path,
         profile: match model.profile {
@@ -83,15 +99,9 @@ async fn start_one(config: &Config, model: &config::ModelForSale, id: EngineId) 
     );
     Ok(ForSale {
         id,
-        engine,
+        engine: RunningEngine::Llama(engine),
         name,
-        rates: RateCard {
-            input: MsatPerMtok(model.price_in_msat_per_mtok),
-            cached_input: MsatPerMtok(model.cached_price()),
-            output: MsatPerMtok(model.price_out_msat_per_mtok),
-            per_request: Msat(model.per_request_msat),
-            ..RateCard::default()
-        },
+        rates,
         memory_bytes: identified.inspected.facts.tensor_bytes,
         tokenizer: Bytes::from(identified.inspected.tokenizer.bytes),
     })

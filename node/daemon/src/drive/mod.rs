@@ -9,6 +9,7 @@
 //! | [`channels`] | `wallet::reopen` | the embedded Lightning node |
 //! | [`market`] | `market::book` | Nostr relays |
 //! | [`engines`], [`tokenizers`] | the engine's ports | llama.cpp in child processes |
+//! | [`upstream`] | the engine's port | a server that runs the model already |
 //!
 //! Every driver is one task with a bounded or naturally bounded inbox; they talk by messages and share no locks but
 //! the book's. All end with one shutdown token.
@@ -20,10 +21,12 @@ pub(crate) mod figures;
 pub(crate) mod journal;
 pub(crate) mod links;
 pub(crate) mod market;
+pub(crate) mod metered;
 pub(crate) mod payments;
 pub(crate) mod provider;
 pub(crate) mod space;
 pub(crate) mod tokenizers;
+pub(crate) mod upstream;
 pub(crate) mod wallet;
 
 use rand::RngCore;

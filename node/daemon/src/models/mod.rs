@@ -18,7 +18,7 @@ pub(crate) use catalogue::CATALOGUE;
 pub(crate) use error::PullError;
 pub(crate) use file::{free_bytes, sha256_of};
 pub(crate) use hub::{CHUNK_BYTES, HubOptions};
-pub(crate) use inspect::{identify, inspect};
+pub(crate) use inspect::{Inspected, identify, inspect};
 pub(crate) use reference::Reference;
 pub(crate) use store::{Record, Store};
 

@@ -10,13 +10,15 @@ mod parts;
 
 pub(crate) use open::catalogue;
 
+use crate::accounts::{Desk, recover::Costs};
 use crate::admin;
 use crate::config::Config;
 use crate::drive::{
     channels::{Keeper, Wished},
-    figures::Figures,
+    figures::{Figures, WalletFigures},
     journal::JournalWriter,
     market::Market,
+    metered::EngineFigures,
     now,
     tokenizers::Tokenizers,
     wallet::keep_connected,
@@ -27,11 +29,12 @@ use crate::signals;
 use crate::store::Store;
 use anyhow::{Context, bail};
 use parts::Node;
-use satgrid_api::{Api, MetricsRegistry, admin_router, serve_admin};
+use satgrid_api::{Api, MetricsRegistry, admin_router, metrics_router, serve_admin};
 use satgrid_ledger::{
     entry::{Draft, Evidence},
     journal::Journal,
 };
+use satgrid_ledger_sqlite::KeyStore;
 use satgrid_node::recover::{Fold, Recovered};
 use satgrid_protocol_quic::Code;
 use satgrid_types::{Msat, NostrKey, node_key};
@@ -94,16 +97,34 @@ async fn node(config: Config) -> anyhow::Result<Ended> {
     let heartbeat = open::claim_seed(&config, &keys, life.clone()).await?;
 
     let journal = open::open_journal(&config).await?;
+    let key_store = open::open_keys(&config).await?;
+    let mut costs = Costs::of(&key_store).await?;
     let mut fold = Fold::new(ours);
     let opened: Arc<dyn Journal> = Arc::new(journal.clone());
-    let writer = JournalWriter::open(opened, |entry| fold.entry(entry)).await.context("the ledger does not fold")?;
+    let writer = JournalWriter::open(opened, |entry| {
+        fold.entry(entry);
+        costs.entry(entry);
+    });
+    let writer = writer.await.context("the ledger does not fold")?;
     let recovered = fold.finish();
+    costs.restored(&recovered.consumer_sessions);
+    costs.settle(&key_store).await.context("calls of the last run cannot be settled")?;
 
     let wallet = open::open_wallet(&config, &keys).await?;
     let lightning = wallet.lightning.clone();
     let identity = keys.identity.clone();
-    let opened =
-        Opened { config, keys, nostr, journal: journal.clone(), writer, recovered, wallet, admin_port, api_port };
+    let opened = Opened {
+        config,
+        keys,
+        nostr,
+        journal: journal.clone(),
+        writer,
+        recovered,
+        wallet,
+        admin_port,
+        api_port,
+        key_store,
+    };
     let outcome = opened.run().await;
     match tokio::time::timeout(WALLET_STOP, lightning.stop()).await {
         Ok(Ok(())) => tracing::info!("stopped"),
@@ -133,12 +154,13 @@ struct Opened {
     wallet: open::Wallet,
     admin_port: TcpListener,
     api_port: Option<TcpListener>,
+    key_store: KeyStore,
 }
 
 impl Opened {
     /// Starts the parts, serves until a signal, and ends the parts again. The wallet and the journal stay open.
     async fn run(self) -> anyhow::Result<Ended> {
-        let Opened { config, keys, nostr, journal, writer, recovered, wallet, admin_port, api_port } = self;
+        let Opened { config, keys, nostr, journal, writer, recovered, wallet, admin_port, api_port, key_store } = self;
         let ours = node_key(&keys.identity);
         let lightning = wallet.lightning.clone();
         let embedded: Option<Arc<dyn Embedded>> = wallet.embedded.clone().map(|process| process as Arc<dyn Embedded>);
@@ -216,7 +238,16 @@ impl Opened {
         }
         let edges = CancellationToken::new();
         let mut tasks = tokio::task::JoinSet::new();
-        let mut admin_routes = admin::router(admin_state);
+        let desk = Desk::new(key_store, open::exchange_rate(&config, &shutdown)?);
+        let mut admin_routes = admin::router(admin_state, desk.clone());
+        let mut registry = MetricsRegistry::default();
+        registry.register(Arc::new(Figures {
+            provider: running.provider_view.clone(),
+            consumer: running.consumer_view.clone(),
+            relays: running.relays.clone(),
+            wallet: WalletFigures::watch(lightning.clone(), shutdown.clone()),
+        }));
+        registry.register(Arc::new(EngineFigures(running.metered.clone())));
         if let (Some(port), Some(inbox), Some(view)) = (api_port, &running.consumer, &running.consumer_view) {
             let gateway = Arc::new(Gateway {
                 market: market.clone(),
@@ -228,17 +259,21 @@ impl Opened {
                 allow_unverified_names: config.consumer.allow_unverified_names,
                 only: open::patterns("consumer.only", &config.consumer.only)?,
                 prefer: open::patterns("consumer.prefer", &config.consumer.prefer)?,
+                desk: desk.clone(),
                 next_call: AtomicU64::new(0),
                 started: now(),
             });
-            let api = Api::new(gateway.clone(), open::api_config(&config)?);
-            let mut registry = MetricsRegistry::default();
+            desk.serves(&gateway);
+            let api = Api::new(gateway.clone(), open::api_config(&config, desk.clone())?);
+            let mut registry = registry;
             registry.register(api.metrics());
-            registry.register(Arc::new(Figures { provider: running.provider_view.clone(), consumer: view.clone() }));
+            registry.register(desk.meter.clone());
             admin_routes = admin_routes.merge(admin_router(gateway, registry));
             tracing::info!(address = %port.local_addr()?, "OpenAI-compatible endpoint");
             let edges = edges.clone();
             tasks.spawn(async move { Ok(api.serve(port, edges.cancelled_owned()).await?) });
+        } else {
+            admin_routes = admin_routes.merge(metrics_router(registry));
         }
         let admin_edges = edges.clone();
         tasks.spawn(async move { Ok(serve_admin(admin_port, admin_routes, admin_edges.cancelled_owned()).await?) });

@@ -1,5 +1,6 @@
 //! What a node opens before anything runs: keys from the seed, the ledger, the wallet, the catalogue, the edge's settings.
 
+use crate::accounts::rate::{Rate, Source};
 use crate::commands::wallet_process::NAME as WALLET_PROCESS;
 use crate::config::{ChainSource, Config, Network, lsp};
 use crate::drive::fresh_seed;
@@ -7,9 +8,9 @@ use crate::failure::HintExt;
 use crate::store::Store;
 use anyhow::Context;
 use ed25519_dalek::SigningKey;
-use satgrid_api::{ApiConfig, ApiKey};
+use satgrid_api::{Accounts, ApiConfig, ApiKey};
 use satgrid_ledger_postgres::PostgresJournal;
-use satgrid_ledger_sqlite::SqliteJournal;
+use satgrid_ledger_sqlite::{KeyStore, SqliteJournal};
 use satgrid_market::{Catalogue, ProviderPattern};
 use satgrid_market_nostr::{
     RelayConfig,
@@ -28,6 +29,9 @@ use tokio_util::sync::CancellationToken;
 
 /// How long open streams may go on after the node was told to stop.
 const DRAIN: Duration = Duration::from_secs(5);
+
+/// A source of exchange rates is not asked more often than this.
+const MIN_REFRESH_S: u64 = 10;
 
 /// The least that we take for opening a channel to somebody.
 const LSP_MIN_FEE_MSAT: u64 = 1_000_000;
@@ -219,12 +223,27 @@ pub(super) fn patterns(key: &str, texts: &[String]) -> anyhow::Result<Vec<Provid
     texts.iter().map(|text| text.parse().with_context(|| key.to_owned())).collect()
 }
 
-pub(super) fn api_config(config: &Config) -> anyhow::Result<ApiConfig> {
+/// Budgets in the journal's file, which is open already; in one of their own where the journal is on a server.
+pub(super) async fn open_keys(config: &Config) -> anyhow::Result<KeyStore> {
+    let own = config.node.dir.join("keys.sqlite");
+    let path = if config.ledger.url.is_some() { &own } else { &config.ledger.path };
+    KeyStore::open(path).await.with_context(|| format!("the keys in {} cannot be opened", path.display()))
+}
+
+/// What a bitcoin is worth, if the operator named a source.
+pub(super) fn exchange_rate(config: &Config, shutdown: &CancellationToken) -> anyhow::Result<Rate> {
+    let source = config.api.exchange_rate.as_deref().map(str::parse::<Source>).transpose();
+    let source = source.map_err(anyhow::Error::msg).context("api.exchange_rate")?;
+    let refresh = Duration::from_secs(config.api.exchange_refresh_s.max(MIN_REFRESH_S));
+    Ok(Rate::start(source, refresh, shutdown.clone()))
+}
+
+pub(super) fn api_config(config: &Config, accounts: Arc<dyn Accounts>) -> anyhow::Result<ApiConfig> {
     let keys = config
         .api
         .keys
         .iter()
         .map(|key| Ok(ApiKey::new(key.name.clone(), &key.secret.read()?)))
         .collect::<anyhow::Result<Vec<_>>>()?;
-    Ok(ApiConfig { keys, drain: DRAIN, ..ApiConfig::default() })
+    Ok(ApiConfig { keys, accounts: Some(accounts), drain: DRAIN, ..ApiConfig::default() })
 }

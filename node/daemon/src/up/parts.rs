@@ -9,16 +9,17 @@ use crate::drive::{
     fresh_seed,
     journal::JournalWriter,
     market::{Listening, Market},
+    metered::Metered,
     now, payments,
     provider::{self, ProviderDriver, ProviderView},
     space::Space,
+    upstream::RunningEngine,
     wallet::WalletPump,
 };
 use crate::failure::HintExt;
 use crate::store::Store;
 use anyhow::Context;
 use satgrid_engine::port::Engine;
-use satgrid_engine_llama::LlamaEngine;
 use satgrid_market_nostr::{Publisher, PublisherConfig, RelayConfig, RelayHealth};
 use satgrid_node::{
     consumer::{Consumer, ConsumerConfig, ConsumerEvent},
@@ -59,7 +60,8 @@ pub(super) struct Node<'a> {
 pub(super) struct Running {
     pub endpoint: QuicEndpoint,
     pub quic_listen: Option<SocketAddr>,
-    pub engines: Vec<(String, Arc<LlamaEngine>)>,
+    pub engines: Vec<(String, RunningEngine)>,
+    pub metered: Vec<Metered>,
     pub publisher: Option<Arc<Publisher>>,
     pub relays: watch::Receiver<Vec<RelayHealth>>,
     /// Events from relays, by what became of them.
@@ -78,6 +80,8 @@ impl Node<'_> {
         let (ended, ended_inbox) = mpsc::unbounded_channel();
         let payments = payments::start(self.wallet.clone(), ended, handled.clone());
         let for_sale = if self.config.is_provider() { engines::start(self.config).await? } else { Vec::new() };
+        let metered: Vec<Metered> = for_sale.iter().map(|m| Metered::new(m.engine.port(), &m.name)).collect();
+        let ids: Vec<EngineId> = for_sale.iter().map(|m| m.id).collect();
         let endpoint = self.endpoint()?;
         let quic_listen = if self.config.is_provider() { Some(endpoint.local_addr()?) } else { None };
 
@@ -111,7 +115,7 @@ impl Node<'_> {
                 wallet: self.wallet.clone(),
                 payments: payments.clone(),
                 handled: handled.clone(),
-                engines: for_sale.iter().map(|m| (m.id, m.engine.clone() as Arc<dyn Engine>)).collect(),
+                engines: ids.into_iter().zip(metered.iter().map(|m| Arc::new(m.clone()) as Arc<dyn Engine>)).collect(),
                 artefacts: ArtefactServer::new(served, ServeLimits::default()),
                 store: self.store.clone(),
                 view,
@@ -155,6 +159,7 @@ impl Node<'_> {
             endpoint,
             quic_listen,
             engines,
+            metered,
             publisher,
             relays: health,
             heard,

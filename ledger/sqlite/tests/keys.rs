@@ -1,0 +1,123 @@
+//! Budgets that hold: concurrent calls, crashes, chains of keys. A real file, a real SQLite.
+#![allow(clippy::unwrap_used)]
+
+use satgrid_ledger::keys::{KeyId, KeyKind, KeyLimits, KeyRefusal, Limit, NewKey};
+use satgrid_ledger_sqlite::{CallEnd, CallRef, CallState, KeyError, KeyStore, NewCall, SqliteJournal};
+use satgrid_types::{Msat, RequestId, UnixMs};
+use std::path::Path;
+
+const NOW: UnixMs = UnixMs(1_700_000_000_000);
+const DAY: u64 = 24 * 3_600 * 1_000;
+
+async fn store(path: &Path) -> (SqliteJournal, KeyStore) {
+    let journal = SqliteJournal::open(path).await.unwrap();
+    let keys = KeyStore::open(path).await.unwrap();
+    (journal, keys)
+}
+
+async fn make(keys: &KeyStore, n: u8, parent: Option<KeyId>, limits: KeyLimits) -> KeyId {
+    let new = NewKey { name: format!("k{n}"), kind: KeyKind::Infer, parent, limits };
+    keys.create(&new, [n; 32], NOW).await.unwrap().id
+}
+
+fn call(n: u8, key: KeyId, needed: u64, wanted: u64) -> NewCall {
+    let (needed, wanted) = (Msat(needed), Msat(wanted));
+    NewCall { id: RequestId([n; 32]), key: Some(key), caller: None, model: "m".into(), needed, wanted }
+}
+
+fn end(cost: u64) -> CallEnd {
+    CallEnd { state: CallState::Done, cost: Msat(cost), charged: Msat(cost), detail: "{}".into() }
+}
+
+async fn figures(keys: &KeyStore, id: KeyId) -> (u64, u64) {
+    let usage = keys.chain(id, NOW).await.unwrap()[0].usage;
+    (usage.spent.0, usage.reserved.0)
+}
+
+#[tokio::test]
+async fn twenty_at_once_on_the_balance_of_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_journal, keys) = store(&dir.path().join("l.sqlite")).await;
+    let total = KeyLimits { total: Some(Msat(1_000)), ..KeyLimits::default() };
+    let key = make(&keys, 1, None, total).await;
+    let asked = (0..20u8).map(|n| {
+        let keys = keys.clone();
+        tokio::spawn(async move { keys.open_call(&call(n, key, 1_000, 1_000), NOW).await })
+    });
+    let mut granted: Vec<CallRef> = Vec::new();
+    for answer in asked.collect::<Vec<_>>() {
+        match answer.await.unwrap() {
+            Ok((call, amount)) => {
+                assert_eq!(amount, Msat(1_000));
+                granted.push(call);
+            }
+            Err(KeyError::Refused(KeyRefusal::Limit { limit: Limit::Total, available, .. })) => {
+                assert_eq!(available, Msat::ZERO);
+            }
+            Err(other) => panic!("{other}"),
+        }
+    }
+    assert_eq!(granted.len(), 1);
+    assert_eq!(figures(&keys, key).await, (0, 1_000));
+    assert_eq!(keys.end_call(granted[0], &end(400), NOW).await, Ok(Msat(400)));
+    assert_eq!(figures(&keys, key).await, (400, 0));
+    // Once only.
+    assert_eq!(keys.end_call(granted[0], &end(400), NOW).await, Err(KeyError::NotOpen(granted[0].id)));
+    assert_eq!(keys.faults().await, Ok(vec![]));
+}
+
+#[tokio::test]
+async fn a_sub_key_spends_from_every_key_above_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_journal, keys) = store(&dir.path().join("l.sqlite")).await;
+    let top = make(&keys, 1, None, KeyLimits { per_day: Some(Msat(100)), ..KeyLimits::default() }).await;
+    let sub = make(&keys, 2, Some(top), KeyLimits { total: Some(Msat(500)), ..KeyLimits::default() }).await;
+    // As much as the tighter one leaves.
+    let (first, granted) = keys.open_call(&call(1, sub, 30, 300), NOW).await.unwrap();
+    assert_eq!(granted, Msat(100));
+    assert_eq!((figures(&keys, top).await, figures(&keys, sub).await), ((0, 100), (0, 100)));
+    keys.end_call(first, &end(70), NOW).await.unwrap();
+    let refused = keys.open_call(&call(2, sub, 31, 31), NOW).await.unwrap_err();
+    assert!(matches!(refused, KeyError::Refused(KeyRefusal::Limit { key, limit: Limit::PerDay, .. }) if key == top));
+    // Tomorrow the day's limit is new.
+    let tomorrow = NOW.plus_ms(DAY);
+    let (second, granted) = keys.open_call(&call(2, sub, 31, 90), tomorrow).await.unwrap();
+    assert_eq!(granted, Msat(90));
+    keys.end_call(second, &end(0), tomorrow).await.unwrap();
+    assert_eq!((figures(&keys, top).await, figures(&keys, sub).await), ((70, 0), (70, 0)));
+    keys.revoke(top, tomorrow).await.unwrap();
+    let refused = keys.open_call(&call(3, sub, 1, 1), tomorrow).await.unwrap_err();
+    assert_eq!(refused, KeyError::Refused(KeyRefusal::Revoked(top)));
+    assert_eq!(keys.faults().await, Ok(vec![]));
+}
+
+#[tokio::test]
+async fn a_crash_leaves_the_reservation_and_what_it_was_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("l.sqlite");
+    let (journal, keys) = store(&path).await;
+    let key = make(&keys, 1, None, KeyLimits { total: Some(Msat(1_000)), ..KeyLimits::default() }).await;
+    let (open, _) = keys.open_call(&call(1, key, 600, 600), NOW).await.unwrap();
+    keys.leg(open, RequestId([7; 32])).await.unwrap();
+    keys.leg(open, RequestId([8; 32])).await.unwrap();
+    // One API request may be several calls.
+    let (part, _) = keys.open_call(&call(1, key, 100, 100), NOW).await.unwrap();
+    assert_eq!((open.part, part.part), (0, 1));
+    drop(keys);
+    journal.close().await;
+
+    let (_journal, keys) = store(&path).await;
+    assert_eq!(figures(&keys, key).await, (0, 700));
+    let left = keys.open_calls().await.unwrap();
+    assert_eq!(left.len(), 2);
+    assert_eq!(left[0].requests, [RequestId([7; 32]), RequestId([8; 32])]);
+    for (call, cost) in left.iter().zip([250, 0]) {
+        keys.end_call(call.call, &end(cost), NOW).await.unwrap();
+    }
+    assert_eq!(figures(&keys, key).await, (250, 0));
+    assert_eq!(keys.calls(RequestId([1; 32])).await.unwrap()[0].cost, Msat(250));
+    assert_eq!(keys.faults().await, Ok(vec![]));
+    // A key is found by its secret's hash only.
+    assert_eq!(keys.find([1; 32], NOW).await.unwrap()[0].id, key);
+    assert!(keys.find([9; 32], NOW).await.unwrap().is_empty());
+}
