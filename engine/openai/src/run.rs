@@ -48,7 +48,7 @@ pub(crate) async fn run(shared: Arc<Shared>, job: Job, limits: watch::Receiver<L
     let words = Retokeniser::default();
     let pending = VecDeque::new();
     let mut run = Run { shared: &shared, job: &job, limits, covered: 0, pending, emitted: 0, seen: 0, stop, words };
-    let ended = run.to_its_end().await.unwrap_or_else(|failed| failed);
+    let ended = run.drive_on().await.unwrap_or_else(|failed| failed);
     let evaluated = run.evaluated();
     match ended {
         Ended::Finished(reason) => shared.end(id, EngineEvent::Finished { job: id, reason, evaluated }),
@@ -87,7 +87,7 @@ impl Run<'_> {
         self.covered.saturating_add(self.emitted.saturating_sub(1))
     }
 
-    async fn to_its_end(&mut self) -> Result<Ended, Ended> {
+    async fn drive_on(&mut self) -> Result<Ended, Ended> {
         self.prime().await?;
         let Some(_slot) = self.slot().await else { return Ok(self.given_up()) };
         loop {
