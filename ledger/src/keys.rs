@@ -311,7 +311,10 @@ mod tests {
             let got = admit(chain, NOW, "m", Msat(needed), Msat(wanted));
             let got = got.map(|msat| msat.0).map_err(|refusal| match refusal {
                 KeyRefusal::Limit { limit, .. } => limit,
-                other => panic!("{other}"),
+                KeyRefusal::Revoked(_)
+                | KeyRefusal::Expired(_)
+                | KeyRefusal::CannotInfer(_)
+                | KeyRefusal::Model { .. } => panic!("{refusal}"),
             });
             assert_eq!(got, expect, "{needed} of {wanted}");
         };

@@ -152,7 +152,8 @@ impl MetricsSource for EngineFigures {
                 let _ = writeln!(out, "{name}{{model=\"{}\"}} {}", engine.model, read(engine));
             }
         }
-        let times: [(&str, &str, fn(&Figures) -> &Histogram); 2] = [
+        type Time = fn(&Figures) -> &Histogram;
+        let times: [(&str, &str, Time); 2] = [
             ("satgrid_engine_first_token_seconds", "From a request's start to its first token.", |f| &f.first_token),
             ("satgrid_engine_request_seconds", "From a request's start to its end.", |f| &f.whole),
         ];
