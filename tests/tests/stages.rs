@@ -129,6 +129,7 @@ impl Pair {
             ends: Default::default(),
             allow_fallbacks: false,
             part: Some(self.order(layers)),
+            max_cost: None,
         };
         self.buy(ConsumerEvent::Submit(Box::new(submit)));
     }

@@ -381,6 +381,7 @@ impl Drop for Run {
                 while let Some(emission) = emissions.recv().await {
                     match emission {
                         Emission::Started { request, .. } => drop(budget.leg(request).await),
+                        Emission::Ordered { .. } | Emission::Ticket { .. } => {}
                         Emission::Tokens { ids } => {
                             output = output.saturating_add(u32::try_from(ids.len()).unwrap_or(u32::MAX));
                         }
