@@ -11,7 +11,7 @@ mod tensor;
 mod value;
 mod write;
 
-pub use read::{GgufError, hash_tensor};
+pub use read::{GgufError, hash_tensor, read_range};
 pub use tensor::{Tensor, TensorType};
 pub use value::{Array, Value, ValueType};
 pub use write::{GgufWriter, WriteError};

@@ -9,9 +9,9 @@
 //!   [`memory`]: what it will need.
 //! - [`part`]: layers `[a, b)` of a model as a file of their own that proves which model they are of.
 //! - [`stage`]: a model over several machines: the ports of a stage and of the ring between, and hidden rows as bytes.
-//! - [`random_model`]: real shapes with random weights, for benchmarks. [`tiny`], [`tiny_shapes`]: seeded random models
-//!   for tests. `toy` (a feature): a deterministic engine without weights, for tests
-//!   and simulation.
+//! - [`experts`]: a mixture-of-experts model whose experts live elsewhere: artefacts, calls, hosts.
+//! - [`random_model`]: real shapes with random weights, for benchmarks. [`tiny`], [`tiny_shapes`], [`tiny_moe`]: seeded
+//!   random models for tests. `toy` (a feature): a deterministic engine without weights, for tests and simulation.
 //!
 //! This crate never opens a file or socket, reads no clock and no random source: bytes, seeds, dates and
 //! limits are arguments. The adapters below this folder (`llama`, `openai`) do the running.
@@ -20,6 +20,7 @@
 
 #[cfg(feature = "conformance")]
 pub mod conformance;
+pub mod experts;
 pub mod facts;
 pub mod gguf;
 pub mod memory;
@@ -32,6 +33,7 @@ pub mod stage;
 pub mod stop;
 pub mod template;
 pub mod tiny;
+pub mod tiny_moe;
 pub mod tiny_shapes;
 pub mod tokenizer_artefact;
 #[cfg(feature = "toy")]

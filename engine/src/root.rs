@@ -9,6 +9,10 @@
 //! - one leaf per tensor, sorted by the bytes of the name: `"satgrid-model-tensor-v1\0"`, the name's length (u64) and
 //!   bytes, the ggml type (u32), the number of dimensions (u32), the dimensions (u64 each, innermost first), SHA-256
 //!   of the tensor's data without padding (32 bytes).
+//! - a tensor that holds all experts of a layer (`blk.N.ffn_{gate,up,down}_exps.weight`, three dimensions, the expert
+//!   outermost) has `"satgrid-model-experts-v1\0"` for a label, and in place of its data's hash the Merkle root over one
+//!   leaf per expert, each SHA-256 of that expert's part of the data. So a file with some experts proves which model
+//!   they are of, without the others.
 //!
 //! So the order of tensors in a file, its padding, its name and licence do not matter; a changed rotary base does.
 //! The tokenizer has a hash of its own (`tokenizer_artefact`). A prover can show one tensor with a path of log2(n)
@@ -19,10 +23,11 @@ use std::io::{Read, Seek};
 
 use sha2::{Digest, Sha256};
 
-use crate::gguf::{Gguf, GgufError, Tensor, hash_tensor};
+use crate::gguf::{Gguf, GgufError, Tensor, TensorType, Value, hash_tensor, read_range};
 
 const METADATA_LABEL: &[u8] = b"satgrid-model-metadata-v1\0";
 const TENSOR_LABEL: &[u8] = b"satgrid-model-tensor-v1\0";
+const EXPERTS_LABEL: &[u8] = b"satgrid-model-experts-v1\0";
 
 /// The root and what it was made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,6 +37,8 @@ pub struct ModelRoot {
     pub leaves: Vec<[u8; 32]>,
     /// Names and data hashes of the tensors, in the order of their leaves.
     pub tensors: Vec<(String, [u8; 32])>,
+    /// Of each tensor that holds experts: the hash of every expert's part.
+    pub experts: BTreeMap<String, Vec<[u8; 32]>>,
 }
 
 impl ModelRoot {
@@ -42,10 +49,19 @@ impl ModelRoot {
         progress: &mut dyn FnMut(u64),
     ) -> Result<Self, GgufError> {
         let mut hashed = Vec::with_capacity(gguf.tensors.len());
+        let mut experts = BTreeMap::new();
         for tensor in &gguf.tensors {
-            hashed.push((tensor, data_hash(reader, gguf, tensor, progress)?));
+            let data = if holds_experts(&tensor.name, &tensor.shape) {
+                let parts = hash_experts(reader, gguf, tensor, progress)?;
+                let root = experts_root(&parts);
+                experts.insert(tensor.name.clone(), parts);
+                root
+            } else {
+                hash_tensor(reader, gguf, tensor, progress)?
+            };
+            hashed.push((tensor, data));
         }
-        Ok(Self::of(gguf, hashed))
+        Ok(Self::of(gguf, hashed, experts))
     }
 
     /// The root of a model whose tensors' hashes are known; `None` unless there is one for each tensor.
@@ -55,17 +71,65 @@ impl ModelRoot {
             return None;
         }
         let hashed: Option<Vec<_>> = gguf.tensors.iter().map(|t| Some((t, *hashes.get(&t.name)?))).collect();
-        Some(Self::of(gguf, hashed?))
+        Some(Self::of(gguf, hashed?, BTreeMap::new()))
     }
 
-    fn of(gguf: &Gguf, mut hashed: Vec<(&Tensor, [u8; 32])>) -> Self {
+    fn of(gguf: &Gguf, mut hashed: Vec<(&Tensor, [u8; 32])>, experts: BTreeMap<String, Vec<[u8; 32]>>) -> Self {
         hashed.sort_by(|(a, _), (b, _)| a.name.as_bytes().cmp(b.name.as_bytes()));
 
-        let mut leaves = vec![leaf_hash(&metadata_leaf(gguf))];
-        leaves.extend(hashed.iter().map(|(tensor, data)| leaf_hash(&tensor_leaf(tensor, data))));
+        let mut leaves = vec![metadata_leaf_hash(&gguf.metadata)];
+        leaves.extend(
+            hashed.iter().map(|(tensor, data)| tensor_leaf_hash(&tensor.name, tensor.kind, &tensor.shape, data)),
+        );
         let tensors = hashed.into_iter().map(|(tensor, data)| (tensor.name.clone(), data)).collect();
-        Self { root: merkle_root(&leaves), leaves, tensors }
+        Self { root: merkle_root(&leaves), leaves, tensors, experts }
     }
+}
+
+/// A tensor that holds every expert of its layer.
+pub fn holds_experts(name: &str, shape: &[u64]) -> bool {
+    let part = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
+    let part = part.filter(|(layer, _)| !layer.is_empty() && layer.bytes().all(|byte| byte.is_ascii_digit()));
+    let named = matches!(part, Some((_, "ffn_gate_exps.weight" | "ffn_up_exps.weight" | "ffn_down_exps.weight")));
+    named && shape.len() == 3
+}
+
+/// The data hash of a tensor that holds experts, from the hash of each expert's part.
+pub fn experts_root(parts: &[[u8; 32]]) -> [u8; 32] {
+    let leaves: Vec<_> = parts.iter().map(|part| leaf_hash(part)).collect();
+    merkle_root(&leaves)
+}
+
+/// Hash of leaf 0.
+pub fn metadata_leaf_hash(metadata: &[(String, Value)]) -> [u8; 32] {
+    leaf_hash(&metadata_leaf(metadata))
+}
+
+/// Hash of a tensor's leaf; `data` is the hash of its data, or [`experts_root`] where it holds experts.
+pub fn tensor_leaf_hash(name: &str, kind: TensorType, shape: &[u64], data: &[u8; 32]) -> [u8; 32] {
+    leaf_hash(&tensor_leaf(name, kind, shape, data))
+}
+
+fn hash_experts<R: Read + Seek>(
+    reader: &mut R,
+    gguf: &Gguf,
+    tensor: &Tensor,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Vec<[u8; 32]>, GgufError> {
+    let experts = tensor.shape.last().copied().unwrap_or(1).max(1);
+    let bytes = tensor.bytes / experts;
+    let mut parts = Vec::new();
+    for expert in 0..experts {
+        let mut hash = Sha256::new();
+        let mut take = |chunk: &[u8]| {
+            hash.update(chunk);
+            progress(chunk.len() as u64);
+            Ok(())
+        };
+        read_range(reader, gguf, tensor, expert * bytes..(expert + 1) * bytes, &mut take)?;
+        parts.push(hash.finalize().into());
+    }
+    Ok(parts)
 }
 
 /// The hash of a tensor's data that goes into its leaf.
@@ -75,12 +139,15 @@ pub fn data_hash<R: Read + Seek>(
     tensor: &Tensor,
     progress: &mut dyn FnMut(u64),
 ) -> Result<[u8; 32], GgufError> {
+    if holds_experts(&tensor.name, &tensor.shape) {
+        return Ok(experts_root(&hash_experts(reader, gguf, tensor, progress)?));
+    }
     hash_tensor(reader, gguf, tensor, progress)
 }
 
-fn metadata_leaf(gguf: &Gguf) -> Vec<u8> {
+fn metadata_leaf(metadata: &[(String, Value)]) -> Vec<u8> {
     let names_or_tokens = |key: &str| key.starts_with("general.") || key.starts_with("tokenizer.");
-    let mut entries: Vec<_> = gguf.metadata.iter().filter(|(key, _)| !names_or_tokens(key)).collect();
+    let mut entries: Vec<_> = metadata.iter().filter(|(key, _)| !names_or_tokens(key)).collect();
     entries.sort_by(|(a, _), (b, _)| a.as_bytes().cmp(b.as_bytes()));
     let mut leaf = METADATA_LABEL.to_vec();
     for (key, value) in entries {
@@ -92,13 +159,13 @@ fn metadata_leaf(gguf: &Gguf) -> Vec<u8> {
     leaf
 }
 
-fn tensor_leaf(tensor: &Tensor, data: &[u8; 32]) -> Vec<u8> {
-    let mut leaf = TENSOR_LABEL.to_vec();
-    leaf.extend((tensor.name.len() as u64).to_le_bytes());
-    leaf.extend(tensor.name.as_bytes());
-    leaf.extend(tensor.kind.id.to_le_bytes());
-    leaf.extend((tensor.shape.len() as u32).to_le_bytes());
-    tensor.shape.iter().for_each(|dimension| leaf.extend(dimension.to_le_bytes()));
+fn tensor_leaf(name: &str, kind: TensorType, shape: &[u64], data: &[u8; 32]) -> Vec<u8> {
+    let mut leaf = if holds_experts(name, shape) { EXPERTS_LABEL.to_vec() } else { TENSOR_LABEL.to_vec() };
+    leaf.extend((name.len() as u64).to_le_bytes());
+    leaf.extend(name.as_bytes());
+    leaf.extend(kind.id.to_le_bytes());
+    leaf.extend((shape.len() as u32).to_le_bytes());
+    shape.iter().for_each(|dimension| leaf.extend(dimension.to_le_bytes()));
     leaf.extend(data);
     leaf
 }
@@ -108,7 +175,7 @@ fn leaf_hash(leaf: &[u8]) -> [u8; 32] {
 }
 
 /// RFC 6962, 2.1: the left subtree holds the largest power of two of leaves that is less than all.
-fn merkle_root(leaves: &[[u8; 32]]) -> [u8; 32] {
+pub fn merkle_root(leaves: &[[u8; 32]]) -> [u8; 32] {
     match leaves {
         [] => Sha256::digest([]).into(),
         [leaf] => *leaf,

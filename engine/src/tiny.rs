@@ -91,10 +91,6 @@ impl TinyModel {
 
     fn metadata(&self, vocabulary: &[(String, i32)]) -> GgufWriter {
         let file_type = if self.kind == TensorType::Q8_0 { 7 } else { 0 };
-        // Merges prefer the higher score, so the earlier token.
-        let scores = (0..vocabulary.len()).map(|at| -(at as f32)).collect();
-        let tokens = vocabulary.iter().map(|(token, _)| token.clone().into_bytes()).collect();
-        let kinds = vocabulary.iter().map(|(_, kind)| *kind).collect();
         let writer = GgufWriter::new()
             .set("general.architecture", Value::string("llama"))
             .set("general.name", Value::string(self.name.clone()))
@@ -110,16 +106,8 @@ impl TinyModel {
             .set("llama.attention.layer_norm_rms_epsilon", Value::F32(1e-5))
             .set("llama.rope.dimension_count", Value::U32(Self::HEAD))
             .set("llama.rope.freq_base", Value::F32(10_000.0))
-            .set("llama.vocab_size", Value::U32(vocabulary.len() as u32))
-            .set("tokenizer.ggml.model", Value::string("llama"))
-            .set("tokenizer.ggml.tokens", Value::Array(Array::Str(tokens)))
-            .set("tokenizer.ggml.scores", Value::Array(Array::F32(scores)))
-            .set("tokenizer.ggml.token_type", Value::Array(Array::I32(kinds)))
-            .set("tokenizer.ggml.unknown_token_id", Value::U32(UNKNOWN))
-            .set("tokenizer.ggml.bos_token_id", Value::U32(BOS))
-            .set("tokenizer.ggml.eos_token_id", Value::U32(EOS))
-            .set("tokenizer.ggml.add_bos_token", Value::Bool(true))
-            .set("tokenizer.ggml.add_space_prefix", Value::Bool(false));
+            .set("llama.vocab_size", Value::U32(vocabulary.len() as u32));
+        let writer = tokenizer(writer, vocabulary);
         match &self.chat_template {
             Some(template) => writer.set("tokenizer.chat_template", Value::string(template.clone())),
             None => writer,
@@ -152,27 +140,52 @@ impl TinyModel {
 
     /// One tensor's data; each tensor has a random stream of its own.
     fn weights(&self, tensor: &Tensor, stream: u64) -> io::Result<Vec<u8>> {
-        let mut rng = ChaCha20Rng::seed_from_u64(self.seed);
-        rng.set_stream(stream);
-        let row = tensor.shape.first().copied().unwrap_or(1).max(1);
-        let matrix = tensor.shape.len() > 1;
-        let spread = if tensor.name == "token_embd.weight" { 1.0 } else { 1.4 / (row as f32).sqrt() };
-        let numbers: Vec<f32> = (0..tensor.elements())
-            .map(|at| {
-                let token = (at / row) as u32;
-                let byte_token = (FIRST_BYTE..FIRST_BYTE + 256).contains(&token);
-                let spread = if tensor.name == "output.weight" && byte_token { spread * 0.5 } else { spread };
-                let noise = bell(&mut rng) * spread;
-                if matrix { noise } else { 1.0 + noise }
-            })
-            .collect();
-        if tensor.kind == TensorType::F32 {
-            Ok(numbers.iter().flat_map(|number| number.to_le_bytes()).collect())
-        } else if tensor.kind == TensorType::Q8_0 {
-            Ok(quantise_q8_0(&numbers))
-        } else {
-            Err(io::Error::new(io::ErrorKind::Unsupported, "tiny models are F32 or Q8_0"))
-        }
+        weights(self.seed, tensor, stream)
+    }
+}
+
+/// The vocabulary's part of the metadata.
+pub(crate) fn tokenizer(writer: GgufWriter, vocabulary: &[(String, i32)]) -> GgufWriter {
+    // Merges prefer the higher score, so the earlier token.
+    let scores = (0..vocabulary.len()).map(|at| -(at as f32)).collect();
+    let tokens = vocabulary.iter().map(|(token, _)| token.clone().into_bytes()).collect();
+    let kinds = vocabulary.iter().map(|(_, kind)| *kind).collect();
+    writer
+        .set("tokenizer.ggml.model", Value::string("llama"))
+        .set("tokenizer.ggml.tokens", Value::Array(Array::Str(tokens)))
+        .set("tokenizer.ggml.scores", Value::Array(Array::F32(scores)))
+        .set("tokenizer.ggml.token_type", Value::Array(Array::I32(kinds)))
+        .set("tokenizer.ggml.unknown_token_id", Value::U32(UNKNOWN))
+        .set("tokenizer.ggml.bos_token_id", Value::U32(BOS))
+        .set("tokenizer.ggml.eos_token_id", Value::U32(EOS))
+        .set("tokenizer.ggml.add_bos_token", Value::Bool(true))
+        .set("tokenizer.ggml.add_space_prefix", Value::Bool(false))
+}
+
+/// One tensor's data: around 0 in a matrix, around 1 in a norm.
+pub(crate) fn weights(seed: u64, tensor: &Tensor, stream: u64) -> io::Result<Vec<u8>> {
+    let mut rng = ChaCha20Rng::seed_from_u64(seed);
+    rng.set_stream(stream);
+    let row = tensor.shape.first().copied().unwrap_or(1).max(1);
+    let matrix = tensor.shape.len() > 1;
+    let spread = if tensor.name == "token_embd.weight" { 1.0 } else { 1.4 / (row as f32).sqrt() };
+    let numbers: Vec<f32> = (0..tensor.elements())
+        .map(|at| {
+            let token = (at / row) as u32;
+            let byte_token = (FIRST_BYTE..FIRST_BYTE + 256).contains(&token);
+            let spread = if tensor.name == "output.weight" && byte_token { spread * 0.5 } else { spread };
+            let noise = bell(&mut rng) * spread;
+            if matrix { noise } else { 1.0 + noise }
+        })
+        .collect();
+    if tensor.kind == TensorType::F32 {
+        Ok(numbers.iter().flat_map(|number| number.to_le_bytes()).collect())
+    } else if tensor.kind == TensorType::Q8_0 {
+        Ok(quantise_q8_0(&numbers))
+    } else if tensor.kind == TensorType::Q4_0 {
+        Ok(quantise_q4_0(&numbers))
+    } else {
+        Err(io::Error::new(io::ErrorKind::Unsupported, "tiny models are F32, Q8_0 or Q4_0"))
     }
 }
 
@@ -197,6 +210,20 @@ fn quantise_q8_0(numbers: &[f32]) -> Vec<u8> {
     out
 }
 
+/// Blocks of 32: the scale as f16, then 16 bytes, each the numbers i and i + 16 as 4 bits above -8.
+fn quantise_q4_0(numbers: &[f32]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(numbers.len() / 32 * 18);
+    for block in numbers.chunks_exact(32) {
+        let largest = block.iter().fold(0f32, |largest, number| largest.max(number.abs()));
+        let scale = largest / 7.0;
+        out.extend(f16_bits(scale).to_le_bytes());
+        let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+        let four = |number: f32| ((number * inverse).round().clamp(-8.0, 7.0) as i8 + 8) as u8;
+        out.extend((0..16).map(|at| four(block[at]) | four(block[at + 16]) << 4));
+    }
+    out
+}
+
 /// A positive f32 within f16's normal range, rounded to the nearest f16; anything else is 0.
 fn f16_bits(number: f32) -> u16 {
     if !(6.2e-5..65_000.0).contains(&number) {
@@ -210,7 +237,7 @@ fn f16_bits(number: f32) -> u16 {
 
 /// Tokens and their types. Every token longer than one character is another token plus one character, so
 /// merging pairs reaches it.
-fn vocabulary() -> Vec<(String, i32)> {
+pub(crate) fn vocabulary() -> Vec<(String, i32)> {
     let mut tokens =
         vec![("<unk>".to_owned(), TYPE_UNKNOWN), ("<s>".to_owned(), TYPE_CONTROL), ("</s>".to_owned(), TYPE_CONTROL)];
     tokens.extend((0..256).map(|byte| (format!("<0x{byte:02X}>"), TYPE_BYTE)));

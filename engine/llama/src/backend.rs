@@ -11,7 +11,7 @@ use satgrid_engine::port::Profile;
 use crate::crowd::{Governor, SAMPLE, time_in_run_queue};
 use crate::devices::{self, Device, PlaceError, Placement, place};
 use crate::facts::is_exact;
-use crate::ffi::{self, BatchRow, Context, ContextConfig, DecodeError, LoadError, Model, ModelConfig};
+use crate::ffi::{self, BatchRow, Context, ContextConfig, DecodeError, ExpertHook, LoadError, Model, ModelConfig};
 use crate::scheduler::{Backend, Shape};
 use crate::settings::{BATCH, DEFAULT_CONTEXT, EngineSettings, MAX_SLOTS, TILED_PRODUCT};
 
@@ -61,7 +61,16 @@ pub(crate) struct LlamaBackend {
 
 impl LlamaBackend {
     /// Loads the model and takes the context's memory. `progress` hears thousandths of the load.
-    pub(crate) fn open(settings: &EngineSettings, mut progress: impl FnMut(u32)) -> Result<(Self, Shape), OpenError> {
+    pub(crate) fn open(settings: &EngineSettings, progress: impl FnMut(u32)) -> Result<(Self, Shape), OpenError> {
+        Self::open_with(settings, None, progress)
+    }
+
+    /// As [`LlamaBackend::open`]; a trunk brings who finds its experts' rows.
+    pub(crate) fn open_with(
+        settings: &EngineSettings,
+        hook: Option<Box<dyn ExpertHook>>,
+        mut progress: impl FnMut(u32),
+    ) -> Result<(Self, Shape), OpenError> {
         check_start(settings.profile)?;
         if settings.slots == 0 || settings.slots > MAX_SLOTS {
             return Err(OpenError::Slots { slots: settings.slots });
@@ -69,7 +78,8 @@ impl LlamaBackend {
         let exact = settings.profile == Profile::Exact;
         let mut told = None;
         let all = ffi::devices();
-        let placement = Self::place(settings, &all)?;
+        // Experts elsewhere compute on processors: on a card the bits would be others than the whole model's there.
+        let placement = if hook.is_some() { Placement::Processor } else { Self::place(settings, &all)? };
         let offload = match &placement {
             Placement::Processor => None,
             Placement::Device { device, layers, .. } => {
@@ -100,7 +110,7 @@ impl LlamaBackend {
             prefill_beside_streams: BATCH / 4,
         };
         // Each sequence ends a batch with one row at most whose logits are drawn from.
-        let mut backend = Self::new(Arc::new(model), &shape, shape.slots, settings.threads)?;
+        let mut backend = Self::new(Arc::new(model), &shape, shape.slots, settings.threads, hook)?;
         if let Placement::Device { device, layers, whole } = &placement {
             tracing::info!(device = %device.name, card = %device.description, layers, whole, "the model is on the device");
             if devices::needs_trial(&placement, settings.profile) && !matches!(is_exact(&mut backend, &shape), Ok(true))
@@ -136,7 +146,13 @@ impl LlamaBackend {
     }
 
     /// A context of this shape over a model that is loaded, for batches with at most `outputs` rows of logits.
-    pub(crate) fn new(model: Arc<Model>, shape: &Shape, outputs: u32, threads: u32) -> Result<Self, OpenError> {
+    pub(crate) fn new(
+        model: Arc<Model>,
+        shape: &Shape,
+        outputs: u32,
+        threads: u32,
+        hook: Option<Box<dyn ExpertHook>>,
+    ) -> Result<Self, OpenError> {
         let exact = shape.profile == Profile::Exact;
         let config = ContextConfig {
             slots: shape.slots,
@@ -150,7 +166,7 @@ impl LlamaBackend {
         };
         let no_memory = OpenError::NoMemory { slots: shape.slots, context: shape.context };
         let eog = (0..model.vocab_size()).filter(|&token| model.is_eog(token)).collect();
-        match Context::new(model, &config) {
+        match Context::new(model, &config, hook) {
             Some(context) if context.positions_per_slot() >= shape.context => {
                 let (governor, batch_time, queued) = (Governor::new(threads), Duration::ZERO, time_in_run_queue());
                 Ok(Self { context, eog, governor, batch_time, queued, prefill_per_s: None, card: None })
@@ -245,7 +261,7 @@ pub(crate) fn check_start(profile: Profile) -> Result<(), OpenError> {
 }
 
 /// Refuses to start where the first product would be an illegal instruction.
-fn check_processor() -> Result<(), OpenError> {
+pub(crate) fn check_processor() -> Result<(), OpenError> {
     #[cfg(target_arch = "x86_64")]
     {
         let built_with = crate::ffi::system_info();

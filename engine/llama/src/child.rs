@@ -4,15 +4,18 @@ use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
+use satgrid_engine::experts::{ExpertRows, ExpertStep, Experts};
+use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::process::{Child as Process, Command};
 use tokio::time::timeout;
 
 use crate::settings::{WorkerArgs, environment};
-use crate::wire::{self, FromWorker};
+use crate::wire::{self, FromWorker, ToWorker};
 
 /// Longest silence of a process that loads.
 const LOAD_SILENCE: Duration = Duration::from_secs(300);
@@ -69,9 +72,11 @@ pub(crate) struct Child {
 
 impl Child {
     /// Starts a process and waits until it is ready; gives its first word after the load. `progress` hears thousandths.
+    /// A trunk that measures itself asks for its experts already then.
     pub(crate) async fn start(
         program: &WorkerProgram,
         args: &WorkerArgs,
+        experts: Option<&Arc<dyn Experts>>,
         mut progress: impl FnMut(u32),
     ) -> Result<(Self, FromWorker), SpawnError> {
         let mut child =
@@ -92,14 +97,25 @@ impl Child {
                     child.end().await;
                     return Err(SpawnError::LoadFailed { reason });
                 }
-                ready @ (FromWorker::EngineReady(_) | FromWorker::TokenizerReady(_) | FromWorker::StageReady(_)) => {
+                FromWorker::ExpertStep(step) => {
+                    let outputs = find_outputs(experts, step).await;
+                    let frame = wire::encode(&ToWorker::ExpertOutputs(outputs));
+                    let frame = frame.map_err(|error| SpawnError::Protocol(error.to_string()))?;
+                    // A process that died meanwhile shows as the end of its stream.
+                    let _ = child.writer.write_all(&frame).await;
+                }
+                ready @ (FromWorker::EngineReady(_)
+                | FromWorker::TokenizerReady(_)
+                | FromWorker::StageReady(_)
+                | FromWorker::PackReady(_)) => {
                     return Ok((child, ready));
                 }
                 FromWorker::Events(_)
                 | FromWorker::Tokenized(_)
                 | FromWorker::Named(_)
                 | FromWorker::StageEvents(_)
-                | FromWorker::Ring(_) => {
+                | FromWorker::Ring(_)
+                | FromWorker::ExpertAnswer { .. } => {
                     return Err(SpawnError::Protocol("an answer before it was ready".into()));
                 }
             }
@@ -138,6 +154,14 @@ impl Child {
     pub(crate) fn split(self) -> (Process, OwnedReadHalf, OwnedWriteHalf) {
         (self.process, self.reader, self.writer)
     }
+}
+
+/// The rows for a trunk's step, or why there are none.
+pub(crate) async fn find_outputs(experts: Option<&Arc<dyn Experts>>, step: ExpertStep) -> Result<ExpertRows, String> {
+    let (number, layer) = (step.step, step.layer);
+    let experts = experts.ok_or("this engine has no experts elsewhere")?;
+    let rows = experts.evaluate(step).await.map_err(|error| error.to_string())?;
+    Ok(ExpertRows { step: number, layer, rows })
 }
 
 /// Waits for a process whose socket is closed; kills it if that takes too long. Says how it ended.

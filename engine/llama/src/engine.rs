@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use satgrid_engine::experts::Experts;
 use satgrid_engine::port::{Command, Engine, EngineDown, EngineEvent, EngineFacts};
 
 use crate::child::{SpawnError, WorkerProgram};
@@ -60,6 +61,17 @@ impl LlamaEngine {
     /// Only the first start can fail here. Later ones are tried again for as long as the engine is wanted.
     pub async fn spawn(config: EngineConfig, progress: impl FnMut(u32)) -> Result<Arc<Self>, SpawnError> {
         let kept = Kept::spawn(config.program, WorkerArgs::Engine(config.settings), progress).await?;
+        Ok(Arc::new(Self { kept }))
+    }
+
+    /// As [`LlamaEngine::spawn`], for a trunk: `experts` finds the rows of its experts. To all others it is the whole model.
+    pub async fn spawn_trunk(
+        config: EngineConfig,
+        experts: Arc<dyn Experts>,
+        progress: impl FnMut(u32),
+    ) -> Result<Arc<Self>, SpawnError> {
+        let args = WorkerArgs::Trunk(config.settings);
+        let kept = Kept::spawn_with(config.program, args, Some(experts), progress).await?;
         Ok(Arc::new(Self { kept }))
     }
 

@@ -76,7 +76,7 @@ pub(crate) fn known_answer() -> Result<[u8; 32], OpenError> {
         batch: ANSWER_ROWS,
         prefill_beside_streams: ANSWER_ROWS,
     };
-    let mut backend = LlamaBackend::new(model, &shape, ANSWER_ROWS, 1)?;
+    let mut backend = LlamaBackend::new(model, &shape, ANSWER_ROWS, 1, None)?;
     let token = |position: u32| (position * 37 + 11) % vocab.max(1);
     let rows: Vec<BatchRow> =
         (0..ANSWER_ROWS).map(|position| BatchRow { slot: 0, position, token: token(position), output: true }).collect();

@@ -9,15 +9,17 @@
 //! A command reaches the child that was up when it was sent, or none: none of an earlier child's commands is ever played to
 //! a later one. What the node knows of a job dies with `Down`; the job itself is the node's to start again.
 
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use satgrid_engine::experts::{ExpertRows, Experts};
 use satgrid_engine::port::EngineDown;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, channel, unbounded_channel};
 use tokio::sync::watch;
 
-use crate::child::{Child, SpawnError, WorkerProgram, end_process};
+use crate::child::{Child, SpawnError, WorkerProgram, end_process, find_outputs};
 use crate::settings::WorkerArgs;
 use crate::wire::{self, FromWorker, ToWorker};
 
@@ -79,11 +81,21 @@ impl<T: Trade> Kept<T> {
         args: WorkerArgs,
         progress: impl FnMut(u32),
     ) -> Result<Self, SpawnError> {
-        let (child, facts) = start::<T>(&program, &args, progress).await?;
+        Self::spawn_with(program, args, None, progress).await
+    }
+
+    /// As [`Kept::spawn`], for a trunk, whose experts' rows somebody finds.
+    pub(crate) async fn spawn_with(
+        program: WorkerProgram,
+        args: WorkerArgs,
+        experts: Option<Arc<dyn Experts>>,
+        progress: impl FnMut(u32),
+    ) -> Result<Self, SpawnError> {
+        let (child, facts) = start::<T>(&program, &args, experts.as_ref(), progress).await?;
         let shared = Arc::new(Shared { link: Mutex::new(None), facts: RwLock::new(facts) });
         let (event_sink, events) = unbounded_channel();
         let (shut_down, stop) = watch::channel(false);
-        let keeper = Keeper { program, args, shared: Arc::clone(&shared), events: event_sink, stop };
+        let keeper = Keeper { program, args, experts, shared: Arc::clone(&shared), events: event_sink, stop };
         let commands = keeper.put_up(&child);
         tokio::spawn(keeper.keep(child, commands));
         Ok(Self { shared, events: tokio::sync::Mutex::new(events), shut_down })
@@ -122,10 +134,15 @@ impl<T: Trade> Drop for Kept<T> {
     }
 }
 
+/// A trunk's step while its rows are found.
+type Outputs = Pin<Box<dyn Future<Output = Result<ExpertRows, String>> + Send>>;
+
 /// The task that owns the child.
 struct Keeper<T: Trade> {
     program: WorkerProgram,
     args: WorkerArgs,
+    /// Of a trunk: who finds its experts' rows.
+    experts: Option<Arc<dyn Experts>>,
     shared: Arc<Shared<T>>,
     events: UnboundedSender<T::Event>,
     stop: watch::Receiver<bool>,
@@ -172,9 +189,32 @@ impl<T: Trade> Keeper<T> {
                 }
             }
         });
+        // A trunk asks for one step at a time, and waits for it in the middle of a batch.
+        let mut step: Option<Outputs> = None;
         let wanted = loop {
+            let outputs = async {
+                match step.as_mut() {
+                    Some(step) => step.await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
+                outputs = outputs => {
+                    step = None;
+                    match wire::encode(&ToWorker::ExpertOutputs(outputs)) {
+                        // An error shows as the end of the inbox.
+                        Ok(frame) => tokio::select! {
+                            _ = writer.write_all(&frame) => {}
+                            _ = self.stop.changed() => break false,
+                        },
+                        Err(error) => tracing::error!(%error, "experts' rows that do not fit a frame"),
+                    }
+                },
                 message = inbox.recv() => match message {
+                    Some(FromWorker::ExpertStep(asked)) => {
+                        let experts = self.experts.clone();
+                        step = Some(Box::pin(async move { find_outputs(experts.as_ref(), asked).await }));
+                    }
                     Some(message) => match T::events(message) {
                         Some(events) => {
                             for event in events {
@@ -219,7 +259,7 @@ impl<T: Trade> Keeper<T> {
             }
             *wait = (*wait * 2).min(LONGEST_WAIT);
             let started = tokio::select! {
-                started = start::<T>(&self.program, &self.args, |_| {}) => started,
+                started = start::<T>(&self.program, &self.args, self.experts.as_ref(), |_| {}) => started,
                 _ = self.stop.changed() => return None,
             };
             let reason = match started {
@@ -252,9 +292,10 @@ impl<T: Trade> Keeper<T> {
 async fn start<T: Trade>(
     program: &WorkerProgram,
     args: &WorkerArgs,
+    experts: Option<&Arc<dyn Experts>>,
     progress: impl FnMut(u32),
 ) -> Result<(Child, T::Facts), SpawnError> {
-    let (child, ready) = Child::start(program, args, progress).await?;
+    let (child, ready) = Child::start(program, args, experts, progress).await?;
     match T::ready(ready) {
         Some(facts) => Ok((child, facts)),
         None => Err(SpawnError::Protocol("a child of another kind".into())),

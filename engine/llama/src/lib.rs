@@ -9,6 +9,7 @@
 //! | [`LlamaEngine`]: the `Engine` port             | `worker`: load, serve, exit with the parent                      |
 //! | [`LlamaStage`]: the `Stage` port               | `stage`: some layers, hidden rows in and out                     |
 //! | [`LlamaLead`]: the `Engine` port over a `Ring` | `lead`: the scheduler over a model's two ends                    |
+//! | [`LlamaExperts`]: the `ExpertHost` port        | `pack`: experts' weights, proved and evaluated                   |
 //! | [`LlamaTokenizer`]: the `Tokenizer` port       | `scheduler` and `plan`: continuous batching, pure and tested alone |
 //! | `child`: start, hear, end a process           | `backend` and `ffi`: llama.cpp; the product's only `unsafe`      |
 //!
@@ -25,11 +26,13 @@ mod child;
 mod crowd;
 mod devices;
 mod engine;
+mod experts;
 mod facts;
 mod ffi;
 mod keeper;
 mod lead;
 mod model_file;
+mod pack;
 mod plan;
 mod scheduler;
 mod settings;
@@ -43,13 +46,15 @@ mod worker;
 pub use child::{SpawnError, WorkerProgram};
 pub use devices::{Device, DeviceKind, LOADS_BACKENDS, Offload, libraries_beside, list_devices};
 pub use engine::{EngineConfig, LlamaEngine};
+pub use experts::LlamaExperts;
 pub use lead::engine::{LeadConfig, LlamaLead};
 pub use settings::{
-    ArgsError, BATCH, DEFAULT_CONTEXT, EngineSettings, LeadSettings, MAX_SLOTS, StageSettings, WorkerArgs,
-    default_threads,
+    ArgsError, BATCH, DEFAULT_CONTEXT, EngineSettings, LeadSettings, MAX_SLOTS, PackSettings, StageSettings,
+    WorkerArgs, default_threads,
 };
 pub use split::{SplitError, SplitReport, split_model};
 pub use stage::engine::{LlamaStage, StageConfig};
 pub use stage::local::{LocalRing, StageCounts};
 pub use tokenizer::{LlamaTokenizer, MAX_TEXT, TokenizerConfig};
+pub use wire::{HeldExpert, PackFacts};
 pub use worker::worker_main;

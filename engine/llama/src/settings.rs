@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use satgrid_engine::port::Profile;
 use satgrid_engine::stage::codec::WireType;
 use satgrid_engine::stage::ring::RingFacts;
-use satgrid_types::LayerRange;
+use satgrid_types::{ExpertSet, LayerRange};
 
 use crate::devices::Offload;
 
@@ -60,6 +60,17 @@ pub struct LeadSettings {
 /// Positions for each job where the settings name none.
 pub const DEFAULT_CONTEXT: u32 = 4096;
 
+/// Experts to hold and evaluate.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PackSettings {
+    /// A pack made by `satgrid models split --experts`.
+    pub pack: PathBuf,
+    /// Only these of the pack's experts, if not all.
+    pub only: Option<ExpertSet>,
+    pub profile: Profile,
+    pub threads: u32,
+}
+
 /// What the child process is to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WorkerArgs {
@@ -69,6 +80,10 @@ pub enum WorkerArgs {
     Stage(StageSettings),
     /// Run a model whose middle is elsewhere.
     Lead(LeadSettings),
+    /// Run a trunk, whose experts the node finds.
+    Trunk(EngineSettings),
+    /// Hold a pack and evaluate its experts.
+    Pack(PackSettings),
     /// Tokenise with the vocabulary of this file; weights, if it has any, are not loaded.
     Tokenizer { artefact: PathBuf },
     /// Print the devices that this build finds, one on a line.
@@ -86,7 +101,7 @@ pub enum ArgsError {
     BadValue { name: String, value: String },
     #[error("unknown argument {0:?}")]
     Unknown(String),
-    #[error("one of --model, --stage and --tokenizer is needed")]
+    #[error("one of --model, --pack, --stage and --tokenizer is needed")]
     NoFile,
 }
 
@@ -122,7 +137,20 @@ impl WorkerArgs {
                 add("--ring-wire", lead.ring.wire.name().into());
                 &lead.tail
             }
+            Self::Pack(pack) => {
+                add("--pack", pack.pack.clone().into());
+                add("--profile", pack.profile.name().into());
+                add("--threads", pack.threads.to_string().into());
+                if let Some(only) = &pack.only {
+                    add("--only", pairs_to_text(only).into());
+                }
+                return args;
+            }
             Self::Engine(engine) => engine,
+            Self::Trunk(engine) => {
+                add("--trunk", "yes".into());
+                engine
+            }
             Self::Bare(engine, load) => {
                 add("--bare-streams", load.streams.to_string().into());
                 add("--bare-prompt", load.prompt.to_string().into());
@@ -156,6 +184,7 @@ impl WorkerArgs {
         };
         let (mut artefact, mut stage, mut head) = (None, None, None);
         let mut ring = RingFacts { stages: Vec::new(), sequences: 0, context: 0, batch: 0, wire: WireType::F32 };
+        let (mut pack, mut only, mut trunk) = (None, None, false);
         let mut load = crate::bare::Load { streams: 0, prompt: 0, output: 0 };
         let mut args = args.into_iter();
         while let Some(name) = args.next() {
@@ -172,6 +201,9 @@ impl WorkerArgs {
                 "--ring-context" => ring.context = number()?,
                 "--ring-batch" => ring.batch = number()?,
                 "--ring-wire" => ring.wire = value.to_str().and_then(WireType::from_name).ok_or_else(bad)?,
+                "--pack" => pack = Some(PathBuf::from(&value)),
+                "--only" => only = Some(value.to_str().and_then(pairs_from_text).ok_or_else(bad)?),
+                "--trunk" => trunk = true,
                 "--model" => engine.model = PathBuf::from(&value),
                 "--profile" => {
                     let named = |profile: &Profile| value.to_str() == Some(profile.name());
@@ -193,6 +225,9 @@ impl WorkerArgs {
             let EngineSettings { profile, threads, slots: sequences, context, .. } = engine;
             return Ok(Self::Stage(StageSettings { part, profile, threads, sequences, context }));
         }
+        if let Some(pack) = pack {
+            return Ok(Self::Pack(PackSettings { pack, only, profile: engine.profile, threads: engine.threads }));
+        }
         match artefact {
             Some(artefact) => Ok(Self::Tokenizer { artefact }),
             None if engine.model.as_os_str().is_empty() => Err(ArgsError::NoFile),
@@ -200,6 +235,7 @@ impl WorkerArgs {
                 Ok(Self::Lead(LeadSettings { head: head.unwrap_or_default(), tail: engine, ring }))
             }
             None if load.streams > 0 => Ok(Self::Bare(engine, load)),
+            None if trunk => Ok(Self::Trunk(engine)),
             None => Ok(Self::Engine(engine)),
         }
     }
@@ -214,10 +250,25 @@ fn ranges(text: &str) -> Option<Vec<LayerRange>> {
     if text.is_empty() { Some(Vec::new()) } else { text.split(',').map(range).collect() }
 }
 
+/// `layer.expert` pairs with commas between them.
+fn pairs_to_text(set: &ExpertSet) -> String {
+    let pairs: Vec<String> = set.pairs().iter().map(|(layer, expert)| format!("{layer}.{expert}")).collect();
+    pairs.join(",")
+}
+
+fn pairs_from_text(text: &str) -> Option<ExpertSet> {
+    let pair = |text: &str| {
+        let (layer, expert) = text.split_once('.')?;
+        Some((layer.parse().ok()?, expert.parse().ok()?))
+    };
+    Some(ExpertSet::new(text.split(',').map(pair).collect::<Option<Vec<_>>>()?))
+}
+
 /// Environment that ggml reads once, early, and so only from the process's start.
 pub(crate) fn environment(args: &WorkerArgs) -> Vec<(&'static str, &'static str)> {
     let profile = match args {
-        WorkerArgs::Engine(engine) | WorkerArgs::Bare(engine, _) => engine.profile,
+        WorkerArgs::Engine(engine) | WorkerArgs::Trunk(engine) | WorkerArgs::Bare(engine, _) => engine.profile,
+        WorkerArgs::Pack(pack) => pack.profile,
         WorkerArgs::Stage(stage) => stage.profile,
         WorkerArgs::Lead(lead) => lead.tail.profile,
         WorkerArgs::Tokenizer { .. } | WorkerArgs::Devices => return Vec::new(),
@@ -275,11 +326,16 @@ mod tests {
             context: 1024,
         };
         let alone = RingFacts { stages: Vec::new(), ..ring.clone() };
+        let only = Some(ExpertSet::new([(0, 3), (1, 0)]));
+        let pack = PackSettings { pack: "p.gguf".into(), only, profile: Profile::Exact, threads: 2 };
         for args in [
             WorkerArgs::Stage(stage),
             WorkerArgs::Lead(LeadSettings { head: "head.gguf".into(), tail: engine.clone(), ring }),
             WorkerArgs::Lead(LeadSettings { head: "head.gguf".into(), tail: engine.clone(), ring: alone }),
             WorkerArgs::Engine(engine.clone()),
+            WorkerArgs::Trunk(engine.clone()),
+            WorkerArgs::Pack(pack.clone()),
+            WorkerArgs::Pack(PackSettings { only: None, ..pack }),
             WorkerArgs::Tokenizer { artefact: "t.gguf".into() },
             WorkerArgs::Bare(engine, load),
             WorkerArgs::Devices,
@@ -295,6 +351,7 @@ mod tests {
             ("--model", "no value"),
             ("--model x --slots many", "many"),
             ("--model x --profile quick", "quick"),
+            ("--pack x --only 1", "--only"),
             ("--socket x", "--socket"),
         ];
         for (line, expect) in rows {

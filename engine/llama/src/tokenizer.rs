@@ -110,7 +110,7 @@ async fn ask(child: &mut Child, frame: &[u8]) -> std::io::Result<FromWorker> {
 
 async fn start(config: &TokenizerConfig) -> Result<(Child, VocabFacts), SpawnError> {
     let args = WorkerArgs::Tokenizer { artefact: config.artefact.clone() };
-    match Child::start(&config.program, &args, |_| {}).await? {
+    match Child::start(&config.program, &args, None, |_| {}).await? {
         (child, FromWorker::TokenizerReady(facts)) => Ok((child, *facts)),
         _ => Err(SpawnError::Protocol("not a tokenizer".into())),
     }

@@ -7,7 +7,8 @@
 use std::io::{self, Read, Write};
 
 use minicbor::{Decode, Encode};
-use satgrid_engine::port::{Command, EngineEvent, EngineFacts, SpecialTokens, TokenizerError};
+use satgrid_engine::experts::{CallError, ExpertCall, ExpertRows, ExpertStep};
+use satgrid_engine::port::{Command, EngineEvent, EngineFacts, Profile, SpecialTokens, TokenizerError};
 use satgrid_engine::stage::port::{StageCommand, StageEvent, StageFacts};
 use satgrid_engine::stage::ring::{RingCommand, RingEvent};
 use tokio::io::{AsyncRead, AsyncReadExt};
@@ -15,7 +16,7 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 /// Most bytes in one frame. The longest is a vocabulary's table of pieces, or a prompt of a very long context.
 pub(crate) const MAX_FRAME: u32 = 64 * 1024 * 1024;
 /// Both ends come from one binary; this catches a worker of another version.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
 /// From the node to the process.
 #[derive(Debug, Encode, Decode)]
@@ -43,6 +44,17 @@ pub(crate) enum ToWorker {
     /// To a lead's process, from the ring.
     #[n(4)]
     Ring(#[n(0)] RingEvent),
+    /// To a trunk: what it asked for by `ExpertStep`, or why there is nothing.
+    #[n(5)]
+    ExpertOutputs(#[n(0)] Result<ExpertRows, String>),
+    /// To the keeper of a pack; answered in any order.
+    #[n(6)]
+    ExpertCall {
+        #[n(0)]
+        id: u64,
+        #[n(1)]
+        call: ExpertCall,
+    },
 }
 
 /// From the process to the node.
@@ -77,6 +89,72 @@ pub(crate) enum FromWorker {
     /// From a lead's process, to the ring.
     #[n(9)]
     Ring(#[n(0)] RingCommand),
+    /// A trunk waits for these rows in the middle of a batch; one step at a time.
+    #[n(10)]
+    ExpertStep(#[n(0)] ExpertStep),
+    #[n(11)]
+    ExpertAnswer {
+        #[n(0)]
+        id: u64,
+        #[n(1)]
+        answer: Result<ExpertRows, CallFailure>,
+    },
+    #[n(12)]
+    PackReady(#[n(0)] Box<PackFacts>),
+}
+
+/// Why a pack's process gave no rows.
+#[derive(Debug, Encode, Decode)]
+pub(crate) enum CallFailure {
+    #[n(0)]
+    Refused(#[n(0)] CallError),
+    #[n(1)]
+    Failed(#[n(0)] String),
+}
+
+/// What a pack holds, and the build that evaluates it.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct PackFacts {
+    #[cbor(n(0), with = "minicbor::bytes")]
+    pub model_root: [u8; 32],
+    /// Each held (layer, expert), with the hash of its weights.
+    #[n(1)]
+    pub experts: Vec<HeldExpert>,
+    /// Width of a row.
+    #[n(2)]
+    pub n_embd: u32,
+    /// Layers of the whole model.
+    #[n(3)]
+    pub layers: u32,
+    /// Experts of each of its layers.
+    #[n(4)]
+    pub experts_per_layer: u32,
+    /// Experts for each row.
+    #[n(5)]
+    pub used: u32,
+    /// Bytes of the held weights.
+    #[n(6)]
+    pub bytes: u64,
+    #[n(7)]
+    pub profile: Profile,
+    #[cbor(n(8), with = "minicbor::bytes")]
+    pub build_id: [u8; 32],
+    #[n(9)]
+    pub instruction_set: String,
+    /// Measured at start: thousandths of a row per second, one at a time.
+    #[n(10)]
+    pub millirows_per_s: u64,
+}
+
+/// One expert of a pack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct HeldExpert {
+    #[n(0)]
+    pub layer: u32,
+    #[n(1)]
+    pub expert: u32,
+    #[cbor(n(2), with = "minicbor::bytes")]
+    pub hash: [u8; 32],
 }
 
 /// What a tokenizer process reads from its file once.

@@ -12,20 +12,22 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Rlimit, setrlimit};
+use satgrid_engine::experts::{ExpertRows, ExpertStep};
 use satgrid_engine::port::{Command, EngineFacts, SpecialTokens, TokenizerError};
 
 use crate::backend::LlamaBackend;
 use crate::bare;
 use crate::devices;
 use crate::facts;
-use crate::ffi::{self, Model, ModelConfig};
+use crate::ffi::{self, ExpertHook, Model, ModelConfig};
 use crate::lead;
 use crate::model_file;
+use crate::pack::{PackBackend, Waiting};
 use crate::scheduler::Scheduler;
-use crate::settings::{BATCH, EngineSettings, WorkerArgs};
+use crate::settings::{BATCH, EngineSettings, PackSettings, WorkerArgs};
 use crate::stage;
 use crate::watchdog::Watchdog;
-use crate::wire::{self, FromWorker, PieceBytes, PieceTable, ToWorker, VERSION, VocabFacts};
+use crate::wire::{self, CallFailure, FromWorker, PieceBytes, PieceTable, ToWorker, VERSION, VocabFacts};
 
 /// Exit codes: the parent went, or all is well; the file did not load; the process was not started by a node.
 const GONE: u8 = 0;
@@ -61,7 +63,15 @@ pub fn worker_main(args: WorkerArgs) -> u8 {
         }
         WorkerArgs::Engine(settings) => {
             limit(None);
-            serve(|link| run_engine(&settings, link))
+            serve(|link| run_engine(&settings, false, link))
+        }
+        WorkerArgs::Trunk(settings) => {
+            limit(None);
+            serve(|link| run_engine(&settings, true, link))
+        }
+        WorkerArgs::Pack(settings) => {
+            limit(None);
+            serve(|link| run_pack(&settings, link))
         }
         WorkerArgs::Stage(settings) => {
             limit(None);
@@ -82,6 +92,8 @@ pub fn worker_main(args: WorkerArgs) -> u8 {
 pub(crate) struct Link {
     writer: UnixStream,
     pub(crate) requests: Receiver<ToWorker>,
+    /// What a trunk waits for in the middle of a batch; taken by its hook.
+    outputs: Option<Receiver<Result<ExpertRows, String>>>,
 }
 
 impl Link {
@@ -148,16 +160,21 @@ fn link() -> io::Result<Link> {
     // Tells a socket from a terminal or a pipe.
     writer.local_addr()?;
     let reader = writer.try_clone()?;
-    let (to_main, requests) = channel();
-    std::thread::Builder::new().name("engine-requests".into()).spawn(move || read_requests(reader, &to_main))?;
-    Ok(Link { writer, requests })
+    let ((to_main, requests), (to_hook, outputs)) = (channel(), channel());
+    let reading = move || read_requests(reader, &to_main, &to_hook);
+    std::thread::Builder::new().name("engine-requests".into()).spawn(reading)?;
+    Ok(Link { writer, requests, outputs: Some(outputs) })
 }
 
 /// Hands requests to the main thread, and ends the process when the parent is gone: the main thread may be in the middle of a
 /// load or a batch.
-fn read_requests(mut reader: UnixStream, to_main: &Sender<ToWorker>) {
+fn read_requests(mut reader: UnixStream, to_main: &Sender<ToWorker>, to_hook: &Sender<Result<ExpertRows, String>>) {
     loop {
         match wire::read::<ToWorker>(&mut reader) {
+            Ok(Some(ToWorker::ExpertOutputs(outputs))) => {
+                // Nobody waits for outputs that nobody asked for.
+                let _ = to_hook.send(outputs);
+            }
             Ok(Some(request)) => {
                 if to_main.send(request).is_err() {
                     return;
@@ -173,14 +190,45 @@ fn read_requests(mut reader: UnixStream, to_main: &Sender<ToWorker>) {
     }
 }
 
-fn run_engine(settings: &EngineSettings, link: &mut Link) -> Result<(), Stop> {
+/// A trunk's way to its experts: the node, over the same socket, in the middle of a batch.
+struct NodeExperts {
+    writer: UnixStream,
+    outputs: Receiver<Result<ExpertRows, String>>,
+    step: u64,
+    layer: u32,
+}
+
+impl ExpertHook for NodeExperts {
+    fn chosen(&mut self, layer: u32, used: u32, ids: Vec<u32>, rows: Vec<f32>) -> Result<(), String> {
+        // A batch goes up through the layers.
+        self.step += u64::from(layer <= self.layer);
+        self.layer = layer;
+        let step = ExpertStep { step: self.step, layer, used, ids, rows };
+        wire::write(&mut self.writer, &FromWorker::ExpertStep(step)).map_err(|error| error.to_string())
+    }
+
+    fn outputs(&mut self) -> Result<Vec<f32>, String> {
+        // The reading thread ends the process when the node is gone, so this wait has an end.
+        let rows = self.outputs.recv().map_err(|_| "the node is gone".to_owned())??;
+        if (rows.step, rows.layer) != (self.step, self.layer) {
+            return Err("the node answered another step".to_owned());
+        }
+        Ok(rows.rows)
+    }
+}
+
+fn run_engine(settings: &EngineSettings, is_trunk: bool, link: &mut Link) -> Result<(), Stop> {
     link.send(&FromWorker::Loading { permille: 0 })?;
     let failed = |reason: &dyn std::fmt::Display| Stop::LoadFailed(reason.to_string());
     // The file's own table first: a bad file is told in words before llama.cpp sees it.
-    let read = model_file::read(&settings.model, |permille| link.tell_load(permille / 2));
+    let read = model_file::read(&settings.model, is_trunk, |permille| link.tell_load(permille / 2));
     let file = read.map_err(|reason| failed(&reason))?;
     let known_answer = facts::known_answer().map_err(|error| failed(&error))?;
-    let opened = LlamaBackend::open(settings, |permille| link.tell_load(500 + permille / 2));
+    let hook: Option<Box<dyn ExpertHook>> = match link.outputs.take().filter(|_| is_trunk) {
+        Some(outputs) => Some(Box::new(NodeExperts { writer: link.writer.try_clone()?, outputs, step: 0, layer: 0 })),
+        None => None,
+    };
+    let opened = LlamaBackend::open_with(settings, hook, |permille| link.tell_load(500 + permille / 2));
     let (mut backend, shape) = opened.map_err(|error| failed(&error))?;
     let speed = facts::measure(&mut backend, &shape);
     let facts = EngineFacts {
@@ -224,8 +272,8 @@ fn drive(scheduler: &mut Scheduler, backend: &mut LlamaBackend, link: &mut Link)
                 // More commands may wait; a batch is long, so all are heard before it.
                 continue;
             }
-            Some(ToWorker::Tokenize { .. } | ToWorker::Names { .. } | ToWorker::Stage(_) | ToWorker::Ring(_)) => {
-                tracing::error!("an engine was asked for something else than jobs");
+            Some(other) => {
+                tracing::error!(?other, "an engine was asked what it does not do");
                 continue;
             }
             None => {
@@ -265,8 +313,44 @@ fn run_tokenizer(artefact: &Path, link: &mut Link) -> Result<(), Stop> {
                 };
                 link.send(&FromWorker::Named(ids.into_iter().map(name).collect()))?;
             }
-            ToWorker::Command(_) | ToWorker::Stage(_) | ToWorker::Ring(_) => {
-                tracing::error!("a tokenizer was asked to compute");
+            other @ (ToWorker::Command(_)
+            | ToWorker::Stage(_)
+            | ToWorker::Ring(_)
+            | ToWorker::ExpertOutputs(_)
+            | ToWorker::ExpertCall { .. }) => {
+                tracing::error!(?other, "a tokenizer was asked what it does not do");
+            }
+        }
+    }
+}
+
+fn run_pack(settings: &PackSettings, link: &mut Link) -> Result<(), Stop> {
+    link.send(&FromWorker::Loading { permille: 0 })?;
+    let opened = PackBackend::open(settings, |permille| link.tell_load(permille));
+    let (mut backend, facts) = opened.map_err(|error| Stop::LoadFailed(error.to_string()))?;
+    link.send(&FromWorker::PackReady(Box::new(facts)))?;
+    let (mut waiting, watchdog) = (Waiting::default(), Watchdog::start()?);
+    loop {
+        // All that is there is heard before the next graph, so that calls on one layer share it.
+        let request = if waiting.is_empty() {
+            Some(link.requests.recv().map_err(|_| Stop::ParentGone)?)
+        } else {
+            link.requests.try_recv().ok()
+        };
+        match request {
+            Some(ToWorker::ExpertCall { id, call }) => {
+                if let Err(error) = waiting.push(id, call, &backend) {
+                    link.send(&FromWorker::ExpertAnswer { id, answer: Err(CallFailure::Refused(error)) })?;
+                }
+            }
+            Some(other) => tracing::error!(?other, "the keeper of a pack was asked what it does not do"),
+            None => {
+                watchdog.begin();
+                let answers = waiting.evaluate(&mut backend);
+                watchdog.end();
+                for (id, answer) in answers {
+                    link.send(&FromWorker::ExpertAnswer { id, answer })?;
+                }
             }
         }
     }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::ops::Range;
 
 use sha2::{Digest, Sha256};
 
@@ -11,6 +12,9 @@ use super::{
     DEFAULT_ALIGNMENT, Gguf, MAGIC, MAX_ALIGNMENT, MAX_ARRAY_ITEMS, MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_KEY_BYTES,
     MAX_METADATA_ENTRIES, MAX_STRING_BYTES, MAX_TENSOR_NAME_BYTES, MAX_TENSORS, align_up,
 };
+
+/// Bytes of tensor data that are in memory at once.
+const CHUNK: usize = 1 << 20;
 
 /// Why a file is no GGUF that we run. Positions are bytes from the beginning of the file.
 #[derive(Debug, thiserror::Error)]
@@ -100,22 +104,38 @@ pub fn hash_tensor<R: Read + Seek>(
     tensor: &Tensor,
     progress: &mut dyn FnMut(u64),
 ) -> Result<[u8; 32], GgufError> {
-    reader.seek(SeekFrom::Start(gguf.position(tensor)))?;
     let mut hash = Sha256::new();
-    let mut left = tensor.bytes;
-    let mut chunk = vec![0; 1 << 20];
+    let mut take = |chunk: &[u8]| {
+        hash.update(chunk);
+        progress(chunk.len() as u64);
+        Ok(())
+    };
+    read_range(reader, gguf, tensor, 0..tensor.bytes, &mut take)?;
+    Ok(hash.finalize().into())
+}
+
+/// Hands a range of a tensor's data over in chunks, so that no tensor need fit in memory. The range is within the tensor.
+pub fn read_range<R: Read + Seek>(
+    reader: &mut R,
+    gguf: &Gguf,
+    tensor: &Tensor,
+    range: Range<u64>,
+    take: &mut dyn FnMut(&[u8]) -> io::Result<()>,
+) -> Result<(), GgufError> {
+    reader.seek(SeekFrom::Start(gguf.position(tensor) + range.start))?;
+    let mut left = range.end.saturating_sub(range.start);
+    let mut chunk = vec![0; usize::try_from(left).unwrap_or(CHUNK).min(CHUNK)];
     while left > 0 {
-        let want = usize::try_from(left).unwrap_or(usize::MAX).min(chunk.len());
+        let want = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
         let got = reader.read(&mut chunk[..want])?;
         if got == 0 {
-            let end = gguf.position(tensor) + tensor.bytes;
+            let end = gguf.position(tensor) + range.end;
             return Err(GgufError::TensorTruncated { name: tensor.name.clone(), end, file_bytes: end - left });
         }
-        hash.update(&chunk[..got]);
+        take(&chunk[..got])?;
         left -= got as u64;
-        progress(got as u64);
     }
-    Ok(hash.finalize().into())
+    Ok(())
 }
 
 /// Reads forward, never past `end`.

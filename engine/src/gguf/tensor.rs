@@ -56,6 +56,7 @@ const TYPES: [TensorType; 35] = [
 impl TensorType {
     pub const F32: Self = TYPES[0];
     pub const F16: Self = TYPES[1];
+    pub const Q4_0: Self = TYPES[2];
     pub const Q8_0: Self = TYPES[6];
 
     pub fn from_id(id: u32) -> Option<Self> {

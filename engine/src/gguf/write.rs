@@ -114,16 +114,26 @@ impl GgufWriter {
         out: &mut W,
         mut data: impl FnMut(&Tensor, &mut dyn Write) -> io::Result<()>,
     ) -> Result<(), WriteError> {
-        out.write_all(&self.header()?)?;
+        self.write_pieces(out, |tensor, out| Ok(data(tensor, out)?))
+    }
+
+    /// As [`GgufWriter::write_streamed`], where what gives the data fails in its own words.
+    pub fn write_pieces<W: Write, E: From<WriteError>>(
+        &self,
+        out: &mut W,
+        mut data: impl FnMut(&Tensor, &mut dyn Write) -> Result<(), E>,
+    ) -> Result<(), E> {
+        out.write_all(&self.header()?).map_err(WriteError::Io)?;
         for tensor in &self.tensors {
             let mut counted = Counted { out: &mut *out, written: 0 };
             data(tensor, &mut counted)?;
             let given = counted.written;
             if given != tensor.bytes {
-                return Err(WriteError::WrongLength { name: tensor.name.clone(), given, expected: tensor.bytes });
+                let (name, expected) = (tensor.name.clone(), tensor.bytes);
+                return Err(WriteError::WrongLength { name, given, expected }.into());
             }
             let padding = align_up(given, DEFAULT_ALIGNMENT).unwrap_or(given) - given;
-            out.write_all(&vec![0; usize::try_from(padding).unwrap_or(0)])?;
+            out.write_all(&vec![0; usize::try_from(padding).unwrap_or(0)]).map_err(WriteError::Io)?;
         }
         Ok(())
     }

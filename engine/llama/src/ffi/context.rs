@@ -7,6 +7,7 @@ use llama_cpp_sys_2 as sys;
 
 use super::Model;
 use super::capture::Capture;
+use super::hook::{ExpertHook, HookState, on_tensor};
 
 /// How a context is laid out.
 #[derive(Debug, Clone, Copy)]
@@ -55,6 +56,8 @@ pub(crate) enum DecodeError {
     /// The stages of other machines.
     #[error("{reason}")]
     Ring { reason: String },
+    #[error("the experts' rows are missing: {reason}")]
+    Experts { reason: String },
 }
 
 /// A context and the model that it runs. Used by one thread; may move to it.
@@ -67,6 +70,8 @@ pub(crate) struct Context {
     rows: Rows,
     /// Boxed: the library holds its address.
     capture: Option<Box<Capture>>,
+    /// A trunk's callback has a pointer to it, so it stays where it is.
+    hook: Option<Box<HookState>>,
 }
 
 // SAFETY: a context may be used from any one thread at a time; `Context` is not `Sync` and every call takes `&mut self`
@@ -87,12 +92,14 @@ struct Rows {
 
 impl Context {
     /// Makes a context; `None` if the library refuses, in practice for want of memory.
-    pub(crate) fn new(model: Arc<Model>, config: &ContextConfig) -> Option<Self> {
+    /// A trunk has a hook that finds its experts' rows.
+    pub(crate) fn new(model: Arc<Model>, config: &ContextConfig, hook: Option<Box<dyn ExpertHook>>) -> Option<Self> {
         let threads = i32::try_from(config.threads).ok()?.max(1);
         let mut capture = match config.capture {
             true => Some(Box::new(Capture::of_layer(model.layers().checked_sub(1)?))),
             false => None,
         };
+        let mut hook = hook.map(HookState::new);
         // SAFETY: the parameters come from the library's own defaults and are passed by value; the model outlives the context,
         // which holds an `Arc` of it; so does the capture, which is boxed beside it and only touched between calls.
         let context = unsafe {
@@ -113,6 +120,10 @@ impl Context {
             if let Some(capture) = capture.as_deref_mut() {
                 params.cb_eval = Some(Capture::on_tensor);
                 params.cb_eval_user_data = std::ptr::from_mut(capture).cast();
+            }
+            if let Some(hook) = hook.as_deref_mut() {
+                params.cb_eval = Some(on_tensor);
+                params.cb_eval_user_data = (&raw mut *hook).cast();
             }
             sys::llama_init_from_model(model.as_ptr(), params)
         };
@@ -136,7 +147,7 @@ impl Context {
         let vocab = usize::try_from(model.vocab_size()).ok()?;
         let width = usize::try_from(model.width()).ok()?;
         let rows = Rows::new(usize::try_from(config.batch).ok()?);
-        Some(Self { context, pool, model, vocab, width, rows, capture })
+        Some(Self { context, pool, model, vocab, width, rows, capture, hook })
     }
 
     pub(crate) fn model(&self) -> &Arc<Model> {
@@ -202,6 +213,9 @@ impl Context {
         // checked) and lives during the call; each entry of
         // `seq_id` points at one sequence id, as `n_seq_id` says. The library checks the ids against its limits.
         let code = unsafe { sys::llama_decode(self.context.as_ptr(), batch) };
+        if let Some(reason) = self.hook.as_deref_mut().and_then(HookState::take_failure) {
+            return Err(DecodeError::Experts { reason });
+        }
         match code {
             0 => {
                 // SAFETY: the context is valid.

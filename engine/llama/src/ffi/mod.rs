@@ -1,4 +1,4 @@
-//! llama.cpp behind types that free what they own: [`Model`], [`Context`], and one batch at a time.
+//! llama.cpp behind types that free what they own: [`Model`], [`Context`], one batch at a time, and experts' weights.
 //!
 //! All `unsafe` of the product is in this folder, and nothing in it decides anything: no scheduling, no sampling, no
 //! policy. llama.cpp reports some faults by aborting the process, so this code runs in the engine's child process only
@@ -9,12 +9,16 @@
 mod capture;
 mod context;
 mod devices;
+mod experts;
+mod hook;
 mod log;
 mod model;
 
 pub(crate) use capture::to_floats;
 pub(crate) use context::{BatchRow, Context, ContextConfig, DecodeError};
 pub(crate) use devices::{Handle, devices};
+pub(crate) use experts::{ExpertWeights, TensorPlan, WeightsError};
+pub(crate) use hook::ExpertHook;
 pub(crate) use model::{LoadError, Model, ModelConfig};
 
 use std::sync::Once;

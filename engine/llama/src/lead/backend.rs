@@ -39,7 +39,11 @@ impl<'a> Wayside<'a> {
         match word {
             ToWorker::Command(command) => self.commands.push_back(command),
             ToWorker::Ring(event) => self.heard.push_back(event),
-            ToWorker::Stage(_) | ToWorker::Tokenize { .. } | ToWorker::Names { .. } => {
+            ToWorker::Stage(_)
+            | ToWorker::Tokenize { .. }
+            | ToWorker::Names { .. }
+            | ToWorker::ExpertOutputs(_)
+            | ToWorker::ExpertCall { .. } => {
                 tracing::error!("a lead's engine was asked for something else than jobs");
             }
         }

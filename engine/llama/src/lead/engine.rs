@@ -72,7 +72,10 @@ impl Trade for Leading {
             | FromWorker::Tokenized(_)
             | FromWorker::Named(_)
             | FromWorker::StageReady(_)
-            | FromWorker::StageEvents(_) => None,
+            | FromWorker::StageEvents(_)
+            | FromWorker::ExpertStep(_)
+            | FromWorker::ExpertAnswer { .. }
+            | FromWorker::PackReady(_) => None,
         }
     }
 

@@ -84,7 +84,7 @@ impl LlamaLayers {
             capture: true,
         };
         let no_memory = OpenError::NoMemory { slots: config.sequences, context: config.context };
-        match Context::new(Arc::new(model), &context) {
+        match Context::new(Arc::new(model), &context, None) {
             Some(context) if context.positions_per_slot() >= config.context => Ok(Self { context }),
             Some(_) | None => Err(no_memory),
         }

@@ -77,7 +77,14 @@ fn drive(queue: &mut StageQueue, layers: &mut LlamaLayers, link: &mut Link) -> R
                 // More works may wait that fit into the same batch.
                 continue;
             }
-            Some(ToWorker::Command(_) | ToWorker::Tokenize { .. } | ToWorker::Names { .. } | ToWorker::Ring(_)) => {
+            Some(
+                ToWorker::Command(_)
+                | ToWorker::Tokenize { .. }
+                | ToWorker::Names { .. }
+                | ToWorker::Ring(_)
+                | ToWorker::ExpertOutputs(_)
+                | ToWorker::ExpertCall { .. },
+            ) => {
                 tracing::error!("a stage was asked for something else than rows");
                 continue;
             }

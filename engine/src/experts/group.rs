@@ -1,0 +1,321 @@
+//! The experts of one model as the lead sees them: hosts come and go, and the rows of every step are found.
+//!
+//! | a host is | leaves with                                                                                         |
+//! |-----------|-----------------------------------------------------------------------------------------------------|
+//! | in        | no answer, a bad answer, or a lie found by a witness: out, and its rows of the step go elsewhere      |
+//! | out       | [`ExpertGroup::admit`] again, under a new number                                                      |
+//!
+//! Where nobody is left for an expert, the lead loads it: the [`Spare`] makes a host of its own for all experts that are
+//! without one. With witnesses a part of all rows is asked twice. Where two hosts differ, a host of the lead's own decides;
+//! without one a third holder does; without that both are suspects, the first one's row is used, and the observer is told.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use rand_chacha::ChaCha20Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
+use satgrid_types::ExpertSet;
+
+use super::call::{ExpertCall, ExpertRows, ExpertStep, HostError, StepError};
+use super::manifest::Manifest;
+use super::map::{Claims, ExpertMap, HostId, MapError, claims};
+use super::step::{Disagreement, InFlight, Outgoing};
+use super::{ExpertHost, Experts};
+
+/// Hosts that one step may lose before it is given up: a fault of ours would else lose them all.
+const MAX_LOSSES: u32 = 16;
+
+/// What happened to the group, for logs, reputation and displays.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GroupEvent {
+    /// The host no longer takes part.
+    Out { host: String, reason: String },
+    /// A witness showed that the host returned wrong rows.
+    Lied { host: String, layer: u32, expert: u32 },
+    /// Two hosts differ and nobody could tell who is right.
+    Suspects { hosts: [String; 2], layer: u32, expert: u32 },
+    /// The lead now holds these experts itself.
+    Loaded { experts: u32 },
+}
+
+/// Hears of the group.
+pub trait Observer: Send + Sync {
+    fn told(&self, event: GroupEvent);
+}
+
+/// Makes a host of the lead's own for experts that nobody else holds.
+#[async_trait]
+pub trait Spare: Send + Sync {
+    async fn load(&self, experts: ExpertSet) -> Result<Arc<dyn ExpertHost>, String>;
+}
+
+/// How a group is run.
+pub struct GroupConfig {
+    pub manifest: Manifest,
+    pub spare: Option<Arc<dyn Spare>>,
+    pub observer: Arc<dyn Observer>,
+    /// Rows of a million that are asked of a second host too.
+    pub witness_per_million: u32,
+    /// Draws which rows these are.
+    pub seed: [u8; 32],
+}
+
+/// A host and what the lead knows of it.
+struct Member {
+    host: Arc<dyn ExpertHost>,
+    name: String,
+    /// The lead's own: its word decides.
+    own: bool,
+    rows: BTreeMap<(u32, u32), u64>,
+}
+
+struct State {
+    map: ExpertMap,
+    members: BTreeMap<HostId, Member>,
+    next: u32,
+    draw: ChaCha20Rng,
+    /// Rows that the router sent to each expert.
+    routed: BTreeMap<(u32, u32), u64>,
+}
+
+/// The hosts of one model's experts. See the module.
+pub struct ExpertGroup {
+    config: GroupConfig,
+    state: Mutex<State>,
+    /// One load at a time.
+    loading: futures::lock::Mutex<()>,
+}
+
+impl ExpertGroup {
+    pub fn new(config: GroupConfig) -> Self {
+        let state = State {
+            map: ExpertMap::default(),
+            members: BTreeMap::new(),
+            next: 0,
+            draw: ChaCha20Rng::from_seed(config.seed),
+            routed: BTreeMap::new(),
+        };
+        Self { config, state: Mutex::new(state), loading: futures::lock::Mutex::new(()) }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn manifest(&self) -> &Manifest {
+        &self.config.manifest
+    }
+
+    /// Takes a host in. `own` hosts belong to the lead, which believes them.
+    pub fn admit(&self, name: &str, host: Arc<dyn ExpertHost>, claims: &Claims, own: bool) -> Result<HostId, MapError> {
+        let mut state = self.state();
+        let id = HostId(state.next);
+        state.map.admit(&self.config.manifest, id, name, claims)?;
+        state.next += 1;
+        let member = Member { host, name: name.to_owned(), own, rows: BTreeMap::new() };
+        state.members.insert(id, member);
+        Ok(id)
+    }
+
+    /// Refuses to begin while nobody holds some expert, unless the lead can load them.
+    pub fn ready(&self) -> Result<(), MapError> {
+        if self.config.spare.is_some() {
+            return Ok(());
+        }
+        self.state().map.complete(&self.config.manifest)
+    }
+
+    /// Rows that the router sent to each (layer, expert) so far.
+    pub fn routed(&self) -> BTreeMap<(u32, u32), u64> {
+        self.state().routed.clone()
+    }
+
+    /// Of each host that is in, by name: the rows that it gave and the lead used.
+    pub fn given(&self) -> BTreeMap<String, BTreeMap<(u32, u32), u64>> {
+        self.state().members.values().map(|member| (member.name.clone(), member.rows.clone())).collect()
+    }
+
+    fn dismiss(&self, id: HostId, reason: String) {
+        let name = {
+            let mut state = self.state();
+            state.map.dismiss(id);
+            state.members.remove(&id).map(|member| member.name)
+        };
+        if let Some(host) = name {
+            self.config.observer.told(GroupEvent::Out { host, reason });
+        }
+    }
+
+    fn name(&self, id: HostId) -> String {
+        self.state().members.get(&id).map(|member| member.name.clone()).unwrap_or_else(|| format!("host {}", id.0))
+    }
+
+    /// The lead takes over all experts that nobody holds.
+    async fn load(&self, layer: u32, experts: Vec<u32>) -> Result<(), StepError> {
+        let _one_at_a_time = self.loading.lock().await;
+        let missing = self.state().map.missing(&self.config.manifest);
+        if missing.pairs().is_empty() {
+            return Ok(());
+        }
+        let Some(spare) = &self.config.spare else { return Err(StepError::NoHost { layer, experts, reason: None }) };
+        let count = u32::try_from(missing.pairs().len()).unwrap_or(u32::MAX);
+        let claims = claims(&self.config.manifest, &missing);
+        let no_host = |reason| StepError::NoHost { layer, experts, reason: Some(reason) };
+        match spare.load(missing).await {
+            Ok(host) => self.admit("the lead", host, &claims, true).map_err(|error| no_host(error.to_string()))?,
+            Err(reason) => return Err(no_host(reason)),
+        };
+        self.config.observer.told(GroupEvent::Loaded { experts: count });
+        Ok(())
+    }
+
+    /// Calls for all open work, after the lead took over what nobody else has.
+    async fn open(&self, flight: &mut InFlight) -> Result<Vec<Outgoing>, StepError> {
+        loop {
+            let asked = flight.begin(&self.state().map);
+            match asked {
+                Ok(outgoing) => return Ok(outgoing),
+                Err(missing) => self.load(flight.layer(), missing).await?,
+            }
+        }
+    }
+
+    /// The slots of a step that are asked twice.
+    fn draw_witnesses(&self, slots: usize) -> Vec<usize> {
+        let rate = self.config.witness_per_million;
+        if rate == 0 {
+            return Vec::new();
+        }
+        let mut state = self.state();
+        (0..slots).filter(|_| state.draw.next_u32() % 1_000_000 < rate).collect()
+    }
+
+    async fn call(&self, outgoing: Outgoing) -> (u64, HostId, Result<ExpertRows, HostError>) {
+        let Outgoing { id, host, call } = outgoing;
+        let member = self.state().members.get(&host).map(|member| Arc::clone(&member.host));
+        let answer = match member {
+            Some(member) => member.evaluate(call).await,
+            None => Err(HostError::Gone { reason: "dismissed meanwhile".to_owned() }),
+        };
+        (id, host, answer)
+    }
+
+    /// Who of two that differ is wrong; both are named where nobody can tell.
+    async fn judge(&self, dispute: &Disagreement) -> Vec<HostId> {
+        let (layer, expert) = (dispute.question.layer, dispute.expert());
+        let own = |host: &HostId| self.state().members.get(host).is_some_and(|member| member.own);
+        if let Some(at) = dispute.hosts.iter().position(own) {
+            return vec![dispute.hosts[1 - at]];
+        }
+        let mut judges: Vec<HostId> = self.state().map.holders(layer, expert).to_vec();
+        judges.retain(|judge| !dispute.hosts.contains(judge));
+        judges.sort_by_key(|judge| !own(judge));
+        for judge in judges {
+            let asked = Outgoing { id: 0, host: judge, call: dispute.question.clone() };
+            if let Some(truth) = self.heard(asked, &dispute.question).await {
+                let wrong = dispute.wrong(&truth);
+                // A third who agrees with neither decides nothing, unless it is the lead's own.
+                if wrong.len() == 1 || own(&judge) {
+                    return wrong;
+                }
+            }
+        }
+        match &self.config.spare {
+            Some(spare) => match spare.load(ExpertSet::new([(layer, expert)])).await {
+                Ok(host) => match host.evaluate(dispute.question.clone()).await {
+                    Ok(truth) => dispute.wrong(&truth.rows),
+                    Err(_) => Vec::new(),
+                },
+                Err(_) => Vec::new(),
+            },
+            None => Vec::new(),
+        }
+    }
+
+    async fn heard(&self, asked: Outgoing, question: &ExpertCall) -> Option<Vec<f32>> {
+        let answer = self.call(asked).await.2.ok()?;
+        answer.check(question, self.config.manifest.n_embd).ok()?;
+        Some(answer.rows)
+    }
+
+    fn book(&self, layer: u32, ids: &[u32], filled: &[Option<HostId>]) {
+        let mut state = self.state();
+        for (&expert, host) in ids.iter().zip(filled) {
+            *state.routed.entry((layer, expert)).or_default() += 1;
+            if let Some(member) = host.and_then(|host| state.members.get_mut(&host)) {
+                *member.rows.entry((layer, expert)).or_default() += 1;
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl Experts for ExpertGroup {
+    async fn evaluate(&self, step: ExpertStep) -> Result<Vec<f32>, StepError> {
+        let manifest = &self.config.manifest;
+        let mut flight = InFlight::new(step, manifest.n_embd, manifest.experts).map_err(StepError::BadStep)?;
+        let mut losses = 0;
+        let mut pending = FuturesUnordered::new();
+        for outgoing in self.open(&mut flight).await? {
+            pending.push(self.call(outgoing));
+        }
+        for slot in self.draw_witnesses(flight.slots()) {
+            let witness = flight.witness(slot, &self.state().map);
+            pending.extend(witness.map(|outgoing| self.call(outgoing)));
+        }
+        while let Some((id, host, answer)) = pending.next().await {
+            let mut wrong = BTreeSet::new();
+            let reason = match answer {
+                Ok(rows) => match flight.answer(id, rows) {
+                    Ok(None) => None,
+                    Ok(Some(dispute)) => {
+                        let (layer, expert) = (dispute.question.layer, dispute.expert());
+                        wrong.extend(self.judge(&dispute).await);
+                        for liar in &wrong {
+                            self.config.observer.told(GroupEvent::Lied { host: self.name(*liar), layer, expert });
+                        }
+                        if wrong.is_empty() {
+                            let hosts = dispute.hosts.map(|host| self.name(host));
+                            self.config.observer.told(GroupEvent::Suspects { hosts, layer, expert });
+                        }
+                        None
+                    }
+                    Err(error) => Some(error.to_string()),
+                },
+                Err(HostError::Refused(error)) => return Err(StepError::Refused { host: self.name(host), error }),
+                Err(error) => Some(error.to_string()),
+            };
+            let mut again = Vec::new();
+            if let Some(reason) = reason {
+                losses += 1;
+                self.dismiss(host, reason);
+                let asked = flight.lost(id, &self.state().map);
+                again = match asked {
+                    Ok(again) => again,
+                    Err(experts) if losses > MAX_LOSSES => {
+                        let reason = Some(format!("{losses} hosts failed in one step"));
+                        return Err(StepError::NoHost { layer: flight.layer(), experts, reason });
+                    }
+                    Err(_) => self.open(&mut flight).await?,
+                };
+            }
+            for liar in wrong {
+                self.dismiss(liar, "it returned wrong rows".to_owned());
+                let asked = flight.distrust(liar, &self.state().map);
+                match asked {
+                    Ok(more) => again.extend(more),
+                    Err(_) => again.extend(self.open(&mut flight).await?),
+                }
+            }
+            pending.extend(again.into_iter().map(|outgoing| self.call(outgoing)));
+        }
+        drop(pending);
+        let (layer, ids) = (flight.layer(), flight.ids().to_vec());
+        let (rows, filled) = flight.finish();
+        self.book(layer, &ids, &filled);
+        Ok(rows)
+    }
+}
