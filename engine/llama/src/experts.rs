@@ -36,6 +36,8 @@ pub struct LlamaExperts {
 #[derive(Default)]
 struct Shared {
     state: Mutex<State>,
+    /// Whether a process serves.
+    up: watch::Sender<bool>,
 }
 
 #[derive(Default)]
@@ -59,6 +61,7 @@ impl Shared {
             state.process = None;
             std::mem::take(&mut state.waiting)
         };
+        self.up.send_replace(false);
         for answer in waiting.into_values() {
             // Who asked may have given up.
             let _ = answer.send(Err(HostError::Gone { reason: reason.to_owned() }));
@@ -94,6 +97,12 @@ impl LlamaExperts {
 
     pub fn set(&self) -> ExpertSet {
         ExpertSet::new(self.facts.experts.iter().map(|held| (held.layer, held.expert)))
+    }
+
+    /// Waits until a process serves. False if none ever will again.
+    pub async fn until_up(&self) -> bool {
+        let mut up = self.shared.up.subscribe();
+        up.wait_for(|up| *up).await.is_ok()
     }
 
     /// The process, while it is up. For displays, and for tests that kill it.
@@ -146,6 +155,7 @@ impl Keeper {
         let (sender, calls) = mpsc::unbounded_channel();
         let mut state = self.shared.state();
         (state.calls, state.process) = (Some(sender), child.id());
+        self.shared.up.send_replace(true);
         calls
     }
 

@@ -47,6 +47,10 @@ impl HookState {
         let shape = unsafe { (*tensor).ne };
         let length = |n: i64| usize::try_from(n).unwrap_or(0);
         let (inner, outer) = (length(shape[0]), length(shape[1]));
+        // The last layer computes only rows that are drawn from, so none for a piece of a prompt that goes on.
+        if shape.contains(&0) {
+            return Ok(());
+        }
         match seen {
             Seen::Rows => {
                 self.rows.resize(inner * outer, 0.0);
