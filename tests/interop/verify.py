@@ -17,7 +17,7 @@ from primitives import (
     Refused, charge, decode, ed25519, included, invoice, leaf_hash, message, numerators, recover, root_of, schnorr, sha,
 )
 
-LIMITS = {"quote": 2048, "session-open": 4096, "request-open": 1024, "ack": 512, "receipt": 8192, "session-close": 4096,
+LIMITS = {"quote": 2048, "session-open": 4096, "request-open": 1024, "ack": 512, "receipt": 40960, "session-close": 4096,
           "credit-note": 512, "inclusion-promise": 256}  # fmt: skip
 MAX_ITEM, MAX_ENTRY, MAX_OPENING, HOUR, SKEW = 231_616, 196_608, 32_768, 3_600_000, 300_000
 LIGHTNING, PREPAID, INCOME, ASSET, EXPENSE, FEES, DUE, DUST, WORKER, EXTERNAL = range(10)
@@ -242,7 +242,7 @@ class Audit:
     def __init__(self, data: bytes):
         self.findings, self.sessions, self.over = [], {}, {}
         self.listings, self.quotes, self.by_key, self.payments, self.books = {}, {}, {}, {}, Books()
-        self.network, self.legs, self.accounted = None, {}, set()
+        self.network, self.legs, self.expert_legs, self.accounted = None, {}, {}, set()
         items = read_items(data)
         head = next(items, (None, None))
         if head[0] == 4:
@@ -520,21 +520,58 @@ class Audit:
         if order is None:
             return False
         positions = sum(part[n] for n in range(4))
-        width = max(0, order[0][1] - order[0][0]) if 0 in order else None
-        tallies = width is None or (part[4] == positions * width and part[5] == 0)
-        return tallies and positions <= order[4]
+        if 0 not in order:
+            return positions == part[4] == 0 and part[5] <= order[4]
+        width = max(0, order[0][1] - order[0][0])
+        return part[4] == positions * width and part[5] == 0 and positions <= order[4]
 
-    def leg(self, s, order, usage, ident, rows):
+    def counts_fit(self, counts) -> bool:
+        """Counters of expert rows: each (layer, expert) once, rising, none of no rows."""
+        places = [(layer, expert) for layer, expert, _ in counts]
+        return places == sorted(set(places)) and len(counts) <= 2048 and all(rows for *_, rows in counts)
+
+    def expert_work(self, r):
+        """A worker's counters are what it charges for (3.9)."""
+        work, counts = r.get(35), r.get(37)
+        if work is None or 0 in work[0]:
+            return self.require(counts is None, "expert/work")
+        charged = r[15].get(4, {5: 0})[5]
+        self.require(self.counts_fit(counts or []) and sum(c[2] for c in counts or []) == charged, "expert/work")
+
+    def experts(self, r):
+        """Our receipt to a customer against those of the workers that hold experts (3.9)."""
+        legs, split = self.expert_legs.pop(r[4], []), r.get(38)
+        ids = sorted(ident for ident, _ in legs if ident)
+        if split is None:
+            self.require(not ids, "expert/root")
+            return
+        self.accounted.add(r[4])
+        self.require(r.get(33) == root_of([leaf_hash(ident) for ident in ids]), "expert/root")
+        chosen, layers, own, again = split[0], split[1], split[2], split[3] or [0] * len(split[1])
+        sound = chosen and len(layers) <= 512 and len(again) == len(layers) and self.counts_fit(own)
+        counts = own + [count for _, given in legs for count in given or []]
+        if not sound or any(layer >= len(layers) for layer, *_ in counts):
+            return self.find("expert/conservation")
+        vanished = any(given is None for _, given in legs)
+        for layer, rows in enumerate(layers):
+            done, due = sum(c[2] for c in counts if c[0] == layer), rows * chosen + again[layer]
+            if not (done <= due if vanished else done == due):
+                return self.find("expert/conservation", layer)
+
+    def leg(self, s, order, usage, ident, rows, counts=None):
         """One worker's part in a request of ours ended."""
         if not self.whole or s.as_provider:
             return
         self.require(order[1] == self.node, "stage/work")
         if order[2] in self.accounted:
             return self.find("stage/orphan")
+        if 0 not in order:
+            return self.expert_legs.setdefault(order[2], []).append((ident, counts))
         self.legs.setdefault(order[2], []).append((order, usage.get(4, dict.fromkeys(range(6), 0)), ident, rows))
 
     def split(self, r):
         """Our receipt to a customer against those of the workers (3.9)."""
+        self.experts(r)
         legs, split = self.legs.pop(r[4], []), r.get(36)
         if split is None:
             self.require(not any(ident for _, _, ident, _ in legs), "stage/root")
@@ -610,8 +647,10 @@ class Audit:
             work = r.get(35)
             self.require(request.get(8) == (work[0] if work else None) and self.work_fits(r[15], request), "stage/work")
             self.require((32 in r) == (36 in r), "stage/root")
+            self.require((33 in r) == (38 in r), "expert/root")
+            self.expert_work(r)
             if work:
-                self.leg(s, work[0], r[15], sha(message("receipt", f[0][0])), (work[1], work[2]))
+                self.leg(s, work[0], r[15], sha(message("receipt", f[0][0])), (work[1], work[2]), r.get(37, []))
             if opening and last and last[4][2] == r[15][2]:
                 self.require(opening[1][1] == last[7], "receipt/usage")
         if opening:
@@ -652,6 +691,7 @@ class Audit:
             self.leg(s, opened[8], last[4] if last else {}, last_id, None)
         elif s.as_provider:
             self.legs.pop(f[1], None)
+            self.expert_legs.pop(f[1], None)
         owed = last[5] if last else 0
         self.require((f.get(2), f[3]) == (last_id, owed), "abandoned/charge")
         s.abandoned[f[1]] = last_id, owed

@@ -166,6 +166,8 @@ pub(crate) fn write(files: &mut Files) {
         fingerprint_root: None,
         part: None,
         split: None,
+        expert_rows: None,
+        expert_split: None,
     };
     let slice =
         |k: u32| SlicePaid { k, payment_hash: PaymentHash(bytes32(&format!("payment {k}"))), amount: Msat::sat(10) };

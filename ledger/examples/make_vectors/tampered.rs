@@ -8,8 +8,8 @@ use satgrid_ledger::{
     log::{SignedCheckpoint, inclusion_proof, leaf_hash, root_at},
     statements::{Ack, SliceDescriptor},
     testing::{
-        Party, Session, Work, World, bolt11, bundle_of, bytes32, chain_entries, checkpoint_of, drafts_of, lead_bundle,
-        tiles_of,
+        Party, Session, Work, World, bolt11, bundle_of, bytes32, chain_entries, checkpoint_of, drafts_of,
+        experts_bundle, lead_bundle, tiles_of,
     },
     transfer::{Account, Transfer, TransferKind, TransferOp, transfer_id},
 };
@@ -312,6 +312,9 @@ pub(crate) fn all(lab: &Lab) -> Vec<(Rule, Vec<u8>)> {
         (Rule::StageConservation, lead_bundle(|s| s.split.as_mut().unwrap().positions += 1)),
         (Rule::StageRows, lead_bundle(|s| s.work.output = Digest([7; 32]))),
         (Rule::StageOrphan, lead_bundle(|s| s.late = true)),
+        (Rule::ExpertWork, experts_bundle(|s| s.usage.expert_rows += 1)),
+        (Rule::ExpertRoot, experts_bundle(|s| s.expert_split = None)),
+        (Rule::ExpertConservation, experts_bundle(|s| s.expert_split.as_mut().unwrap().layers[1] -= 1)),
     ]);
     let seen: std::collections::BTreeSet<Rule> = bundles.iter().map(|(rule, _)| *rule).collect();
     // Two exports are needed for these; a trial balance that does not hold cannot be written down at all.

@@ -135,6 +135,12 @@ rules! {
     StageRows = "stage/rows",
     /// A worker's receipt for a request whose own receipt was written before: it belongs to none.
     StageOrphan = "stage/orphan",
+    /// A worker's counters of expert rows are not those that it charges for, or out of order.
+    ExpertWork = "expert/work",
+    /// The expert root is not that over the workers' receipts in the journal, or a lead states one without the other.
+    ExpertRoot = "expert/root",
+    /// At some layer the experts evaluated other rows than the router sent.
+    ExpertConservation = "expert/conservation",
     /// An abandoned request is not charged at its last countersigned acknowledgement.
     AbandonedCharge = "abandoned/charge",
     /// A session was closed a second time.

@@ -260,13 +260,13 @@ impl Auditor {
 
     /// Workers' parts in requests, and the receipts that account for them.
     fn account_for_stages(&mut self, entry: &Entry, session: Option<SessionId>, notes: &mut Notes) {
-        let leg = notes.leg.take();
+        let (leg, counts) = (notes.leg.take(), notes.counts.take());
         let as_provider = session.and_then(|id| self.sessions.get(&id)).is_some_and(|audit| audit.as_provider);
         if !self.is_whole() || (leg.is_some() && as_provider) {
             return;
         }
         if let Some(leg) = leg {
-            return self.stages.bought(self.report.node, leg, notes);
+            return self.stages.bought(self.report.node, leg, counts, notes);
         }
         match &entry.evidence {
             Some(Evidence::Receipt { receipt, .. }) if as_provider => {
@@ -294,7 +294,7 @@ impl Auditor {
     }
 
     fn write_down(&mut self, seq: u64, session: Option<SessionId>, notes: Notes) {
-        let Notes { found, delta, leg: _ } = notes;
+        let Notes { found, delta, leg: _, counts: _ } = notes;
         for (rule, party, detail) in found {
             self.report.push(Finding { rule, entry: Some(seq), session, party, detail });
         }

@@ -5,7 +5,7 @@ use super::{
     flows::Backing,
     session::{Notes, Request, SessionAudit, SliceStatus, half, signed_by_both},
 };
-use crate::statements::{Leg, Receipt, ReceiptOpening, receipt_id};
+use crate::statements::{ExpertFault, Leg, Receipt, ReceiptOpening, check_work, receipt_id};
 use satgrid_pricing::{marginal_charge, numerators};
 use satgrid_types::{BothSigned, Digest, Msat, ReceiptId, Statement};
 
@@ -115,11 +115,23 @@ impl SessionAudit {
         notes.require(receipt.split.is_some() == receipt.stage_root.is_some(), Rule::StageRoot, provider, || {
             "a stage root without a split, or a split without a stage root".into()
         });
+        let both = receipt.expert_split.is_some() == receipt.expert_root.is_some();
+        notes.require(both, Rule::ExpertRoot, provider, || "an expert root or an account of rows, not both".into());
+        let counts = receipt.expert_rows.as_deref();
+        let counted = match &receipt.part {
+            Some(work) => check_work(&work.order, &receipt.usage.part.unwrap_or_default(), counts),
+            None if counts.is_some() => Err(ExpertFault::Counters),
+            None => Ok(()),
+        };
+        if let Err(fault) = counted {
+            notes.add(Rule::ExpertWork, provider, fault.to_string());
+        }
         if let Some(work) = receipt.part {
             let usage = receipt.usage.part.unwrap_or_default();
             let rows = Some((work.input, work.output));
             let id = Some(Digest(id.0));
             notes.leg = Some(Leg { worker: self.provider, order: work.order, usage, id, rows });
+            notes.counts = work.order.layers.is_none().then(|| receipt.expert_rows.clone().unwrap_or_default());
         }
     }
 

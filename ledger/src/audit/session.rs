@@ -5,7 +5,9 @@ use super::{
     flows::{Backing, Reserves},
 };
 use crate::{
-    statements::{Ack, CreditNote, InclusionPromise, Leg, PartOrder, RequestOpen, SessionClose, SessionOpen, ack_id},
+    statements::{
+        Ack, CreditNote, ExpertCount, InclusionPromise, Leg, PartOrder, RequestOpen, SessionClose, SessionOpen, ack_id,
+    },
     transfer::Account,
 };
 use satgrid_pricing::{charge, marginal_charge, numerators};
@@ -22,6 +24,8 @@ pub(super) struct Notes {
     pub(super) delta: SideTotals,
     /// A worker's part in some request that ended with this entry.
     pub(super) leg: Option<Leg>,
+    /// Of a leg for experts that has a receipt: what it counts.
+    pub(super) counts: Option<Vec<ExpertCount>>,
 }
 
 impl Notes {

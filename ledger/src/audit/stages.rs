@@ -1,11 +1,13 @@
 //! Work on parts under audit: a lead's receipts to its customers against the receipts of its workers.
 //!
-//! A lead's journal holds both sides: the sessions in which it buys layers, and those in which it sells answers. The
+//! A lead's journal holds both sides: the sessions in which it buys layers or experts, and those in which it sells answers. The
 //! workers' receipts of a request are written before the request's own, which names their root. A worker's journal and a
 //! customer's hold one side alone and are checked for what that shows.
 
 use super::{Party, Rule, session::Notes};
-use crate::statements::{Leg, Receipt, SplitFault, check_split, stage_root};
+use crate::statements::{
+    ExpertCount, ExpertLegs, Leg, Receipt, SplitFault, check_conservation, check_split, stage_root,
+};
 use satgrid_types::{NodeKey, RequestId};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,13 +18,16 @@ const MAX_LEGS: usize = 1_024;
 #[derive(Debug, Default)]
 pub(super) struct Stages {
     legs: BTreeMap<RequestId, Vec<Leg>>,
+    /// The same for experts.
+    experts: BTreeMap<RequestId, ExpertLegs>,
     /// Requests whose receipt accounted for workers.
     accounted: BTreeSet<RequestId>,
 }
 
 impl Stages {
     /// A worker's receipt, or its last acknowledgement, in a session in which this node buys.
-    pub(super) fn bought(&mut self, node: NodeKey, leg: Leg, notes: &mut Notes) {
+    /// `counts` are those of a receipt for experts.
+    pub(super) fn bought(&mut self, node: NodeKey, leg: Leg, counts: Option<Vec<ExpertCount>>, notes: &mut Notes) {
         let request = leg.order.request;
         notes.require(leg.order.lead == node, Rule::StageWork, Party::Exporter, || {
             format!("this node bought for {}, which leads", leg.order.lead)
@@ -30,6 +35,13 @@ impl Stages {
         if self.accounted.contains(&request) {
             let text = format!("work for request {request}, whose receipt was written before");
             return notes.add(Rule::StageOrphan, Party::Exporter, text);
+        }
+        if leg.order.layers.is_none() {
+            let legs = self.experts.entry(request).or_default();
+            if legs.ids.len() < MAX_LEGS {
+                legs.add(leg.id, counts.as_deref());
+            }
+            return;
         }
         let legs = self.legs.entry(request).or_default();
         if legs.len() < MAX_LEGS {
@@ -40,7 +52,9 @@ impl Stages {
     /// A receipt that this node gave to a customer.
     pub(super) fn sold(&mut self, receipt: &Receipt, notes: &mut Notes) {
         let legs = self.legs.remove(&receipt.request).unwrap_or_default();
+        let experts = self.experts.remove(&receipt.request).unwrap_or_default();
         let lead = Party::Provider(receipt.provider);
+        self.sold_experts(receipt, &experts, lead, notes);
         let Some(split) = &receipt.split else {
             let worked = legs.iter().any(|leg| leg.id.is_some());
             notes.require(!worked, Rule::StageRoot, lead, || {
@@ -63,8 +77,26 @@ impl Stages {
         }
     }
 
+    fn sold_experts(&mut self, receipt: &Receipt, legs: &ExpertLegs, lead: Party, notes: &mut Notes) {
+        let Some(split) = &receipt.expert_split else {
+            notes.require(legs.ids.is_empty(), Rule::ExpertRoot, lead, || {
+                format!("{} workers evaluated experts and the receipt names none", legs.ids.len())
+            });
+            return;
+        };
+        self.accounted.insert(receipt.request);
+        let root = legs.root();
+        notes.require(receipt.expert_root == Some(root), Rule::ExpertRoot, lead, || {
+            format!("names {:?}, that over {} receipts is {root}", receipt.expert_root, legs.ids.len())
+        });
+        if let Err(fault) = check_conservation(split, legs) {
+            notes.add(Rule::ExpertConservation, lead, fault.to_string());
+        }
+    }
+
     /// A customer's request ended without a receipt: nobody is charged for its workers but the lead.
     pub(super) fn dropped(&mut self, request: &RequestId) {
         self.legs.remove(request);
+        self.experts.remove(request);
     }
 }

@@ -11,12 +11,14 @@
 //! | [`CreditNote`] | provider | this remainder could not be paid out now and is still owed |
 //! | [`InclusionPromise`] | provider | this receipt is that leaf of my log |
 
+mod experts;
 mod hashing;
 mod part;
 mod promise;
 mod receipt;
 mod session;
 
+pub use experts::*;
 pub use hashing::*;
 pub use part::*;
 pub use promise::*;

@@ -50,7 +50,7 @@ pub struct PartOrder {
     pub request: RequestId,
     #[n(3)]
     pub wire: WireType,
-    /// Positions of all kinds that may be evaluated under this order, replays included.
+    /// Positions of all kinds that may be evaluated under this order, replays included; for experts, rows.
     #[n(4)]
     pub max_positions: u64,
 }
@@ -59,9 +59,14 @@ impl PartOrder {
     /// Whether `usage` is work that this order allows.
     pub fn allows(&self, usage: &PartUsage) -> bool {
         let Some(positions) = usage.positions() else { return false };
-        let layers = self.layers.map_or(0, |range| u64::from(range.layers()));
-        let tallies = self.layers.is_none() || positions.checked_mul(layers) == Some(usage.position_layers);
-        tallies && positions <= self.max_positions && (self.layers.is_none() || usage.expert_rows == 0)
+        match self.layers {
+            Some(range) => {
+                let tallies = positions.checked_mul(u64::from(range.layers())) == Some(usage.position_layers);
+                tallies && positions <= self.max_positions && usage.expert_rows == 0
+            }
+            // Experts evaluate rows and know no positions.
+            None => positions == 0 && usage.position_layers == 0 && usage.expert_rows <= self.max_positions,
+        }
     }
 }
 

@@ -99,9 +99,10 @@ pub struct Receipt {
     pub provider: NodeKey,
     #[n(31)]
     pub consumer: NodeKey,
-    /// Merkle root over the stage receipts; absent where no layers were bought.
+    /// Merkle root over the receipts for layers; absent where no layers were bought.
     #[n(32)]
     pub stage_root: Option<Digest>,
+    /// Merkle root over the receipts for experts; absent where no experts were bought.
     #[n(33)]
     pub expert_root: Option<Digest>,
     #[n(34)]
@@ -112,6 +113,12 @@ pub struct Receipt {
     /// How a lead put the answer together; together with `stage_root`.
     #[n(36)]
     pub split: Option<super::Split>,
+    /// Beside `part` where experts were bought: the rows of each, zeros left out.
+    #[n(37)]
+    pub expert_rows: Option<Vec<super::ExpertCount>>,
+    /// How a lead accounts for the rows of its expert layers; together with `expert_root`.
+    #[n(38)]
+    pub expert_split: Option<super::ExpertSplit>,
 }
 
 impl Receipt {
@@ -121,7 +128,7 @@ impl Receipt {
 }
 impl Statement for Receipt {
     const KIND: &'static str = "receipt";
-    const MAX_LEN: usize = 8 * 1024;
+    const MAX_LEN: usize = 40 * 1024;
 }
 
 /// The id of a receipt that both signed.

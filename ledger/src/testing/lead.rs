@@ -5,7 +5,8 @@ use crate::{
     bundle::Filter,
     entry::{Draft, Evidence},
     statements::{
-        Ack, Leg, PartOrder, PartWork, Receipt, RequestOpen, Split, WireType, ack_id, receipt_id, stage_root,
+        Ack, ExpertCount, ExpertLegs, ExpertSplit, Leg, PartOrder, PartWork, Receipt, RequestOpen, Split, WireType,
+        ack_id, receipt_id, stage_root,
     },
     transfer::Transfer,
 };
@@ -22,13 +23,35 @@ pub struct Stated {
     pub usage: PartUsage,
     pub work: PartWork,
     pub split: Option<Split>,
+    /// Where experts were bought instead of layers.
+    pub counts: Option<Vec<ExpertCount>>,
+    pub expert_split: Option<ExpertSplit>,
     /// The worker's receipt is written after that of the customer's request.
     pub late: bool,
 }
 
 /// Such a journal, as an export of the whole. `bend` changes what is stated.
 pub fn lead_bundle(bend: impl Fn(&mut Stated)) -> Vec<u8> {
-    let (drafts, key) = lead_drafts(bend);
+    let rates = RateCard { position_layer: Some(MsatPerMtok(1_000_000)), ..RateCard::default() };
+    let (drafts, key) = lead_drafts(rates, bend);
+    bundle_of(&chain_entries(drafts), &key, Filter::All, false)
+}
+
+/// The journal of a lead that bought experts: two layers of ten rows through two experts each, of which the lead evaluated
+/// some itself and had one evaluated twice.
+pub fn experts_bundle(bend: impl Fn(&mut Stated)) -> Vec<u8> {
+    let rates = RateCard { expert_row: Some(MsatPerMtok(5_000_000)), ..RateCard::default() };
+    let count = |layer, expert, rows| ExpertCount { layer, expert, rows };
+    let (drafts, key) = lead_drafts(rates, |stated| {
+        let counts = vec![count(0, 1, 12), count(0, 3, 6), count(1, 0, 19)];
+        stated.usage = PartUsage { expert_rows: 37, ..PartUsage::default() };
+        stated.work.order.layers = None;
+        stated.split = None;
+        stated.counts = Some(counts);
+        let own = vec![count(0, 2, 3), count(1, 7, 1)];
+        stated.expert_split = Some(ExpertSplit { chosen: 2, layers: vec![10, 10], own, again: vec![1, 0] });
+        bend(stated);
+    });
     bundle_of(&chain_entries(drafts), &key, Filter::All, false)
 }
 
@@ -41,7 +64,7 @@ fn evidence<'a>(drafts: &'a mut [(UnixMs, Draft)], kind: &str) -> &'a mut Eviden
     drafts[at].1.evidence.as_mut().expect("found by its evidence")
 }
 
-fn lead_drafts(bend: impl Fn(&mut Stated)) -> (Vec<(UnixMs, Draft)>, SigningKey) {
+fn lead_drafts(rates: RateCard, bend: impl Fn(&mut Stated)) -> (Vec<(UnixMs, Draft)>, SigningKey) {
     let mut selling = World::new();
     let mut sale = selling.open();
     selling.pay(&mut sale, Msat::sat(10));
@@ -49,7 +72,6 @@ fn lead_drafts(bend: impl Fn(&mut Stated)) -> (Vec<(UnixMs, Draft)>, SigningKey)
     let lead = selling.provider.node.clone();
     let mut all = drafts_of(&selling.provider.journal.entries());
 
-    let rates = RateCard { position_layer: Some(MsatPerMtok(1_000_000)), ..RateCard::default() };
     let mut buying = World::of("worker", "provider", "stage", rates);
     let mut session = buying.open();
     buying.pay(&mut session, Msat::sat(10));
@@ -69,10 +91,13 @@ fn lead_drafts(bend: impl Fn(&mut Stated)) -> (Vec<(UnixMs, Draft)>, SigningKey)
         usage: PartUsage::default().plus(WorkKind::Prefill, 40, 8).expect("small numbers"),
         work: PartWork { order, input: sent, output: received, bytes_in: 40, bytes_out: 40, busy_ms: 7 },
         split: Some(Split { layers: 12, own, positions: 40, sent, received }),
+        counts: None,
+        expert_split: None,
         late: false,
     };
     bend(&mut stated);
-    let Stated { usage: part, work, split, late } = stated;
+    let Stated { usage: part, work, split, counts, expert_split, late } = stated;
+    let order = PartOrder { layers: work.order.layers, ..order };
     let usage = TokenUsage::of_part(part);
     let n = numerators(&usage, &rates).expect("small numbers");
     let cost = charge(n);
@@ -95,6 +120,7 @@ fn lead_drafts(bend: impl Fn(&mut Stated)) -> (Vec<(UnixMs, Draft)>, SigningKey)
         cumulative_numerators: n,
         cumulative_cost: cost,
         part: Some(work),
+        expert_rows: counts.clone(),
         last_ack,
         ..receipt.peek().expect("the world's")
     };
@@ -110,7 +136,10 @@ fn lead_drafts(bend: impl Fn(&mut Stated)) -> (Vec<(UnixMs, Draft)>, SigningKey)
     // What was bought comes first, then the sale, whose receipt names the root.
     let Evidence::Receipt { receipt, .. } = evidence(&mut all, "receipt") else { unreachable!("found by its kind") };
     let stage_root = split.is_some().then(|| stage_root(&[leg]));
-    let body = Receipt { stage_root, split, ..receipt.peek().expect("the world's") };
+    let mut experts = ExpertLegs::default();
+    experts.add(id, counts.as_deref());
+    let expert_root = expert_split.is_some().then(|| experts.root());
+    let body = Receipt { stage_root, split, expert_root, expert_split, ..receipt.peek().expect("the world's") };
     let customer = SigningKey::from_bytes(&bytes32("session 1"));
     *receipt = BothSigned::countersign(&Signed::sign(&body, &lead), &customer);
     let orphan = late.then(|| bought.remove(receipt_at));

@@ -411,6 +411,8 @@ impl World {
             fingerprint_root: None,
             part: None,
             split: None,
+            expert_rows: None,
+            expert_split: None,
         };
         let signed = BothSigned::countersign(&Signed::sign(&receipt, &self.provider.node), &session.key);
         let id = receipt_id(&signed);

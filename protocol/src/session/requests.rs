@@ -171,6 +171,8 @@ impl SessionState {
             fingerprint_root: None,
             part: facts.part,
             split: facts.split.map(|(split, _)| split),
+            expert_rows: None,
+            expert_split: None,
         })
     }
 

@@ -1,12 +1,17 @@
 //! A lead's journal: what it bought of its workers against what it sold.
 
 use super::{Rule, report};
-use crate::testing::{Stated, lead_bundle};
+use crate::testing::{Stated, experts_bundle, lead_bundle};
 use satgrid_types::Digest;
 
 #[track_caller]
 fn check(what: &str, expect: &[Rule], bend: impl Fn(&mut Stated)) {
-    let report = report(&lead_bundle(bend));
+    check_bundle(what, expect, &lead_bundle(bend));
+}
+
+#[track_caller]
+fn check_bundle(what: &str, expect: &[Rule], bundle: &[u8]) {
+    let report = report(bundle);
     let mut rules: Vec<Rule> = report.findings.iter().map(|finding| finding.rule).collect();
     rules.dedup();
     assert_eq!(rules, expect, "{what}: {:?}", report.findings);
@@ -22,5 +27,23 @@ fn what_a_lead_sold_is_what_its_workers_did() {
     check("another order than the request's", &[Rule::StageWork], |s| s.work.order.max_positions += 1);
     check("workers that the receipt does not name", &[Rule::StageRoot], |s| s.split = None);
     let late = [Rule::StageRoot, Rule::StageTiling, Rule::StageOrphan];
+    check("a worker's receipt after the request's", &late, |s| s.late = true);
+}
+
+#[test]
+fn what_the_router_sent_is_what_experts_did() {
+    let check = |what: &str, expect: &[Rule], bend: fn(&mut Stated)| check_bundle(what, expect, &experts_bundle(bend));
+    check("honest", &[], |_| ());
+    check("a row more than the router sent", &[Rule::ExpertConservation], |s| {
+        s.expert_split.as_mut().unwrap().layers[1] -= 1;
+    });
+    check("rows of the lead's own that nobody sent", &[Rule::ExpertConservation], |s| {
+        s.expert_split.as_mut().unwrap().own[0].rows += 1;
+    });
+    check("more rows charged than counted", &[Rule::ExpertWork], |s| s.usage.expert_rows += 1);
+    check("counters in another order", &[Rule::ExpertWork], |s| s.counts.as_mut().unwrap().swap(0, 1));
+    check("more rows than ordered", &[Rule::StageWork], |s| s.work.order.max_positions = 1);
+    check("workers that the receipt does not name", &[Rule::ExpertRoot], |s| s.expert_split = None);
+    let late = [Rule::ExpertRoot, Rule::ExpertConservation, Rule::StageOrphan];
     check("a worker's receipt after the request's", &late, |s| s.late = true);
 }
