@@ -126,7 +126,7 @@ def main():
         show("bare", n, yard[n][0])
 
     log = open(work / "demo.log", "w")
-    demo = subprocess.Popen([satgrid, "devnet", "demo", "--keep", "--model", args.model, "--profile", "fast", "--slots",
+    demo = subprocess.Popen([satgrid, "devnet", "demo", "--keep", "--model", args.model, "--profile", "fast", "--default-acks", "--slots",
                              str(max(counts)), "--dir", str(work / "demo"), "--port", str(PORT)], stderr=log, stdout=log)
     try:
         begin = time.monotonic()

@@ -194,6 +194,9 @@ pub(crate) struct DemoArgs {
     /// Sequences in one batch of each provider's engine
     #[arg(long, hide = true, default_value_t = 4)]
     pub slots: u32,
+    /// Sign as often as nodes do by default, not every few tokens
+    #[arg(long, hide = true)]
+    pub default_acks: bool,
     /// The engines' profile
     #[arg(long, hide = true, default_value = "exact")]
     pub profile: String,

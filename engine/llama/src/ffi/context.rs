@@ -135,7 +135,7 @@ impl Context {
         let pool = unsafe {
             let mut params = sys::ggml_threadpool_params_default(threads);
             params.poll = 0;
-            sys::ggml_threadpool_new(&raw mut params)
+            super::pool::new(&raw mut params)
         };
         let Some(pool) = NonNull::new(pool) else {
             // SAFETY: the context was just made and nothing else refers to it.
@@ -258,7 +258,7 @@ impl Drop for Context {
         // SAFETY: `self` owns both; the context, which uses the pool, goes first.
         unsafe {
             sys::llama_free(self.context.as_ptr());
-            sys::ggml_threadpool_free(self.pool.as_ptr());
+            super::pool::free(self.pool.as_ptr());
         }
     }
 }

@@ -13,6 +13,7 @@ mod experts;
 mod hook;
 mod log;
 mod model;
+mod pool;
 
 pub(crate) use capture::to_floats;
 pub(crate) use context::{BatchRow, Context, ContextConfig, DecodeError};

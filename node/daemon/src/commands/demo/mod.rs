@@ -145,7 +145,7 @@ fn free_port(port: u16) -> anyhow::Result<()> {
 
 /// The model, in the store and known by its root.
 fn for_sale(config: &crate::config::Models, args: &DemoArgs) -> anyhow::Result<ForSale> {
-    let (slots, profile) = (args.slots, args.profile.clone());
+    let (slots, profile, short_acks) = (args.slots, args.profile.clone(), !args.default_acks);
     let store = Store::new(&config.dir);
     let models_dir = config.dir.clone();
     let Some(file) = args.model.as_deref() else {
@@ -155,7 +155,16 @@ fn for_sale(config: &crate::config::Models, args: &DemoArgs) -> anyhow::Result<F
         let pulled = pulled.hint("--model FILE uses a GGUF file of yours instead")?;
         let has_template = inspect(&pulled.path)?.has_template;
         let name = pulled.record.name;
-        return Ok(ForSale { name, path: pulled.path, has_template, catalogue: None, slots, profile, models_dir });
+        return Ok(ForSale {
+            name,
+            path: pulled.path,
+            has_template,
+            catalogue: None,
+            slots,
+            short_acks,
+            profile,
+            models_dir,
+        });
     };
     let path = std::path::absolute(file)?;
     let identified = match identify(&store, &path, Bytes::new) {
@@ -175,5 +184,5 @@ fn for_sale(config: &crate::config::Models, args: &DemoArgs) -> anyhow::Result<F
         hex::encode(identified.inspected.tokenizer.hash),
     );
     let has_template = identified.inspected.has_template;
-    Ok(ForSale { name: stem, path, has_template, catalogue: Some(catalogue), slots, profile, models_dir })
+    Ok(ForSale { name: stem, path, has_template, catalogue: Some(catalogue), slots, short_acks, profile, models_dir })
 }

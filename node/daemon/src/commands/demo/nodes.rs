@@ -44,6 +44,8 @@ pub(super) struct ForSale {
     pub(super) catalogue: Option<String>,
     /// Sequences at once; each takes memory for its context.
     pub(super) slots: u32,
+    /// Signatures every few tokens, to have several to show; else at the defaults.
+    pub(super) short_acks: bool,
     pub(super) profile: String,
     pub(super) models_dir: PathBuf,
 }
@@ -152,8 +154,6 @@ impl Node {
             ("node.network", text("regtest")),
             ("node.dir", text(dir.display())),
             ("api.admin", text(admin)),
-            ("session.ack_tokens", ACK_TOKENS.to_string()),
-            ("session.window_tokens", WINDOW_TOKENS.to_string()),
             ("session.refund_dust_sat", REFUND_DUST_SAT.to_string()),
             ("market.relays", format!("[{}]", text(&market.relay_url))),
             ("wallet.chain", text(format!("esplora:{}", market.chain_url))),
@@ -162,6 +162,10 @@ impl Node {
             ("wallet.max_balance_sat", MAX_BALANCE_SAT.to_string()),
             ("models.dir", text(for_sale.models_dir.display())),
         ]);
+        if for_sale.short_acks {
+            all.insert("session.ack_tokens", ACK_TOKENS.to_string());
+            all.insert("session.window_tokens", WINDOW_TOKENS.to_string());
+        }
         all.extend(set);
         let config = market.dir.join(format!("{name}.toml"));
         write_new(&config, &config::render(&all, false), 0o600)?;
