@@ -182,6 +182,9 @@ pub(crate) struct DemoArgs {
     /// A GGUF file to sell [default: gemma-3-270m, fetched where it is not in the store]
     #[arg(long, value_name = "FILE")]
     pub model: Option<PathBuf>,
+    /// Sell a tiny mixture of experts, split over a lead and three worker processes, and prove that it is exact
+    #[arg(long, conflicts_with = "model")]
+    pub experts: bool,
     /// Port of the OpenAI API on 127.0.0.1
     #[arg(long, default_value_t = 8402)]
     pub port: u16,
@@ -254,7 +257,7 @@ pub(crate) enum ModelsCommand {
         #[arg(long)]
         layers: Option<u32>,
     },
-    /// Cut layers out of a model as a file of their own, which proves what model it is of
+    /// Cut layers out of a model, or its experts off, as files of their own, which prove what model they are of
     Split(SplitArgs),
     /// Read the files again and compare their SHA-256; all of them where none is named
     Verify { models: Vec<String> },
@@ -265,9 +268,18 @@ pub(crate) struct SplitArgs {
     /// A name in the store, or a path
     pub model: String,
     /// The layers A up to, not including, B; a part that ends with the last layer has the head too
-    #[arg(long, value_name = "A..B", value_parser = parse_layers)]
-    pub layers: LayerRange,
-    /// Where to write the part
+    #[arg(long, value_name = "A..B", value_parser = parse_layers, required_unless_present = "experts")]
+    pub layers: Option<LayerRange>,
+    /// Cut the experts of a mixture off: a trunk without them, and packs
+    #[arg(long, conflicts_with = "layers")]
+    pub experts: bool,
+    /// Deal all experts evenly over so many packs
+    #[arg(long, requires = "experts", conflicts_with = "pack")]
+    pub packs: Option<u32>,
+    /// A pack with these experts, as LAYERS:EXPERTS[;...], for example `*:0-15` or `0:1,3;2:*`; may be repeated
+    #[arg(long, requires = "experts")]
+    pub pack: Vec<String>,
+    /// Where to write the part; with --experts, the folder for the files
     #[arg(long, short)]
     pub out: PathBuf,
 }

@@ -13,7 +13,8 @@ use crate::cli::{Format, Globals, ModelsCommand, SplitArgs};
 use crate::config::Models;
 use crate::failure::{Findings, HintExt};
 use crate::models::{
-    CATALOGUE, CHUNK_BYTES, HubOptions, PullError, Record, Reference, Store, identify, pull, sha256_of,
+    CATALOGUE, CHUNK_BYTES, HubOptions, PullError, Record, Reference, Sets, SplitFile, SplitFiles, Store, identify,
+    pull, sha256_of, split_experts,
 };
 use crate::progress::{Bytes, megabytes};
 
@@ -164,10 +165,16 @@ fn find(store: &Store, model: &str) -> anyhow::Result<PathBuf> {
 
 fn split(globals: &Globals, store: &Store, args: &SplitArgs) -> anyhow::Result<()> {
     let path = find(store, &args.model)?;
+    let Some(layers) = args.layers else {
+        let sets = if args.pack.is_empty() { Sets::Dealt(args.packs.unwrap_or(1)) } else { Sets::Named(&args.pack) };
+        let written = split_experts(&path, &sets, &args.out, Bytes::new);
+        let written = written.map_err(|error| error.context(format!("{} cannot be split", path.display())))?;
+        return tell_split(globals, &written);
+    };
     let bytes = std::fs::metadata(&path)?.len();
-    let progress = Bytes::new(&format!("cutting layers {}", args.layers), bytes);
+    let progress = Bytes::new(&format!("cutting layers {layers}"), bytes);
     let mut show = |permille| progress.set(bytes / 1000 * u64::from(permille));
-    let report = split_model(&path, args.layers, &args.out, &mut show);
+    let report = split_model(&path, layers, &args.out, &mut show);
     progress.finish();
     let report = report.map_err(anyhow::Error::new).hint("satgrid models show MODEL says how many layers there are")?;
     let root = hex::encode(report.model_root);
@@ -182,6 +189,20 @@ fn split(globals: &Globals, store: &Store, args: &SplitArgs) -> anyhow::Result<(
             "model_root": root, "bytes": report.file_bytes,
         })),
     }
+}
+
+fn tell_split(globals: &Globals, written: &SplitFiles) -> anyhow::Result<()> {
+    if globals.format == Format::Json {
+        let files: Vec<_> = written
+            .files
+            .iter()
+            .map(|file| json!({ "path": file.path, "holds": file.holds, "bytes": file.bytes }))
+            .collect();
+        return print::json(&json!({ "root": hex::encode(written.root), "files": files }));
+    }
+    let row = |file: &SplitFile| vec![file.path.display().to_string(), megabytes(file.bytes), file.holds.clone()];
+    eprintln!("all parts prove that they are of the model with root {}", hex::encode(written.root));
+    print::out(&print::table(&["file", "size", "holds"], written.files.iter().map(row).collect()))
 }
 
 fn verify(globals: &Globals, store: &Store, names: &[String]) -> anyhow::Result<()> {

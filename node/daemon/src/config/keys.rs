@@ -78,6 +78,9 @@ pub(super) const MODEL_KEYS: &[&str] = &[
     "upstream_model",
     "upstream_kind",
     "upstream_key",
+    "experts",
+    "spare_experts",
+    "witness_per_million",
 ];
 
 /// Keys of one `[[api.keys]]` table.

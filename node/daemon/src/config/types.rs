@@ -158,6 +158,14 @@ pub(crate) struct ModelForSale {
     /// `llama-server`, `vllm`, `sglang`, `ollama` or `text`; else found out by asking.
     pub upstream_kind: Option<String>,
     pub upstream_key: Option<Secret>,
+    /// Of a trunk (`satgrid models split --experts`): packs that this node evaluates itself, each in a process of its own.
+    #[serde(default)]
+    pub experts: Vec<PathBuf>,
+    /// Of a trunk: a pack from which the node loads experts that nobody else holds any more.
+    pub spare_experts: Option<PathBuf>,
+    /// Of a trunk: expert rows of a million that a second holder evaluates too, to be compared to the bit.
+    #[serde(default)]
+    pub witness_per_million: u32,
 }
 
 fn default_slots() -> u32 {

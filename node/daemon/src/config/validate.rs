@@ -206,6 +206,12 @@ fn model_for_sale(model: &ModelForSale, found: &mut Found) {
         format!("model {name:?}: nobody promises the exact profile for an upstream"),
         "set profile = \"fast\"",
     );
+    found.check(
+        model.witness_per_million <= 1_000_000,
+        "provider.models",
+        format!("model {name:?}: {} rows of a million are witnessed", model.witness_per_million),
+        "choose 0 to 1000000",
+    );
     let cached = model.cached_price();
     found.check(
         cached <= model.price_in_msat_per_mtok,
@@ -374,6 +380,8 @@ mod tests {
         check("path = \"x.gguf\"", 0);
         check("path = \"x.gguf\"\nname = \"x\"", 1);
         check("alias = \"x\"", 1);
+        check("path = \"x.gguf\"\nexperts = [\"a.gguf\", \"b.gguf\"]\nspare_experts = \"c.gguf\"", 0);
+        check("name = \"x\"\nwitness_per_million = 1000001", 1);
         check("name = \"x\"\nslots = 0", 1);
         check("name = \"x\"\nslots = 0\nthreads = 0\ncontext = 1", 3);
         check("name = \"x\"\nprice_cached_msat_per_mtok = 1001", 1);

@@ -1,5 +1,6 @@
 //! The engines of a provider, and the listings that say what they run.
 
+use super::experts;
 use super::upstream::{self, RunningEngine};
 use crate::config::{self, Config};
 use crate::failure::HintExt;
@@ -86,7 +87,19 @@ async fn start_one(config: &Config, model: &config::ModelForSale, id: EngineId) 
         offload: Offload { device: model.device.clone(), layers: model.gpu_layers },
     };
     tracing::info!(model = %name, profile = settings.profile.name(), slots = settings.slots, "loading");
-    let engine = LlamaEngine::spawn(EngineConfig { program: worker_program()?, settings }, |_| {}).await?;
+    let engine_config = EngineConfig { program: worker_program()?, settings };
+    let engine = if identified.inspected.is_trunk {
+        let group = experts::group(model, &engine_config.settings, identified.inspected.manifest()?).await?;
+        LlamaEngine::spawn_trunk(engine_config, group, |_| {}).await?
+    } else if !model.experts.is_empty() {
+        return Err(anyhow::anyhow!(
+            "experts are named, but {} is a whole model",
+            engine_config.settings.model.display()
+        ))
+        .hint("satgrid models split MODEL --experts makes a trunk and packs");
+    } else {
+        LlamaEngine::spawn(engine_config, |_| {}).await?
+    };
     let facts = engine.facts();
     if facts.model_root != identified.root {
         anyhow::bail!("the file changed while it was being loaded");

@@ -10,6 +10,7 @@
 //! | [`market`] | `market::book` | Nostr relays |
 //! | [`engines`], [`tokenizers`] | the engine's ports | llama.cpp in child processes |
 //! | [`upstream`] | the engine's port | a server that runs the model already |
+//! | [`experts`] | the experts' port of a trunk | packs in child processes |
 //!
 //! Every driver is one task with a bounded or naturally bounded inbox; they talk by messages and share no locks but
 //! the book's. All end with one shutdown token.
@@ -17,6 +18,7 @@
 pub(crate) mod channels;
 pub(crate) mod consumer;
 pub(crate) mod engines;
+pub(crate) mod experts;
 pub(crate) mod figures;
 pub(crate) mod journal;
 pub(crate) mod links;

@@ -3,6 +3,9 @@
 //! The root reads every byte once, which takes minutes for a large model; so it is remembered beside the store, under
 //! the file's path, size and time of change. Delete the `.identities` folder to have it worked out anew.
 
+use satgrid_engine::experts::pack::ARCHITECTURE;
+use satgrid_engine::experts::trunk::Trunk;
+use satgrid_engine::experts::{Manifest, PartError};
 use satgrid_engine::facts::{FactsError, ModelFacts};
 use satgrid_engine::gguf::{Gguf, GgufError};
 use satgrid_engine::root::ModelRoot;
@@ -24,6 +27,8 @@ pub(crate) struct Inspected {
     pub(crate) has_template: bool,
     /// What consumers fetch by its hash, so that they can tokenise without weights.
     pub(crate) tokenizer: TokenizerArtefact,
+    /// A model without its experts, which are found elsewhere. Facts and root are the whole model's.
+    pub(crate) is_trunk: bool,
     gguf: Gguf,
 }
 
@@ -45,6 +50,8 @@ pub(crate) enum FileFault {
     Facts(#[from] FactsError),
     #[error(transparent)]
     Tokenizer(#[from] ArtefactError),
+    #[error(transparent)]
+    Part(#[from] PartError),
 }
 
 impl FileFault {
@@ -60,6 +67,7 @@ impl FileFault {
             FileFault::Gguf(_) => {
                 "the file is damaged or made by a newer tool: fetch it again or convert it anew".to_owned()
             }
+            FileFault::Part(_) => "make it again from the whole model: satgrid models split --experts".to_owned(),
             FileFault::Facts(_) | FileFault::Tokenizer(_) => {
                 "it is a GGUF file but not a whole language model (perhaps an adapter, a projector or a part)"
                     .to_owned()
@@ -68,11 +76,22 @@ impl FileFault {
     }
 }
 
+impl Inspected {
+    /// Of a trunk: which model it is of, and the hashes of that model's experts.
+    pub(crate) fn manifest(&self) -> Result<Manifest, FileFault> {
+        Ok(Manifest::of_part(&self.gguf)?)
+    }
+}
+
 /// Reads the header and checks it; the tensors' data stay on the disk.
 pub(crate) fn inspect(path: &Path) -> Result<Inspected, FileFault> {
     let gguf = Gguf::read(&mut BufReader::new(File::open(path)?))?;
+    let is_trunk = Trunk::is_part(&gguf) && gguf.architecture() != Some(ARCHITECTURE);
+    let facts =
+        if is_trunk { ModelFacts::from_gguf(&Trunk::describe(&gguf)?.whole)? } else { ModelFacts::from_gguf(&gguf)? };
     Ok(Inspected {
-        facts: ModelFacts::from_gguf(&gguf)?,
+        facts,
+        is_trunk,
         has_template: chat_template(&gguf).is_some(),
         tokenizer: TokenizerArtefact::from_gguf(&gguf)?,
         gguf,
@@ -91,7 +110,11 @@ pub(crate) fn identify(store: &Store, path: &Path, show: ShowProgress) -> Result
     let label = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let progress = show(&format!("hashing {label}"), inspected.facts.tensor_bytes);
     let mut file = BufReader::new(File::open(path)?);
-    let root = ModelRoot::compute(&inspected.gguf, &mut file, &mut |bytes| progress.add(bytes))?.root;
+    let root = if inspected.is_trunk {
+        Trunk::open(&inspected.gguf, &mut file, &mut |bytes| progress.add(bytes))?.manifest.root
+    } else {
+        ModelRoot::compute(&inspected.gguf, &mut file, &mut |bytes| progress.add(bytes))?.root
+    };
     progress.finish();
     // A note that cannot be kept costs time at the next start, nothing else.
     let text = serde_json::to_vec(&Note { state, root: hex::encode(root) }).unwrap_or_default();

@@ -12,6 +12,7 @@ mod inspect;
 mod local;
 mod pypi;
 mod reference;
+mod split;
 mod store;
 
 pub(crate) use catalogue::CATALOGUE;
@@ -20,6 +21,7 @@ pub(crate) use file::{free_bytes, sha256_of};
 pub(crate) use hub::{CHUNK_BYTES, HubOptions};
 pub(crate) use inspect::{Inspected, identify, inspect};
 pub(crate) use reference::Reference;
+pub(crate) use split::{Sets, SplitFile, SplitFiles, split_experts};
 pub(crate) use store::{Record, Store};
 
 use crate::progress::Bytes;

@@ -12,6 +12,7 @@
 //! | `client` | the nodes' admin ports and the chain's RPC |
 //! | `funding` | coins, channels, listings: until the market is ready |
 //! | `chat` | one streamed completion over plain HTTP |
+//! | `experts` | with `--experts`: a model split over a lead and workers, and the proof that it is exact |
 //! | `ledgers` | both sides' exports, read back and verified |
 //! | `bill` | what was paid, held against every other account of it |
 //! | `show` | tables for people |
@@ -20,6 +21,7 @@ mod bill;
 mod chat;
 mod children;
 mod client;
+mod experts;
 mod funding;
 mod ledgers;
 mod nodes;
@@ -28,7 +30,7 @@ mod show;
 use anyhow::{Context, bail};
 use serde_json::json;
 use std::net::{Ipv4Addr, TcpListener};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -66,9 +68,17 @@ pub(super) fn run(globals: &Globals, args: &DemoArgs) -> anyhow::Result<()> {
     let models = Globals { dir: None, ..globals.clone() }.load()?.config.models;
     let clock = Clock::start();
     free_port(args.port)?;
-    let for_sale = for_sale(&models, args)?;
-    let dir = globals.dir.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_DIR));
-    let dir = nodes::fresh_dir(&std::path::absolute(dir)?)?;
+    let dir = std::path::absolute(globals.dir.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_DIR)))?;
+    let (for_sale, dir) = if args.experts {
+        let dir = nodes::fresh_dir(&dir)?;
+        let (path, parts) = experts::prepare(&dir)?;
+        if globals.format == Format::Text {
+            print::out(&experts::show_map(&parts))?;
+        }
+        (ForSale { parts: Some(parts), ..for_sale(&models, args, Some(&path))? }, dir)
+    } else {
+        (for_sale(&models, args, args.model.as_deref())?, nodes::fresh_dir(&dir)?)
+    };
     // One thread: a child is told of its parent's end when the thread that started it ends.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
@@ -118,10 +128,15 @@ async fn walk(globals: &Globals, args: &DemoArgs, market: &mut Market, for_sale:
     let settled = bill::settle(market, &before).await?;
     let ledgers = ledgers::export_and_verify(market).await?;
     let bill = bill::Bill::draw(market, &chat, &before, settled, ledgers)?;
+    let described = market.describe(for_sale);
+    let proof = match &for_sale.parts {
+        Some(_) => Some(experts::prove(market, &request, &chat).await?),
+        None => None,
+    };
     let took = market.clock.elapsed();
 
     let document = json!({
-        "market": market.describe(for_sale), "chat": chat, "bill": bill, "elapsed_ms": took.as_millis(),
+        "market": described, "chat": chat, "bill": bill, "experts": proof, "elapsed_ms": took.as_millis(),
     });
     std::fs::write(market.dir.join("bill.json"), serde_json::to_vec_pretty(&document)?)?;
     match globals.format {
@@ -132,7 +147,10 @@ async fn walk(globals: &Globals, args: &DemoArgs, market: &mut Market, for_sale:
         true => "every sum matches to the msat, and both ledgers verify",
         false => "SOMETHING DOES NOT MATCH: see the list above",
     });
-    Ok(bill.adds_up())
+    if let Some(proof) = &proof {
+        market.clock.say(proof.say());
+    }
+    Ok(bill.adds_up() && proof.is_none_or(|proof| proof.holds()))
 }
 
 /// The one port that people type. Better said now than after half a minute.
@@ -144,26 +162,27 @@ fn free_port(port: u16) -> anyhow::Result<()> {
 }
 
 /// The model, in the store and known by its root.
-fn for_sale(config: &crate::config::Models, args: &DemoArgs) -> anyhow::Result<ForSale> {
+fn for_sale(config: &crate::config::Models, args: &DemoArgs, file: Option<&Path>) -> anyhow::Result<ForSale> {
     let (slots, profile, short_acks) = (args.slots, args.profile.clone(), !args.default_acks);
     let store = Store::new(&config.dir);
     let models_dir = config.dir.clone();
-    let Some(file) = args.model.as_deref() else {
+    let Some(file) = file else {
         let Some(entry) = CATALOGUE.first() else { bail!("this build knows no model; name one with --model") };
         let hub = HubOptions { chunk_bytes: CHUNK_BYTES, endpoint: None, token: None };
         let pulled = pull(&store, &Reference::Catalogue(entry), None, &hub, Bytes::new);
         let pulled = pulled.hint("--model FILE uses a GGUF file of yours instead")?;
         let has_template = inspect(&pulled.path)?.has_template;
-        let name = pulled.record.name;
+        let (name, path, catalogue) = (pulled.record.name, pulled.path, None);
         return Ok(ForSale {
             name,
-            path: pulled.path,
+            path,
             has_template,
-            catalogue: None,
+            catalogue,
             slots,
             short_acks,
             profile,
             models_dir,
+            parts: None,
         });
     };
     let path = std::path::absolute(file)?;
@@ -184,5 +203,6 @@ fn for_sale(config: &crate::config::Models, args: &DemoArgs) -> anyhow::Result<F
         hex::encode(identified.inspected.tokenizer.hash),
     );
     let has_template = identified.inspected.has_template;
-    Ok(ForSale { name: stem, path, has_template, catalogue: Some(catalogue), slots, short_acks, profile, models_dir })
+    let catalogue = Some(catalogue);
+    Ok(ForSale { name: stem, path, has_template, catalogue, slots, short_acks, profile, models_dir, parts: None })
 }

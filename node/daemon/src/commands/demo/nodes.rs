@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use super::Clock;
 use super::children::Child;
 use super::client::{Admin, Rpc, Status};
+use super::experts::Parts;
 use crate::commands::init::{new_phrase, write_new};
 use crate::config;
 use crate::failure::HintExt;
@@ -48,6 +49,8 @@ pub(super) struct ForSale {
     pub(super) short_acks: bool,
     pub(super) profile: String,
     pub(super) models_dir: PathBuf,
+    /// The parts with which the first provider leads; the second runs the whole model.
+    pub(super) parts: Option<Parts>,
 }
 
 /// One node, with what it said of itself when it came up.
@@ -233,10 +236,15 @@ impl Market {
         self.api = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         for (name, price) in ["provider-a", "provider-b"].into_iter().zip(OUTPUT_PRICES) {
             let [quic] = free_ports()?;
+            let parts = for_sale.parts.as_ref().filter(|_| self.providers.is_empty());
+            let path = parts.map_or(&for_sale.path, |parts| &parts.trunk);
+            let packs: Vec<String> =
+                parts.iter().flat_map(|parts| &parts.packs).map(|pack| text(pack.display())).collect();
             let model = format!(
-                "[{{ path = {}, alias = {}, price_in_msat_per_mtok = {INPUT_PRICE}, \
+                "[{{ path = {}, experts = [{}], alias = {}, price_in_msat_per_mtok = {INPUT_PRICE}, \
                  price_out_msat_per_mtok = {price}, slots = {}, profile = {}, context = 2048 }}]",
-                text(for_sale.path.display()),
+                text(path.display()),
+                packs.join(", "),
                 text(&for_sale.name),
                 for_sale.slots,
                 text(&for_sale.profile),
