@@ -51,7 +51,10 @@ fn golden() -> Vec<Vec<u8>> {
             serde_json::Value::String(text) if text.len() > 16 => into.extend(hex::decode(text)),
             serde_json::Value::Array(items) => items.iter().for_each(|item| collect(item, into)),
             serde_json::Value::Object(fields) => fields.values().for_each(|item| collect(item, into)),
-            _ => {}
+            serde_json::Value::Null
+            | serde_json::Value::Bool(_)
+            | serde_json::Value::Number(_)
+            | serde_json::Value::String(_) => {}
         }
     }
     let mut found = BTreeSet::new();
