@@ -99,7 +99,7 @@ fn bundle(path: &Path, receipts: u64) -> u64 {
     let header = Header::new(node_key(&world.provider.node), Filter::All);
     let mut out = BufWriter::new(File::create(path).unwrap());
     // Only the head: the items end with their own end mark.
-    drop(BundleWriter::start(&mut out, &header, &checkpoint).unwrap());
+    let _ = BundleWriter::start(&mut out, &header, &checkpoint).unwrap();
     let mut items = File::open(&part).unwrap();
     items.seek(SeekFrom::Start(0)).unwrap();
     io::copy(&mut items, &mut out).unwrap();

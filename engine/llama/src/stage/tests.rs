@@ -175,7 +175,8 @@ fn bad_work_is_refused_and_names_whose_fault_it_is() {
     };
     let mut nan = work(1, &[piece(0, 0, 1)], &[1.0]);
     nan.rows.bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes());
-    let rows: [(StageWork, fn(&StageError) -> bool); 7] = [
+    type Expected = fn(&StageError) -> bool;
+    let rows: [(StageWork, Expected); 7] = [
         (shape, |e| matches!(e, StageError::BadRows(CodecError::WrongShape { .. }))),
         (nan, |e| matches!(e, StageError::BadRows(CodecError::NotFinite { row: 0 }))),
         (work(2, &[piece(0, 0, 2), piece(1, 0, 1)], &[1.0; 3]), |e| matches!(e, StageError::BadWork { .. })),
