@@ -8,6 +8,7 @@
 
 mod bench;
 mod cases;
+mod extras;
 mod tokens;
 
 use crate::port::{Engine, Tokenizer};
@@ -28,4 +29,6 @@ pub async fn conformance(engine: &dyn Engine, tok: &dyn Tokenizer) {
     cases::many_sessions_at_once(&mut bench).await;
     cases::more_jobs_than_slots(&mut bench).await;
     cases::sampled_streams_replay_and_resume(&mut bench).await;
+    extras::grammars_are_followed(&mut bench).await;
+    extras::log_probabilities_come_with_their_tokens(&mut bench).await;
 }

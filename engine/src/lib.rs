@@ -23,6 +23,7 @@ pub mod conformance;
 pub mod experts;
 pub mod facts;
 pub mod gguf;
+pub mod grammar;
 pub mod memory;
 pub mod part;
 pub mod port;

@@ -24,6 +24,7 @@
 //! - `Prefilled::upto` counts prompt positions covered so far, `cached` how many of those came from the session's
 //!   prefix cache; neither ever falls, and `cached <= upto <= prompt_upto`. At least the prompt's last position is
 //!   always evaluated, so `cached < prompt.len()`.
+//! - `Logprobs` come for jobs that asked, right before the `Tokens` that they speak of.
 //! - All `Tokens` of a job are consecutive from index 0. An end-of-generation token is delivered and counted like any
 //!   other; its piece is empty, so it adds no text. Likewise the token that completes a stop string: the reader of
 //!   the tokens cuts the text (see `stop::TextStream`).
@@ -39,7 +40,8 @@ use minicbor::{Decode, Encode};
 
 use crate::facts::ModelFacts;
 
-pub use job::{Job, JobError, JobId, MAX_STOP_BYTES, MAX_STOPS};
+pub use crate::sampling::Logprobs;
+pub use job::{Extras, Job, JobError, JobId, MAX_STOP_BYTES, MAX_STOPS};
 
 /// What the node asks.
 #[derive(Debug, Clone, PartialEq, Encode, Decode)]
@@ -124,6 +126,16 @@ pub enum EngineEvent {
     /// The engine takes commands again, with the same facts as before but possibly new speeds.
     #[n(5)]
     Up,
+    /// Log probabilities of the output tokens from index `first` on, for a job that asked; right before their `Tokens`.
+    #[n(6)]
+    Logprobs {
+        #[n(0)]
+        job: JobId,
+        #[n(1)]
+        first: u32,
+        #[n(2)]
+        entries: Vec<Logprobs>,
+    },
 }
 
 impl EngineEvent {
@@ -132,6 +144,7 @@ impl EngineEvent {
         match self {
             Self::Prefilled { job, .. }
             | Self::Tokens { job, .. }
+            | Self::Logprobs { job, .. }
             | Self::Finished { job, .. }
             | Self::Failed { job, .. } => Some(*job),
             Self::Down { .. } | Self::Up => None,

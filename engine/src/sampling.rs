@@ -10,11 +10,13 @@
 //! go to the lowest id.
 
 mod draw;
+mod logprobs;
 mod weight;
 
 use minicbor::{Decode, Encode};
 
 pub use draw::draw;
+pub use logprobs::{Logprobs, MAX_TOP_LOGPROBS, logprobs};
 
 /// Most entries in a logit bias map.
 pub const MAX_LOGIT_BIAS: usize = 1024;

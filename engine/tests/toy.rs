@@ -49,6 +49,7 @@ fn job(id: u64) -> Job {
         stop: Vec::new(),
         ignore_eos: true,
         resumed: 0,
+        extras: Default::default(),
     }
 }
 

@@ -6,7 +6,7 @@ use minicbor::{Decode, Encode};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use satgrid_engine::port::{Command, EngineEvent, EngineFacts, FinishReason, Job, JobError, JobId};
-use satgrid_engine::sampling::{Sampling, SamplingError};
+use satgrid_engine::sampling::{Logprobs, Sampling, SamplingError};
 use satgrid_engine::toy::{ToyConfig, ToyEngine};
 
 fn round_trip<T: Encode<()> + for<'b> Decode<'b, ()>>(value: &T) -> T {
@@ -44,6 +44,7 @@ fn job() -> impl Strategy<Value = Job> {
             stop,
             ignore_eos,
             resumed,
+            extras: Default::default(),
         },
     )
 }
@@ -86,6 +87,11 @@ fn event() -> impl Strategy<Value = EngineEvent> {
         (id(), error).prop_map(|(job, error)| EngineEvent::Failed { job, error }),
         ".{0,9}".prop_map(|reason| EngineEvent::Down { reason }),
         Just(EngineEvent::Up),
+        (id(), any::<u32>(), vec(any::<(u32, i32)>(), 0..3)).prop_map(|(job, first, top)| EngineEvent::Logprobs {
+            job,
+            first,
+            entries: vec![Logprobs { drawn_micro: -5, top }],
+        }),
     ]
 }
 

@@ -29,12 +29,17 @@ pub const MAX_PROMPT_TOKENS: usize = 128 * 1024;
 pub const MAX_CHUNK_TOKENS: usize = 32;
 /// Stop strings of one request.
 pub const MAX_STOPS: usize = 16;
+/// Longest encoding of a request's grammar, in bytes.
+pub const MAX_GRAMMAR: usize = 192 * 1024;
+/// Likeliest tokens whose log probabilities may be asked for.
+pub const MAX_TOP_LOGPROBS: u32 = 20;
 /// Open requests that a resume may speak of.
 pub const MAX_OPEN_REQUESTS: usize = 64;
 /// Longest reason text, in bytes.
 pub const MAX_REASON: usize = 512;
 
-const _: () = assert!(MAX_PROMPT_TOKENS * 5 + 64 * 1024 <= MAX_FRAME, "the longest prompt fits one frame");
+const _: () =
+    assert!(MAX_PROMPT_TOKENS * 5 + MAX_GRAMMAR + 64 * 1024 <= MAX_FRAME, "the longest prompt fits one frame");
 
 /// Version and features that each side states first.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -273,6 +278,22 @@ pub enum ProviderFrame {
     /// Not accepted: nothing was done and nothing is owed.
     #[n(3)]
     Refused(#[n(0)] Refusal, #[n(1)] String),
+    /// Index of the first token within the output, and log probabilities from there on; right before their [`Self::Chunk`],
+    /// and only where the request asks for them. No receipt speaks of them.
+    #[n(4)]
+    Logprobs(#[n(0)] u32, #[n(1)] Vec<TokenLogprobs>),
+}
+
+/// Log probabilities at one output position, in millionths of a nat.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct TokenLogprobs {
+    /// Of the token that was drawn.
+    #[n(0)]
+    pub drawn_micro: i32,
+    /// The likeliest tokens, likeliest first.
+    #[n(1)]
+    pub top: Vec<(u32, i32)>,
 }
 
 /// Encodes a frame. The caller adds the length.

@@ -53,6 +53,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         stop: Vec::new(),
         ignore_eos: false,
         resumed: 0,
+        extras: Default::default(),
     };
     engine.send(Command::Start(job))?;
     engine.send(Command::Grant { job: JobId(1), prompt_upto: u32::MAX, output_upto: u32::MAX })?;
@@ -73,7 +74,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
             EngineEvent::Failed { error, .. } => return Err(error.into()),
             EngineEvent::Down { reason } => return Err(reason.into()),
-            EngineEvent::Prefilled { .. } | EngineEvent::Up => {}
+            EngineEvent::Prefilled { .. } | EngineEvent::Logprobs { .. } | EngineEvent::Up => {}
         }
     }
 }

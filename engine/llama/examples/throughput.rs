@@ -79,6 +79,7 @@ async fn through_child(engine: &LlamaEngine, load: Load, first_id: u64) -> (f64,
             stop: Vec::new(),
             ignore_eos: true,
             resumed: 0,
+            extras: Default::default(),
         };
         let grant = Command::Grant { job: id, prompt_upto: u32::MAX, output_upto: u32::MAX };
         for command in [Command::Start(job), grant] {
@@ -97,7 +98,7 @@ async fn through_child(engine: &LlamaEngine, load: Load, first_id: u64) -> (f64,
                 }
             }
             Some(EngineEvent::Finished { .. } | EngineEvent::Failed { .. }) => over += 1,
-            Some(EngineEvent::Prefilled { .. } | EngineEvent::Up) => {}
+            Some(EngineEvent::Prefilled { .. } | EngineEvent::Logprobs { .. } | EngineEvent::Up) => {}
             Some(EngineEvent::Down { .. }) | None => return (0.0, 0.0),
         }
     }

@@ -94,6 +94,7 @@ pub fn run(settings: &EngineSettings, load: Load) -> Result<Report, BareError> {
                 }
                 EngineEvent::Failed { error, .. } => return Err(BareError::Job(error.to_string())),
                 EngineEvent::Prefilled { .. }
+                | EngineEvent::Logprobs { .. }
                 | EngineEvent::Finished { .. }
                 | EngineEvent::Down { .. }
                 | EngineEvent::Up => {}
@@ -123,6 +124,7 @@ fn job(stream: u32, load: Load, vocab: u32) -> Job {
         stop: Vec::new(),
         ignore_eos: true,
         resumed: 0,
+        extras: Default::default(),
     }
 }
 

@@ -15,7 +15,9 @@
 mod slot;
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
+use satgrid_engine::grammar::Vocabulary;
 use satgrid_engine::port::{Command, EngineEvent, FinishReason, Job, JobError, JobId, Profile};
 
 use crate::ffi::{BatchRow, DecodeError};
@@ -62,12 +64,14 @@ pub(crate) struct Scheduler {
     batches: u64,
     /// Positions in batches that were a prompt's alone, since the last batch that was not.
     since_step: u32,
+    /// Made for the first job with a grammar.
+    vocabulary: Option<Arc<Vocabulary>>,
 }
 
 impl Scheduler {
     pub(crate) fn new(shape: Shape) -> Self {
         let slots = (0..shape.slots).map(|_| Slot::default()).collect();
-        Self { shape, slots, queue: VecDeque::new(), events: Vec::new(), batches: 0, since_step: 0 }
+        Self { shape, slots, queue: VecDeque::new(), events: Vec::new(), batches: 0, since_step: 0, vocabulary: None }
     }
 
     /// The events since the last call, in order.
@@ -223,6 +227,14 @@ impl Scheduler {
 
     fn seat(&mut self, number: usize, waiting: Waiting, backend: &mut impl Backend) {
         let Waiting { job, grant } = waiting;
+        let vocabulary = job.extras.grammar.is_some().then(|| self.vocabulary(backend));
+        let constraint = match slot::constraint(&job, vocabulary) {
+            Ok(constraint) => constraint,
+            Err(reason) => {
+                let error = JobError::Backend { reason };
+                return self.events.push(EngineEvent::Failed { job: job.id, error });
+            }
+        };
         let slot = &mut self.slots[number];
         let prompt = to_u32(job.prompt.len());
         let common = if slot.session == Some(job.session) { common_start(&slot.idle, &job.prompt) } else { 0 };
@@ -240,8 +252,14 @@ impl Scheduler {
         slot.used = self.batches;
         let limit = job.max_output.min(self.shape.context.saturating_sub(prompt));
         backend.seated(to_u32(number), job.id, prompt);
-        slot.running = Some(Running::new(job, grant, cached, limit, backend));
+        slot.running = Some(Running::new(job, grant, cached, limit, constraint, backend));
         self.tell_prefilled(number);
+    }
+
+    fn vocabulary(&mut self, backend: &impl Backend) -> Arc<Vocabulary> {
+        let vocab = self.shape.vocab;
+        let make = || Arc::new(Vocabulary::new((0..vocab).map(|token| backend.piece(token)), backend.eog()));
+        Arc::clone(self.vocabulary.get_or_insert_with(make))
     }
 
     /// Books a computed chunk: the slot holds `at` positions, and `row` of the batch has the last one's logits.
@@ -257,7 +275,8 @@ impl Scheduler {
             self.tell_prefilled(number);
             return;
         }
-        let drawn = if running.limit == 0 { Ok(None) } else { running.draw(row, backend).map(Some) };
+        let nothing_to_say = running.limit == 0 || running.over_after == Some(0);
+        let drawn = if nothing_to_say { Ok(None) } else { running.draw(row, backend).map(Some) };
         match drawn {
             Ok(token) => {
                 running.tokens.extend(token);
@@ -287,12 +306,20 @@ impl Scheduler {
         if running.at < running.prompt {
             return;
         }
-        let mut ended = (running.limit == 0).then_some(FinishReason::Length);
+        let mut ended = match running.over_after {
+            Some(0) => Some(FinishReason::Stop),
+            Some(_) | None => (running.limit == 0).then_some(FinishReason::Length),
+        };
         while ended.is_none() && running.emitted < running.grant.output {
             let Some(&token) = running.tokens.get((running.prompt + running.emitted) as usize) else { break };
-            self.events.push(EngineEvent::Tokens { job: running.job.id, first: running.emitted, ids: vec![token] });
+            let (job, first) = (running.job.id, running.emitted);
+            if let Some(entry) = running.logprobs.pop_front() {
+                self.events.push(EngineEvent::Logprobs { job, first, entries: vec![entry] });
+            }
+            self.events.push(EngineEvent::Tokens { job, first, ids: vec![token] });
             running.emitted += 1;
-            if backend.is_eog(token) || running.stops_at(token, backend) {
+            if backend.is_eog(token) || running.stops_at(token, backend) || running.over_after == Some(running.emitted)
+            {
                 ended = Some(FinishReason::Stop);
             } else if running.emitted >= running.limit {
                 ended = Some(FinishReason::Length);

@@ -15,7 +15,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use satgrid_engine::port::{Command, Engine, EngineDown, EngineEvent, EngineFacts, JobError, JobId, Tokenizer};
+use satgrid_engine::port::{Command, Engine, EngineDown, EngineEvent, EngineFacts, Extras, JobError, JobId, Tokenizer};
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::{
@@ -157,6 +157,9 @@ impl Engine for UpstreamEngine {
                     Some(JobError::DuplicateJob)
                 } else if jobs.len() >= JOBS_PER_SLOT.saturating_mul(self.facts.slots.max(1) as usize) {
                     Some(JobError::Busy)
+                } else if job.extras != Extras::default() {
+                    let reason = "this upstream's dialect has no grammars and no log probabilities".to_owned();
+                    Some(JobError::Backend { reason })
                 } else {
                     job.check(shared.context, shared.vocab).err()
                 };

@@ -166,6 +166,7 @@ fn job(id: u64, prompt: usize, max_output: u32) -> Job {
         stop: Vec::new(),
         ignore_eos: false,
         resumed: 0,
+        extras: Default::default(),
     }
 }
 

@@ -24,6 +24,7 @@ pub(super) struct Trace {
     pub(super) upto: u32,
     pub(super) cached: u32,
     pub(super) ids: Vec<u32>,
+    pub(super) logprobs: Vec<crate::sampling::Logprobs>,
     pub(super) end: Option<End>,
 }
 
@@ -79,6 +80,7 @@ impl<'a> Bench<'a> {
             stop: Vec::new(),
             ignore_eos: true,
             resumed: 0,
+            extras: Default::default(),
         }
     }
 
@@ -155,6 +157,10 @@ impl<'a> Bench<'a> {
                 trace.ids.extend(ids);
                 let granted = trace.output_upto as usize;
                 assert!(trace.ids.len() <= granted, "{} tokens out, {granted} granted", trace.ids.len());
+            }
+            EngineEvent::Logprobs { first, entries, .. } => {
+                assert_eq!(first as usize, trace.ids.len(), "log probabilities come right before their tokens");
+                trace.logprobs.extend(entries);
             }
             EngineEvent::Finished { reason, evaluated, .. } => trace.end = Some(End::Finished { reason, evaluated }),
             EngineEvent::Failed { error, .. } => trace.end = Some(End::Failed(error)),

@@ -2,7 +2,8 @@
 
 use minicbor::{Decode, Encode};
 
-use crate::sampling::{Sampling, SamplingError};
+use crate::grammar::{Grammar, GrammarError};
+use crate::sampling::{MAX_TOP_LOGPROBS, Sampling, SamplingError};
 
 /// Most stop strings in one job, and most bytes in one of them.
 pub const MAX_STOPS: usize = 16;
@@ -40,6 +41,19 @@ pub struct Job {
     /// Otherwise 0.
     #[n(7)]
     pub resumed: u32,
+    #[n(8)]
+    pub extras: Extras,
+}
+
+/// What most jobs do without.
+#[derive(Debug, Clone, Default, PartialEq, Encode, Decode)]
+pub struct Extras {
+    /// The output's text is one that this grammar allows; the job ends with `Stop` where nothing more may follow.
+    #[n(0)]
+    pub grammar: Option<Grammar>,
+    /// Tell the log probability of each token and of this many likeliest ones, at most [`MAX_TOP_LOGPROBS`].
+    #[n(1)]
+    pub top_logprobs: Option<u32>,
 }
 
 impl Job {
@@ -72,6 +86,12 @@ impl Job {
         let bad = |stop: &String| stop.is_empty() || stop.len() > MAX_STOP_BYTES;
         if self.stop.len() > MAX_STOPS || self.stop.iter().any(bad) {
             return Err(JobError::BadStop);
+        }
+        if let Some(grammar) = &self.extras.grammar {
+            grammar.check().map_err(JobError::BadGrammar)?;
+        }
+        if self.extras.top_logprobs.is_some_and(|top| top > MAX_TOP_LOGPROBS) {
+            return Err(JobError::BadLogprobs);
         }
         self.sampling.check().map_err(JobError::Sampling)
     }
@@ -117,6 +137,12 @@ pub enum JobError {
         #[n(1)]
         prompt: u32,
     },
+    #[error("grammar: {0}")]
+    #[n(9)]
+    BadGrammar(#[n(0)] GrammarError),
+    #[error("log probabilities of at most {MAX_TOP_LOGPROBS} tokens")]
+    #[n(10)]
+    BadLogprobs,
     /// More jobs than the engine queues.
     #[error("the engine has no room for another job")]
     #[n(8)]

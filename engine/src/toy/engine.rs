@@ -1,12 +1,14 @@
 //! The toy engine itself: the port's rules, written down once without any machinery.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
 use super::ToyConfig;
 use super::model::{Context, EOS, ToyTokenizer, VOCAB};
 use crate::facts::ModelFacts;
+use crate::grammar::{Constraint, Vocabulary};
 use crate::port::{Command, EngineDown, EngineEvent, EngineFacts, FinishReason, Job, JobError, JobId, Speed};
 use crate::sampling;
 use crate::stop::StopMatcher;
@@ -28,6 +30,7 @@ struct Running {
     output: Vec<u32>,
     context: Context,
     stop: StopMatcher,
+    constraint: Option<Constraint>,
     /// False once the session was forgotten: nothing of the job stays after it.
     keep: bool,
 }
@@ -176,6 +179,15 @@ impl ToyEngine {
         for token in job.resumed_tokens() {
             stop.push(&ToyTokenizer.piece(*token, false).unwrap_or_default());
         }
+        let constraint = job.extras.grammar.as_ref().and_then(|grammar| {
+            let pieces = (0..VOCAB).map(|token| ToyTokenizer.piece(token, false).unwrap_or_default());
+            let mut constraint = Constraint::new(grammar, Arc::new(Vocabulary::new(pieces, &[EOS]))).ok()?;
+            let fits = job.resumed_tokens().iter().all(|token| constraint.accept(*token) == Ok(true));
+            fits.then_some(constraint)
+        });
+        if job.extras.grammar.is_some() && constraint.is_none() {
+            return self.fail(id, JobError::Backend { reason: "the grammar cannot be followed".to_owned() });
+        }
         self.jobs.push(Running {
             job,
             prompt_upto: 0,
@@ -186,6 +198,7 @@ impl ToyEngine {
             output: Vec::new(),
             context,
             stop,
+            constraint,
             keep: true,
         });
     }
@@ -204,7 +217,7 @@ impl ToyEngine {
         }
         let output = running.output.len();
         let full = prompt + output >= self.config.context as usize;
-        if running.stop.stopped() {
+        if running.stop.stopped() || running.constraint.as_ref().is_some_and(Constraint::is_over) {
             self.finish(at, FinishReason::Stop);
         } else if output >= running.job.max_output as usize || full {
             self.finish(at, FinishReason::Length);
@@ -242,14 +255,28 @@ impl ToyEngine {
         let history: Vec<u32> = running.job.prompt.iter().chain(&running.output).copied().collect();
         let position = running.job.draw_position(first);
         let job = running.job.id;
-        let Some(id) = sampling::draw(&running.context.logits(), &history, &running.job.sampling, position) else {
+        let logits = running.context.logits();
+        let drawn = match &running.constraint {
+            Some(constraint) => constraint.draw(&logits, &history, &running.job.sampling, position).ok().flatten(),
+            None => sampling::draw(&logits, &history, &running.job.sampling, position),
+        };
+        let Some(id) = drawn else {
             self.jobs.remove(at);
             return self.fail(job, JobError::Backend { reason: "no token is possible".to_owned() });
         };
+        if let Some(constraint) = running.constraint.as_mut() {
+            // It was drawn from what fits.
+            let _ = constraint.accept(id);
+        }
+        if let Some(top) = running.job.extras.top_logprobs {
+            let entries = vec![sampling::logprobs(&logits, id, top)];
+            self.events.push_back(EngineEvent::Logprobs { job, first, entries });
+        }
         running.output.push(id);
         running.context.read(id);
         running.stop.push(&ToyTokenizer.piece(id, false).unwrap_or_default());
-        let stopped = id == EOS || running.stop.stopped();
+        let over = running.constraint.as_ref().is_some_and(Constraint::is_over);
+        let stopped = id == EOS || running.stop.stopped() || over;
         self.events.push_back(EngineEvent::Tokens { job, first, ids: vec![id] });
         self.tokens_emitted += 1;
         if self.config.faults.die_after_tokens.is_some_and(|limit| self.tokens_emitted >= limit) {

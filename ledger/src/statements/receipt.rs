@@ -1,7 +1,7 @@
 //! The receipt of one finished request, and the private fields that it commits to.
 
 use super::{private_hash, prompt_hash};
-use minicbor::{Decode, Encode};
+use minicbor::{Decode, Encode, bytes::ByteVec};
 use satgrid_types::{
     AckId, BothSigned, BuildId, Digest, EngineProfile, FinishReason, ListingId, ModelRoot, Msat, NodeKey, Numerators,
     PaymentHash, QuoteId, RateCard, ReceiptId, RequestId, Salt, Sampling, SessionId, Statement, TokenUsage,
@@ -150,11 +150,19 @@ pub struct RequestPrivate {
     /// from there, so that the text is the one that an undisturbed run would have given.
     #[n(3)]
     pub resumed: u32,
+    /// The grammar that the output follows, as `satgrid_engine::grammar` encodes it.
+    #[n(4)]
+    pub grammar: Option<ByteVec>,
+    /// Log probabilities are asked for: of each token, and of so many likeliest ones.
+    #[n(5)]
+    pub top_logprobs: Option<u32>,
 }
 
 impl RequestPrivate {
+    /// A request without grammar and log probabilities.
     pub fn new(salt: &Salt, prompt: &[u32], sampling: Sampling, stop: Vec<String>, resumed: u32) -> RequestPrivate {
-        RequestPrivate { prompt_hash: prompt_hash(salt, prompt), sampling, stop, resumed }
+        let prompt_hash = prompt_hash(salt, prompt);
+        RequestPrivate { prompt_hash, sampling, stop, resumed, grammar: None, top_logprobs: None }
     }
     pub fn commitment(&self, salt: &Salt) -> Digest {
         private_hash(salt, &cbor::encode(self))

@@ -202,6 +202,8 @@ impl Gateway {
             stop: request.stop.clone(),
             max_output: budget.max_output,
             ends: vocabulary.tokenizer.special().eog.clone(),
+            grammar: None,
+            top_logprobs: None,
             allow_fallbacks: request.routing.allow_fallbacks,
             part: None,
             max_cost: budget.max_cost(),
@@ -237,7 +239,9 @@ impl Gateway {
                 run.ended(None, &api_bill(&bill, prompt_tokens, 0)).await;
                 return Err(self.refused(name, error, &bill).await);
             }
-            Some(Emission::Tokens { .. } | Emission::Finished { .. }) | None => return Err(stopped()),
+            Some(Emission::Logprobs { .. } | Emission::Tokens { .. } | Emission::Finished { .. }) | None => {
+                return Err(stopped());
+            }
         };
         let first = stream::iter([Ok(started)]);
         let rest = stream::unfold(run, |mut run| async move { run.next().await.map(|event| (event, run)) });
@@ -381,7 +385,7 @@ impl Drop for Run {
                 while let Some(emission) = emissions.recv().await {
                     match emission {
                         Emission::Started { request, .. } => drop(budget.leg(request).await),
-                        Emission::Ordered { .. } | Emission::Ticket { .. } => {}
+                        Emission::Ordered { .. } | Emission::Ticket { .. } | Emission::Logprobs { .. } => {}
                         Emission::Tokens { ids } => {
                             output = output.saturating_add(u32::try_from(ids.len()).unwrap_or(u32::MAX));
                         }
@@ -424,6 +428,7 @@ impl Run {
                     }
                     continue;
                 }
+                Some(Emission::Logprobs { .. }) => continue,
                 Some(Emission::Tokens { ids }) => {
                     if self.emitted_tokens == 0 {
                         self.budget.iter().for_each(Budget::spoke);

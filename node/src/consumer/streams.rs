@@ -10,7 +10,7 @@ use satgrid_ledger::statements::{
 };
 use satgrid_protocol::{
     check::{self, Counted},
-    frame::{ConsumerFrame, MAX_CHUNK_TOKENS, ProviderFrame, Refusal, StartRequest},
+    frame::{ConsumerFrame, MAX_CHUNK_TOKENS, ProviderFrame, Refusal, StartRequest, TokenLogprobs},
     metering::{Grant, Meter},
     session::RequestState,
 };
@@ -121,7 +121,11 @@ impl Consumer {
         let (Some(state), Some(link), Some(call)) = (&session.state, session.link, self.calls.get(&id)) else { return };
         let (prompt, max_output) = (call.prompt(), call.output_left());
         let submit = call.submit();
-        let private = RequestPrivate::new(&salt, &prompt, submit.sampling.clone(), submit.stop.clone(), call.resumed());
+        let private = RequestPrivate {
+            grammar: submit.grammar.clone().map(Into::into),
+            top_logprobs: submit.top_logprobs,
+            ..RequestPrivate::new(&salt, &prompt, submit.sampling.clone(), submit.stop.clone(), call.resumed())
+        };
         let open = RequestOpen {
             version: RequestOpen::VERSION,
             session: state.id(),
@@ -177,6 +181,7 @@ impl Consumer {
         live.last_frame_at = now;
         match frame {
             ProviderFrame::Chunk(first, ids) => self.chunk(now, index, request, first, ids),
+            ProviderFrame::Logprobs(first, entries) => self.logprobs(now, index, request, first, entries),
             ProviderFrame::Ack(signed) => self.ack(now, index, request, &signed),
             ProviderFrame::Receipt(reason, signed) => self.receipt(now, index, request, reason, &signed),
             ProviderFrame::Refused(refusal, text) => self.request_refused(now, index, request, refusal, &text),
@@ -199,6 +204,25 @@ impl Consumer {
             call.received.extend_from_slice(&ids);
         }
         self.actions.push_back(ConsumerAction::Emit { call, emission: Emission::Tokens { ids } });
+    }
+
+    fn logprobs(
+        &mut self,
+        now: UnixMs,
+        index: SessionIndex,
+        request: RequestId,
+        first: u32,
+        entries: Vec<TokenLogprobs>,
+    ) {
+        let Some(live) = self.sessions.get(&index).and_then(|s| s.requests.get(&request)) else { return };
+        let most = live.private.top_logprobs.and_then(|top| usize::try_from(top).ok());
+        let fits = most.is_some_and(|most| entries.iter().all(|entry| entry.top.len() <= most));
+        if first != live.received || entries.is_empty() || entries.len() > MAX_CHUNK_TOKENS || !fits {
+            let text = "log probabilities out of order, or that were not asked for";
+            return self.misbehaved(now, index, "chunk", text, cbor::encode(&ProviderFrame::Logprobs(first, entries)));
+        }
+        let call = live.call;
+        self.actions.push_back(ConsumerAction::Emit { call, emission: Emission::Logprobs { entries } });
     }
 
     fn ack(&mut self, now: UnixMs, index: SessionIndex, request: RequestId, signed: &Signed<Ack>) {

@@ -4,7 +4,7 @@ use super::SessionIndex;
 use crate::{Append, CloseCode, LinkId, StreamId, Ticket};
 use satgrid_ledger::{log::FraudProof, statements::PartOrder};
 use satgrid_protocol::{
-    frame::{ConsumerControl, ConsumerFrame, ProviderControl, ProviderFrame, Resend},
+    frame::{ConsumerControl, ConsumerFrame, ProviderControl, ProviderFrame, Resend, TokenLogprobs},
     hop,
     slices::SlicePolicy,
 };
@@ -90,6 +90,10 @@ pub struct Submit {
     pub max_output: u32,
     /// Tokens that end a generation: where the last one received is one, nothing is left for another provider to do.
     pub ends: BTreeSet<u32>,
+    /// A grammar that the output follows, encoded.
+    pub grammar: Option<Vec<u8>>,
+    /// Log probabilities of each token and of so many likeliest ones.
+    pub top_logprobs: Option<u32>,
     /// Another provider may go on where one failed.
     pub allow_fallbacks: bool,
     /// Work on a part of a model, of the one candidate; then there is no prompt and no output.
@@ -287,6 +291,10 @@ pub enum Emission {
     Started {
         provider: NodeKey,
         request: RequestId,
+    },
+    /// Of the tokens that come next; only where the call asks for them.
+    Logprobs {
+        entries: Vec<TokenLogprobs>,
     },
     Tokens {
         ids: Vec<u32>,

@@ -1,12 +1,12 @@
 //! A request's run: started, metered, acknowledged, receipted.
 
-use super::{EngineId, Provider, ProviderAction, parts::PartLive, start::check_start, words::engine_sampling};
+use super::{EngineId, Provider, ProviderAction, jobs, parts::PartLive, start::check_start, words::engine_sampling};
 use crate::{LinkId, StreamId};
 use satgrid_engine::port::{Command, EngineEvent, FinishReason as EngineFinish, Job, JobId};
 use satgrid_ledger::statements::{Ack, Receipt, ReceiptOpening, ReceiptPrivate, RunningHash, Split};
 use satgrid_pricing::{charge, numerators};
 use satgrid_protocol::{
-    frame::{ConsumerFrame, MAX_CHUNK_TOKENS, ProviderFrame, Refusal, StartRequest},
+    frame::{ConsumerFrame, MAX_CHUNK_TOKENS, ProviderFrame, Refusal, StartRequest, TokenLogprobs},
     metering::{Grant, Meter},
     session::{REQUEST_DEADLINE_MS, ReceiptFacts},
 };
@@ -132,8 +132,9 @@ impl Provider {
         }
         let engine = self.engine_for(id);
         let Some(session) = self.sessions.get(&id) else { return };
-        let open = match check_start(&session.state, &start) {
-            Ok(open) => open,
+        let checked = check_start(&session.state, &start).and_then(|open| Ok((open, jobs::extras(&start)?)));
+        let (open, extras) = match checked {
+            Ok(checked) => checked,
             Err(text) => return self.violation(link, text),
         };
         let state = &session.state;
@@ -199,6 +200,7 @@ impl Provider {
             stop: start.private.stop.clone(),
             ignore_eos: false,
             resumed: start.private.resumed,
+            extras,
             prompt: start.prompt,
         };
         let live = Request {
@@ -274,6 +276,14 @@ impl Provider {
                 self.offer_ack_if_due(now, id, request);
             }
             EngineEvent::Tokens { first, ids, .. } => self.tokens(now, id, request, first, &ids),
+            EngineEvent::Logprobs { first, entries, .. } => {
+                let Some(live) = self.live(id, &request) else { return };
+                if live.is_running() && first == live.done.completion {
+                    let (link, stream) = live.stream;
+                    let entries = entries.into_iter().map(|e| TokenLogprobs { drawn_micro: e.drawn_micro, top: e.top });
+                    self.send(link, stream, ProviderFrame::Logprobs(first, entries.collect()));
+                }
+            }
             EngineEvent::Finished { reason, .. } => {
                 let reason = match reason {
                     EngineFinish::Stop => FinishReason::Stop,

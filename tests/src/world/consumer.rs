@@ -107,6 +107,8 @@ impl World {
             stop: Vec::new(),
             max_output: ask.max_output,
             ends: ask.ends,
+            grammar: None,
+            top_logprobs: None,
             allow_fallbacks: ask.allow_fallbacks,
             part: None,
             max_cost: None,
@@ -222,6 +224,7 @@ impl World {
         match emission {
             Emission::Started { provider, request } => log.started.push((provider, request)),
             Emission::Ordered { .. } | Emission::Ticket { .. } => {}
+            Emission::Logprobs { .. } => {}
             Emission::Tokens { ids } => {
                 log.tokens.extend(ids);
                 log.chunk_times.push(now);

@@ -33,6 +33,7 @@ pub fn undisturbed(toy: &ToyConfig, prompt: &[u32], max_output: u32, seed: Optio
         stop: Vec::new(),
         ignore_eos: false,
         resumed: 0,
+        extras: Default::default(),
     };
     engine.handle(Command::Start(job)).unwrap();
     engine.handle(Command::Grant { job: id, prompt_upto: u32::MAX, output_upto: u32::MAX }).unwrap();

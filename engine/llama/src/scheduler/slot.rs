@@ -1,7 +1,11 @@
 //! One slot of the context, and the job that runs in it.
 
-use satgrid_engine::port::Job;
-use satgrid_engine::sampling::draw;
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use satgrid_engine::grammar::{Constraint, Vocabulary};
+use satgrid_engine::port::{Job, Logprobs};
+use satgrid_engine::sampling::{draw, logprobs};
 use satgrid_engine::stop::StopMatcher;
 
 use super::{Backend, to_u32};
@@ -45,9 +49,26 @@ pub(super) struct Running {
     /// Output tokens at which the job ends.
     pub(super) limit: u32,
     pub(super) stop: StopMatcher,
+    /// The job's grammar, at the last token drawn; and the number of output tokens after which nothing may follow.
+    constraint: Option<Constraint>,
+    pub(super) over_after: Option<u32>,
+    /// Of tokens that are drawn and not told.
+    pub(super) logprobs: VecDeque<Logprobs>,
     pub(super) served: u64,
     /// False once the session is forgotten: nothing stays after the job.
     pub(super) keep: bool,
+}
+
+/// The job's grammar at work, after what an earlier run of the same request has said.
+pub(super) fn constraint(job: &Job, vocabulary: Option<Arc<Vocabulary>>) -> Result<Option<Constraint>, String> {
+    let (Some(grammar), Some(vocabulary)) = (&job.extras.grammar, vocabulary) else { return Ok(None) };
+    let mut constraint = Constraint::new(grammar, vocabulary).map_err(|error| error.to_string())?;
+    for &token in job.resumed_tokens() {
+        if !constraint.accept(token).map_err(|error| error.to_string())? {
+            return Err("the output to be resumed does not follow the grammar".to_owned());
+        }
+    }
+    Ok(Some(constraint))
 }
 
 impl Slot {
@@ -77,7 +98,14 @@ impl Grant {
 }
 
 impl Running {
-    pub(super) fn new(mut job: Job, grant: Grant, cached: u32, limit: u32, backend: &impl Backend) -> Self {
+    pub(super) fn new(
+        mut job: Job,
+        grant: Grant,
+        cached: u32,
+        limit: u32,
+        constraint: Option<Constraint>,
+        backend: &impl Backend,
+    ) -> Self {
         let prompt = to_u32(job.prompt.len());
         if job.ignore_eos {
             job.sampling.forbid(backend.eog().iter().copied());
@@ -88,16 +116,44 @@ impl Running {
             stop.push(&backend.piece(token));
         }
         let tokens = job.prompt.clone();
+        let over_after = constraint.as_ref().is_some_and(Constraint::is_over).then_some(0);
         let (told, emitted, served) = ((0, 0), 0, 0);
-        Self { job, grant, tokens, prompt, at: cached, cached, told, emitted, limit, stop, served, keep: true }
+        Self {
+            job,
+            grant,
+            tokens,
+            prompt,
+            at: cached,
+            cached,
+            told,
+            emitted,
+            limit,
+            stop,
+            constraint,
+            over_after,
+            logprobs: VecDeque::new(),
+            served,
+            keep: true,
+        }
     }
 
     /// Draws the next token from the logits of a row.
-    pub(super) fn draw(&self, row: usize, backend: &mut impl Backend) -> Result<u32, String> {
+    pub(super) fn draw(&mut self, row: usize, backend: &mut impl Backend) -> Result<u32, String> {
         let index = to_u32(self.tokens.len()).saturating_sub(self.prompt);
         let logits = backend.logits(row).map_err(|error| error.to_string())?;
         let position = self.job.resumed.saturating_add(index);
-        draw(logits, &self.tokens, &self.job.sampling, position).ok_or_else(|| "no token is possible".to_owned())
+        let sampling = &self.job.sampling;
+        let drawn = match &self.constraint {
+            Some(constraint) => constraint.draw(logits, &self.tokens, sampling, position).map_err(|e| e.to_string())?,
+            None => draw(logits, &self.tokens, sampling, position),
+        };
+        let token = drawn.ok_or_else(|| "no token is possible".to_owned())?;
+        self.logprobs.extend(self.job.extras.top_logprobs.map(|top| logprobs(logits, token, top)));
+        if let Some(constraint) = self.constraint.as_mut() {
+            constraint.accept(token).map_err(|error| error.to_string())?;
+            self.over_after = constraint.is_over().then_some(index + 1);
+        }
+        Ok(token)
     }
 
     /// Feeds a told token to the stop strings; true once one is complete.

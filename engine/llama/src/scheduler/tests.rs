@@ -104,6 +104,7 @@ fn job(id: u64, session: u8, prompt: std::ops::Range<u32>) -> Job {
         stop: Vec::new(),
         ignore_eos: true,
         resumed: 0,
+        extras: Default::default(),
     }
 }
 
@@ -137,6 +138,7 @@ fn hear(events: Vec<EngineEvent>, heard: &mut BTreeMap<u64, Heard>) {
                 assert_eq!(first, to_u32(job.output.len()));
                 job.output.extend(ids);
             }
+            EngineEvent::Logprobs { first, .. } => assert_eq!(first, to_u32(job.output.len())),
             EngineEvent::Finished { reason, evaluated, .. } => job.end = Some((reason, evaluated)),
             EngineEvent::Failed { error, .. } => job.error = Some(error),
             EngineEvent::Down { .. } | EngineEvent::Up => panic!("not the scheduler's to say"),

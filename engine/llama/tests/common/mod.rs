@@ -81,6 +81,7 @@ pub fn job(id: u64, prompt: u32, max_output: u32) -> Job {
         stop: Vec::new(),
         ignore_eos: true,
         resumed: 0,
+        extras: Default::default(),
     }
 }
 
@@ -152,6 +153,7 @@ impl Listener {
                 assert_eq!(first as usize, job.output.len());
                 job.output.extend(ids);
             }
+            EngineEvent::Logprobs { first, .. } => assert_eq!(first as usize, job.output.len()),
             EngineEvent::Finished { reason, evaluated, .. } => job.end = Some((reason, evaluated)),
             EngineEvent::Failed { error, .. } => job.error = Some(error),
             EngineEvent::Down { .. } | EngineEvent::Up => {}

@@ -89,6 +89,7 @@ impl Metered {
                 add(&figures.failed, jobs.len() as u64);
                 jobs.clear();
             }
+            EngineEvent::Logprobs { .. } => {}
             EngineEvent::Up => figures.down.store(false, Ordering::Relaxed),
         }
     }
