@@ -6,10 +6,10 @@
 use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use axum::{
-    Extension, Json,
+    Extension,
     extract::{Request, State},
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode},
-    response::{IntoResponse, Response},
+    response::Response,
 };
 use futures::{StreamExt, TryStreamExt, stream};
 use satgrid_types::{RequestId, TokenUsage};
@@ -18,20 +18,22 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::{
     body,
-    config::limits::{FIRST_EVENT_WAIT, MAX_IDEMPOTENCY_KEY_BYTES, MAX_REPLY_BYTES},
+    choices::{self, Reply},
+    collect,
+    config::limits::{FIRST_EVENT_WAIT, MAX_IDEMPOTENCY_KEY_BYTES},
     error::ApiError,
     gate::Caller,
     idempotency::{Identity, JoinError, Joined, RunKey},
-    reply::{Choice, Completion, Flavour, Head, MessageReply, Null, UsageReply, finish_word},
+    reply::{Flavour, Head, finish_word},
     request::{self, Parsed},
     router::Edge,
-    service::{Bill, CallContext, CompletionEvent, CompletionRequest, CompletionStream, ServiceError},
-    stream::{StreamJob, response},
+    service::{Bill, CallContext, CompletionEvent, CompletionRequest, CompletionStream, Prompt, Service, ServiceError},
+    stream::{First, StreamJob, response},
 };
 
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const IDEMPOTENT_REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
-const COST: HeaderName = HeaderName::from_static("x-satgrid-cost-msat");
+pub(crate) const COST: HeaderName = HeaderName::from_static("x-satgrid-cost-msat");
 /// How long a client is told to wait when every slot is taken.
 const BUSY_RETRY: Duration = Duration::from_secs(2);
 
@@ -61,13 +63,14 @@ async fn complete(edge: Arc<Edge>, caller: Caller, flavour: Flavour, request: Re
     let (parts, body) = request.into_parts();
     let run_key = run_key(&parts.headers, &caller, flavour)?;
     let body = body::read(&edge.config, body).await?;
-    let Parsed { request, stream, include_usage } = request::completion(flavour, &body, fresh_seed(&edge))?;
+    let parsed = request::completion(flavour, &body, fresh_seed(&edge))?;
+    let (stream, include_usage) = (parsed.stream, parsed.include_usage);
     let run_key = run_key.map(|key| (key, Sha256::digest(&body).into()));
     drop(body);
 
     let deadline = Instant::now() + edge.config.max_request;
-    let model = request.model.clone();
-    let Joined { identity, mut events, replayed } = begin(&edge, caller, deadline, run_key, request)?;
+    let model = parsed.request.model.clone();
+    let Joined { identity, mut events, replayed } = begin(&edge, caller, deadline, run_key, parsed)?;
     tracing::info!(completion = %identity.request.short(), ?model, stream, replayed, "completion asked");
     let mut head = Head {
         flavour,
@@ -80,7 +83,7 @@ async fn complete(edge: Arc<Edge>, caller: Caller, flavour: Flavour, request: Re
     let mut closing = edge.closing.clone();
     let work = async {
         if !stream {
-            return whole(head, events).await;
+            return collect::whole(head, events).await;
         }
         let first = first_event(&mut head, &mut events).await?;
         Ok(response(StreamJob {
@@ -115,17 +118,25 @@ fn begin(
     caller: Caller,
     deadline: Instant,
     run_key: Option<(RunKey, [u8; 32])>,
-    request: CompletionRequest,
+    parsed: Parsed,
 ) -> Result<Joined, ApiError> {
     let identity = Identity { request: RequestId((edge.config.entropy)()), created: (edge.config.clock)().as_secs() };
     let Caller { trace, key, manages: _ } = caller;
     let context = CallContext { request: identity.request, trace, key, deadline: Some(deadline) };
+    let Parsed { request, others, echo, .. } = parsed;
+    // Each reply is reserved and settled by an id of its own.
+    let fresh = others.into_iter().map(|(prompt, other)| {
+        let context = CallContext { request: RequestId((edge.config.entropy)()), ..context.clone() };
+        (prompt, other, context)
+    });
+    let all: Vec<_> = std::iter::once((0, request, context.clone())).chain(fresh).collect();
     let service = Arc::clone(&edge.service);
     let start = move || -> CompletionStream {
-        let events = stream::once(async move { service.complete(request, context).await }).try_flatten();
-        // Streams run in tasks of their own, where a panic would be a silence: nobody after it would answer.
-        let caught = AssertUnwindSafe(events).catch_unwind();
-        Box::pin(caught.map(|event| event.unwrap_or_else(|panic| Err(ServiceError::panicked(&*panic)))))
+        let replies = all.into_iter().map(|(prompt, request, context)| {
+            let events = one(Arc::clone(&service), request, context, echo);
+            Reply { prompt, events }
+        });
+        choices::merge(replies.collect())
     };
     let Some((key, body)) = run_key else { return Ok(Joined { identity, events: start(), replayed: false }) };
     edge.runs.join(key, body, identity, &edge.closing, start).map_err(|error| match error {
@@ -138,6 +149,29 @@ fn begin(
     })
 }
 
+/// One reply, from its service.
+fn one(service: Arc<dyn Service>, request: CompletionRequest, context: CallContext, echo: bool) -> CompletionStream {
+    let begun = async move {
+        let prefix = if echo { echoed(&*service, &request).await? } else { None };
+        let events = service.complete(request, context).await?;
+        let prefix = prefix.map(|delta| Ok(CompletionEvent::Text { delta }));
+        Ok::<_, ServiceError>(stream::iter(prefix).chain(events))
+    };
+    let events = stream::once(begun).try_flatten();
+    // Streams run in tasks of their own, where a panic would be a silence: nobody after it would answer.
+    let caught = AssertUnwindSafe(events).catch_unwind();
+    Box::pin(caught.map(|event| event.unwrap_or_else(|panic| Err(ServiceError::panicked(&*panic)))))
+}
+
+/// The prompt's text, which the reply begins with.
+async fn echoed(service: &dyn Service, request: &CompletionRequest) -> Result<Option<String>, ServiceError> {
+    match &request.prompt {
+        Prompt::Text(text) => Ok(Some(text.clone())),
+        Prompt::Tokens(tokens) => service.detokenize(request.model.clone(), tokens.clone()).await.map(Some),
+        Prompt::Messages(_) => Ok(None),
+    }
+}
+
 const fn busy() -> ServiceError {
     ServiceError::Busy { retry_after: BUSY_RETRY }
 }
@@ -148,68 +182,34 @@ fn fresh_seed(edge: &Edge) -> u64 {
 }
 
 /// What decides the status: the first text, the end, or an error; `None` if neither came in time.
-async fn first_event(head: &mut Head, events: &mut CompletionStream) -> Result<Option<CompletionEvent>, ApiError> {
+async fn first_event(head: &mut Head, events: &mut CompletionStream) -> Result<First, ApiError> {
     let limit = Instant::now() + FIRST_EVENT_WAIT;
+    let mut choice = 0;
     loop {
         match timeout_at(limit, events.next()).await {
-            Err(_) => return Ok(None),
+            Err(_) => return Ok(First { choice, event: None }),
             Ok(Some(Ok(CompletionEvent::Started { model, fingerprint }))) => {
                 head.model = model;
                 head.fingerprint = fingerprint;
             }
             Ok(Some(Ok(CompletionEvent::Text { delta }))) if delta.is_empty() => {}
-            Ok(Some(Ok(event @ CompletionEvent::Text { .. }))) => return Ok(Some(event)),
+            Ok(Some(Ok(
+                event @ (CompletionEvent::Text { .. }
+                | CompletionEvent::Reasoning { .. }
+                | CompletionEvent::Logprobs { .. }
+                | CompletionEvent::ToolCall { .. }
+                | CompletionEvent::Arguments { .. }
+                | CompletionEvent::Ended { .. }),
+            ))) => return Ok(First { choice, event: Some(event) }),
+            Ok(Some(Ok(CompletionEvent::Choice { index }))) => choice = index,
             Ok(Some(Ok(CompletionEvent::Finished { reason, bill }))) if finish_word(reason).is_none() => {
                 return Err(ServiceError::cut_short(bill).into());
             }
-            Ok(Some(Ok(event @ CompletionEvent::Finished { .. }))) => return Ok(Some(event)),
+            Ok(Some(Ok(event @ CompletionEvent::Finished { .. }))) => return Ok(First { choice, event: Some(event) }),
             Ok(Some(Err(error))) => return Err(error.into()),
             Ok(None) => return Err(ServiceError::no_result().into()),
         }
     }
-}
-
-/// The reply as one JSON object.
-async fn whole(mut head: Head, mut events: CompletionStream) -> Result<Response, ApiError> {
-    let mut text = String::new();
-    loop {
-        match events.next().await {
-            Some(Ok(CompletionEvent::Started { model, fingerprint })) => {
-                head.model = model;
-                head.fingerprint = fingerprint;
-            }
-            Some(Ok(CompletionEvent::Text { delta })) => {
-                if text.len().saturating_add(delta.len()) > MAX_REPLY_BYTES {
-                    return Err(ServiceError::reply_too_large().into());
-                }
-                text.push_str(&delta);
-            }
-            Some(Ok(CompletionEvent::Finished { reason, bill })) => {
-                let word = finish_word(reason).ok_or_else(|| ServiceError::cut_short(bill.clone()))?;
-                return Ok(object(&head, &text, word, &bill));
-            }
-            Some(Err(error)) => return Err(error.into()),
-            None => return Err(ServiceError::no_result().into()),
-        }
-    }
-}
-
-fn object(head: &Head, text: &str, finish_reason: &'static str, bill: &Bill) -> Response {
-    log_end(finish_reason, bill);
-    let (object, choice) = match head.flavour {
-        Flavour::Chat => {
-            let message = MessageReply { role: "assistant", content: text, refusal: Null, annotations: [] };
-            ("chat.completion", Choice::Message { index: 0, message, logprobs: Null, finish_reason })
-        }
-        Flavour::Text => {
-            let finish_reason = Some(finish_reason);
-            ("text_completion", Choice::Text { text, index: 0, logprobs: Null, finish_reason })
-        }
-    };
-    let usage = Some(Some(UsageReply::of(bill)));
-    let mut response = Json(Completion::new(head, object, vec![choice], usage)).into_response();
-    response.headers_mut().insert(COST, HeaderValue::from(bill.cost.0));
-    response
 }
 
 /// Counts and money, never text.

@@ -20,6 +20,11 @@ pub mod limits {
     pub const MAX_MESSAGES: usize = 4_096;
     pub const MAX_MODEL_NAME_BYTES: usize = 256;
     pub const MAX_FALLBACK_MODELS: usize = 8;
+    /// Replies to one request: `n`, times the prompts of a legacy request.
+    pub const MAX_CHOICES: u32 = 32;
+    pub const MAX_TOP_LOGPROBS: u32 = 20;
+    pub const MAX_TOOLS: usize = 128;
+    pub const MAX_TOOL_NAME_BYTES: usize = 64;
     /// Names in one list of `provider`.
     pub const MAX_PROVIDERS: usize = 64;
     pub const MAX_PROVIDER_NAME_BYTES: usize = 128;

@@ -165,14 +165,17 @@ impl Run {
     fn push(&self, event: Result<CompletionEvent, ServiceError>) -> (bool, bool) {
         let mut log = lock(&self.log);
         let mut event = event;
-        if let Ok(CompletionEvent::Text { delta }) = &event {
-            log.bytes = log.bytes.saturating_add(delta.len());
+        if let Ok(told) = &event {
+            log.bytes = log.bytes.saturating_add(told.bytes());
             if log.bytes > MAX_REPLY_BYTES {
                 event = Err(ServiceError::reply_too_large());
             }
         }
-        let last = !matches!(event, Ok(CompletionEvent::Started { .. } | CompletionEvent::Text { .. }));
-        let silent = log.events.iter().all(|e| matches!(e, Ok(CompletionEvent::Started { .. })));
+        let last = matches!(event, Err(_) | Ok(CompletionEvent::Finished { .. }));
+        let silent = log
+            .events
+            .iter()
+            .all(|e| matches!(e, Ok(CompletionEvent::Started { .. } | CompletionEvent::Choice { .. })));
         let unbilled =
             matches!(&event, Err(error) if !matches!(error, ServiceError::ProviderFailed { bill: Some(_), .. }));
         log.events.push(event);

@@ -12,6 +12,8 @@
 mod accounts;
 mod admin;
 mod body;
+mod choices;
+mod collect;
 mod completions;
 mod config;
 mod error;
@@ -19,6 +21,7 @@ mod gate;
 mod histogram;
 mod idempotency;
 mod keys;
+mod logprobs;
 mod metrics;
 mod models;
 mod openapi;

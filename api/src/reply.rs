@@ -4,9 +4,11 @@
 
 use satgrid_types::{FinishReason, RateCard, TokenUsage};
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 
 use crate::{
     accounts::ExchangeRate,
+    logprobs::{ChatLogprobs, TextLogprobs},
     service::{Bill, Leg, ModelInfo},
 };
 
@@ -35,6 +37,16 @@ pub(crate) struct Head {
     pub(crate) created: u64,
     pub(crate) model: String,
     pub(crate) fingerprint: Option<String>,
+}
+
+impl Head {
+    /// The id of a call: nine letters and digits, since some models' templates take no other.
+    pub(crate) fn call_id(&self, choice: u32, call: u32) -> String {
+        const LETTERS: &[u8; 62] = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789";
+        let hash = Sha256::new().chain_update(&self.id).chain_update([0]).chain_update(choice.to_be_bytes());
+        let hash = hash.chain_update(call.to_be_bytes()).finalize();
+        hash.iter().take(9).map(|byte| char::from(LETTERS[usize::from(*byte) % LETTERS.len()])).collect()
+    }
 }
 
 /// `None` for reasons that the port does not allow in `Finished`.
@@ -82,9 +94,9 @@ impl<'a, C: Serialize> Completion<'a, C> {
 #[derive(Serialize)]
 #[serde(untagged)]
 pub(crate) enum Choice<'a> {
-    Message { index: u32, message: MessageReply<'a>, logprobs: Null, finish_reason: &'static str },
-    Delta { index: u32, delta: Delta<'a>, logprobs: Null, finish_reason: Option<&'static str> },
-    Text { text: &'a str, index: u32, logprobs: Null, finish_reason: Option<&'static str> },
+    Message { index: u32, message: MessageReply<'a>, logprobs: Option<ChatLogprobs>, finish_reason: &'static str },
+    Delta { index: u32, delta: Delta<'a>, logprobs: Option<ChatLogprobs>, finish_reason: Option<&'static str> },
+    Text { text: &'a str, index: u32, logprobs: Option<TextLogprobs>, finish_reason: Option<&'static str> },
 }
 
 /// A field that the schema requires and that we have nothing for yet.
@@ -94,9 +106,34 @@ pub(crate) struct Null;
 #[derive(Serialize)]
 pub(crate) struct MessageReply<'a> {
     pub(crate) role: &'static str,
-    pub(crate) content: &'a str,
+    pub(crate) content: Option<&'a str>,
     pub(crate) refusal: Null,
     pub(crate) annotations: [(); 0],
+    /// Thinking before the answer, by the name that most servers give it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) reasoning_content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) tool_calls: Vec<CallReply>,
+}
+
+/// A call of a tool, or in a chunk the next piece of one.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct CallReply {
+    /// In chunks only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) index: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) id: Option<String>,
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub(crate) kind: Option<&'static str>,
+    pub(crate) function: FunctionReply,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct FunctionReply {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) name: Option<String>,
+    pub(crate) arguments: String,
 }
 
 #[derive(Serialize)]
@@ -104,6 +141,8 @@ pub(crate) struct MessageReply<'a> {
 pub(crate) enum Delta<'a> {
     Opening { role: &'static str, content: &'static str, refusal: Null },
     Content { content: &'a str },
+    Reasoning { reasoning_content: &'a str },
+    Calls { tool_calls: [CallReply; 1] },
     Closing {},
 }
 

@@ -8,7 +8,9 @@
 //! | event | how often | meaning |
 //! |---|---|---|
 //! | `Started` | at most once, first | which model and build answer; optional |
-//! | `Text` | any number | the next piece of the reply, valid UTF-8, no stop string in it |
+//! | `Text`, `Reasoning` | any number | the next piece of the reply or of the thinking before it, valid UTF-8, no stop string in it |
+//! | `Logprobs` | where asked for | the tokens of the `Text` that follows |
+//! | `ToolCall`, `Arguments` | any number | a call begins; the next piece of its arguments |
 //! | `Finished` | once, last | why it ended and what it cost |
 //! | `Err` | instead of `Finished` | nothing more will come; a bill if anything was charged |
 //!
@@ -105,6 +107,43 @@ pub struct CompletionRequest {
     /// `None`: until the model stops or its context ends.
     pub max_tokens: Option<u32>,
     pub routing: Routing,
+    pub format: Format,
+    pub tools: Vec<Tool>,
+    pub tool_choice: ToolChoice,
+    pub parallel_tool_calls: bool,
+    /// Log probabilities of each token and of so many likeliest ones.
+    pub top_logprobs: Option<u32>,
+}
+
+/// What text the reply may be.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Format {
+    #[default]
+    Text,
+    JsonObject,
+    /// JSON that this schema allows; the schema as its author wrote it, since members come in its order.
+    JsonSchema(String),
+}
+
+/// A function that the model may call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tool {
+    pub name: String,
+    /// The whole tool as JSON, for the model's template.
+    pub json: String,
+    /// The JSON schema of its arguments, as its author wrote it.
+    pub parameters: String,
+    /// Where the schema stands in the request, for complaints.
+    pub param: String,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum ToolChoice {
+    None,
+    #[default]
+    Auto,
+    Required,
+    Named(String),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -122,6 +161,19 @@ pub struct Message {
     pub role: Role,
     pub content: String,
     pub name: Option<String>,
+    /// Of an assistant's message.
+    pub tool_calls: Vec<MessageCall>,
+    /// Of a tool's message: which call it answers.
+    pub tool_call_id: Option<String>,
+}
+
+/// A call that an earlier reply made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MessageCall {
+    pub id: String,
+    pub name: String,
+    /// JSON, or whatever the model had written.
+    pub arguments: String,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,6 +183,8 @@ pub enum Role {
     Developer,
     User,
     Assistant,
+    /// A tool's result.
+    Tool,
 }
 
 impl Role {
@@ -140,6 +194,7 @@ impl Role {
             Role::Developer => "developer",
             Role::User => "user",
             Role::Assistant => "assistant",
+            Role::Tool => "tool",
         }
     }
 }
@@ -210,11 +265,72 @@ pub enum CompletionEvent {
     Text {
         delta: String,
     },
+    /// Thinking that the model marks as such.
+    Reasoning {
+        delta: String,
+    },
+    /// Tokens of the text that comes next.
+    Logprobs {
+        tokens: Vec<TokenLogprob>,
+    },
+    /// A call of a tool begins; they are numbered from 0.
+    ToolCall {
+        index: u32,
+        name: String,
+    },
+    /// Whose events follow, where one stream holds several replies. The edge's own, like `Ended`: a service never sends it.
+    Choice {
+        index: u32,
+    },
+    /// That reply has ended and others go on.
+    Ended {
+        reason: FinishReason,
+    },
+    /// The next piece of that call's arguments.
+    Arguments {
+        index: u32,
+        delta: String,
+    },
     /// `reason` is `Stop` or `Length`; a run that was cancelled or broke ends in `Err`.
     Finished {
         reason: FinishReason,
         bill: Bill,
     },
+}
+
+impl CompletionEvent {
+    /// What it adds to a reply's size.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            CompletionEvent::Text { delta }
+            | CompletionEvent::Reasoning { delta }
+            | CompletionEvent::Arguments { delta, .. } => delta.len(),
+            CompletionEvent::ToolCall { name, .. } => name.len(),
+            CompletionEvent::Logprobs { tokens } => {
+                let of = |token: &LikelyToken| token.bytes.len().saturating_add(16);
+                tokens.iter().map(|t| of(&t.token).saturating_add(t.top.iter().map(of).sum())).sum()
+            }
+            CompletionEvent::Started { .. }
+            | CompletionEvent::Choice { .. }
+            | CompletionEvent::Ended { .. }
+            | CompletionEvent::Finished { .. } => 0,
+        }
+    }
+}
+
+/// A token with its log probability, and the likeliest tokens at its place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenLogprob {
+    pub token: LikelyToken,
+    pub top: Vec<LikelyToken>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LikelyToken {
+    /// Need not be valid UTF-8 by itself.
+    pub bytes: Vec<u8>,
+    /// Millionths of a nat.
+    pub logprob_micro: i32,
 }
 
 /// What a request cost, each token counted once even if two providers worked on it.

@@ -8,7 +8,7 @@
 //! was asked for, `[DONE]`. An error is a `data: {"error": ...}` in place of the rest, with no `[DONE]` after it:
 //! `[DONE]` means that the reply is whole.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, convert::Infallible, sync::Arc, time::Duration};
 
 use axum::{
     body::{Body, Bytes},
@@ -25,9 +25,10 @@ use crate::{
     completions::log_end,
     config::limits::{KEEP_ALIVE, MAX_REPLY_BYTES, STREAM_FRAMES},
     error::{ApiError, Envelope},
+    logprobs::{ChatLogprobs, TextLogprobs},
     metrics::ApiMetrics,
-    reply::{Choice, Completion, Delta, Flavour, Head, Null, UsageReply, finish_word},
-    service::{CompletionEvent, CompletionStream, ServiceError},
+    reply::{CallReply, Choice, Completion, Delta, Flavour, FunctionReply, Head, Null, UsageReply, finish_word},
+    service::{Bill, CompletionEvent, CompletionStream, ServiceError, TokenLogprob},
     shutdown::Closing,
 };
 
@@ -37,8 +38,7 @@ const COMMENT: &[u8] = b": keep-alive\n\n";
 pub(crate) struct StreamJob {
     pub(crate) head: Head,
     pub(crate) include_usage: bool,
-    /// Event that was read while the status was still open; `None` if the wait for it ran out.
-    pub(crate) first: Option<CompletionEvent>,
+    pub(crate) first: First,
     pub(crate) events: CompletionStream,
     pub(crate) stalled_reader: Duration,
     pub(crate) deadline: Instant,
@@ -48,6 +48,14 @@ pub(crate) struct StreamJob {
     pub(crate) metrics: Arc<ApiMetrics>,
     /// Held while the stream lives.
     pub(crate) permit: tokio::sync::OwnedSemaphorePermit,
+}
+
+/// What was read while the status was still open.
+pub(crate) struct First {
+    /// Whose it is.
+    pub(crate) choice: u32,
+    /// `None` if the wait for it ran out.
+    pub(crate) event: Option<CompletionEvent>,
 }
 
 pub(crate) fn response(job: StreamJob) -> Response {
@@ -65,9 +73,15 @@ pub(crate) fn response(job: StreamJob) -> Response {
 async fn pump(mut job: StreamJob, tx: mpsc::Sender<Bytes>) {
     let _open = job.metrics.stream_opened();
     let _permit = job.permit;
-    let mut writer = ChunkWriter { head: job.head, include_usage: job.include_usage, opened: false, text_bytes: 0 };
+    let mut writer = ChunkWriter {
+        head: job.head,
+        include_usage: job.include_usage,
+        current: job.first.choice,
+        choices: BTreeMap::new(),
+        bytes: 0,
+    };
     let mut silent_since = Instant::now();
-    let mut next = job.first.map(Ok);
+    let mut next = job.first.event.map(Ok);
     if next.is_none() && !send(&tx, Bytes::from_static(COMMENT), job.stalled_reader).await {
         return;
     }
@@ -115,8 +129,21 @@ async fn send(tx: &mpsc::Sender<Bytes>, bytes: Bytes, stalled_reader: Duration) 
 struct ChunkWriter {
     head: Head,
     include_usage: bool,
+    /// Whose events come now.
+    current: u32,
+    choices: BTreeMap<u32, ChoiceState>,
+    bytes: usize,
+}
+
+/// What one choice has said.
+#[derive(Default)]
+struct ChoiceState {
     opened: bool,
-    text_bytes: usize,
+    called: bool,
+    /// Of the text that comes next.
+    logprobs: Vec<TokenLogprob>,
+    /// Where its text stands, in characters.
+    offset: usize,
 }
 
 struct Written {
@@ -144,64 +171,108 @@ impl ChunkWriter {
 
     /// Whether it was the last event.
     fn event(&mut self, event: CompletionEvent, out: &mut Vec<u8>) -> Result<bool, ServiceError> {
+        self.bytes = self.bytes.saturating_add(event.bytes());
+        if self.bytes > MAX_REPLY_BYTES {
+            return Err(ServiceError::reply_too_large());
+        }
         match event {
             CompletionEvent::Started { model, fingerprint } => {
                 // Every chunk carries the same head, so what comes late is not used.
-                if !self.opened {
+                if self.choices.is_empty() {
                     self.head.model = model;
                     self.head.fingerprint = fingerprint;
                 }
-                Ok(false)
             }
-            CompletionEvent::Text { delta } if delta.is_empty() => Ok(false),
-            CompletionEvent::Text { delta } => {
-                self.text_bytes = self.text_bytes.saturating_add(delta.len());
-                if self.text_bytes > MAX_REPLY_BYTES {
-                    return Err(ServiceError::reply_too_large());
-                }
-                self.open(out);
-                self.chunk(Some(&delta), None, out);
-                Ok(false)
+            CompletionEvent::Choice { index } => self.current = index,
+            CompletionEvent::Logprobs { tokens } => self.choice().logprobs.extend(tokens),
+            CompletionEvent::Text { delta } if delta.is_empty() => {}
+            CompletionEvent::Text { delta } => self.text(&delta, out),
+            CompletionEvent::Reasoning { delta } => self.delta(Delta::Reasoning { reasoning_content: &delta }, out),
+            CompletionEvent::ToolCall { index, name } => {
+                self.choice().called = true;
+                let call = CallReply {
+                    index: Some(index),
+                    id: Some(self.head.call_id(self.current, index)),
+                    kind: Some("function"),
+                    function: FunctionReply { name: Some(name), arguments: String::new() },
+                };
+                self.delta(Delta::Calls { tool_calls: [call] }, out);
+            }
+            CompletionEvent::Arguments { index, delta } => {
+                let function = FunctionReply { name: None, arguments: delta };
+                let call = CallReply { index: Some(index), id: None, kind: None, function };
+                self.delta(Delta::Calls { tool_calls: [call] }, out);
+            }
+            CompletionEvent::Ended { reason } => {
+                let word = finish_word(reason).ok_or_else(|| ServiceError::cut_short(Bill::default()))?;
+                self.end(word, &Bill::default(), out);
             }
             CompletionEvent::Finished { reason, bill } => {
                 let Some(word) = finish_word(reason) else {
                     return Err(ServiceError::cut_short(bill));
                 };
-                log_end(word, &bill);
-                self.open(out);
-                self.chunk(None, Some(word), out);
+                self.end(word, &bill, out);
                 if self.include_usage {
                     let usage = Some(Some(UsageReply::of(&bill)));
                     frame(&Completion::<Choice<'_>>::new(&self.head, self.object(), Vec::new(), usage), out);
                 }
                 out.extend_from_slice(b"data: [DONE]\n\n");
-                Ok(true)
+                return Ok(true);
             }
         }
+        Ok(false)
+    }
+
+    fn choice(&mut self) -> &mut ChoiceState {
+        self.choices.entry(self.current).or_default()
     }
 
     /// Chat streams begin with the role.
     fn open(&mut self, out: &mut Vec<u8>) {
-        let opening = Delta::Opening { role: "assistant", content: "", refusal: Null };
-        if !self.opened && self.head.flavour == Flavour::Chat {
-            let choice = Choice::Delta { index: 0, delta: opening, logprobs: Null, finish_reason: None };
-            self.choice(choice, out);
+        let index = self.current;
+        let opened = std::mem::replace(&mut self.choice().opened, true);
+        if !opened && self.head.flavour == Flavour::Chat {
+            let delta = Delta::Opening { role: "assistant", content: "", refusal: Null };
+            self.write_choice(Choice::Delta { index, delta, logprobs: None, finish_reason: None }, out);
         }
-        self.opened = true;
     }
 
-    fn chunk(&self, text: Option<&str>, finish_reason: Option<&'static str>, out: &mut Vec<u8>) {
-        let choice = match self.head.flavour {
+    fn text(&mut self, text: &str, out: &mut Vec<u8>) {
+        self.open(out);
+        let (index, flavour) = (self.current, self.head.flavour);
+        let choice = self.choice();
+        let tokens = std::mem::take(&mut choice.logprobs);
+        let written = match flavour {
             Flavour::Chat => {
-                let delta = text.map_or(Delta::Closing {}, |content| Delta::Content { content });
-                Choice::Delta { index: 0, delta, logprobs: Null, finish_reason }
+                let logprobs = (!tokens.is_empty()).then(|| ChatLogprobs::of(&tokens));
+                Choice::Delta { index, delta: Delta::Content { content: text }, logprobs, finish_reason: None }
             }
-            Flavour::Text => Choice::Text { text: text.unwrap_or_default(), index: 0, logprobs: Null, finish_reason },
+            Flavour::Text => {
+                let logprobs = (!tokens.is_empty()).then(|| TextLogprobs::of(&tokens, &mut choice.offset));
+                Choice::Text { text, index, logprobs, finish_reason: None }
+            }
         };
-        self.choice(choice, out);
+        self.write_choice(written, out);
     }
 
-    fn choice(&self, choice: Choice<'_>, out: &mut Vec<u8>) {
+    fn delta(&mut self, delta: Delta<'_>, out: &mut Vec<u8>) {
+        self.open(out);
+        self.write_choice(Choice::Delta { index: self.current, delta, logprobs: None, finish_reason: None }, out);
+    }
+
+    fn end(&mut self, word: &'static str, bill: &Bill, out: &mut Vec<u8>) {
+        self.open(out);
+        let word = if self.choice().called { "tool_calls" } else { word };
+        log_end(word, bill);
+        let (index, finish_reason) = (self.current, Some(word));
+        let choice = match self.head.flavour {
+            Flavour::Chat => Choice::Delta { index, delta: Delta::Closing {}, logprobs: None, finish_reason },
+            Flavour::Text => Choice::Text { text: "", index, logprobs: None, finish_reason },
+        };
+        self.write_choice(choice, out);
+    }
+
+    fn write_choice(&self, choice: Choice<'_>, out: &mut Vec<u8>) {
         // OpenAI: `usage` is null in every chunk but the last when it was asked for, and absent when not.
         let usage = self.include_usage.then_some(None);
         frame(&Completion::new(&self.head, self.object(), vec![choice], usage), out);

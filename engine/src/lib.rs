@@ -37,6 +37,7 @@ pub mod tiny;
 pub mod tiny_moe;
 pub mod tiny_shapes;
 pub mod tokenizer_artefact;
+pub mod tools;
 #[cfg(feature = "toy")]
 pub mod toy;
 pub mod utf8;

@@ -127,9 +127,11 @@ impl Pair {
             stop: Vec::new(),
             max_output: 0,
             ends: Default::default(),
+            grammar: None,
+            top_logprobs: None,
+            max_cost: None,
             allow_fallbacks: false,
             part: Some(self.order(layers)),
-            max_cost: None,
         };
         self.buy(ConsumerEvent::Submit(Box::new(submit)));
     }

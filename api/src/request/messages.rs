@@ -6,7 +6,7 @@ use super::fields::{Fields, wrong_type};
 use crate::{
     config::limits,
     error::ApiError,
-    service::{Message, Prompt, Role},
+    service::{Message, MessageCall, Prompt, Role},
 };
 
 pub(super) fn messages(top: &Fields<'_>) -> Result<Vec<Message>, ApiError> {
@@ -26,24 +26,50 @@ fn message(fields: &Fields<'_>) -> Result<Message, ApiError> {
         "developer" => Role::Developer,
         "user" => Role::User,
         "assistant" => Role::Assistant,
-        "tool" | "function" => return Err(fields.unsupported("role", "a tool's result")),
+        "tool" => Role::Tool,
+        "function" => return Err(fields.unsupported("role", "the older form of `tool`")),
         other => {
             let shown: String = other.chars().take(40).collect();
-            let message =
-                format!("`{}` must be one of system, developer, user, assistant, not {shown:?}.", fields.name("role"));
+            let message = format!(
+                "`{}` must be one of system, developer, user, assistant, tool, not {shown:?}.",
+                fields.name("role")
+            );
             return Err(fields.invalid("role", message));
         }
     };
-    for field in ["tool_calls", "function_call"] {
-        let given = fields.get(field).is_some_and(|v| v.as_array().is_none_or(|calls| !calls.is_empty()));
-        if given {
-            return Err(fields.unsupported(field, "tool calling"));
-        }
+    if fields.get("function_call").is_some() {
+        return Err(fields.unsupported("function_call", "the older form of `tool_calls`"));
+    }
+    let tool_calls = tool_calls(fields, role)?;
+    let tool_call_id = fields.string("tool_call_id")?.map(str::to_owned);
+    if role == Role::Tool {
+        fields.required("tool_call_id", tool_call_id.as_ref())?;
     }
     if fields.get("audio").is_some() {
         return Err(fields.unsupported("audio", "audio"));
     }
-    Ok(Message { role, content: content(fields)?, name: fields.string("name")?.map(str::to_owned) })
+    // A reply that only calls tools has no content.
+    let silent = !tool_calls.is_empty() && fields.get("content").is_none();
+    let content = if silent { String::new() } else { content(fields)? };
+    Ok(Message { role, content, name: fields.string("name")?.map(str::to_owned), tool_calls, tool_call_id })
+}
+
+/// Calls that an earlier reply made.
+fn tool_calls(fields: &Fields<'_>, role: Role) -> Result<Vec<MessageCall>, ApiError> {
+    let list = fields.list("tool_calls")?.unwrap_or_default();
+    if !list.is_empty() && role != Role::Assistant {
+        return Err(fields.invalid("tool_calls", "Only an assistant's message holds `tool_calls`."));
+    }
+    let call = |(i, value)| {
+        let call = Fields::of(value, format!("{}[{i}]", fields.name("tool_calls")))?;
+        let function = call.required("function", call.object("function")?)?;
+        Ok(MessageCall {
+            id: call.required("id", call.string("id")?)?.to_owned(),
+            name: function.required("name", function.string("name")?)?.to_owned(),
+            arguments: function.required("arguments", function.string("arguments")?)?.to_owned(),
+        })
+    };
+    list.iter().enumerate().map(call).collect()
 }
 
 /// A string, or text parts, which are joined by line breaks as llama.cpp and vLLM do.
@@ -72,25 +98,26 @@ fn content(fields: &Fields<'_>) -> Result<String, ApiError> {
     }
 }
 
-/// The legacy endpoint's `prompt`: a text, token ids, or a list that holds exactly one of those.
-pub(super) fn prompt(top: &Fields<'_>) -> Result<Prompt, ApiError> {
-    let mut value = top.required("prompt", top.get("prompt"))?;
-    if let Value::Array(list) = value {
-        match list.as_slice() {
-            [] => return Err(top.invalid("prompt", "`prompt` is empty.")),
-            [only @ (Value::String(_) | Value::Array(_))] => value = only,
-            [Value::String(_) | Value::Array(_), ..] => {
-                return Err(top.unsupported("prompt", "more than one prompt in a request"));
-            }
-            _ => {}
-        }
-    }
+/// The legacy endpoint's `prompt`: a text, token ids, or a list of those.
+pub(super) fn prompts(top: &Fields<'_>) -> Result<Vec<Prompt>, ApiError> {
+    let value = top.required("prompt", top.get("prompt"))?;
     match value {
-        Value::String(text) if text.is_empty() => Err(top.invalid("prompt", "`prompt` is empty.")),
+        Value::Array(list) if matches!(list.first(), Some(Value::String(_) | Value::Array(_))) => {
+            list.iter().enumerate().map(|(i, one)| prompt(&format!("prompt[{i}]"), one)).collect()
+        }
+        one => Ok(vec![prompt("prompt", one)?]),
+    }
+}
+
+fn prompt(name: &str, value: &Value) -> Result<Prompt, ApiError> {
+    match value {
+        Value::String(text) if text.is_empty() => {
+            Err(ApiError::bad("invalid_value", name, format!("`{name}` is empty.")))
+        }
         Value::String(text) => Ok(Prompt::Text(text.clone())),
-        Value::Array(ids) => Ok(Prompt::Tokens(token_ids(&top.name("prompt"), ids)?)),
+        Value::Array(ids) => Ok(Prompt::Tokens(token_ids(name, ids)?)),
         other @ (Value::Null | Value::Bool(_) | Value::Number(_) | Value::Object(_)) => {
-            Err(wrong_type("prompt", "a string or an array", other))
+            Err(wrong_type(name, "a string or an array", other))
         }
     }
 }

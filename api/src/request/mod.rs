@@ -8,6 +8,7 @@ mod routing;
 mod sampling;
 #[cfg(test)]
 mod tests;
+mod tools;
 
 use axum::http::StatusCode;
 use serde_json::Value;
@@ -17,13 +18,18 @@ use crate::{
     config::limits,
     error::ApiError,
     reply::Flavour,
-    service::{CompletionRequest, Prompt, TokenizeRequest},
+    service::{CompletionRequest, Format, Prompt, TokenizeRequest, ToolChoice},
 };
 
 /// A completion request and how its reply is to be shaped.
 #[derive(Debug)]
 pub(crate) struct Parsed {
+    /// The first reply asked for.
     pub(crate) request: CompletionRequest,
+    /// The further ones, each with the number of its prompt: `n`, and the prompts of a legacy request.
+    pub(crate) others: Vec<(usize, CompletionRequest)>,
+    /// The legacy endpoint's `echo`: each reply begins with its prompt.
+    pub(crate) echo: bool,
     pub(crate) stream: bool,
     /// `stream_options.include_usage`
     pub(crate) include_usage: bool,
@@ -48,10 +54,28 @@ pub(crate) fn completion(flavour: Flavour, body: &[u8], fresh_seed: u64) -> Resu
     let top = Fields::of(&value, "")?;
     refuse_unsupported(flavour, &top)?;
     let (model, fallback_models) = models(&top)?;
-    let (prompt, default_length) = match flavour {
-        Flavour::Chat => (Prompt::Messages(messages::messages(&top)?), None),
-        Flavour::Text => (messages::prompt(&top)?, Some(limits::TEXT_COMPLETION_MAX_TOKENS)),
+    let (mut prompts, default_length) = match flavour {
+        Flavour::Chat => (vec![Prompt::Messages(messages::messages(&top)?)], None),
+        Flavour::Text => (messages::prompts(&top)?, Some(limits::TEXT_COMPLETION_MAX_TOKENS)),
     };
+    let n = top.integer_u32("n", 1..=limits::MAX_CHOICES)?.unwrap_or(1);
+    if top.integer_u32("best_of", 1..=limits::MAX_CHOICES)?.is_some_and(|best_of| best_of != n) {
+        return Err(top.unsupported("best_of", "generating more replies than are returned"));
+    }
+    let replies = prompts.len().saturating_mul(n as usize);
+    if replies > limits::MAX_CHOICES as usize {
+        let most = limits::MAX_CHOICES;
+        return Err(top.invalid("n", format!("{replies} replies to one request; at most {most} are made.")));
+    }
+    let shape = match flavour {
+        Flavour::Chat => Some(tools::shape(&top, body)?),
+        Flavour::Text => None,
+    };
+    let top_logprobs = sampling::top_logprobs(flavour, &top)?;
+    let echo = flavour == Flavour::Text && top.flag("echo")? == Some(true);
+    if echo && top_logprobs.is_some() {
+        return Err(top.unsupported("echo", "log probabilities of the prompt"));
+    }
     let stream = top.flag("stream")?.unwrap_or(false);
     let include_usage = match top.object("stream_options")? {
         Some(_) if !stream => {
@@ -60,16 +84,36 @@ pub(crate) fn completion(flavour: Flavour, body: &[u8], fresh_seed: u64) -> Resu
         Some(options) => options.flag("include_usage")?.unwrap_or(false),
         None => false,
     };
+    let (format, tools, tool_choice, parallel_tool_calls) = match shape {
+        Some(tools::Shape { format, tools, choice, parallel }) => (format, tools, choice, parallel),
+        None => (Format::Text, Vec::new(), ToolChoice::None, false),
+    };
     let request = CompletionRequest {
         model,
         fallback_models,
-        prompt,
+        prompt: prompts.remove(0),
+        format,
+        tools,
+        tool_choice,
+        parallel_tool_calls,
+        top_logprobs,
         sampling: sampling::sampling(&top, fresh_seed)?,
         stop: sampling::stop(&top)?,
         max_tokens: sampling::max_tokens(&top)?.or(default_length),
         routing: routing::routing(&top)?,
     };
-    Ok(Parsed { request, stream, include_usage })
+    let all = std::iter::once(&request.prompt).chain(&prompts).enumerate();
+    let mut others = Vec::with_capacity(replies.saturating_sub(1));
+    for (number, prompt) in all {
+        for _ in 0..n {
+            let mut other = CompletionRequest { prompt: prompt.clone(), ..request.clone() };
+            // Each reply draws by a seed of its own, so that the same request gives the same replies.
+            other.sampling.seed = request.sampling.seed.wrapping_add(others.len() as u64);
+            others.push((number, other));
+        }
+    }
+    others.remove(0);
+    Ok(Parsed { request, others, echo, stream, include_usage })
 }
 
 pub(crate) fn tokenize(body: &[u8]) -> Result<TokenizeRequest, ApiError> {
@@ -122,36 +166,14 @@ fn models(top: &Fields<'_>) -> Result<(String, Vec<String>), ApiError> {
 
 /// Parameters whose silent loss would change what the caller gets.
 fn refuse_unsupported(flavour: Flavour, top: &Fields<'_>) -> Result<(), ApiError> {
-    for field in ["n", "best_of"] {
-        if top.integer_u32(field, 1..=128)?.is_some_and(|n| n > 1) {
-            return Err(top.unsupported(field, "more than one choice"));
-        }
+    if top.list("functions")?.is_some_and(|tools| !tools.is_empty()) {
+        return Err(top.unsupported("functions", "the older form of `tools`"));
     }
-    // Chat says true or false, the legacy endpoint a count, of which 0 still asks for the chosen token's.
-    if top.get("logprobs").is_some_and(|v| v.as_bool() != Some(false)) {
-        return Err(top.unsupported("logprobs", "log probabilities"));
+    let harmless = |v: &Value| matches!(v.as_str(), Some("none" | "auto"));
+    if top.get("function_call").is_some_and(|v| !harmless(v)) {
+        return Err(top.unsupported("function_call", "the older form of `tool_choice`"));
     }
-    if top.integer_u32("top_logprobs", 0..=20)?.is_some_and(|n| n > 0) {
-        return Err(top.unsupported("top_logprobs", "log probabilities"));
-    }
-    for field in ["tools", "functions"] {
-        if top.list(field)?.is_some_and(|tools| !tools.is_empty()) {
-            return Err(top.unsupported(field, "tool calling"));
-        }
-    }
-    for field in ["tool_choice", "function_call"] {
-        let harmless = |v: &Value| matches!(v.as_str(), Some("none" | "auto"));
-        if top.get(field).is_some_and(|v| !harmless(v)) {
-            return Err(top.unsupported(field, "tool calling"));
-        }
-    }
-    if let Some(format) = top.object("response_format")? {
-        let kind = format.required("type", format.string("type")?)?;
-        if kind != "text" {
-            return Err(top.unsupported("response_format", "a format other than text"));
-        }
-    }
-    for field in ["grammar", "json_schema", "structured_outputs", "guided_json", "guided_regex", "guided_grammar"] {
+    for field in ["grammar", "structured_outputs", "guided_json", "guided_regex", "guided_grammar"] {
         if top.get(field).is_some() {
             return Err(top.unsupported(field, "a constrained format"));
         }
@@ -165,9 +187,6 @@ fn refuse_unsupported(flavour: Flavour, top: &Fields<'_>) -> Result<(), ApiError
         }
     }
     if flavour == Flavour::Text {
-        if top.flag("echo")? == Some(true) {
-            return Err(top.unsupported("echo", "repeating the prompt"));
-        }
         if top.string("suffix")?.is_some_and(|suffix| !suffix.is_empty()) {
             return Err(top.unsupported("suffix", "filling in before a suffix"));
         }

@@ -4,7 +4,7 @@ use satgrid_types::{MAX_LOGIT_BIAS, Sampling};
 use serde_json::Value;
 
 use super::fields::{Fields, micro, wrong_type};
-use crate::{config::limits, error::ApiError};
+use crate::{config::limits, error::ApiError, reply::Flavour};
 
 /// What a client that sets nothing gets: OpenAI samples at temperature 1, unlike [`Sampling::default`], which is greedy.
 const DEFAULT_TEMPERATURE_MICRO: u32 = 1_000_000;
@@ -81,6 +81,23 @@ pub(super) fn stop(top: &Fields<'_>) -> Result<Vec<String>, ApiError> {
         Some(Value::String(one)) => Ok(vec![one.clone()]),
         Some(Value::Array(_)) | None => top.names("stop", limits::MAX_STOPS, limits::MAX_STOP_BYTES),
         Some(other) => Err(wrong_type("stop", "a string or an array of strings", other)),
+    }
+}
+
+/// Chat says whether and how many more; the legacy endpoint says how many, of which 0 still asks for the chosen token's.
+pub(super) fn top_logprobs(flavour: Flavour, top: &Fields<'_>) -> Result<Option<u32>, ApiError> {
+    let most = limits::MAX_TOP_LOGPROBS;
+    if flavour == Flavour::Text {
+        // `false` is what chat clients send by habit.
+        let off = top.get("logprobs").and_then(Value::as_bool) == Some(false);
+        return if off { Ok(None) } else { top.integer_u32("logprobs", 0..=most) };
+    }
+    let asked = top.flag("logprobs")?.unwrap_or(false);
+    match top.integer_u32("top_logprobs", 0..=most)? {
+        Some(count) if count > 0 && !asked => {
+            Err(top.invalid("top_logprobs", "`top_logprobs` needs `logprobs` to be true."))
+        }
+        count => Ok(asked.then_some(count.unwrap_or(0))),
     }
 }
 

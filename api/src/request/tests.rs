@@ -52,7 +52,11 @@ fn what_is_refused_is_named() {
         (json!({"messages": ["hi"]}), kind, "messages[0]"),
         (json!({"messages": [{"content": "hi"}]}), "missing_required_parameter", "messages[0].role"),
         (json!({"messages": [{"role": "king", "content": "hi"}]}), bad, "messages[0].role"),
-        (json!({"messages": [{"role": "tool", "content": "hi"}]}), unsupported, "messages[0].role"),
+        (
+            json!({"messages": [{"role": "tool", "content": "hi"}]}),
+            "missing_required_parameter",
+            "messages[0].tool_call_id",
+        ),
         (json!({"messages": [{"role": "user"}]}), "missing_required_parameter", "messages[0].content"),
         (json!({"messages": [{"role": "user", "content": 1}]}), kind, "messages[0].content"),
         (json!({"messages": [{"role": "user", "content": []}]}), bad, "messages[0].content"),
@@ -61,14 +65,24 @@ fn what_is_refused_is_named() {
             unsupported,
             "messages[0].content[1].type",
         ),
-        (json!({"messages": [{"role": "assistant", "tool_calls": [{}]}]}), unsupported, "messages[0].tool_calls"),
-        (json!({"n": 2}), unsupported, "n"),
+        (
+            json!({"messages": [{"role": "assistant", "tool_calls": [{}]}]}),
+            "missing_required_parameter",
+            "messages[0].tool_calls[0].function",
+        ),
+        (json!({"n": 33}), bad, "n"),
         (json!({"n": 0}), bad, "n"),
-        (json!({"tools": [{"type": "function"}]}), unsupported, "tools"),
-        (json!({"tool_choice": "required"}), unsupported, "tool_choice"),
-        (json!({"logprobs": true}), unsupported, "logprobs"),
-        (json!({"top_logprobs": 3}), unsupported, "top_logprobs"),
-        (json!({"response_format": {"type": "json_object"}}), unsupported, "response_format"),
+        (json!({"tools": [{"type": "function"}]}), "missing_required_parameter", "tools[0].function"),
+        (json!({"tools": [{"type": "function", "function": {"name": "a b"}}]}), bad, "tools[0].function.name"),
+        (json!({"tool_choice": "required"}), bad, "tool_choice"),
+        (json!({"logprobs": 3}), kind, "logprobs"),
+        (json!({"top_logprobs": 3}), bad, "top_logprobs"),
+        (json!({"response_format": {"type": "xml"}}), bad, "response_format.type"),
+        (
+            json!({"response_format": {"type": "json_schema"}}),
+            "missing_required_parameter",
+            "response_format.json_schema",
+        ),
         (json!({"response_format": "text"}), kind, "response_format"),
         (json!({"modalities": ["text", "audio"]}), unsupported, "modalities"),
         (json!({"stream": 1}), kind, "stream"),
@@ -135,7 +149,13 @@ fn what_clients_send_and_means_nothing_is_left_alone() {
     let parsed = parse(&body).unwrap();
     assert!(!parsed.stream && !parsed.include_usage);
     let sampling = Sampling { temperature_micro: 1_000_000, seed: SEED, ..Sampling::default() };
-    let messages = vec![Message { role: Role::User, content: "hi".into(), name: None }];
+    let messages = vec![Message {
+        role: Role::User,
+        content: "hi".into(),
+        name: None,
+        tool_calls: Vec::new(),
+        tool_call_id: None,
+    }];
     assert_eq!(
         parsed.request,
         CompletionRequest {
@@ -145,6 +165,11 @@ fn what_clients_send_and_means_nothing_is_left_alone() {
             sampling,
             stop: vec![],
             max_tokens: None,
+            format: Format::Text,
+            tools: Vec::new(),
+            tool_choice: ToolChoice::Auto,
+            parallel_tool_calls: true,
+            top_logprobs: None,
             routing: Routing::default(),
         }
     );
@@ -170,7 +195,13 @@ fn everything_that_is_set_comes_through() {
     });
     let parsed = parse(&body).unwrap();
     assert!(parsed.stream && parsed.include_usage);
-    let message = |role, content: &str| Message { role, content: content.into(), name: None };
+    let message = |role, content: &str| Message {
+        role,
+        content: content.into(),
+        name: None,
+        tool_calls: Vec::new(),
+        tool_call_id: None,
+    };
     assert_eq!(
         parsed.request,
         CompletionRequest {
@@ -208,6 +239,11 @@ fn everything_that_is_set_comes_through() {
                 },
                 quantisations: vec!["Q4_K_M".into()],
             },
+            format: Format::Text,
+            tools: Vec::new(),
+            tool_choice: ToolChoice::Auto,
+            parallel_tool_calls: true,
+            top_logprobs: None,
         }
     );
 }
@@ -236,14 +272,14 @@ fn the_legacy_prompt_has_four_shapes() {
         (json!({"prompt": null}), "missing_required_parameter", "prompt"),
         (json!({"prompt": ""}), "invalid_value", "prompt"),
         (json!({"prompt": []}), "invalid_value", "prompt"),
-        (json!({"prompt": [[]]}), "invalid_value", "prompt"),
-        (json!({"prompt": ["a", "b"]}), "unsupported_parameter", "prompt"),
+        (json!({"prompt": [[]]}), "invalid_value", "prompt[0]"),
+        (json!({"prompt": vec!["a"; 33]}), "invalid_value", "n"),
         (json!({"prompt": [1, -2]}), "invalid_type", "prompt[1]"),
         (json!({"prompt": {"a": 1}}), "invalid_type", "prompt"),
-        (json!({"echo": true}), "unsupported_parameter", "echo"),
+        (json!({"echo": true, "logprobs": 1}), "unsupported_parameter", "echo"),
         (json!({"suffix": "x"}), "unsupported_parameter", "suffix"),
         (json!({"best_of": 2}), "unsupported_parameter", "best_of"),
-        (json!({"logprobs": 0}), "unsupported_parameter", "logprobs"),
+        (json!({"logprobs": 21}), "invalid_value", "logprobs"),
     ] {
         let mut body = json!({"model": "m", "prompt": "hi"});
         for (key, value) in extra.as_object().unwrap() {
@@ -275,4 +311,26 @@ fn damaged_bodies_never_panic() {
         }
     }
     assert!(refused > body.len(), "most damage is noticed");
+}
+
+#[test]
+fn replies_are_counted_and_each_has_a_seed_of_its_own() {
+    let body = json!({"model": "m", "prompt": ["a", "b"], "n": 2, "seed": 5, "logprobs": 0}).to_string();
+    let parsed = completion(Flavour::Text, body.as_bytes(), SEED).unwrap();
+    let all: Vec<_> = std::iter::once((0, parsed.request)).chain(parsed.others).collect();
+    let seen: Vec<_> = all.iter().map(|(prompt, r)| (*prompt, r.prompt.clone(), r.sampling.seed)).collect();
+    let text = |text: &str| Prompt::Text(text.into());
+    assert_eq!(seen, [(0, text("a"), 5), (0, text("a"), 6), (1, text("b"), 7), (1, text("b"), 8)]);
+    assert!(all.iter().all(|(_, request)| request.top_logprobs == Some(0)));
+}
+
+#[test]
+fn schemas_keep_their_authors_order() {
+    let body = r#"{"model":"m","messages":[{"role":"user","content":"hi"}],"tool_choice":"auto",
+        "response_format":{"type":"json_schema","json_schema":{"name":"x","schema":{"z":1,"a":2}}},
+        "tools":[{"type":"function","function":{"name":"f","parameters":{"y":1,"b":2}}}]}"#;
+    let request = completion(Flavour::Chat, body.as_bytes(), SEED).unwrap().request;
+    assert_eq!(request.format, Format::JsonSchema(r#"{"z":1,"a":2}"#.into()));
+    assert_eq!((request.tools[0].name.as_str(), request.tools[0].parameters.as_str()), ("f", r#"{"y":1,"b":2}"#));
+    assert_eq!(request.tools[0].param, "tools[0].function.parameters");
 }

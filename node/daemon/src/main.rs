@@ -19,6 +19,7 @@ mod signals;
 mod store;
 mod telemetry;
 mod up;
+mod voice;
 
 use clap::Parser;
 use std::process::ExitCode;

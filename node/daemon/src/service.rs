@@ -13,24 +13,21 @@ use crate::drive::{
     now,
     tokenizers::{Tokenizers, Vocabulary},
 };
+use crate::voice::{self, Asked, Voice, tokens_of};
 use async_trait::async_trait;
 use futures::stream;
 use satgrid_api::{
     self as api, CallContext, CompletionEvent, CompletionRequest, CompletionStream, LimitSource, ModelInfo, Prompt,
     Readiness, Routing, RoutingSort, Service, ServiceError, Shortfall, TokenizeRequest, Tokenized, TopUp,
 };
-use satgrid_engine::{
-    port::Tokenizer,
-    stop::TextStream,
-    template::{ChatInput, CivilTime},
-};
+use satgrid_engine::port::Tokenizer;
 use satgrid_market::{Choice, Demand, NoPlan, ProviderPattern, Sort, Verdict, Wanted};
 use satgrid_node::consumer::{Bill, CallError, CallId, ConsumerEvent, Emission, FundsLimit, Submit};
 use satgrid_types::{Digest, FinishReason, ModelRoot, Msat, RequestId, TokenUsage, UnixMs, VerifiedListing};
 use satgrid_wallet::{InvoiceRequest, Lightning};
 use sha2::Digest as _;
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{
         Arc, RwLock,
         atomic::{AtomicU64, Ordering},
@@ -66,7 +63,7 @@ pub(crate) struct Gateway {
 pub(crate) struct Prepared {
     pub candidates: Vec<VerifiedListing>,
     vocabulary: Arc<Vocabulary>,
-    pub prompt: Vec<u32>,
+    pub asked: Asked,
     pub max_output: u32,
 }
 
@@ -163,10 +160,10 @@ impl Gateway {
         let asked = request.max_tokens.unwrap_or(EXPECTED_OUTPUT);
         // A first plan finds the tokenizer, a second one knows the prompt's length.
         let planned = self.plan(name, &request.routing, 1, 1).await?;
-        let prompt = tokens_of(&planned.vocabulary, &request.prompt, true).await?;
-        let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
+        let words = voice::asked(&planned.vocabulary, request).await?;
+        let prompt_tokens = u32::try_from(words.tokens.len()).unwrap_or(u32::MAX);
         let longest = planned.candidates.iter().map(|listing| listing.context_length).max().unwrap_or(0);
-        if prompt.is_empty() {
+        if words.tokens.is_empty() {
             let message = "the prompt has no tokens".to_owned();
             return Err(ServiceError::InvalidRequest { param: "messages".into(), message });
         }
@@ -179,7 +176,7 @@ impl Gateway {
         let room = planned.candidates.first().map_or(longest, |l| l.context_length).saturating_sub(prompt_tokens);
         let max_output = request.max_tokens.unwrap_or(room).min(room).max(1);
         let Planned { candidates, vocabulary } = planned;
-        Ok(Prepared { candidates, vocabulary, prompt, max_output })
+        Ok(Prepared { candidates, vocabulary, asked: words, max_output })
     }
 
     async fn start(
@@ -188,8 +185,10 @@ impl Gateway {
         request: &CompletionRequest,
         context: &CallContext,
     ) -> Result<CompletionStream, ServiceError> {
-        let Prepared { candidates, vocabulary, prompt, max_output } = self.prepare(name, request).await?;
-        let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
+        let Prepared { candidates, vocabulary, asked, max_output } = self.prepare(name, request).await?;
+        let ends = vocabulary.tokenizer.special().eog.clone();
+        let voice = Voice::new(vocabulary, request, &asked);
+        let prompt_tokens = u32::try_from(asked.tokens.len()).unwrap_or(u32::MAX);
         let rates = candidates.iter().map(|listing| listing.rates).collect();
         let wanted = BudgetWanted { model: name, request, rates, prompt: prompt_tokens, max_output };
         let budget = Budget::open(&self.desk, context, wanted).await?;
@@ -197,13 +196,13 @@ impl Gateway {
         let submit = Submit {
             call,
             candidates,
-            prompt,
+            prompt: asked.tokens,
             sampling: request.sampling.clone(),
             stop: request.stop.clone(),
             max_output: budget.max_output,
-            ends: vocabulary.tokenizer.special().eog.clone(),
-            grammar: None,
-            top_logprobs: None,
+            ends,
+            grammar: asked.grammar,
+            top_logprobs: request.top_logprobs,
             allow_fallbacks: request.routing.allow_fallbacks,
             part: None,
             max_cost: budget.max_cost(),
@@ -213,9 +212,9 @@ impl Gateway {
             call,
             emissions,
             consumer: self.consumer.clone(),
-            vocabulary,
             budget: Some(budget),
-            text: TextStream::new(&request.stop),
+            voice,
+            ready: VecDeque::new(),
             emitted_tokens: 0,
             prompt_tokens,
             model: name.to_owned(),
@@ -360,8 +359,9 @@ struct Run {
     call: CallId,
     emissions: mpsc::UnboundedReceiver<Emission>,
     consumer: mpsc::Sender<Message>,
-    vocabulary: Arc<Vocabulary>,
-    text: TextStream,
+    voice: Voice,
+    /// Events that are due.
+    ready: VecDeque<CompletionEvent>,
     emitted_tokens: u32,
     prompt_tokens: u32,
     model: String,
@@ -419,43 +419,39 @@ impl Run {
     }
 
     async fn next(&mut self) -> Option<Result<CompletionEvent, ServiceError>> {
-        while !self.over {
-            let event = match self.emissions.recv().await {
-                Some(Emission::Ordered { .. } | Emission::Ticket { .. }) => continue,
+        loop {
+            if let Some(event) = self.ready.pop_front() {
+                return Some(Ok(event));
+            }
+            if self.over {
+                return None;
+            }
+            match self.emissions.recv().await {
+                Some(Emission::Ordered { .. } | Emission::Ticket { .. }) => {}
                 Some(Emission::Started { request, .. }) => {
                     if let Err(error) = self.leg(request).await {
                         return Some(Err(error));
                     }
-                    continue;
                 }
-                Some(Emission::Logprobs { .. }) => continue,
+                Some(Emission::Logprobs { entries }) => self.voice.likely(entries),
                 Some(Emission::Tokens { ids }) => {
                     if self.emitted_tokens == 0 {
                         self.budget.iter().for_each(Budget::spoke);
                     }
                     self.emitted_tokens += u32::try_from(ids.len()).unwrap_or(u32::MAX);
-                    let mut delta = String::new();
-                    match self.vocabulary.tokenizer.pieces(&ids, false).await {
-                        Ok(pieces) => pieces.iter().for_each(|piece| delta.push_str(&self.text.push(piece))),
-                        Err(error) => return Some(Err(internal(error))),
+                    match self.voice.tokens(&ids).await {
+                        Ok(events) => self.ready.extend(events),
+                        Err(error) => return Some(Err(error)),
                     }
-                    if delta.is_empty() {
-                        continue;
-                    }
-                    CompletionEvent::Text { delta }
                 }
                 Some(Emission::Finished { reason, bill }) => {
-                    let rest = self.text.finish();
-                    if !rest.is_empty() {
-                        // The rest of the text first; the end is put back for the next call.
-                        let (emit, mut emissions) = mpsc::unbounded_channel();
-                        let _ = emit.send(Emission::Finished { reason, bill });
-                        std::mem::swap(&mut self.emissions, &mut emissions);
-                        return Some(Ok(CompletionEvent::Text { delta: rest }));
-                    }
-                    let reason = if self.text.stopped() { FinishReason::Stop } else { reason };
-                    let bill = api_bill(&bill, self.prompt_tokens, self.emitted_tokens);
-                    CompletionEvent::Finished { reason, bill: self.ended(Some(reason), &bill).await }
+                    let rest = self.voice.finish();
+                    self.ready.extend(rest);
+                    let reason = if self.voice.stopped() { FinishReason::Stop } else { reason };
+                    let mut bill = api_bill(&bill, self.prompt_tokens, self.emitted_tokens);
+                    bill.usage.reasoning = self.voice.reasoning;
+                    let bill = self.ended(Some(reason), &bill).await;
+                    self.ready.push_back(CompletionEvent::Finished { reason, bill });
                 }
                 Some(Emission::Failed { error, bill }) => {
                     self.ended(None, &api_bill(&bill, self.prompt_tokens, self.emitted_tokens)).await;
@@ -466,33 +462,7 @@ impl Run {
                     self.over = true;
                     return Some(Err(stopped()));
                 }
-            };
-            return Some(Ok(event));
-        }
-        None
-    }
-}
-
-async fn tokens_of(vocabulary: &Vocabulary, prompt: &Prompt, open_turn: bool) -> Result<Vec<u32>, ServiceError> {
-    match prompt {
-        Prompt::Tokens(tokens) => Ok(tokens.clone()),
-        Prompt::Text(text) => vocabulary.tokenizer.tokenize(text, true, false).await.map_err(internal),
-        Prompt::Messages(messages) => {
-            let messages: Vec<serde_json::Value> = messages
-                .iter()
-                .map(|m| match &m.name {
-                    Some(name) => serde_json::json!({"role": m.role.as_str(), "content": m.content, "name": name}),
-                    None => serde_json::json!({"role": m.role.as_str(), "content": m.content}),
-                })
-                .collect();
-            let now = CivilTime::from_unix(i64::try_from(now().as_secs()).unwrap_or(0));
-            let input = ChatInput { messages: &messages, tools: None, add_generation_prompt: open_turn, now };
-            let rendered = vocabulary.template.render(&input).map_err(|error| ServiceError::InvalidRequest {
-                param: "messages".into(),
-                message: format!("the model's chat template refuses them: {error}"),
-            })?;
-            let tokenizer = &vocabulary.tokenizer;
-            tokenizer.tokenize(&rendered.text, rendered.add_special, rendered.parse_special).await.map_err(internal)
+            }
         }
     }
 }

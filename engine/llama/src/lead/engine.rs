@@ -130,7 +130,10 @@ impl LlamaLead {
                     EngineEvent::Down { .. } => {
                         let _ = road.send(RingCommand::Reset);
                     }
-                    EngineEvent::Prefilled { .. } | EngineEvent::Tokens { .. } | EngineEvent::Up => {}
+                    EngineEvent::Prefilled { .. }
+                    | EngineEvent::Logprobs { .. }
+                    | EngineEvent::Tokens { .. }
+                    | EngineEvent::Up => {}
                 }
                 if sink.send(told).is_err() {
                     return;

@@ -15,7 +15,7 @@ pub(super) async fn estimate(
     let prepared = gateway.prepare(&request.model, request).await?;
     let rates: Vec<_> = prepared.candidates.iter().map(|listing| listing.rates).collect();
     let dear = |_| ServiceError::InvalidRequest { param: "max_tokens".into(), message: "no bill holds it".into() };
-    let prompt = u32::try_from(prepared.prompt.len()).unwrap_or(u32::MAX);
+    let prompt = u32::try_from(prepared.asked.tokens.len()).unwrap_or(u32::MAX);
     let most = ceiling(&rates, prompt, prepared.max_output).map_err(dear)?;
     let available = match key.and_then(|key| key.parse::<KeyId>().ok()) {
         Some(id) => {

@@ -23,10 +23,16 @@ const IDLE: Duration = Duration::from_secs(60);
 /// Tokenizers that are kept in hand.
 const MAX_LOADED: usize = 8;
 
+/// What models write around thinking and calls.
+const MARKS: [&str; 7] =
+    ["<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>"];
+
 /// One model's tokenizer and chat template.
 pub(crate) struct Vocabulary {
     pub tokenizer: Arc<LlamaTokenizer>,
     pub template: Template,
+    /// Control tokens that mark thinking and calls, whose pieces are empty.
+    pub marks: BTreeMap<u32, &'static str>,
 }
 
 /// The tokenizers that this node has at hand.
@@ -68,7 +74,8 @@ impl Tokenizers {
         let (bos, eos) = (text(special.bos).await?, text(special.eos).await?);
         let template = Template::new(tokenizer.chat_template().as_deref(), &bos, &eos)?;
         tracing::info!(tokenizer = %hash.short(), template = template.name(), "tokenizer loaded");
-        let vocabulary = Arc::new(Vocabulary { tokenizer, template });
+        let marks = marks(&tokenizer).await?;
+        let vocabulary = Arc::new(Vocabulary { tokenizer, template, marks });
         if loaded.len() >= MAX_LOADED {
             loaded.pop_first();
         }
@@ -97,6 +104,19 @@ impl Tokenizers {
         }
         bail!(last.context("the model's tokenizer cannot be fetched"))
     }
+}
+
+async fn marks(tokenizer: &LlamaTokenizer) -> anyhow::Result<BTreeMap<u32, &'static str>> {
+    let template = tokenizer.chat_template().unwrap_or_default();
+    let mut marks = BTreeMap::new();
+    for mark in MARKS.into_iter().filter(|mark| template.contains(mark)) {
+        if let [id] = tokenizer.tokenize(mark, false, true).await?.as_slice()
+            && tokenizer.pieces(&[*id], false).await?.concat().is_empty()
+        {
+            marks.insert(*id, mark);
+        }
+    }
+    Ok(marks)
 }
 
 fn is_whole(path: &Path, hash: &TokenizerHash) -> bool {
