@@ -101,12 +101,12 @@ fn content(fields: &Fields<'_>) -> Result<String, ApiError> {
 /// The legacy endpoint's `prompt`: a text, token ids, or a list of those.
 pub(super) fn prompts(top: &Fields<'_>) -> Result<Vec<Prompt>, ApiError> {
     let value = top.required("prompt", top.get("prompt"))?;
-    match value {
-        Value::Array(list) if matches!(list.first(), Some(Value::String(_) | Value::Array(_))) => {
-            list.iter().enumerate().map(|(i, one)| prompt(&format!("prompt[{i}]"), one)).collect()
-        }
-        one => Ok(vec![prompt("prompt", one)?]),
+    if let Value::Array(list) = value
+        && matches!(list.first(), Some(Value::String(_) | Value::Array(_)))
+    {
+        return list.iter().enumerate().map(|(i, one)| prompt(&format!("prompt[{i}]"), one)).collect();
     }
+    Ok(vec![prompt("prompt", value)?])
 }
 
 fn prompt(name: &str, value: &Value) -> Result<Prompt, ApiError> {

@@ -186,10 +186,8 @@ fn refuse_unsupported(flavour: Flavour, top: &Fields<'_>) -> Result<(), ApiError
             return Err(top.unsupported(field, "it"));
         }
     }
-    if flavour == Flavour::Text {
-        if top.string("suffix")?.is_some_and(|suffix| !suffix.is_empty()) {
-            return Err(top.unsupported("suffix", "filling in before a suffix"));
-        }
+    if flavour == Flavour::Text && top.string("suffix")?.is_some_and(|suffix| !suffix.is_empty()) {
+        return Err(top.unsupported("suffix", "filling in before a suffix"));
     }
     Ok(())
 }

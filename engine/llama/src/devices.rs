@@ -262,12 +262,12 @@ mod tests {
         }
         let all = machine();
         check(ask(None, None), &all, 32 * GIB, Ok(Some(("CUDA1", 10))));
-        check(ask(None, None), &all[..2], 32 * GIB, Ok(Some(("CUDA0", 4))));
+        check(ask(None, None), &all[..2], 32 * GIB, Ok(Some(("CUDA0", 3))));
         check(ask(None, None), &all[..1], 32 * GIB, Ok(None));
         check(ask(Some("cpu"), None), &all, 32 * GIB, Ok(None));
         check(ask(Some("cuda0"), Some(0)), &all, 32 * GIB, Ok(None));
         check(ask(Some("CUDA0"), Some(3)), &all, 32 * GIB, Ok(Some(("CUDA0", 3))));
-        check(ask(Some("CUDA0"), Some(10)), &all, 32 * GIB, Err("4 would fit"));
+        check(ask(Some("CUDA0"), Some(10)), &all, 32 * GIB, Err("3 would fit"));
         check(ask(Some("CUDA7"), None), &all, 32 * GIB, Err("there are: CPU, CUDA0, CUDA1"));
         check(ask(Some("CPU "), None), &all, 32 * GIB, Err("no device"));
         // Neither the card's six nor the host's four hold it; four layers could be served from there.

@@ -74,6 +74,8 @@ pub(super) const MODEL_KEYS: &[&str] = &[
     "slots",
     "context",
     "threads",
+    "device",
+    "gpu_layers",
     "upstream",
     "upstream_model",
     "upstream_kind",
