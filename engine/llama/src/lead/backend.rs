@@ -24,6 +24,8 @@ pub(crate) struct Wayside<'a> {
 }
 
 /// What the loop asks of the socket.
+// It lives for one turn of the loop; a box would cost more than the bytes.
+#[allow(clippy::large_enum_variant)]
 pub(crate) enum Next {
     Command(Command),
     /// Nothing came in time.
