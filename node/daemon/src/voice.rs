@@ -133,7 +133,7 @@ fn render(
     if !tools.is_empty() && !knows_tools {
         tell_of_tools(&mut all, &style.instruction(&tools));
     }
-    let tools = (!tools.is_empty() && knows_tools).then(|| Value::Array(tools));
+    let tools = (!tools.is_empty() && knows_tools).then_some(Value::Array(tools));
     let now = CivilTime::from_unix(i64::try_from(now().as_secs()).unwrap_or(0));
     let input = ChatInput { messages: &all, tools: tools.as_ref(), add_generation_prompt: open_turn, now };
     vocabulary.template.render(&input).map_err(|error| ServiceError::InvalidRequest {
