@@ -1,5 +1,6 @@
 //! Connecting: one writer at a time, and a schema that this program knows.
 
+use core::time::Duration;
 use sqlx::{
     ConnectOptions, Connection, PgConnection,
     migrate::{MigrateError, Migrator},
@@ -9,6 +10,9 @@ use thiserror::Error;
 
 pub(crate) static MIGRATOR: Migrator = sqlx::migrate!("../../migrations/postgres");
 
+/// How often, and how far apart, a lock is asked for that another writer seems to hold: two seconds in all.
+const LOCK_TRIES: u32 = 20;
+const LOCK_WAIT: Duration = Duration::from_millis(100);
 /// The advisory lock of a journal's writer; a database holds one journal.
 const WRITER_LOCK: i64 = 0x7361_7467_7269_6421;
 /// PostgreSQL's code for a table that is not there.
@@ -59,13 +63,22 @@ pub(crate) async fn writer(options: &PgConnectOptions) -> Result<PgConnection, O
     let mut connection = PgConnection::connect_with(options)
         .await
         .map_err(|source| OpenError::Unreachable { place: place.clone(), source })?;
-    let (ours,): (bool,) = sqlx::query_as("SELECT pg_try_advisory_lock($1)")
-        .bind(WRITER_LOCK)
-        .fetch_one(&mut connection)
-        .await
-        .map_err(postgres)?;
-    if !ours {
-        return Err(OpenError::Locked { place });
+    // The server lets go of a writer's lock a moment after the writer has closed its connection.
+    let mut tries = 0;
+    loop {
+        let (ours,): (bool,) = sqlx::query_as("SELECT pg_try_advisory_lock($1)")
+            .bind(WRITER_LOCK)
+            .fetch_one(&mut connection)
+            .await
+            .map_err(postgres)?;
+        if ours {
+            break;
+        }
+        tries += 1;
+        if tries > LOCK_TRIES {
+            return Err(OpenError::Locked { place });
+        }
+        tokio::time::sleep(LOCK_WAIT).await;
     }
     sqlx::query("SET synchronous_commit = on").execute(&mut connection).await.map_err(postgres)?;
     check_schema(&place, &mut connection, true).await?;
