@@ -85,6 +85,33 @@ pub(super) const MODEL_KEYS: &[&str] = &[
     "witness_per_million",
 ];
 
+/// Keys of one `[[provider.stages]]` table.
+pub(super) const STAGE_KEYS: &[&str] = &[
+    "path",
+    "alias",
+    "price_msat_per_million_position_layers",
+    "per_request_msat",
+    "profile",
+    "slots",
+    "context",
+    "threads",
+];
+
+/// Keys of one `[[provider.leads]]` table.
+pub(super) const LEAD_KEYS: &[&str] = &[
+    "head",
+    "tail",
+    "alias",
+    "price_in_msat_per_mtok",
+    "price_out_msat_per_mtok",
+    "max_price_msat_per_million_position_layers",
+    "wire",
+    "profile",
+    "slots",
+    "context",
+    "threads",
+];
+
 /// Keys of one `[[api.keys]]` table.
 pub(super) const API_KEY_KEYS: &[&str] = &["name", "secret"];
 
@@ -152,6 +179,13 @@ pub(super) const KEYS: &[Key] = &[
     key("provider.slice_max_sat", Number, Value("5000"), "largest slice that it accepts"),
     key("provider.requests_per_peer", Number, Value("16"), "open requests of one consumer"),
     key("provider.models", Tables(MODEL_KEYS), Value("[]"), "what is for sale"),
+    key("provider.stages", Tables(STAGE_KEYS), Value("[]"), "layers for sale, to nodes that lead"),
+    key(
+        "provider.leads",
+        Tables(LEAD_KEYS),
+        Value("[]"),
+        "models whose middle layers this node buys; needs both roles",
+    ),
     key("consumer.slice_first_sat", Number, Value("250"), "first slice to a provider over a route"),
     key(
         "consumer.slice_first_direct_sat",

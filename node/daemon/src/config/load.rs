@@ -325,7 +325,8 @@ fn anchor(key: &Key, value: Value, base: &Path, var: &dyn Fn(&str) -> Option<Str
         (Kind::Secret, Value::String(text)) => Value::String(secret(&text)),
         (Kind::Tables(_), Value::Array(mut rows)) => {
             for row in rows.iter_mut().filter_map(Value::as_table_mut) {
-                if let Some(Value::String(text)) = row.get_mut("path") {
+                for name in ["path", "head", "tail"] {
+                    let Some(Value::String(text)) = row.get_mut(name) else { continue };
                     *text = path(text);
                 }
                 if let Some(Value::String(text)) = row.get_mut("secret") {

@@ -111,6 +111,8 @@ pub(crate) struct Provider {
     pub slice_max_sat: u64,
     pub requests_per_peer: u32,
     pub models: Vec<ModelForSale>,
+    pub stages: Vec<StageForSale>,
+    pub leads: Vec<LeadForSale>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, Default)]
@@ -166,6 +168,61 @@ pub(crate) struct ModelForSale {
     /// Of a trunk: expert rows of a million that a second holder evaluates too, to be compared to the bit.
     #[serde(default)]
     pub witness_per_million: u32,
+}
+
+/// Layers that a provider sells: a part that `satgrid models split` wrote.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct StageForSale {
+    /// A part of a model.
+    pub path: PathBuf,
+    /// The name in the listing, where the part has none.
+    pub alias: Option<String>,
+    pub price_msat_per_million_position_layers: u64,
+    #[serde(default)]
+    pub per_request_msat: u64,
+    #[serde(default)]
+    pub profile: Profile,
+    /// Sequences held at once.
+    #[serde(default = "default_slots")]
+    pub slots: u32,
+    pub context: Option<u32>,
+    pub threads: Option<u32>,
+}
+
+/// How hidden rows travel in a ring. Only `f32` is exact.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Wire {
+    #[default]
+    F32,
+    Bf16,
+    #[serde(rename = "q8_0")]
+    Q8,
+}
+
+/// A model that this node leads: it runs the two ends and buys the layers between.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct LeadForSale {
+    /// The part with the first layers.
+    pub head: PathBuf,
+    /// The part that ends the model.
+    pub tail: PathBuf,
+    /// The name in the listing.
+    pub alias: String,
+    pub price_in_msat_per_mtok: u64,
+    pub price_out_msat_per_mtok: u64,
+    /// What it pays for layers at the most; unset: whatever is asked.
+    pub max_price_msat_per_million_position_layers: Option<u64>,
+    #[serde(default)]
+    pub wire: Wire,
+    #[serde(default)]
+    pub profile: Profile,
+    #[serde(default = "default_slots")]
+    pub slots: u32,
+    pub context: Option<u32>,
+    pub threads: Option<u32>,
 }
 
 fn default_slots() -> u32 {

@@ -122,11 +122,26 @@ fn session(config: &Config, found: &mut Found) {
 fn provider(config: &Config, found: &mut Found) {
     let p = &config.provider;
     found.check(
-        !p.models.is_empty(),
+        !p.models.is_empty() || !p.stages.is_empty() || !p.leads.is_empty(),
         "provider.models",
         "a provider without a model has nothing to sell",
         "add [[provider.models]] with a name or a path and prices, or remove \"provider\" from node.roles",
     );
+    found.check(
+        p.leads.is_empty() || config.is_consumer(),
+        "provider.leads",
+        "a node that leads buys layers, and this one does not buy",
+        "add \"consumer\" to node.roles",
+    );
+    for path in p.stages.iter().map(|stage| &stage.path).chain(p.leads.iter().flat_map(|lead| [&lead.head, &lead.tail]))
+    {
+        found.check(
+            path.is_file(),
+            "provider.stages",
+            format!("{} is no file", path.display()),
+            "make it with: satgrid models split MODEL A-B OUT",
+        );
+    }
     found.check(
         0 < p.slice_min_sat && p.slice_min_sat <= p.slice_max_sat,
         "provider.slice_min_sat",

@@ -190,7 +190,11 @@ pub(crate) fn profile(facts: &EngineFacts) -> EngineProfile {
 }
 
 fn speed(facts: &EngineFacts) -> Speed {
-    facts.speed.as_ref().map_or_else(Speed::default, |s| Speed {
+    speed_of(facts.speed.as_ref())
+}
+
+pub(crate) fn speed_of(speed: Option<&satgrid_engine::port::Speed>) -> Speed {
+    speed.map_or_else(Speed::default, |s| Speed {
         prefill_mtok_s: s.prefill_millitokens_per_s,
         decode_mtok_s: s.decode_millitokens_per_s,
     })

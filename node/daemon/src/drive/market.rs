@@ -1,6 +1,7 @@
 //! The market as this node sees it: the book that a subscription fills, the catalogue, and what it knows of providers.
 
 use super::now;
+use satgrid_market::layers::{self, LayerDemand};
 use satgrid_market::{
     Book, BookLimits, Catalogue, Choice, Considered, Demand, Fault, NoPlan, Reputation, explain, plan,
 };
@@ -37,6 +38,9 @@ impl Market {
 
     pub(crate) fn plan(&self, demand: &Demand) -> Result<Choice, NoPlan> {
         self.read(|state| plan(now(), &state.book, demand, &state.reputation))
+    }
+    pub(crate) fn plan_layers(&self, demand: &LayerDemand) -> Result<Vec<layers::Planned>, layers::NoLayers> {
+        self.read(|state| layers::plan_layers(now(), &state.book, demand))
     }
     pub(crate) fn explain(&self, demand: &Demand, name: &str) -> Vec<Considered> {
         self.read(|state| explain(now(), &state.book, demand, name, &state.reputation))

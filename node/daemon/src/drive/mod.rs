@@ -4,11 +4,12 @@
 //! |---|---|---|
 //! | [`journal`] | `ledger::books`, the journal port | SQLite |
 //! | [`provider`], [`consumer`] | the two roles | QUIC links, engines, wallet, journal |
+//! | [`desk`], [`ring`], [`hops`] | work on layers, sold and bought | QUIC hops from node to node |
 //! | [`links`] | frames in and out | QUIC streams |
 //! | [`payments`], [`wallet`] | `wallet::payment` | the Lightning wallet |
 //! | [`channels`] | `wallet::reopen` | the embedded Lightning node |
 //! | [`market`] | `market::book` | Nostr relays |
-//! | [`engines`], [`tokenizers`] | the engine's ports | llama.cpp in child processes |
+//! | [`engines`], [`layers`], [`tokenizers`] | the engine's ports | llama.cpp in child processes |
 //! | [`upstream`] | the engine's port | a server that runs the model already |
 //! | [`experts`] | the experts' port of a trunk | packs in child processes |
 //!
@@ -17,15 +18,20 @@
 
 pub(crate) mod channels;
 pub(crate) mod consumer;
+pub(crate) mod desk;
 pub(crate) mod engines;
 pub(crate) mod experts;
 pub(crate) mod figures;
+pub(crate) mod hops;
 pub(crate) mod journal;
+pub(crate) mod layers;
 pub(crate) mod links;
 pub(crate) mod market;
 pub(crate) mod metered;
 pub(crate) mod payments;
 pub(crate) mod provider;
+pub(crate) mod ring;
+pub(crate) mod rings;
 pub(crate) mod space;
 pub(crate) mod tokenizers;
 pub(crate) mod upstream;

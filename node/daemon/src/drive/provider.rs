@@ -1,12 +1,20 @@
 //! Drives the provider role: links that consumers open, engines, invoices, the journal.
 
 use super::{
+    desk::{self, Desk, DeskParts, Order},
+    hops::Switchboard,
     journal::JournalWriter,
     links::{self, Outbound},
-    now, payments, until,
+    now, payments,
+    ring::PaidRing,
+    rings, until,
 };
 use crate::store::Store;
-use satgrid_engine::port::{Command, Engine, EngineEvent, JobError};
+use ed25519_dalek::SigningKey;
+use satgrid_engine::{
+    port::{Command, Engine, EngineEvent, JobError},
+    stage::port::Stage,
+};
 use satgrid_node::{
     LinkId, StreamId,
     provider::{EngineId, Provider, ProviderAction, ProviderEvent},
@@ -64,6 +72,12 @@ pub(crate) struct ProviderDriver {
     pub payments: mpsc::UnboundedSender<payments::Command>,
     pub handled: mpsc::UnboundedSender<PaymentHash>,
     pub engines: BTreeMap<EngineId, Arc<dyn Engine>>,
+    /// Engines that hold layers.
+    pub stages: BTreeMap<EngineId, Arc<dyn Stage>>,
+    /// The rings of engines that lead; those stand among the engines too.
+    pub rings: BTreeMap<EngineId, Arc<PaidRing>>,
+    pub switchboard: Switchboard,
+    pub key: Arc<SigningKey>,
     pub artefacts: ArtefactServer,
     pub store: Store,
     pub view: Arc<RwLock<ProviderView>>,
@@ -75,6 +89,7 @@ struct Running {
     inbox: mpsc::Sender<Message>,
     links: BTreeMap<LinkId, Outbound>,
     next_link: u64,
+    desks: BTreeMap<EngineId, Desk>,
     /// When the view's sums were built, and whether something happened since that may change them.
     summed_at: Instant,
     sums_stale: bool,
@@ -84,11 +99,26 @@ struct Running {
 pub(crate) fn start(driver: ProviderDriver, endpoint: QuicEndpoint) -> mpsc::Sender<Message> {
     let (inbox, messages) = mpsc::channel(INBOX);
     for (id, engine) in &driver.engines {
-        tokio::spawn(pump_engine(*id, engine.clone(), inbox.clone()));
+        match driver.rings.get(id) {
+            Some(ring) => tokio::spawn(rings::pump(*id, engine.clone(), ring.clone(), inbox.clone())),
+            None => tokio::spawn(pump_engine(*id, engine.clone(), inbox.clone())),
+        };
+    }
+    let mut desks = BTreeMap::new();
+    for (engine, stage) in &driver.stages {
+        let parts = DeskParts {
+            engine: *engine,
+            stage: stage.clone(),
+            key: driver.key.clone(),
+            endpoint: endpoint.clone(),
+            switchboard: driver.switchboard.clone(),
+            role: inbox.clone(),
+        };
+        desks.insert(*engine, desk::start(parts));
     }
     tokio::spawn(accept(endpoint, inbox.clone()));
     let (links, summed_at, sums_stale) = (BTreeMap::new(), Instant::now(), true);
-    let running = Running { driver, inbox: inbox.clone(), links, next_link: 0, summed_at, sums_stale };
+    let running = Running { driver, inbox: inbox.clone(), links, next_link: 0, desks, summed_at, sums_stale };
     tokio::spawn(running.run(messages));
     inbox
 }
@@ -131,7 +161,8 @@ impl Running {
                 self.next_link += 1;
                 let peer = quic.peer();
                 self.links.insert(link, Outbound::new(quic.clone()));
-                tokio::spawn(serve_link(link, quic, self.driver.artefacts.connection(), self.inbox.clone()));
+                let (artefacts, hops) = (self.driver.artefacts.connection(), self.driver.switchboard.clone());
+                tokio::spawn(serve_link(link, quic, artefacts, hops, self.inbox.clone()));
                 Some(ProviderEvent::LinkUp { link, peer })
             }
             Message::Control { link, sender } => {
@@ -202,13 +233,11 @@ impl Running {
                 });
             }
             ProviderAction::Engine { engine, command } => self.command(engine, command),
-            ProviderAction::Admit { engine, job, .. } => {
-                // No engine of this program holds a part yet, so none is listed.
-                let error = JobError::Backend { reason: "no engine here holds a part of a model".into() };
-                let event = ProviderEvent::Engine { engine, event: EngineEvent::Failed { job, error } };
-                self.later(std::future::ready(event));
+            ProviderAction::Admit { engine, job, session, request, order, lead } => {
+                self.tell_desk(engine, Order::Admit { job, session, request, order, lead });
             }
-            ProviderAction::Route { .. } | ProviderAction::Settle { .. } => {}
+            ProviderAction::Route { engine, job, route } => self.tell_desk(engine, Order::Route { job, route }),
+            ProviderAction::Settle { engine, job } => self.tell_desk(engine, Order::Settle { job }),
             ProviderAction::WalletHandled { hash } => {
                 let _ = self.driver.payments.send(payments::Command::Booked { hash });
                 let _ = self.driver.handled.send(hash);
@@ -231,7 +260,21 @@ impl Running {
         }
     }
 
+    fn tell_desk(&self, engine: EngineId, order: Order) {
+        if let Some(desk) = self.desks.get(&engine) {
+            desk.tell(order);
+        }
+    }
+
     fn command(&self, engine: EngineId, command: Command) {
+        if self.desks.contains_key(&engine) {
+            return self.tell_desk(engine, Order::Engine(command));
+        }
+        if let (Some(ring), Command::Start(job)) = (self.driver.rings.get(&engine), &command)
+            && let Some((_, request)) = self.driver.role.request_of(job.id)
+        {
+            ring.begin(job.id, request);
+        }
         let started = match &command {
             Command::Start(job) => Some(job.id),
             Command::Grant { .. } | Command::Cancel { .. } | Command::ForgetSession { .. } => None,
@@ -295,7 +338,13 @@ async fn accept(endpoint: QuicEndpoint, inbox: mpsc::Sender<Message>) {
 }
 
 /// Reads everything that one consumer says, until its link ends.
-async fn serve_link(link: LinkId, quic: Link, artefacts: ConnectionArtefacts, inbox: mpsc::Sender<Message>) {
+async fn serve_link(
+    link: LinkId,
+    quic: Link,
+    artefacts: ConnectionArtefacts,
+    switchboard: Switchboard,
+    inbox: mpsc::Sender<Message>,
+) {
     let artefacts = Arc::new(artefacts);
     let mut next_stream = 0;
     while let Ok(FrameStream { kind, tx, rx }) = quic.accept().await {
@@ -324,8 +373,9 @@ async fn serve_link(link: LinkId, quic: Link, artefacts: ConnectionArtefacts, in
                     }
                 });
             }
-            // Dropped, it tells the peer to stop: there is nobody for it.
-            StreamKind::Hop => drop((tx, rx)),
+            StreamKind::Hop => {
+                tokio::spawn(switchboard.clone().serve(quic.peer(), FrameStream { kind, tx, rx }));
+            }
             StreamKind::Artefact => {
                 let artefacts = artefacts.clone();
                 tokio::spawn(async move {

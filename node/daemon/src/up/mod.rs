@@ -297,6 +297,8 @@ impl Opened {
         }
         running.endpoint.shutdown(Code::SHUTTING_DOWN, "the node is stopping").await;
         running.engines.iter().for_each(|(_, engine)| engine.shut_down());
+        running.stages.iter().for_each(|stage| stage.shut_down());
+        running.leads.iter().for_each(|lead| lead.shut_down());
         outcome
     }
 }

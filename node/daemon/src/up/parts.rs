@@ -7,7 +7,9 @@ use crate::drive::{
     consumer::{self, ConsumerDriver, ConsumerView},
     engines::{self, ForSale, Identity, TokenizersForSale},
     fresh_seed,
+    hops::Switchboard,
     journal::JournalWriter,
+    layers::{self, LayersForSale, LeadParts, LedForSale},
     market::{Listening, Market},
     metered::Metered,
     now, payments,
@@ -19,7 +21,8 @@ use crate::drive::{
 use crate::failure::HintExt;
 use crate::store::Store;
 use anyhow::Context;
-use satgrid_engine::port::Engine;
+use satgrid_engine::{port::Engine, stage::port::Stage};
+use satgrid_engine_llama::{LlamaLead, LlamaStage};
 use satgrid_market_nostr::{Publisher, PublisherConfig, RelayConfig, RelayHealth};
 use satgrid_node::{
     consumer::{Consumer, ConsumerConfig, ConsumerEvent},
@@ -31,10 +34,9 @@ use satgrid_protocol_quic::{
     Limits, QuicEndpoint,
     artefact::{ArtefactServer, ServeLimits},
 };
-use satgrid_types::{Digest, Msat, NostrKey, Terms};
+use satgrid_types::{Digest, EngineProfile, Listing, Msat, NostrKey, RateCard, Terms};
 use satgrid_wallet::{FailureReason, Lightning, payment::Outcome};
 use std::{
-    collections::BTreeMap,
     net::{Ipv4Addr, SocketAddr},
     sync::{Arc, RwLock},
     time::Duration,
@@ -62,6 +64,8 @@ pub(super) struct Running {
     pub quic_listen: Option<SocketAddr>,
     pub engines: Vec<(String, RunningEngine)>,
     pub metered: Vec<Metered>,
+    pub stages: Vec<Arc<LlamaStage>>,
+    pub leads: Vec<Arc<LlamaLead>>,
     pub publisher: Option<Arc<Publisher>>,
     pub relays: watch::Receiver<Vec<RelayHealth>>,
     /// Events from relays, by what became of them.
@@ -80,9 +84,16 @@ impl Node<'_> {
         let (ended, ended_inbox) = mpsc::unbounded_channel();
         let payments = payments::start(self.wallet.clone(), ended, handled.clone());
         let for_sale = if self.config.is_provider() { engines::start(self.config).await? } else { Vec::new() };
-        let metered: Vec<Metered> = for_sale.iter().map(|m| Metered::new(m.engine.port(), &m.name)).collect();
-        let ids: Vec<EngineId> = for_sale.iter().map(|m| m.id).collect();
+        let mut metered: Vec<Metered> = for_sale.iter().map(|m| Metered::new(m.engine.port(), &m.name)).collect();
+        let first = u32::try_from(for_sale.len())?;
+        let mut stages = Vec::new();
+        for (stage, id) in self.config.provider.stages.iter().zip(first..) {
+            let started = layers::start_stage(stage, EngineId(id)).await;
+            stages.push(started.with_context(|| format!("layers in {} cannot be sold", stage.path.display()))?);
+        }
         let endpoint = self.endpoint()?;
+        let key = Arc::new(self.keys.identity.clone());
+        let switchboard = Switchboard::default();
         let quic_listen = if self.config.is_provider() { Some(endpoint.local_addr()?) } else { None };
 
         let consumer_view = self.config.is_consumer().then(Arc::default);
@@ -103,11 +114,37 @@ impl Node<'_> {
                 shutdown: self.shutdown.clone(),
             })
         });
+        let relays = self.config.market.relays.clone();
+        let heard = if self.config.is_consumer() && !relays.is_empty() {
+            let listening = Listening::start(market, relays, self.shutdown.clone()).await;
+            Some(Arc::new(listening.context("market.relays cannot be used")?))
+        } else {
+            None
+        };
+        let first = first.saturating_add(u32::try_from(stages.len())?);
+        let mut leads = Vec::new();
+        for (lead, id) in self.config.provider.leads.iter().zip(first..) {
+            let consumer = consumer.clone().context("a node that leads buys layers: add \"consumer\" to node.roles")?;
+            let with = LeadParts {
+                market,
+                key: key.clone(),
+                addresses: self.addresses(&endpoint)?,
+                endpoint: endpoint.clone(),
+                switchboard: switchboard.clone(),
+                consumer,
+            };
+            let started = layers::start_lead(lead, EngineId(id), with).await;
+            leads.push(started.with_context(|| format!("{} cannot be led", lead.alias))?);
+        }
+        metered.extend(leads.iter().map(|m| Metered::new(m.engine.clone(), &m.name)));
         let provider_view = self.config.is_provider().then(Arc::default);
         let provider = provider_view.clone().map(|view| {
             let mut role = Provider::new(self.provider_config(), self.keys.identity.clone(), fresh_seed());
             role.restore(now(), recovered.provider_sessions, recovered.refunds);
             let artefacts = for_sale.iter().map(|m| (Digest(m.engine.facts().tokenizer_hash), m.tokenizer.clone()));
+            let led = leads.iter().map(|m| (Digest(m.engine.facts().tokenizer_hash), m.tokenizer.clone()));
+            let artefacts = artefacts.chain(led);
+            let ids = for_sale.iter().map(|m| m.id).chain(leads.iter().map(|m| m.id));
             let served = Arc::new(TokenizersForSale(artefacts.collect()));
             let driver = ProviderDriver {
                 role,
@@ -116,6 +153,10 @@ impl Node<'_> {
                 payments: payments.clone(),
                 handled: handled.clone(),
                 engines: ids.into_iter().zip(metered.iter().map(|m| Arc::new(m.clone()) as Arc<dyn Engine>)).collect(),
+                stages: stages.iter().map(|s| (s.id, s.stage.clone() as Arc<dyn Stage>)).collect(),
+                rings: leads.iter().map(|m| (m.id, m.ring.clone())).collect(),
+                switchboard: switchboard.clone(),
+                key: key.clone(),
                 artefacts: ArtefactServer::new(served, ServeLimits::default()),
                 store: self.store.clone(),
                 view,
@@ -139,15 +180,8 @@ impl Node<'_> {
         tokio::spawn(pump.run());
 
         let publisher = match &provider {
-            Some(provider) => Some(Arc::new(self.publish(&for_sale, &endpoint, provider).await?)),
+            Some(provider) => Some(Arc::new(self.publish(&for_sale, &stages, &leads, &endpoint, provider).await?)),
             None => None,
-        };
-        let relays = self.config.market.relays.clone();
-        let heard = if self.config.is_consumer() && !relays.is_empty() {
-            let listening = Listening::start(market, relays, self.shutdown.clone()).await;
-            Some(Arc::new(listening.context("market.relays cannot be used")?))
-        } else {
-            None
         };
         let health = match (&heard, &publisher) {
             (Some(listening), _) => listening.health(),
@@ -160,6 +194,8 @@ impl Node<'_> {
             quic_listen,
             engines,
             metered,
+            stages: stages.into_iter().map(|layers| layers.stage).collect(),
+            leads: leads.into_iter().map(|led| led.engine).collect(),
             publisher,
             relays: health,
             heard,
@@ -183,18 +219,23 @@ impl Node<'_> {
         Ok(QuicEndpoint::bind_client(any, limits, &self.shutdown)?)
     }
 
+    /// Where others reach this node.
+    fn addresses(&self, endpoint: &QuicEndpoint) -> anyhow::Result<Vec<String>> {
+        let addresses = self.config.provider.public_addresses.clone();
+        // Without a public address the node is sold where it listens: right for one machine or one network.
+        Ok(if addresses.is_empty() { vec![endpoint.local_addr()?.to_string()] } else { addresses })
+    }
+
     /// Lists what is for sale, and tells the role every version before anyone can ask for it.
     async fn publish(
         &self,
         for_sale: &[ForSale],
+        stages: &[LayersForSale],
+        leads: &[LedForSale],
         endpoint: &QuicEndpoint,
         provider: &mpsc::Sender<provider::Message>,
     ) -> anyhow::Result<Publisher> {
-        let mut addresses = self.config.provider.public_addresses.clone();
-        if addresses.is_empty() {
-            // Without a public address the node is sold where it listens: right for one machine or one network.
-            addresses.push(endpoint.local_addr()?.to_string());
-        }
+        let addresses = self.addresses(endpoint)?;
         let by = Identity {
             node: &self.keys.identity,
             nostr: self.nostr,
@@ -203,7 +244,19 @@ impl Node<'_> {
             region: self.config.provider.region.clone(),
             lightning_address: self.lightning_address(),
         };
-        let listings = for_sale.iter().map(|model| engines::listing(model, &by)).collect();
+        let whole = for_sale.iter().map(|model| (engines::listing(model, &by), model.id));
+        let layers = stages.iter().map(|stage| (layers::stage_listing(stage, &by), stage.id));
+        let led = leads.iter().map(|led| (layers::led_listing(led, &by), led.id));
+        let (listings, ids): (Vec<Listing>, Vec<EngineId>) = whole.chain(layers).chain(led).unzip();
+        let sold: Vec<(String, EngineId, RateCard, EngineProfile)> = listings
+            .iter()
+            .zip(ids)
+            .map(|(listing, id)| {
+                // One profile each: the engine's.
+                let profile = listing.profiles.first().copied().unwrap_or(EngineProfile::Exact);
+                (listing.d(), id, listing.rates, profile)
+            })
+            .collect();
         let mut config = PublisherConfig::new(
             RelayConfig::new(self.config.market.relays.clone()),
             u64::from_be_bytes(fresh_seed()[..8].try_into()?),
@@ -212,18 +265,15 @@ impl Node<'_> {
         let publisher = Publisher::start(config, self.keys.nostr, self.shutdown.clone())
             .await
             .context("market.relays cannot be used")?;
-        let engines: BTreeMap<[u8; 32], &ForSale> =
-            for_sale.iter().map(|model| (model.engine.facts().model_root, model)).collect();
-        let facts: BTreeMap<[u8; 32], (EngineId, satgrid_types::RateCard, satgrid_types::EngineProfile)> = engines
-            .iter()
-            .map(|(root, model)| (*root, (model.id, model.rates, engines::profile(&model.engine.facts()))))
-            .collect();
         let (mut offered, provider) = (publisher.offered(), provider.clone());
         tokio::spawn(async move {
             while offered.changed().await.is_ok() {
                 let listings = offered.borrow_and_update().clone();
                 for listing in listings {
-                    let Some((engine, rates, profile)) = facts.get(&listing.model_root.0).copied() else { continue };
+                    let Some((_, engine, rates, profile)) = sold.iter().find(|(d, ..)| *d == listing.d()).cloned()
+                    else {
+                        continue;
+                    };
                     let build = listing.build;
                     let offering = Offering { listing, engine, rates, profile, build };
                     let event = ProviderEvent::Offer(Box::new(offering));
@@ -245,7 +295,9 @@ impl Node<'_> {
     fn provider_config(&self) -> ProviderConfig {
         let (session, provider) = (&self.config.session, &self.config.provider);
         let small = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
-        let slots: u32 = provider.models.iter().map(|model| model.slots).sum();
+        let models = provider.models.iter().map(|model| model.slots);
+        let (stages, leads) = (provider.stages.iter().map(|s| s.slots), provider.leads.iter().map(|l| l.slots));
+        let slots: u32 = models.chain(stages).chain(leads).sum();
         ProviderConfig {
             terms: Terms {
                 min_slice: sat(provider.slice_min_sat),
@@ -266,6 +318,7 @@ impl Node<'_> {
             // As many again may wait as run.
             max_requests: (slots as usize).saturating_mul(2).max(1),
             engine_name: ENGINE_NAME.to_owned(),
+            part_batch: satgrid_engine_llama::BATCH,
             ..ProviderConfig::default()
         }
     }

@@ -1,0 +1,536 @@
+//! The desk of an engine that holds some layers: takes rows in by ticket, lets the engine compute what is granted, counts it
+//! for the provider role, and sends the rows on.
+//!
+//! The role decides who is admitted and how much is granted; the desk computes nothing beyond. Rows of one hop are taken in
+//! their order: where the first of them waits for a grant, those behind it wait too.
+
+use super::{
+    hops::{HopEvent, HopId, Outgoing, Switchboard},
+    now,
+    provider::Message,
+};
+use ed25519_dalek::SigningKey;
+use satgrid_engine::{
+    port::{Command, EngineEvent, FinishReason, JobError, JobId},
+    stage::{
+        codec::{HiddenRows, WireType as EngineWire},
+        port::{Piece, Purpose, SequenceId, Stage, StageCommand, StageError, StageEvent, StageWork, WorkId},
+    },
+};
+use satgrid_ledger::statements::{PartOrder, RowsHash, WireType};
+use satgrid_node::provider::{EngineId, PartDone, ProviderEvent};
+use satgrid_protocol::{
+    frame::{PartRoute, reason},
+    hop::{Expected, HopFrame, Lost, LostFrame, RowsHeader, Shown, TicketFrame, take_ticket},
+};
+use satgrid_protocol_quic::QuicEndpoint;
+use satgrid_types::{NodeKey, PartUsage, RequestId, SessionId, WorkKind, node_key};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+};
+use tokio::sync::mpsc;
+
+/// Messages that may wait.
+const INBOX: usize = 1_024;
+/// Frames of one hop that may wait for grants.
+const MAX_WAITING: usize = 1_024;
+/// Works that were sent on and may still be refused downstream.
+const MAX_SENT_ON: usize = 4_096;
+
+/// What the provider's driver tells the desk.
+pub(crate) enum Order {
+    Admit { job: JobId, session: SessionId, request: RequestId, order: PartOrder, lead: NodeKey },
+    Engine(Command),
+    Route { job: JobId, route: Box<PartRoute> },
+    Settle { job: JobId },
+}
+
+/// A handle to the desk's task.
+#[derive(Clone)]
+pub(crate) struct Desk(mpsc::UnboundedSender<Order>);
+
+impl Desk {
+    pub(crate) fn tell(&self, order: Order) {
+        let _ = self.0.send(order);
+    }
+}
+
+/// What a desk is started with.
+pub(crate) struct DeskParts {
+    pub engine: EngineId,
+    pub stage: Arc<dyn Stage>,
+    pub key: Arc<SigningKey>,
+    pub endpoint: QuicEndpoint,
+    pub switchboard: Switchboard,
+    pub role: mpsc::Sender<Message>,
+}
+
+struct Job {
+    session: SessionId,
+    request: RequestId,
+    order: PartOrder,
+    lead: NodeKey,
+    owner: u64,
+    granted: u64,
+    /// Positions that were given to the engine.
+    begun: u64,
+    done: PartUsage,
+    input: RowsHash,
+    output: RowsHash,
+    bytes_in: u64,
+    bytes_out: u64,
+    busy_us: u64,
+    at_work: u32,
+    next: Option<NodeKey>,
+    settling: bool,
+}
+
+struct Hop {
+    upstream: NodeKey,
+    back: mpsc::Sender<HopFrame>,
+    slots: BTreeMap<u64, JobId>,
+    waiting: VecDeque<(RowsHeader, Vec<u8>)>,
+    tickets: Vec<TicketFrame>,
+}
+
+struct AtWork {
+    hop: HopId,
+    header: RowsHeader,
+    jobs: Vec<JobId>,
+    kinds: Vec<WorkKind>,
+}
+
+struct Running {
+    parts: DeskParts,
+    ours: NodeKey,
+    ear: mpsc::Sender<HopEvent>,
+    jobs: BTreeMap<JobId, Job>,
+    owners: BTreeMap<SessionId, (u64, Shown)>,
+    hops: BTreeMap<HopId, Hop>,
+    at_work: BTreeMap<WorkId, AtWork>,
+    next_work: u64,
+    /// Hops of ours, by the lead they work for and the node they go to.
+    out: BTreeMap<(NodeKey, NodeKey), Outgoing>,
+    sent_on: VecDeque<(u64, HopId)>,
+    /// How far each sequence was computed here: what is sent again is replay up to there.
+    held: BTreeMap<SequenceId, u32>,
+}
+
+/// Starts a desk.
+pub(crate) fn start(parts: DeskParts) -> Desk {
+    let (orders, order_inbox) = mpsc::unbounded_channel();
+    let (ear, hop_inbox) = mpsc::channel(INBOX);
+    let ours = node_key(&parts.key);
+    let running = Running {
+        parts,
+        ours,
+        ear,
+        jobs: BTreeMap::new(),
+        owners: BTreeMap::new(),
+        hops: BTreeMap::new(),
+        at_work: BTreeMap::new(),
+        next_work: 0,
+        out: BTreeMap::new(),
+        sent_on: VecDeque::new(),
+        held: BTreeMap::new(),
+    };
+    tokio::spawn(running.run(order_inbox, hop_inbox));
+    Desk(orders)
+}
+
+impl Running {
+    async fn run(mut self, mut orders: mpsc::UnboundedReceiver<Order>, mut hops: mpsc::Receiver<HopEvent>) {
+        let stage = self.parts.stage.clone();
+        loop {
+            let reports = tokio::select! {
+                order = orders.recv() => match order {
+                    Some(order) => self.order(order),
+                    None => return,
+                },
+                Some(event) = hops.recv() => self.hop_event(event),
+                event = stage.next_event() => match event {
+                    Some(event) => self.stage_event(event),
+                    None => return,
+                },
+            };
+            for report in reports {
+                if self.parts.role.send(Message::Event(report)).await.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+
+    fn engine(&self, event: EngineEvent) -> ProviderEvent {
+        ProviderEvent::Engine { engine: self.parts.engine, event }
+    }
+
+    fn order(&mut self, order: Order) -> Vec<ProviderEvent> {
+        match order {
+            Order::Admit { job, session, request, order, lead } => {
+                let fresh = u64::try_from(self.owners.len()).unwrap_or(u64::MAX);
+                let owner = self.owners.entry(session).or_insert_with(|| (fresh, Shown::default())).0;
+                let admitted = Job {
+                    session,
+                    request,
+                    order,
+                    lead,
+                    owner,
+                    granted: 0,
+                    begun: 0,
+                    done: PartUsage::default(),
+                    input: RowsHash::default(),
+                    output: RowsHash::default(),
+                    bytes_in: 0,
+                    bytes_out: 0,
+                    busy_us: 0,
+                    at_work: 0,
+                    next: None,
+                    settling: false,
+                };
+                self.jobs.insert(job, admitted);
+                self.parts.switchboard.expect(session, request, self.ear.clone());
+                self.take_tickets();
+            }
+            Order::Engine(Command::Grant { job, output_upto, .. }) => {
+                if let Some(job) = self.jobs.get_mut(&job) {
+                    job.granted = job.granted.max(output_upto.into());
+                }
+            }
+            Order::Engine(Command::Cancel { job }) => return self.end(job, FinishReason::Cancelled),
+            Order::Engine(Command::Start(job)) => {
+                let error = JobError::Backend { reason: "this engine holds layers, not a model".into() };
+                return vec![self.engine(EngineEvent::Failed { job: job.id, error })];
+            }
+            Order::Engine(Command::ForgetSession { session }) => {
+                if let Some((owner, _)) = self.owners.remove(&SessionId(session)) {
+                    let _ = self.parts.stage.send(StageCommand::ForgetOwner { owner });
+                }
+            }
+            Order::Route { job, route } => self.route(job, *route),
+            Order::Settle { job } => {
+                if let Some(held) = self.jobs.get_mut(&job) {
+                    held.settling = true;
+                }
+                return self.settled(job);
+            }
+        }
+        self.advance()
+    }
+
+    /// Opens (or takes up) the hop to the next node, and shows it the ticket.
+    fn route(&mut self, job: JobId, route: PartRoute) {
+        let Some(held) = self.jobs.get_mut(&job) else { return };
+        held.next = Some(route.next);
+        let to = (held.order.lead, route.next);
+        let parts = &self.parts;
+        let out = self.out.entry(to).or_insert_with(|| {
+            Outgoing::start(parts.endpoint.clone(), parts.key.clone(), route.next, &route.addresses, self.ear.clone())
+        });
+        out.send(HopFrame::Ticket(TicketFrame { slot: route.slot, ticket: route.ticket }));
+    }
+
+    fn hop_event(&mut self, event: HopEvent) -> Vec<ProviderEvent> {
+        match event {
+            HopEvent::Begun { hop, upstream, back } => {
+                let (slots, waiting, tickets) = (BTreeMap::new(), VecDeque::new(), Vec::new());
+                self.hops.insert(hop, Hop { upstream, back, slots, waiting, tickets });
+            }
+            HopEvent::Frame { hop, frame: HopFrame::Ticket(ticket) } => {
+                if let Some(held) = self.hops.get_mut(&hop) {
+                    held.tickets.push(ticket);
+                }
+                self.take_tickets();
+            }
+            HopEvent::Frame { hop, frame: HopFrame::Rows(header, rows) } => {
+                if let Some(held) = self.hops.get_mut(&hop) {
+                    if held.waiting.len() >= MAX_WAITING {
+                        self.refuse(hop, &header, Lost::Sender, "more rows wait than may");
+                    } else {
+                        held.waiting.push_back((header, rows));
+                    }
+                }
+            }
+            HopEvent::Frame { frame: HopFrame::Lost(_), .. } => {}
+            HopEvent::Ended { hop } => {
+                self.hops.remove(&hop);
+            }
+            HopEvent::Back { frame: HopFrame::Lost(lost) } => {
+                // On its way to the lead.
+                let hop = self.sent_on.iter().find(|(work, _)| *work == lost.work).map(|(_, hop)| *hop);
+                if let Some(hop) = hop.and_then(|hop| self.hops.get(&hop)) {
+                    let _ = hop.back.try_send(HopFrame::Lost(lost));
+                }
+            }
+            HopEvent::Back { .. } => {}
+            HopEvent::Lost { to, reason } => {
+                tracing::info!(next = %to.short(), %reason, "the hop to the next node is gone");
+                self.out.retain(|(_, next), _| *next != to);
+            }
+        }
+        self.advance()
+    }
+
+    fn take_tickets(&mut self) {
+        let (ours, time) = (self.ours, now());
+        for (id, hop) in &mut self.hops {
+            let mut later = Vec::new();
+            for frame in core::mem::take(&mut hop.tickets) {
+                let Ok(said) = frame.ticket.peek() else { continue };
+                let named =
+                    self.jobs.iter().find(|(_, job)| job.session == said.session && job.request == said.request);
+                let Some((job_id, job)) = named else {
+                    later.push(frame);
+                    continue;
+                };
+                let expected = Expected {
+                    lead: job.lead,
+                    upstream: hop.upstream,
+                    downstream: ours,
+                    session: job.session,
+                    request: job.request,
+                };
+                let Some((_, shown)) = self.owners.get_mut(&job.session) else { continue };
+                match take_ticket(&frame.ticket, &expected, shown, time) {
+                    Ok(_) => {
+                        hop.slots.insert(frame.slot, *job_id);
+                    }
+                    Err(fault) => {
+                        tracing::warn!(hop = id.0, upstream = %hop.upstream.short(), %fault, "a ticket was refused");
+                    }
+                }
+            }
+            later.truncate(MAX_WAITING);
+            hop.tickets = later;
+        }
+    }
+
+    fn refuse(&self, hop: HopId, header: &RowsHeader, why: Lost, text: &str) {
+        tracing::debug!(work = header.work, %text, "rows refused");
+        if let Some(hop) = self.hops.get(&hop) {
+            let lost = LostFrame { work: header.work, worker: self.ours, why, text: reason(text) };
+            let _ = hop.back.try_send(HopFrame::Lost(lost));
+        }
+    }
+
+    /// Gives the engine whatever is granted now.
+    fn advance(&mut self) -> Vec<ProviderEvent> {
+        let hops: Vec<HopId> = self.hops.keys().copied().collect();
+        for id in hops {
+            while let Some(next) = self.hops.get(&id).and_then(|hop| hop.waiting.front()) {
+                let Some(verdict) = self.judge(id, &next.0, next.1.len()) else { break };
+                let Some((header, rows)) = self.hops.get_mut(&id).and_then(|hop| hop.waiting.pop_front()) else {
+                    break;
+                };
+                match verdict {
+                    Ok(jobs) if rows.is_empty() => self.send_on(id, &header, &jobs, Vec::new()),
+                    Ok(jobs) => self.begin(id, header, rows, jobs),
+                    Err(text) => self.refuse(id, &header, Lost::Sender, &text),
+                }
+            }
+        }
+        Vec::new()
+    }
+
+    /// Whether rows may be computed now: none where they have to wait, else the jobs of the pieces, or what is wrong.
+    fn judge(&self, hop: HopId, header: &RowsHeader, bytes: usize) -> Option<Result<Vec<JobId>, String>> {
+        let held = self.hops.get(&hop)?;
+        let mut jobs = Vec::with_capacity(header.pieces.len());
+        for piece in &header.pieces {
+            match held.slots.get(&piece.slot) {
+                Some(job) if self.jobs.contains_key(job) => jobs.push(*job),
+                Some(_) => return Some(Err("the request is over".into())),
+                None if !held.tickets.is_empty() => return None,
+                None => return Some(Err(format!("no ticket covers slot {}", piece.slot))),
+            }
+        }
+        if bytes == 0 {
+            // A replay that ended before: it only passes.
+            return jobs.iter().all(|job| self.jobs.get(job).is_some_and(|j| j.next.is_some())).then_some(Ok(jobs));
+        }
+        let facts = self.parts.stage.facts();
+        let Some(row_bytes) = wire(header.wire).row_bytes(facts.n_embd) else {
+            return Some(Err("rows of this width do not travel as this type".into()));
+        };
+        if let Err(fault) = header.check_shape(bytes, row_bytes) {
+            return Some(Err(fault.to_string()));
+        }
+        let mut wanted: BTreeMap<JobId, u64> = BTreeMap::new();
+        for (piece, job) in header.pieces.iter().zip(&jobs) {
+            *wanted.entry(*job).or_default() += u64::from(piece.rows);
+        }
+        for (id, rows) in wanted {
+            let job = self.jobs.get(&id)?;
+            if job.order.wire != header.wire {
+                return Some(Err(format!("rows as {}, ordered as {}", header.wire, job.order.wire)));
+            }
+            let upto = job.begun.saturating_add(rows);
+            if upto > job.order.max_positions {
+                return Some(Err(format!("{upto} positions, {} were ordered", job.order.max_positions)));
+            }
+            if upto > job.granted || job.next.is_none() {
+                return None;
+            }
+        }
+        Some(Ok(jobs))
+    }
+
+    fn begin(&mut self, hop: HopId, header: RowsHeader, rows: Vec<u8>, jobs: Vec<JobId>) {
+        let count = u32::try_from(header.rows()).unwrap_or(u32::MAX);
+        let row_bytes = rows.len() / count.max(1) as usize;
+        let (mut at, mut pieces, mut kinds) = (0, Vec::new(), Vec::new());
+        for (piece, id) in header.pieces.iter().zip(&jobs) {
+            let Some(job) = self.jobs.get_mut(id) else { return };
+            let bytes = piece.rows as usize * row_bytes;
+            job.input.push(&rows[at..at + bytes]);
+            job.bytes_in = job.bytes_in.saturating_add(bytes as u64);
+            at += bytes;
+            job.begun = job.begun.saturating_add(piece.rows.into());
+            job.at_work += 1;
+            let sequence = SequenceId { owner: job.owner, number: piece.sequence };
+            let held = self.held.entry(sequence).or_default();
+            let again = header.again && piece.start < *held;
+            *held = piece.start.saturating_add(piece.rows);
+            let kind = if again { WorkKind::Replay } else { piece.kind };
+            kinds.push(kind);
+            let purpose = match kind {
+                WorkKind::Prefill => Purpose::Prefill,
+                WorkKind::Decode => Purpose::Decode,
+                WorkKind::Draft => Purpose::Draft,
+                WorkKind::Replay => Purpose::Replay,
+            };
+            pieces.push(Piece { sequence, start: piece.start, rows: piece.rows, purpose });
+        }
+        let id = WorkId(self.next_work);
+        self.next_work += 1;
+        let rows = HiddenRows { wire: wire(header.wire), count, bytes: rows };
+        let output = header.ends_after != Some(0);
+        let work = StageWork { id, pieces, rows, output };
+        if self.parts.stage.send(StageCommand::Evaluate(work)).is_err() {
+            self.refuse(hop, &header, Lost::Worker, "the engine process is not running");
+            return self.put_down(&jobs);
+        }
+        self.at_work.insert(id, AtWork { hop, header, jobs, kinds });
+    }
+
+    fn put_down(&mut self, jobs: &[JobId]) {
+        for id in jobs {
+            if let Some(job) = self.jobs.get_mut(id) {
+                job.at_work = job.at_work.saturating_sub(1);
+            }
+        }
+    }
+
+    fn stage_event(&mut self, event: StageEvent) -> Vec<ProviderEvent> {
+        match event {
+            StageEvent::Evaluated { work, rows, busy_us } => {
+                let Some(done) = self.at_work.remove(&work) else { return Vec::new() };
+                self.evaluated(done, rows, busy_us)
+            }
+            StageEvent::Refused { work, error } => {
+                let Some(AtWork { hop, header, jobs, .. }) = self.at_work.remove(&work) else { return Vec::new() };
+                let why = match &error {
+                    StageError::Gap { sequence, held, .. } => {
+                        self.held.insert(*sequence, *held);
+                        Lost::Gap(sequence.number, *held)
+                    }
+                    StageError::BadWork { .. } | StageError::BadRows(_) | StageError::OverContext { .. } => {
+                        Lost::Sender
+                    }
+                    StageError::Full { .. }
+                    | StageError::Busy { .. }
+                    | StageError::BadResult(_)
+                    | StageError::Backend { .. } => Lost::Worker,
+                };
+                self.refuse(hop, &header, why, &error.to_string());
+                self.put_down(&jobs);
+                jobs.into_iter().flat_map(|job| self.settled(job)).collect()
+            }
+            StageEvent::Down { reason } => {
+                self.at_work.clear();
+                self.held.clear();
+                self.jobs.values_mut().for_each(|job| job.at_work = 0);
+                vec![self.engine(EngineEvent::Down { reason })]
+            }
+            StageEvent::Up => vec![self.engine(EngineEvent::Up)],
+        }
+    }
+
+    fn evaluated(&mut self, done: AtWork, rows: HiddenRows, busy_us: u64) -> Vec<ProviderEvent> {
+        let AtWork { hop, header, jobs, kinds } = done;
+        let total = header.rows().max(1);
+        let row_bytes = if rows.count == 0 { 0 } else { rows.bytes.len() / rows.count as usize };
+        let mut at = 0;
+        let mut reports = Vec::new();
+        for ((piece, id), kind) in header.pieces.iter().zip(&jobs).zip(kinds) {
+            let Some(job) = self.jobs.get_mut(id) else { continue };
+            let bytes = piece.rows as usize * row_bytes;
+            if let Some(out) = rows.bytes.get(at..at + bytes).filter(|out| !out.is_empty()) {
+                job.output.push(out);
+                job.bytes_out = job.bytes_out.saturating_add(out.len() as u64);
+            }
+            at += bytes;
+            job.at_work = job.at_work.saturating_sub(1);
+            job.busy_us = job.busy_us.saturating_add(busy_us.saturating_mul(piece.rows.into()) / total);
+            let layers = job.order.layers.map_or(0, |range| range.layers());
+            if let Some(usage) = job.done.plus(kind, piece.rows.into(), layers) {
+                job.done = usage;
+            }
+            let done = PartDone {
+                usage: job.done,
+                input: job.input.value(),
+                output: job.output.value(),
+                bytes_in: job.bytes_in,
+                bytes_out: job.bytes_out,
+                busy_ms: job.busy_us / 1_000,
+            };
+            reports.push(ProviderEvent::Worked { engine: self.parts.engine, job: *id, done });
+        }
+        // Rows first: whoever waits for them is not kept waiting for the books.
+        self.send_on(hop, &header, &jobs, rows.bytes);
+        let over: Vec<ProviderEvent> = jobs.into_iter().flat_map(|job| self.settled(job)).collect();
+        reports.extend(over);
+        reports
+    }
+
+    fn send_on(&mut self, hop: HopId, header: &RowsHeader, jobs: &[JobId], rows: Vec<u8>) {
+        let to = jobs.first().and_then(|id| self.jobs.get(id)).and_then(|job| Some((job.order.lead, job.next?)));
+        let Some(out) = to.and_then(|to| self.out.get(&to)) else {
+            return self.refuse(hop, header, Lost::Worker, "the next node is not connected");
+        };
+        let ends_after = header.ends_after.map(|left| left.saturating_sub(1));
+        let header = RowsHeader { ends_after, ..header.clone() };
+        self.sent_on.push_back((header.work, hop));
+        if self.sent_on.len() > MAX_SENT_ON {
+            self.sent_on.pop_front();
+        }
+        out.send(HopFrame::Rows(header, rows));
+    }
+
+    /// Ends a job that is to be settled, once nothing of it is at work.
+    fn settled(&mut self, id: JobId) -> Vec<ProviderEvent> {
+        match self.jobs.get(&id) {
+            Some(job) if job.settling && job.at_work == 0 => self.end(id, FinishReason::Stop),
+            Some(_) | None => Vec::new(),
+        }
+    }
+
+    fn end(&mut self, id: JobId, reason: FinishReason) -> Vec<ProviderEvent> {
+        let Some(job) = self.jobs.remove(&id) else { return Vec::new() };
+        self.parts.switchboard.forget(job.session, job.request);
+        for hop in self.hops.values_mut() {
+            hop.slots.retain(|_, held| *held != id);
+        }
+        let evaluated = u32::try_from(job.begun).unwrap_or(u32::MAX);
+        vec![self.engine(EngineEvent::Finished { job: id, reason, evaluated })]
+    }
+}
+
+pub(crate) fn wire(wire: WireType) -> EngineWire {
+    match wire {
+        WireType::F32 => EngineWire::F32,
+        WireType::Bf16 => EngineWire::Bf16,
+        WireType::Q8_0 => EngineWire::Q8_0,
+    }
+}

@@ -1,0 +1,293 @@
+//! Selling layers, and selling a model whose middle layers are bought: what starts each, and how it is listed.
+
+use super::{
+    consumer::Message as ConsumerMessage,
+    engines::{Identity, profile, speed_of, worker_program},
+    hops::Switchboard,
+    market::Market,
+    ring::{PaidRing, Planned, RingParts},
+};
+use crate::config::{self, LeadForSale, StageForSale};
+use crate::failure::HintExt;
+use anyhow::Context;
+use bytes::Bytes;
+use ed25519_dalek::SigningKey;
+use satgrid_engine::{
+    gguf::Gguf,
+    part::PartFile,
+    port::{Engine, Profile},
+    stage::port::Stage,
+};
+use satgrid_engine_llama::{
+    EngineSettings, LeadConfig, LeadSettings, LlamaLead, LlamaStage, Offload, StageConfig, StageSettings,
+    default_threads,
+};
+use satgrid_ledger::statements::WireType;
+use satgrid_market::layers::{self, LayerDemand};
+use satgrid_node::provider::EngineId;
+use satgrid_protocol_quic::QuicEndpoint;
+use satgrid_types::{
+    Bindings, BuildId, EngineProfile, LayerRange, Listing, ModelRoot, Msat, MsatPerMtok, NodeKey, Part, RateCard,
+    TokenizerHash, lightning_binding_message, node_key, sign_node_binding,
+};
+use std::{
+    collections::BTreeSet,
+    fs::File,
+    io::BufReader,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tokio::sync::mpsc;
+
+/// How long a lead waits for workers to list the layers that it lacks, before it says what is missing; it goes on waiting.
+const PATIENCE: Duration = Duration::from_secs(30);
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// Layers that are for sale, with their running engine.
+pub(crate) struct LayersForSale {
+    pub id: EngineId,
+    pub stage: Arc<LlamaStage>,
+    pub name: String,
+    pub rates: RateCard,
+}
+
+/// A model that this node leads.
+pub(crate) struct LedForSale {
+    pub id: EngineId,
+    pub engine: Arc<LlamaLead>,
+    pub ring: Arc<PaidRing>,
+    pub name: String,
+    pub rates: RateCard,
+    pub tokenizer: Bytes,
+    pub memory_bytes: u64,
+}
+
+fn profile_of(profile: config::Profile) -> Profile {
+    match profile {
+        config::Profile::Exact => Profile::Exact,
+        config::Profile::Fast => Profile::Fast,
+    }
+}
+
+/// Starts the engine of one part.
+pub(crate) async fn start_stage(stage: &StageForSale, id: EngineId) -> anyhow::Result<LayersForSale> {
+    let settings = StageSettings {
+        part: stage.path.clone(),
+        profile: profile_of(stage.profile),
+        threads: stage.threads.unwrap_or_else(default_threads),
+        sequences: stage.slots,
+        context: stage.context.unwrap_or(0),
+    };
+    let name = stage.alias.clone().unwrap_or_else(|| "layers".to_owned());
+    let engine = LlamaStage::spawn(StageConfig { program: worker_program()?, settings }, |_| {}).await?;
+    let facts = engine.facts();
+    tracing::info!(model = %name, root = %hex::encode(&facts.model_root[..8]), layers = %facts.layers, "layers are up");
+    let rates = RateCard {
+        position_layer: Some(MsatPerMtok(stage.price_msat_per_million_position_layers)),
+        per_request: Msat(stage.per_request_msat),
+        ..RateCard::default()
+    };
+    Ok(LayersForSale { id, stage: engine, name, rates })
+}
+
+/// The listing of some layers.
+pub(crate) fn stage_listing(layers: &LayersForSale, by: &Identity<'_>) -> Listing {
+    let facts = layers.stage.facts();
+    let profile = match facts.profile {
+        Profile::Exact => EngineProfile::Exact,
+        Profile::Fast => EngineProfile::Fast,
+    };
+    signed(
+        Listing {
+            version: Listing::VERSION,
+            model: facts.name.clone().unwrap_or_else(|| layers.name.clone()),
+            model_root: ModelRoot(facts.model_root),
+            // Layers have no vocabulary.
+            tokenizer: TokenizerHash([0; 32]),
+            quantisation: "part".into(),
+            part: Part::Layers(facts.layers),
+            rates: layers.rates,
+            context_length: facts.context,
+            slots: facts.sequences,
+            speed: speed_of(facts.speed.as_ref()),
+            memory_bytes: facts.tensor_bytes,
+            profiles: vec![profile],
+            build: BuildId(facts.build_id),
+            instruction_set: facts.instruction_set.clone(),
+            addresses: by.addresses.clone(),
+            region: by.region.clone(),
+            node_key: node_key(by.node),
+            lightning_node: by.wallet.node_id(),
+            expires_at: 0,
+            lightning_address: by.lightning_address.clone(),
+            lightning_unproven: false,
+            bindings: Bindings::default(),
+        },
+        by,
+    )
+}
+
+fn signed(mut listing: Listing, by: &Identity<'_>) -> Listing {
+    // A wallet that signs no messages gives an empty one.
+    let lightning = by.wallet.sign_message(lightning_binding_message(&listing.node_key).as_bytes());
+    let lightning = (!lightning.is_empty()).then_some(lightning);
+    listing.lightning_unproven = lightning.is_none();
+    let node = sign_node_binding(by.node, &by.nostr, &listing.d());
+    listing.bindings = Bindings { node: Some(node), lightning };
+    listing
+}
+
+/// The listing of a model that this node leads: to its customers it is a whole one.
+pub(crate) fn led_listing(led: &LedForSale, by: &Identity<'_>) -> Listing {
+    let facts = led.engine.facts();
+    signed(
+        Listing {
+            version: Listing::VERSION,
+            model: led.name.clone(),
+            model_root: ModelRoot(facts.model_root),
+            tokenizer: TokenizerHash(facts.tokenizer_hash),
+            quantisation: facts.model.quantisation.clone(),
+            part: Part::Whole,
+            rates: led.rates,
+            context_length: facts.context,
+            slots: facts.slots,
+            speed: speed_of(facts.speed.as_ref()),
+            memory_bytes: led.memory_bytes,
+            profiles: vec![profile(&facts)],
+            build: BuildId(facts.build_id),
+            instruction_set: facts.instruction_set.clone(),
+            addresses: by.addresses.clone(),
+            region: by.region.clone(),
+            node_key: node_key(by.node),
+            lightning_node: by.wallet.node_id(),
+            expires_at: 0,
+            lightning_address: by.lightning_address.clone(),
+            lightning_unproven: false,
+            bindings: Bindings::default(),
+        },
+        by,
+    )
+}
+
+/// What a lead is started with, beside its configuration.
+pub(crate) struct LeadParts<'a> {
+    pub market: &'a Market,
+    pub key: Arc<SigningKey>,
+    pub addresses: Vec<String>,
+    pub endpoint: QuicEndpoint,
+    pub switchboard: Switchboard,
+    pub consumer: mpsc::Sender<ConsumerMessage>,
+}
+
+fn read_part(path: &Path) -> anyhow::Result<(Gguf, PartFile)> {
+    let open = || -> anyhow::Result<(Gguf, PartFile)> {
+        let gguf = Gguf::read(&mut BufReader::new(File::open(path)?))?;
+        let part = PartFile::read(&gguf)?;
+        Ok((gguf, part))
+    };
+    open().with_context(|| format!("{} is no part of a model", path.display())).hint("satgrid models split MODEL A-B")
+}
+
+/// Plans the ring over the listings that are live, then starts the two ends. Waits until every layer is sold by somebody.
+pub(crate) async fn start_lead(lead: &LeadForSale, id: EngineId, with: LeadParts<'_>) -> anyhow::Result<LedForSale> {
+    let ((head_file, head), (tail_file, tail)) = (read_part(&lead.head)?, read_part(&lead.tail)?);
+    let name = lead.alias.clone();
+    if head.root != tail.root || !tail.is_tail() {
+        anyhow::bail!("the head and the tail are not the two ends of one model");
+    }
+    let range = LayerRange::new(head.range.end(), tail.range.start())
+        .context("the head and the tail leave no layers for anybody else: sell the whole model")?;
+    let wire = match lead.wire {
+        config::Wire::F32 => WireType::F32,
+        config::Wire::Bf16 => WireType::Bf16,
+        config::Wire::Q8 => WireType::Q8_0,
+    };
+    let ours = node_key(&with.key);
+    let demand = LayerDemand {
+        root: ModelRoot(head.root),
+        range,
+        not: BTreeSet::from([ours]),
+        build: None,
+        max_rate: lead.max_price_msat_per_million_position_layers.map(MsatPerMtok),
+    };
+    let plan = wait_for_plan(with.market, &demand, &name).await;
+    let row = u32::try_from(tail_file.arch_uint("embedding_length").unwrap_or_default())?;
+    let picture: Vec<String> = plan
+        .iter()
+        .map(|stage| {
+            format!(
+                "{} at {} for {:?}",
+                stage.range,
+                stage.listing.node_key.short(),
+                stage.listing.rates.position_layer
+            )
+        })
+        .collect();
+    tracing::info!(model = %name, ?picture, "the ring is planned");
+    let market = with.market.clone();
+    let again = demand.clone();
+    let replace = move |lost: &Planned, avoid: &BTreeSet<NodeKey>| {
+        let demand = LayerDemand {
+            range: lost.range,
+            not: again.not.union(avoid).copied().collect(),
+            build: Some((lost.listing.build, lost.listing.instruction_set.clone())),
+            ..again.clone()
+        };
+        let found = market.plan_layers(&demand).ok()?;
+        // The ring's tiling stands: one worker for the very range.
+        match found.as_slice() {
+            [only] if only.range == lost.range => Some(only.listing.clone()),
+            _ => None,
+        }
+    };
+    let memory_bytes = [&head_file, &tail_file].iter().flat_map(|file| &file.tensors).map(|tensor| tensor.bytes).sum();
+    let ring = PaidRing::start(RingParts {
+        plan: plan.into_iter().map(|stage| Planned { range: stage.range, listing: stage.listing }).collect(),
+        model_layers: tail.range.end(),
+        own: vec![head.range, tail.range],
+        wire,
+        n_embd: row,
+        key: with.key,
+        addresses: with.addresses,
+        endpoint: with.endpoint,
+        switchboard: with.switchboard,
+        consumer: with.consumer,
+        replace: Box::new(replace),
+    });
+    let tokenizer = satgrid_engine::tokenizer_artefact::TokenizerArtefact::from_gguf(&tail.whole)?;
+    let tail = EngineSettings {
+        model: lead.tail.clone(),
+        profile: profile_of(lead.profile),
+        threads: lead.threads.unwrap_or_else(default_threads),
+        slots: lead.slots,
+        context: lead.context.unwrap_or(0),
+        offload: Offload::default(),
+    };
+    let facts = satgrid_engine::stage::ring::Ring::facts(ring.as_ref());
+    let settings = LeadSettings { head: lead.head.clone(), tail, ring: facts };
+    let engine = LlamaLead::spawn(LeadConfig { program: worker_program()?, settings }, ring.clone(), |_| {}).await?;
+    let rates = RateCard {
+        input: MsatPerMtok(lead.price_in_msat_per_mtok),
+        cached_input: MsatPerMtok(lead.price_in_msat_per_mtok),
+        output: MsatPerMtok(lead.price_out_msat_per_mtok),
+        ..RateCard::default()
+    };
+    Ok(LedForSale { id, engine, ring, name, rates, tokenizer: Bytes::from(tokenizer.bytes), memory_bytes })
+}
+
+async fn wait_for_plan(market: &Market, demand: &LayerDemand, name: &str) -> Vec<layers::Planned> {
+    let began = Instant::now();
+    let mut told = false;
+    loop {
+        match market.plan_layers(demand) {
+            Ok(plan) => return plan,
+            Err(why) if !told && began.elapsed() >= PATIENCE => {
+                told = true;
+                tracing::warn!(model = %name, %why, "no ring yet: waiting for workers");
+            }
+            Err(_) => {}
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}

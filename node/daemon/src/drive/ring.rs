@@ -1,0 +1,694 @@
+//! The ring of an engine that leads: buys the middle layers of other nodes, sends rows around, and rolls their receipts up.
+//!
+//! For each request of the lead's customer (a *job*) one order goes to each worker, in a session like any other. Rows go to
+//! the first worker and come back from the last; the lead counts what it sent and what came back, and the consumer role
+//! signs what the workers claim up to that.
+//!
+//! | state of a job | awaits | leaves with |
+//! |---|---|---|
+//! | ordering | every worker took its order, and the ticket for the lead's own hop | ready |
+//! | ready | works and their rows | over; or ordering again, where a worker was lost and another is there |
+//! | over | rows that are still under way, then the workers' receipts (`SETTLE`) | settled: split and stage root |
+
+use super::{
+    consumer::Message as ConsumerMessage,
+    desk::wire,
+    hops::{HopEvent, HopId, Outgoing, Switchboard},
+    now,
+};
+use async_trait::async_trait;
+use ed25519_dalek::SigningKey;
+use satgrid_engine::{
+    port::{EngineDown, JobId},
+    stage::{
+        codec::HiddenRows,
+        port::{Purpose, WorkId},
+        ring::{Held, Ring, RingCommand, RingEvent, RingFacts, RingWork},
+    },
+};
+use satgrid_ledger::statements::{Leg, PartOrder, RowsHash, Split, WireType, stage_root};
+use satgrid_node::consumer::{CallId, ConsumerEvent, Emission, Submit};
+use satgrid_protocol::{
+    frame::Resend,
+    hop::{Expected, HopFrame, Lost, RowsHeader, RowsPiece, Shown, TicketFrame, take_ticket},
+};
+use satgrid_protocol_quic::QuicEndpoint;
+use satgrid_types::{
+    Digest, LayerRange, NodeKey, PartUsage, RequestId, Sampling, SessionId, VerifiedListing, WorkKind, node_key,
+};
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::sync::{Mutex, mpsc, oneshot};
+
+/// How long workers may take to give their receipts once a request is over.
+const SETTLE: Duration = Duration::from_secs(4);
+/// Most rows in one work; longer prompts go around in pieces.
+const BATCH: u32 = 256;
+/// Calls of rings are numbered from here on, away from those of the gateway.
+const FIRST_CALL: u64 = 1 << 62;
+/// Times that one job may lose a worker.
+const MAX_LOSSES: u32 = 4;
+
+/// How an answer was put together: for the receipt of the customer's request.
+pub(crate) type Settled = (Split, Digest);
+
+/// One middle stage of the plan.
+#[derive(Clone)]
+pub(crate) struct Planned {
+    pub range: LayerRange,
+    pub listing: Arc<VerifiedListing>,
+}
+
+/// What a ring is started with.
+pub(crate) struct RingParts {
+    pub plan: Vec<Planned>,
+    pub model_layers: u32,
+    pub own: Vec<LayerRange>,
+    pub wire: WireType,
+    pub n_embd: u32,
+    pub key: Arc<SigningKey>,
+    pub addresses: Vec<String>,
+    pub endpoint: QuicEndpoint,
+    pub switchboard: Switchboard,
+    pub consumer: mpsc::Sender<ConsumerMessage>,
+    /// Another worker for the same layers, not one of these.
+    pub replace: Box<dyn Fn(&Planned, &BTreeSet<NodeKey>) -> Option<Arc<VerifiedListing>> + Send + Sync>,
+}
+
+enum Said {
+    Command(RingCommand),
+    /// The job works for this request of this node's customer.
+    Begin(JobId, RequestId),
+    Settle(JobId, oneshot::Sender<Option<Settled>>),
+    Emission(JobId, CallId, Emission),
+    Late(JobId),
+    Jobs(oneshot::Sender<Vec<JobId>>),
+}
+
+/// The ring's handle: the port of the engine, and the ear of the provider's driver.
+pub(crate) struct PaidRing {
+    facts: RingFacts,
+    said: mpsc::UnboundedSender<Said>,
+    events: Mutex<mpsc::UnboundedReceiver<RingEvent>>,
+}
+
+impl PaidRing {
+    pub(crate) fn start(parts: RingParts) -> Arc<PaidRing> {
+        let listings = || parts.plan.iter().map(|stage| &stage.listing);
+        let row_bytes = wire(parts.wire).row_bytes(parts.n_embd).unwrap_or(usize::MAX);
+        let frame = satgrid_protocol::hop::MAX_ROWS_BYTES / row_bytes.max(1);
+        let facts = RingFacts {
+            stages: parts.plan.iter().map(|stage| stage.range).collect(),
+            sequences: listings().map(|l| l.slots).min().unwrap_or(u32::MAX),
+            context: listings().map(|l| l.context_length).min().unwrap_or(u32::MAX),
+            batch: BATCH.min(u32::try_from(frame).unwrap_or(u32::MAX)).max(1),
+            wire: wire(parts.wire),
+        };
+        let (said, inbox) = mpsc::unbounded_channel();
+        let (events, event_inbox) = mpsc::unbounded_channel();
+        let (ear, hops) = mpsc::channel(1_024);
+        let ours = node_key(&parts.key);
+        let running = Running {
+            parts,
+            ours,
+            said: said.clone(),
+            ear,
+            events,
+            jobs: BTreeMap::new(),
+            works: BTreeMap::new(),
+            held_back: VecDeque::new(),
+            first: None,
+            back: BTreeMap::new(),
+            avoided: BTreeSet::new(),
+            sequences: BTreeMap::new(),
+            next_call: FIRST_CALL,
+            shown: BTreeMap::new(),
+        };
+        tokio::spawn(running.run(inbox, hops));
+        Arc::new(PaidRing { facts, said, events: Mutex::new(event_inbox) })
+    }
+
+    /// Orders the job's layers, before its first rows are there.
+    pub(crate) fn begin(&self, job: JobId, request: RequestId) {
+        let _ = self.said.send(Said::Begin(job, request));
+    }
+
+    /// Jobs that are not settled.
+    pub(crate) async fn jobs(&self) -> Vec<JobId> {
+        let (answer, jobs) = oneshot::channel();
+        if self.said.send(Said::Jobs(answer)).is_err() {
+            return Vec::new();
+        }
+        jobs.await.unwrap_or_default()
+    }
+
+    /// How the job was put together, once its workers have given their receipts. `None` where it never began.
+    pub(crate) async fn settled(&self, job: JobId) -> Option<Settled> {
+        let (answer, settled) = oneshot::channel();
+        self.said.send(Said::Settle(job, answer)).ok()?;
+        settled.await.ok().flatten()
+    }
+}
+
+#[async_trait]
+impl Ring for PaidRing {
+    fn facts(&self) -> RingFacts {
+        self.facts.clone()
+    }
+    fn send(&self, command: RingCommand) -> Result<(), EngineDown> {
+        self.said.send(Said::Command(command)).map_err(|_| EngineDown)
+    }
+    async fn next_event(&self) -> Option<RingEvent> {
+        self.events.lock().await.recv().await
+    }
+}
+
+/// One worker's part in a job.
+struct Worker {
+    call: CallId,
+    ordered: Option<(SessionId, NodeKey, RequestId)>,
+    /// Its layers computed so much for this job.
+    sent: PartUsage,
+    returned: PartUsage,
+    /// Its call has ended.
+    over: bool,
+}
+
+struct Job {
+    request: RequestId,
+    workers: Vec<Worker>,
+    /// The first worker has (or will be shown) the ticket for the lead's hop.
+    ready: bool,
+    sent: RowsHash,
+    received: RowsHash,
+    positions: u64,
+    legs: Vec<Leg>,
+    over: bool,
+    losses: u32,
+    /// The worker that was lost, until its replacement is ready.
+    lost: Option<usize>,
+    answer: Option<oneshot::Sender<Option<Settled>>>,
+}
+
+struct Running {
+    parts: RingParts,
+    ours: NodeKey,
+    said: mpsc::UnboundedSender<Said>,
+    ear: mpsc::Sender<HopEvent>,
+    events: mpsc::UnboundedSender<RingEvent>,
+    jobs: BTreeMap<JobId, Job>,
+    /// Works that were sent around and not answered.
+    works: BTreeMap<u64, RingWork>,
+    /// Works that wait for their jobs' orders.
+    held_back: VecDeque<RingWork>,
+    /// The hop to the first worker.
+    first: Option<(NodeKey, Outgoing)>,
+    /// Slots that the last worker may use, by the stream it opened.
+    back: BTreeMap<HopId, (NodeKey, BTreeSet<u64>)>,
+    avoided: BTreeSet<NodeKey>,
+    /// How far each sequence of the engine goes: what a new worker has to be told again.
+    sequences: BTreeMap<u32, u32>,
+    next_call: u64,
+    shown: BTreeMap<SessionId, Shown>,
+}
+
+impl Running {
+    async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Said>, mut hops: mpsc::Receiver<HopEvent>) {
+        loop {
+            let orders = tokio::select! {
+                said = inbox.recv() => match said {
+                    Some(said) => self.said(said),
+                    None => return,
+                },
+                Some(event) = hops.recv() => self.hop(event),
+            };
+            for order in orders {
+                if self.parts.consumer.send(order).await.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+
+    fn said(&mut self, said: Said) -> Vec<ConsumerMessage> {
+        match said {
+            Said::Command(RingCommand::Work(work)) => {
+                self.held_back.push_back(work);
+                self.flush()
+            }
+            Said::Command(RingCommand::Forget { sequence }) => {
+                self.sequences.remove(&sequence);
+                Vec::new()
+            }
+            Said::Command(RingCommand::Reset) => {
+                self.works.clear();
+                self.held_back.clear();
+                self.sequences.clear();
+                Vec::new()
+            }
+            Said::Command(RingCommand::JobOver { job }) => {
+                self.held_back.retain(|work| work.pieces.iter().any(|piece| piece.job != job));
+                if let Some(held) = self.jobs.get_mut(&job) {
+                    held.over = true;
+                }
+                self.wind_up(job)
+            }
+            Said::Begin(job, request) => self.begin(job, request),
+            Said::Settle(job, answer) => match self.jobs.get_mut(&job) {
+                Some(held) => {
+                    held.answer = Some(answer);
+                    held.over = true;
+                    let said = self.said.clone();
+                    tokio::spawn(async move {
+                        tokio::time::sleep(SETTLE).await;
+                        let _ = said.send(Said::Late(job));
+                    });
+                    let orders = self.wind_up(job);
+                    self.finish(job);
+                    orders
+                }
+                None => {
+                    let _ = answer.send(None);
+                    Vec::new()
+                }
+            },
+            Said::Emission(job, call, emission) => self.emission(job, call, emission),
+            Said::Jobs(answer) => {
+                let _ = answer.send(self.jobs.keys().copied().collect());
+                Vec::new()
+            }
+            Said::Late(job) => {
+                // Who has not given a receipt by now is left with its last acknowledgement.
+                self.works.retain(|_, work| work.pieces.iter().all(|piece| piece.job != job));
+                let Some(held) = self.jobs.get(&job) else { return Vec::new() };
+                let late = held.workers.iter().filter(|worker| !worker.over).map(|worker| worker.call);
+                let orders = late.map(|call| ConsumerMessage::Event(ConsumerEvent::Cancel { call })).collect();
+                self.finish_with(job, true);
+                orders
+            }
+        }
+    }
+
+    fn order_of(&self, request: RequestId, stage: &Planned) -> PartOrder {
+        let max_positions = u64::from(stage.listing.context_length).saturating_mul(4);
+        PartOrder { layers: Some(stage.range), lead: self.ours, request, wire: self.parts.wire, max_positions }
+    }
+
+    fn call(&mut self, job: JobId, request: RequestId, stage: &Planned) -> (Worker, ConsumerMessage) {
+        let call = CallId(self.next_call);
+        self.next_call += 1;
+        let submit = Submit {
+            call,
+            candidates: vec![VerifiedListing::clone(&stage.listing)],
+            prompt: Vec::new(),
+            sampling: Sampling::default(),
+            stop: Vec::new(),
+            max_output: 0,
+            ends: BTreeSet::new(),
+            allow_fallbacks: false,
+            part: Some(self.order_of(request, stage)),
+        };
+        let (emissions, mut inbox) = mpsc::unbounded_channel();
+        let said = self.said.clone();
+        tokio::spawn(async move {
+            while let Some(emission) = inbox.recv().await {
+                if said.send(Said::Emission(job, call, emission)).is_err() {
+                    return;
+                }
+            }
+        });
+        let (sent, returned) = (PartUsage::default(), PartUsage::default());
+        let worker = Worker { call, ordered: None, sent, returned, over: false };
+        (worker, ConsumerMessage::Call(Box::new(submit), emissions))
+    }
+
+    fn begin(&mut self, job: JobId, request: RequestId) -> Vec<ConsumerMessage> {
+        let plan = self.parts.plan.clone();
+        let (workers, orders): (Vec<Worker>, Vec<ConsumerMessage>) =
+            plan.iter().map(|stage| self.call(job, request, stage)).unzip();
+        let fresh = Job {
+            request,
+            workers,
+            ready: false,
+            sent: RowsHash::default(),
+            received: RowsHash::default(),
+            positions: 0,
+            legs: Vec::new(),
+            over: false,
+            losses: 0,
+            lost: None,
+            answer: None,
+        };
+        self.jobs.insert(job, fresh);
+        orders
+    }
+
+    fn emission(&mut self, job: JobId, call: CallId, emission: Emission) -> Vec<ConsumerMessage> {
+        let Some(held) = self.jobs.get_mut(&job) else { return Vec::new() };
+        let Some(at) = held.workers.iter().position(|worker| worker.call == call) else { return Vec::new() };
+        match emission {
+            Emission::Ordered { session, key, request } => {
+                held.workers[at].ordered = Some((session, key, request));
+                if held.workers.iter().all(|worker| worker.ordered.is_some()) { self.routes(job) } else { Vec::new() }
+            }
+            Emission::Ticket { ticket } => {
+                let first = &self.parts.plan[0].listing;
+                let to = first.node_key;
+                let out = match self.first.take().filter(|(node, _)| *node == to) {
+                    Some((_, out)) => out,
+                    None => Outgoing::start(
+                        self.parts.endpoint.clone(),
+                        self.parts.key.clone(),
+                        to,
+                        &first.addresses,
+                        self.ear.clone(),
+                    ),
+                };
+                out.send(HopFrame::Ticket(TicketFrame { slot: job.0, ticket }));
+                self.first = Some((to, out));
+                held.ready = true;
+                self.replayed(job);
+                self.flush()
+            }
+            Emission::Finished { bill, .. } | Emission::Failed { bill, .. } => {
+                held.workers[at].over = true;
+                held.legs.extend(bill.legs.iter().filter_map(|leg| leg.part));
+                if held.over {
+                    self.finish(job);
+                    return Vec::new();
+                }
+                self.lost(job, at)
+            }
+            Emission::Started { .. } | Emission::Tokens { .. } => Vec::new(),
+        }
+    }
+
+    /// Every worker has its order: each learns where its rows go.
+    fn routes(&mut self, job: JobId) -> Vec<ConsumerMessage> {
+        let Some(held) = self.jobs.get(&job) else { return Vec::new() };
+        let mut orders = Vec::new();
+        for (at, worker) in held.workers.iter().enumerate() {
+            let next = held.workers.get(at + 1).zip(self.parts.plan.get(at + 1));
+            let (downstream, next, addresses) = match next {
+                Some((next, stage)) => (Some(next.call), stage.listing.node_key, stage.listing.addresses.clone()),
+                None => (None, self.ours, self.parts.addresses.clone()),
+            };
+            let (slot, resend) = (job.0, Vec::<Resend>::new());
+            let route = ConsumerEvent::Route { call: worker.call, slot, downstream, next, addresses, resend };
+            orders.push(ConsumerMessage::Event(route));
+        }
+        if let Some((session, _, request)) = held.workers.last().and_then(|worker| worker.ordered) {
+            self.parts.switchboard.expect(session, request, self.ear.clone());
+        }
+        if let Some(first) = held.workers.first() {
+            orders.push(ConsumerMessage::Event(ConsumerEvent::WantTicket { call: first.call }));
+        }
+        orders
+    }
+
+    /// Sends what waits, in order, as far as its jobs are ready.
+    fn flush(&mut self) -> Vec<ConsumerMessage> {
+        let mut orders = Vec::new();
+        while let Some(work) = self.held_back.front() {
+            let ready =
+                |piece: &satgrid_engine::stage::ring::RingPiece| self.jobs.get(&piece.job).is_none_or(|job| job.ready);
+            if !work.pieces.iter().all(ready) {
+                break;
+            }
+            let Some(work) = self.held_back.pop_front() else { break };
+            orders.extend(self.send_around(work));
+        }
+        orders
+    }
+
+    fn send_around(&mut self, work: RingWork) -> Vec<ConsumerMessage> {
+        let mut pieces = Vec::with_capacity(work.pieces.len());
+        let row_bytes = work.rows.bytes.len() / work.rows.count.max(1) as usize;
+        let mut at = 0;
+        let mut touched = BTreeSet::new();
+        for piece in &work.pieces {
+            let kind = kind_of(piece.purpose);
+            let bytes = piece.rows as usize * row_bytes;
+            let upto = self.sequences.entry(piece.sequence).or_default();
+            *upto = piece.start.saturating_add(piece.rows);
+            if let Some(job) = self.jobs.get_mut(&piece.job) {
+                job.sent.push(work.rows.bytes.get(at..at + bytes).unwrap_or_default());
+                for (index, (worker, stage)) in job.workers.iter_mut().zip(&self.parts.plan).enumerate() {
+                    let reached = work.ends_at.is_none_or(|last| index <= last as usize);
+                    // A worker may book as replay what was under way when another was lost: either is ordered.
+                    let layers = stage.range.layers();
+                    for kind in [Some(kind), work.again.then_some(WorkKind::Replay)].into_iter().flatten() {
+                        if reached && let Some(sent) = worker.sent.plus(kind, piece.rows.into(), layers) {
+                            worker.sent = sent;
+                        }
+                    }
+                }
+                touched.insert(piece.job);
+            }
+            at += bytes;
+            let (slot, sequence) = (piece.job.0, piece.sequence);
+            pieces.push(RowsPiece { slot, sequence, start: piece.start, rows: piece.rows, kind });
+        }
+        let header =
+            RowsHeader { work: work.id.0, pieces, wire: self.parts.wire, ends_after: work.ends_at, again: work.again };
+        let rows = work.rows.bytes.clone();
+        self.works.insert(work.id.0, work);
+        if let Some((_, out)) = &self.first {
+            out.send(HopFrame::Rows(header, rows));
+        }
+        touched.into_iter().flat_map(|job| self.tell(job)).collect()
+    }
+
+    /// Tells the consumer role what was ordered and what came back.
+    fn tell(&self, job: JobId) -> Vec<ConsumerMessage> {
+        let Some(held) = self.jobs.get(&job) else { return Vec::new() };
+        let tell = |worker: &Worker| {
+            let Worker { call, sent, returned, .. } = *worker;
+            ConsumerMessage::Event(ConsumerEvent::Ordered { call, sent, returned })
+        };
+        held.workers.iter().filter(|worker| !worker.over).map(tell).collect()
+    }
+
+    fn hop(&mut self, event: HopEvent) -> Vec<ConsumerMessage> {
+        match event {
+            HopEvent::Begun { hop, upstream, .. } => {
+                self.back.insert(hop, (upstream, BTreeSet::new()));
+                Vec::new()
+            }
+            HopEvent::Frame { hop, frame: HopFrame::Ticket(frame) } => {
+                self.ticket_back(hop, &frame);
+                Vec::new()
+            }
+            HopEvent::Frame { hop, frame: HopFrame::Rows(header, rows) } => self.came_back(hop, &header, rows),
+            HopEvent::Frame { frame: HopFrame::Lost(_), .. } => Vec::new(),
+            HopEvent::Ended { hop } => {
+                self.back.remove(&hop);
+                Vec::new()
+            }
+            HopEvent::Back { frame: HopFrame::Lost(lost) } => {
+                tracing::info!(worker = %lost.worker.short(), why = %lost.text, "a worker refused rows");
+                let Some(work) = self.works.remove(&lost.work) else { return Vec::new() };
+                match lost.why {
+                    Lost::Gap(sequence, held) => {
+                        let stage = self.stage_of(&lost.worker);
+                        let held = vec![Held { sequence, upto: held }];
+                        let _ = self.events.send(RingEvent::NeedsReplay { stage, held });
+                    }
+                    Lost::Sender | Lost::Worker => {
+                        self.held_back.clear();
+                        self.works.clear();
+                        let reason = format!("worker {}: {}", lost.worker.short(), lost.text);
+                        let _ = self.events.send(RingEvent::Failed { reason });
+                    }
+                }
+                work.pieces.iter().flat_map(|piece| self.wind_up(piece.job)).collect()
+            }
+            HopEvent::Back { .. } => Vec::new(),
+            HopEvent::Lost { to, reason } => {
+                tracing::info!(worker = %to.short(), %reason, "the hop to the first worker is gone");
+                if self.first.as_ref().is_some_and(|(node, _)| *node == to) {
+                    self.first = None;
+                }
+                Vec::new()
+            }
+        }
+    }
+
+    fn stage_of(&self, worker: &NodeKey) -> u32 {
+        let at = self.parts.plan.iter().position(|stage| stage.listing.node_key == *worker);
+        u32::try_from(at.unwrap_or(0)).unwrap_or(0)
+    }
+
+    /// The last worker shows the ticket that this node signed for the way back.
+    fn ticket_back(&mut self, hop: HopId, frame: &TicketFrame) {
+        let Some((upstream, slots)) = self.back.get_mut(&hop) else { return };
+        let Some(ordered) = self.jobs.get(&JobId(frame.slot)).and_then(|job| job.workers.last()?.ordered) else {
+            return;
+        };
+        let (session, lead, request) = ordered;
+        let expected = Expected { lead, upstream: *upstream, downstream: self.ours, session, request };
+        match take_ticket(&frame.ticket, &expected, self.shown.entry(session).or_default(), now()) {
+            Ok(_) => {
+                slots.insert(frame.slot);
+            }
+            Err(fault) => tracing::warn!(worker = %upstream.short(), %fault, "a ticket for the way back was refused"),
+        }
+    }
+
+    fn came_back(&mut self, hop: HopId, header: &RowsHeader, bytes: Vec<u8>) -> Vec<ConsumerMessage> {
+        let Some((upstream, slots)) = self.back.get(&hop) else { return Vec::new() };
+        if !header.pieces.iter().all(|piece| slots.contains(&piece.slot)) {
+            tracing::warn!(worker = %upstream.short(), "rows came back without a ticket");
+            return Vec::new();
+        }
+        // An answer to what is void is nobody's.
+        let Some(work) = self.works.remove(&header.work) else { return Vec::new() };
+        let row_bytes = work.rows.bytes.len() / work.rows.count.max(1) as usize;
+        let same = work.pieces.len() == header.pieces.len()
+            && work.pieces.iter().zip(&header.pieces).all(|(sent, back)| {
+                (sent.job.0, sent.sequence, sent.start, sent.rows) == (back.slot, back.sequence, back.start, back.rows)
+            });
+        let shape = bytes.len() == work.rows.bytes.len() || (work.ends_at.is_some() && bytes.is_empty());
+        let count = if bytes.is_empty() { 0 } else { work.rows.count };
+        let rows = HiddenRows { wire: wire(self.parts.wire), count, bytes };
+        if !same || !shape || rows.check(self.parts.n_embd).is_err() {
+            let reason = format!("worker {} sent back what was not asked for", upstream.short());
+            tracing::warn!(%reason, "rows refused");
+            self.works.clear();
+            let _ = self.events.send(RingEvent::Failed { reason });
+            return Vec::new();
+        }
+        let mut at = 0;
+        let mut touched = BTreeSet::new();
+        for piece in &work.pieces {
+            let kind = kind_of(piece.purpose);
+            let bytes = piece.rows as usize * row_bytes;
+            let Some(job) = self.jobs.get_mut(&piece.job) else { continue };
+            job.received.push(rows.bytes.get(at..at + bytes).unwrap_or_default());
+            at += bytes;
+            if kind != WorkKind::Replay {
+                job.positions = job.positions.saturating_add(piece.rows.into());
+            }
+            for (index, worker) in job.workers.iter_mut().enumerate() {
+                let layers = self.parts.plan.get(index).map_or(0, |stage| stage.range.layers());
+                let reached = work.ends_at.is_none_or(|last| index <= last as usize);
+                for kind in [Some(kind), work.again.then_some(WorkKind::Replay)].into_iter().flatten() {
+                    if reached && let Some(returned) = worker.returned.plus(kind, piece.rows.into(), layers) {
+                        worker.returned = returned;
+                    }
+                }
+            }
+            touched.insert(piece.job);
+        }
+        let _ = self.events.send(RingEvent::Done { work: WorkId(header.work), rows });
+        let mut orders: Vec<ConsumerMessage> = touched.iter().flat_map(|job| self.tell(*job)).collect();
+        orders.extend(touched.into_iter().flat_map(|job| self.wind_up(job)));
+        orders
+    }
+
+    /// A job that is over and has nothing under way asks its workers for their receipts.
+    fn wind_up(&mut self, job: JobId) -> Vec<ConsumerMessage> {
+        let under_way = self.works.values().any(|work| work.pieces.iter().any(|piece| piece.job == job));
+        let Some(held) = self.jobs.get(&job).filter(|held| held.over && !under_way) else { return Vec::new() };
+        let open = held.workers.iter().filter(|worker| !worker.over);
+        open.map(|worker| {
+            let call = worker.call;
+            let event = match worker.ordered {
+                Some(_) => ConsumerEvent::PartDone { call },
+                None => ConsumerEvent::Cancel { call },
+            };
+            ConsumerMessage::Event(event)
+        })
+        .collect()
+    }
+
+    fn finish(&mut self, job: JobId) {
+        self.finish_with(job, false);
+    }
+
+    /// Answers how the job was put together, once every worker's call has ended.
+    fn finish_with(&mut self, id: JobId, late: bool) {
+        let all_over = self.jobs.get(&id).is_some_and(|job| job.workers.iter().all(|worker| worker.over));
+        if !all_over && !late {
+            return;
+        }
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let Some(answer) = job.answer.take() else { return };
+        let Some(job) = self.jobs.remove(&id) else { return };
+        if let Some((session, _, request)) = job.workers.last().and_then(|worker| worker.ordered) {
+            self.parts.switchboard.forget(session, request);
+        }
+        for (_, slots) in self.back.values_mut() {
+            slots.remove(&id.0);
+        }
+        let split = Split {
+            layers: self.parts.model_layers,
+            own: self.parts.own.clone(),
+            positions: job.positions,
+            sent: job.sent.value(),
+            received: job.received.value(),
+        };
+        let root = stage_root(&job.legs);
+        let worked = job.legs.iter().any(|leg| leg.id.is_some());
+        let _ = answer.send(worked.then_some((split, root)));
+    }
+
+    /// A worker is gone: another one takes its layers, and the engine sends again what it held.
+    fn lost(&mut self, id: JobId, at: usize) -> Vec<ConsumerMessage> {
+        let stage = self.parts.plan[at].clone();
+        let Some(job) = self.jobs.get_mut(&id) else { return Vec::new() };
+        job.losses += 1;
+        job.lost = Some(job.lost.map_or(at, |before| before.max(at)));
+        let losses = job.losses;
+        job.ready = false;
+        let request = job.request;
+        let gone = stage.listing.node_key;
+        tracing::warn!(worker = %gone.short(), layers = %stage.range, "a worker was lost");
+        self.avoided.insert(gone);
+        // The first job to notice moves the plan; the others follow it.
+        let others: BTreeSet<NodeKey> = self.parts.plan.iter().map(|planned| planned.listing.node_key).collect();
+        let avoided: BTreeSet<NodeKey> = self.avoided.union(&others).copied().collect();
+        let next = match (losses <= MAX_LOSSES).then(|| (self.parts.replace)(&stage, &avoided)).flatten() {
+            Some(next) => next,
+            None => {
+                self.avoided.remove(&gone);
+                self.works.clear();
+                self.held_back.clear();
+                let reason = format!("worker {} was lost, and nobody else sells layers {}", gone.short(), stage.range);
+                let _ = self.events.send(RingEvent::Failed { reason });
+                return Vec::new();
+            }
+        };
+        tracing::info!(worker = %next.node_key.short(), layers = %stage.range, "a replacement was found");
+        self.parts.plan[at].listing = next;
+        let planned = self.parts.plan[at].clone();
+        let (worker, order) = self.call(id, request, &planned);
+        if let Some(job) = self.jobs.get_mut(&id) {
+            job.workers[at] = worker;
+        }
+        vec![order]
+    }
+
+    /// A job is ready (again): where it had lost a worker, the engine is told what is missing.
+    fn replayed(&mut self, id: JobId) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let Some(stage) = job.lost.take() else { return };
+        self.works.clear();
+        self.held_back.clear();
+        let held: Vec<Held> = self.sequences.keys().map(|sequence| Held { sequence: *sequence, upto: 0 }).collect();
+        let stage = u32::try_from(stage).unwrap_or(0);
+        let _ = self.events.send(RingEvent::NeedsReplay { stage, held });
+    }
+}
+
+fn kind_of(purpose: Purpose) -> WorkKind {
+    match purpose {
+        Purpose::Prefill => WorkKind::Prefill,
+        Purpose::Decode => WorkKind::Decode,
+        Purpose::Draft => WorkKind::Draft,
+        Purpose::Replay => WorkKind::Replay,
+    }
+}
