@@ -141,7 +141,7 @@ dir = "{world['models']}"
         CHILDREN.append(self.child)
 
     def ask(self, path, body=None, method=None):
-        with open(os.path.join(self.dir, "admin.token")) as token:
+        with open(os.path.join(self.dir, "admin-token")) as token:
             return http(f"http://127.0.0.1:{self.admin}/admin/v1/{path}", body, token.read().strip(), method)
 
     def up(self, within=120):

@@ -310,6 +310,7 @@ impl Running {
             ends: BTreeSet::new(),
             allow_fallbacks: false,
             part: Some(self.order_of(request, stage)),
+            max_cost: None,
         };
         let (emissions, mut inbox) = mpsc::unbounded_channel();
         let said = self.said.clone();
