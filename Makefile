@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build build-gpu demo demo-experts test test-fast lint deny bench bench-ledger fuzz-ledger sim fuzz clean-cache test-wallet bench-wallet
+.PHONY: help build build-gpu demo demo-experts demo-split test test-fast lint deny bench bench-ledger fuzz-ledger sim fuzz clean-cache test-wallet bench-wallet
 
 ENV := . tests/scripts/env.sh;
 
@@ -18,6 +18,9 @@ build-gpu: ## satgrid with backends loaded at run time, and those this machine c
 demo: build ## a whole market on this machine: chain, relay, two providers, a paid chat, the bill (KEEP=1 leaves it running)
 	@tests/scripts/model.sh >/dev/null
 	@$(ENV) exec "$$SATGRID_BIN" devnet demo $(if $(filter-out 0,$(KEEP)),--keep)
+
+demo-split: build ## one model over a lead and three paid workers as processes: the plan, the answer, its proof (KILL=1 kills a worker)
+	@$(ENV) exec tests/scripts/demo-split.py --model "$$(tests/scripts/model.sh)" $(if $(filter-out 0,$(KILL)),--kill)
 
 demo-experts: build ## a tiny mixture of experts over a lead and three worker processes: the map, the bill, the proof that it is exact
 	@$(ENV) exec "$$SATGRID_BIN" devnet demo --experts $(if $(filter-out 0,$(KEEP)),--keep)

@@ -2,7 +2,7 @@
 """A model over several machines, paid: three workers that sell layers, a lead that buys them and sells answers, a consumer,
 and a node that sells the whole model, for comparison. Each is a process of its own, started from the shipped binary.
 
-    demo-split.py [--model FILE] [--dir DIR] [--kill] [--tokens N] [--json FILE]
+    demo-split.py [--model FILE] [--dir DIR] [--kill] [--tokens N]
 
 It does only what an operator could do by hand: writes configurations, mines, opens channels, asks the gateway, exports
 ledgers and verifies them. Exit 0: the answer of the ring is the answer of one machine, and every ledger is clean.

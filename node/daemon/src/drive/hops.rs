@@ -54,7 +54,10 @@ type Ear = mpsc::Sender<HopEvent>;
 
 /// Who waits for the tickets of which request.
 #[derive(Clone, Default)]
-pub(crate) struct Switchboard(Arc<Mutex<(u64, BTreeMap<(SessionId, RequestId), Ear>)>>);
+pub(crate) struct Switchboard(Arc<Mutex<(u64, Ears)>>);
+
+/// Who hears the hops of a request of a session.
+type Ears = BTreeMap<(SessionId, RequestId), Ear>;
 
 impl Switchboard {
     pub(crate) fn expect(&self, session: SessionId, request: RequestId, ear: Ear) {

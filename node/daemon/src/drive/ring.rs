@@ -10,6 +10,10 @@
 //! | ready | works and their rows | over; or ordering again, where a worker was lost and another is there |
 //! | over | rows that are still under way, then the workers' receipts (`SETTLE`) | settled: split and stage root |
 
+mod settle;
+
+use settle::kind_of;
+
 use super::{
     consumer::Message as ConsumerMessage,
     desk::wire,
@@ -22,11 +26,11 @@ use satgrid_engine::{
     port::{EngineDown, JobId},
     stage::{
         codec::HiddenRows,
-        port::{Purpose, WorkId},
+        port::WorkId,
         ring::{Held, Ring, RingCommand, RingEvent, RingFacts, RingWork},
     },
 };
-use satgrid_ledger::statements::{Leg, PartOrder, RowsHash, Split, WireType, stage_root};
+use satgrid_ledger::statements::{Leg, PartOrder, RowsHash, Split, WireType};
 use satgrid_node::consumer::{CallId, ConsumerEvent, Emission, Submit};
 use satgrid_protocol::{
     frame::Resend,
@@ -55,6 +59,9 @@ const MAX_LOSSES: u32 = 4;
 /// How an answer was put together: for the receipt of the customer's request.
 pub(crate) type Settled = (Split, Digest);
 
+/// Finds another seller of a stage, none of those.
+pub(crate) type Replace = dyn Fn(&Planned, &BTreeSet<NodeKey>) -> Option<Arc<VerifiedListing>> + Send + Sync;
+
 /// One middle stage of the plan.
 #[derive(Clone)]
 pub(crate) struct Planned {
@@ -75,7 +82,7 @@ pub(crate) struct RingParts {
     pub switchboard: Switchboard,
     pub consumer: mpsc::Sender<ConsumerMessage>,
     /// Another worker for the same layers, not one of these.
-    pub replace: Box<dyn Fn(&Planned, &BTreeSet<NodeKey>) -> Option<Arc<VerifiedListing>> + Send + Sync>,
+    pub replace: Box<Replace>,
 }
 
 enum Said {
@@ -311,6 +318,8 @@ impl Running {
             allow_fallbacks: false,
             part: Some(self.order_of(request, stage)),
             max_cost: None,
+            grammar: None,
+            top_logprobs: None,
         };
         let (emissions, mut inbox) = mpsc::unbounded_channel();
         let said = self.said.clone();
@@ -383,7 +392,7 @@ impl Running {
                 }
                 self.lost(job, at)
             }
-            Emission::Started { .. } | Emission::Tokens { .. } => Vec::new(),
+            Emission::Started { .. } | Emission::Tokens { .. } | Emission::Logprobs { .. } => Vec::new(),
         }
     }
 
@@ -518,11 +527,6 @@ impl Running {
         }
     }
 
-    fn stage_of(&self, worker: &NodeKey) -> u32 {
-        let at = self.parts.plan.iter().position(|stage| stage.listing.node_key == *worker);
-        u32::try_from(at.unwrap_or(0)).unwrap_or(0)
-    }
-
     /// The last worker shows the ticket that this node signed for the way back.
     fn ticket_back(&mut self, hop: HopId, frame: &TicketFrame) {
         let Some((upstream, slots)) = self.back.get_mut(&hop) else { return };
@@ -588,108 +592,5 @@ impl Running {
         let mut orders: Vec<ConsumerMessage> = touched.iter().flat_map(|job| self.tell(*job)).collect();
         orders.extend(touched.into_iter().flat_map(|job| self.wind_up(job)));
         orders
-    }
-
-    /// A job that is over and has nothing under way asks its workers for their receipts.
-    fn wind_up(&mut self, job: JobId) -> Vec<ConsumerMessage> {
-        let under_way = self.works.values().any(|work| work.pieces.iter().any(|piece| piece.job == job));
-        let Some(held) = self.jobs.get(&job).filter(|held| held.over && !under_way) else { return Vec::new() };
-        let open = held.workers.iter().filter(|worker| !worker.over);
-        open.map(|worker| {
-            let call = worker.call;
-            let event = match worker.ordered {
-                Some(_) => ConsumerEvent::PartDone { call },
-                None => ConsumerEvent::Cancel { call },
-            };
-            ConsumerMessage::Event(event)
-        })
-        .collect()
-    }
-
-    fn finish(&mut self, job: JobId) {
-        self.finish_with(job, false);
-    }
-
-    /// Answers how the job was put together, once every worker's call has ended.
-    fn finish_with(&mut self, id: JobId, late: bool) {
-        let all_over = self.jobs.get(&id).is_some_and(|job| job.workers.iter().all(|worker| worker.over));
-        if !all_over && !late {
-            return;
-        }
-        let Some(job) = self.jobs.get_mut(&id) else { return };
-        let Some(answer) = job.answer.take() else { return };
-        let Some(job) = self.jobs.remove(&id) else { return };
-        if let Some((session, _, request)) = job.workers.last().and_then(|worker| worker.ordered) {
-            self.parts.switchboard.forget(session, request);
-        }
-        for (_, slots) in self.back.values_mut() {
-            slots.remove(&id.0);
-        }
-        let split = Split {
-            layers: self.parts.model_layers,
-            own: self.parts.own.clone(),
-            positions: job.positions,
-            sent: job.sent.value(),
-            received: job.received.value(),
-        };
-        let root = stage_root(&job.legs);
-        let worked = job.legs.iter().any(|leg| leg.id.is_some());
-        let _ = answer.send(worked.then_some((split, root)));
-    }
-
-    /// A worker is gone: another one takes its layers, and the engine sends again what it held.
-    fn lost(&mut self, id: JobId, at: usize) -> Vec<ConsumerMessage> {
-        let stage = self.parts.plan[at].clone();
-        let Some(job) = self.jobs.get_mut(&id) else { return Vec::new() };
-        job.losses += 1;
-        job.lost = Some(job.lost.map_or(at, |before| before.max(at)));
-        let losses = job.losses;
-        job.ready = false;
-        let request = job.request;
-        let gone = stage.listing.node_key;
-        tracing::warn!(worker = %gone.short(), layers = %stage.range, "a worker was lost");
-        self.avoided.insert(gone);
-        // The first job to notice moves the plan; the others follow it.
-        let others: BTreeSet<NodeKey> = self.parts.plan.iter().map(|planned| planned.listing.node_key).collect();
-        let avoided: BTreeSet<NodeKey> = self.avoided.union(&others).copied().collect();
-        let next = match (losses <= MAX_LOSSES).then(|| (self.parts.replace)(&stage, &avoided)).flatten() {
-            Some(next) => next,
-            None => {
-                self.avoided.remove(&gone);
-                self.works.clear();
-                self.held_back.clear();
-                let reason = format!("worker {} was lost, and nobody else sells layers {}", gone.short(), stage.range);
-                let _ = self.events.send(RingEvent::Failed { reason });
-                return Vec::new();
-            }
-        };
-        tracing::info!(worker = %next.node_key.short(), layers = %stage.range, "a replacement was found");
-        self.parts.plan[at].listing = next;
-        let planned = self.parts.plan[at].clone();
-        let (worker, order) = self.call(id, request, &planned);
-        if let Some(job) = self.jobs.get_mut(&id) {
-            job.workers[at] = worker;
-        }
-        vec![order]
-    }
-
-    /// A job is ready (again): where it had lost a worker, the engine is told what is missing.
-    fn replayed(&mut self, id: JobId) {
-        let Some(job) = self.jobs.get_mut(&id) else { return };
-        let Some(stage) = job.lost.take() else { return };
-        self.works.clear();
-        self.held_back.clear();
-        let held: Vec<Held> = self.sequences.keys().map(|sequence| Held { sequence: *sequence, upto: 0 }).collect();
-        let stage = u32::try_from(stage).unwrap_or(0);
-        let _ = self.events.send(RingEvent::NeedsReplay { stage, held });
-    }
-}
-
-fn kind_of(purpose: Purpose) -> WorkKind {
-    match purpose {
-        Purpose::Prefill => WorkKind::Prefill,
-        Purpose::Decode => WorkKind::Decode,
-        Purpose::Draft => WorkKind::Draft,
-        Purpose::Replay => WorkKind::Replay,
     }
 }

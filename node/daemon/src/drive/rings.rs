@@ -24,7 +24,10 @@ pub(crate) async fn pump(engine: EngineId, source: Arc<dyn Engine>, ring: Arc<Pa
                     tell_split(engine, job, &ring, &inbox).await;
                 }
             }
-            EngineEvent::Prefilled { .. } | EngineEvent::Tokens { .. } | EngineEvent::Up => {}
+            EngineEvent::Prefilled { .. }
+            | EngineEvent::Tokens { .. }
+            | EngineEvent::Logprobs { .. }
+            | EngineEvent::Up => {}
         }
         if inbox.send(Message::Event(ProviderEvent::Engine { engine, event })).await.is_err() {
             return;

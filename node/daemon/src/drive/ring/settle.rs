@@ -1,0 +1,127 @@
+//! How a job of the ring ends or goes on without a worker: receipts asked for, the split put together, a replacement found
+//! and the engine told what to send again. Like the rest of the ring it decides nothing about money: the consumer role does.
+
+use super::{ConsumerMessage, MAX_LOSSES, Running};
+use satgrid_engine::{
+    port::JobId,
+    stage::{
+        port::Purpose,
+        ring::{Held, RingEvent},
+    },
+};
+use satgrid_ledger::statements::{Split, stage_root};
+use satgrid_node::consumer::ConsumerEvent;
+use satgrid_types::{NodeKey, WorkKind};
+use std::collections::BTreeSet;
+
+impl Running {
+    /// A job that is over and has nothing under way asks its workers for their receipts.
+    pub(super) fn wind_up(&mut self, job: JobId) -> Vec<ConsumerMessage> {
+        let under_way = self.works.values().any(|work| work.pieces.iter().any(|piece| piece.job == job));
+        let Some(held) = self.jobs.get(&job).filter(|held| held.over && !under_way) else { return Vec::new() };
+        let open = held.workers.iter().filter(|worker| !worker.over);
+        open.map(|worker| {
+            let call = worker.call;
+            let event = match worker.ordered {
+                Some(_) => ConsumerEvent::PartDone { call },
+                None => ConsumerEvent::Cancel { call },
+            };
+            ConsumerMessage::Event(event)
+        })
+        .collect()
+    }
+
+    pub(super) fn finish(&mut self, job: JobId) {
+        self.finish_with(job, false);
+    }
+
+    /// Answers how the job was put together, once every worker's call has ended.
+    pub(super) fn finish_with(&mut self, id: JobId, late: bool) {
+        let all_over = self.jobs.get(&id).is_some_and(|job| job.workers.iter().all(|worker| worker.over));
+        if !all_over && !late {
+            return;
+        }
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let Some(answer) = job.answer.take() else { return };
+        let Some(job) = self.jobs.remove(&id) else { return };
+        if let Some((session, _, request)) = job.workers.last().and_then(|worker| worker.ordered) {
+            self.parts.switchboard.forget(session, request);
+        }
+        for (_, slots) in self.back.values_mut() {
+            slots.remove(&id.0);
+        }
+        let split = Split {
+            layers: self.parts.model_layers,
+            own: self.parts.own.clone(),
+            positions: job.positions,
+            sent: job.sent.value(),
+            received: job.received.value(),
+        };
+        let root = stage_root(&job.legs);
+        let worked = job.legs.iter().any(|leg| leg.id.is_some());
+        let _ = answer.send(worked.then_some((split, root)));
+    }
+
+    /// The place of a worker in the plan.
+    pub(super) fn stage_of(&self, worker: &NodeKey) -> u32 {
+        let at = self.parts.plan.iter().position(|stage| stage.listing.node_key == *worker);
+        u32::try_from(at.unwrap_or(0)).unwrap_or(0)
+    }
+
+    /// A worker is gone: another one takes its layers, and the engine sends again what it held.
+    pub(super) fn lost(&mut self, id: JobId, at: usize) -> Vec<ConsumerMessage> {
+        let stage = self.parts.plan[at].clone();
+        let Some(job) = self.jobs.get_mut(&id) else { return Vec::new() };
+        job.losses += 1;
+        job.lost = Some(job.lost.map_or(at, |before| before.max(at)));
+        let losses = job.losses;
+        job.ready = false;
+        let request = job.request;
+        let gone = stage.listing.node_key;
+        tracing::warn!(worker = %gone.short(), layers = %stage.range, "a worker was lost");
+        self.avoided.insert(gone);
+        // The first job to notice moves the plan; the others follow it.
+        let others: BTreeSet<NodeKey> = self.parts.plan.iter().map(|planned| planned.listing.node_key).collect();
+        let avoided: BTreeSet<NodeKey> = self.avoided.union(&others).copied().collect();
+        let next = match (losses <= MAX_LOSSES).then(|| (self.parts.replace)(&stage, &avoided)).flatten() {
+            Some(next) => next,
+            None => {
+                self.avoided.remove(&gone);
+                self.works.clear();
+                self.held_back.clear();
+                let reason = format!("worker {} was lost, and nobody else sells layers {}", gone.short(), stage.range);
+                let _ = self.events.send(RingEvent::Failed { reason });
+                return Vec::new();
+            }
+        };
+        tracing::info!(worker = %next.node_key.short(), layers = %stage.range, "a replacement was found");
+        self.parts.plan[at].listing = next;
+        let planned = self.parts.plan[at].clone();
+        let (worker, order) = self.call(id, request, &planned);
+        if let Some(job) = self.jobs.get_mut(&id) {
+            job.workers[at] = worker;
+        }
+        vec![order]
+    }
+
+    /// A job is ready (again): where it had lost a worker, the engine is told what is missing.
+    pub(super) fn replayed(&mut self, id: JobId) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let Some(stage) = job.lost.take() else { return };
+        self.works.clear();
+        self.held_back.clear();
+        let held: Vec<Held> = self.sequences.keys().map(|sequence| Held { sequence: *sequence, upto: 0 }).collect();
+        let stage = u32::try_from(stage).unwrap_or(0);
+        let _ = self.events.send(RingEvent::NeedsReplay { stage, held });
+    }
+}
+
+/// How work of this purpose is counted.
+pub(super) fn kind_of(purpose: Purpose) -> WorkKind {
+    match purpose {
+        Purpose::Prefill => WorkKind::Prefill,
+        Purpose::Decode => WorkKind::Decode,
+        Purpose::Draft => WorkKind::Draft,
+        Purpose::Replay => WorkKind::Replay,
+    }
+}
