@@ -25,8 +25,10 @@ pub(crate) fn render(set: &BTreeMap<&str, String>, offer_models: bool) -> String
         }
         match *section {
             "api" => text.push_str(API_KEYS),
-            "provider" if offer_models => text.push_str(&MODELS.replace("# ", "")),
-            "provider" => text.push_str(MODELS),
+            "provider" => {
+                text.push_str(&if offer_models { MODELS.replace("# ", "") } else { MODELS.to_owned() });
+                text.push_str(PARTS);
+            }
             _ => {}
         }
     }
@@ -37,6 +39,12 @@ const API_KEYS: &str = "\n# [[api.keys]]\n# name = \"laptop\"\n# secret = \"file
 
 const MODELS: &str = "\n# [[provider.models]]\n# name = \"gemma-3-270m\"\n# price_in_msat_per_mtok = 1000000\n\
     # price_out_msat_per_mtok = 4000000\n# profile = \"exact\"\n# slots = 8\n# context = 2048\n";
+
+/// Layers for sale, and a model whose middle layers are bought: files made by `satgrid models split`.
+const PARTS: &str = "\n# [[provider.stages]]\n# path = \"middle.gguf\"\n\
+    # price_msat_per_million_position_layers = 2000000\n\n# [[provider.leads]]\n# head = \"head.gguf\"\n\
+    # tail = \"tail.gguf\"\n# alias = \"my-model\"\n# price_in_msat_per_mtok = 1000000\n\
+    # price_out_msat_per_mtok = 4000000\n# max_price_msat_per_million_position_layers = 3000000\n# wire = \"f32\"\n";
 
 #[cfg(test)]
 mod tests {
