@@ -162,12 +162,18 @@ impl Provider {
             from = ack.usage.completion;
         }
         frames.extend(live.chunks(from, live.done.completion));
-        if let Phase::Offered { body, signed, at } = &mut live.phase {
-            *at = now;
-            frames.push(ProviderFrame::Receipt(body.finish, signed.clone()));
-        }
-        let say = |frame| ProviderAction::Send { link, stream, frame };
-        self.behind(frames.into_iter().map(say).collect());
+        let receipt = match &mut live.phase {
+            Phase::Offered { body, signed, at } => {
+                *at = now;
+                Some(ProviderFrame::Receipt(body.finish, signed.clone()))
+            }
+            Phase::Running | Phase::Finishing { .. } => None,
+        };
+        // As when they were said first: chunks and acknowledgements wait for no entry (what the engine makes next would
+        // overtake them), a receipt waits for the one before it.
+        frames.into_iter().for_each(|frame| self.send(link, stream, frame));
+        let receipt = receipt.map(|frame| ProviderAction::Send { link, stream, frame });
+        self.behind(receipt.into_iter().collect());
         self.offer_ack_if_due(now, id, request);
         self.offer_next_receipt(id);
     }

@@ -147,6 +147,27 @@ fn a_broken_stream_goes_on_under_its_own_request() {
     }
 }
 
+/// The provider's disk is slower than the way to the consumer: what it says again waits for no entry, or the tokens that
+/// its engine makes meanwhile come first, and an honest provider is taken for one that breaks a rule.
+#[test]
+fn a_slow_disk_does_not_put_what_is_said_again_out_of_order() {
+    for ms in (0..24).map(|i| 900 + i * 57) {
+        let slow = Options { seed: ms, latency_ms: (1, 3), journal_ms: (60, 200), ..Options::default() };
+        let mut world = World::new(slow, 1, 1);
+        let calls: Vec<_> = (0..3).map(|i| world.submit(0, Ask::tokens(30 + 300 * i, 500 + i))).collect();
+        world.run_ms(ms);
+        world.break_links(0, 0);
+        world.finish_calls(120_000);
+        for call in &calls {
+            assert_undisturbed(&world, world.call(0, *call));
+            assert_eq!(world.call(0, *call).bill().legs.len(), 1, "broken at {ms} ms");
+        }
+        assert_eq!(world.consumers[0].journal.count("misbehaviour"), 0, "broken at {ms} ms");
+        world.assert_quiet();
+        world.assert_agree(0, 0);
+    }
+}
+
 #[test]
 fn a_provider_that_stays_away_is_left_after_a_while_and_at_once_where_another_can_go_on() {
     // (seconds away, providers, legs): with another provider the call moves after 3 s, alone it waits for a minute.
