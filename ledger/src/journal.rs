@@ -3,6 +3,8 @@
 //! An entry is durable when `append` returns, and nothing that it authorises may begin before. One journal has one
 //! writer. The conformance suite in `testing` is what every implementation passes.
 
+pub mod stored;
+
 use crate::{
     entry::{Draft, Entry, Head, MAX_ENTRY_LEN, MAX_OPENING_LEN},
     log::{
@@ -97,7 +99,7 @@ pub trait JournalReader: Send + Sync {
 }
 
 /// Why a stored log could not answer.
-pub fn unproven(error: ProofError<MissingTile>) -> JournalError {
+fn unproven(error: ProofError<MissingTile>) -> JournalError {
     match error {
         ProofError::Store(MissingTile { level, index }) => {
             JournalError::Damaged { seq: index, what: format!("tile {level}/{index} is missing or too short") }

@@ -2,14 +2,11 @@
 
 use crate::reader::{row_number, storage};
 use satgrid_ledger::{
-    journal::{JournalError, Witness},
+    journal::{JournalError, Witness, stored::KEPT_PER_NODE},
     log::SignedCheckpoint,
 };
 use satgrid_types::UnixMs;
 use sqlx::PgConnection;
-
-/// Checkpoints kept of one node; older ones make room.
-const KEPT_PER_NODE: i64 = 64;
 
 pub(crate) async fn witness(
     connection: &mut PgConnection,

@@ -3,11 +3,10 @@
 use crate::open::{self, OpenError, check_schema};
 use satgrid_ledger::{
     entry::{Entry, Head},
-    journal::{JournalError, JournalFuture, JournalReader, MAX_READ},
+    journal::{JournalError, JournalFuture, JournalReader, MAX_READ, stored},
     log::{SignedCheckpoint, TileCache, TileId},
-    statements::ReceiptOpening,
 };
-use satgrid_types::{Digest, NodeKey, cbor};
+use satgrid_types::NodeKey;
 use sqlx::{
     PgPool, Row,
     postgres::{PgConnectOptions, PgPoolOptions, PgRow},
@@ -103,7 +102,7 @@ impl PostgresReader {
         let mut cache = TileCache::default();
         for (level, index, bytes) in rows {
             if let (Ok(level), Ok(index)) = (u8::try_from(level), u64::try_from(index)) {
-                cache.insert(TileId { level, index }, hashes_of(&bytes));
+                cache.insert(TileId { level, index }, stored::hashes_of(&bytes));
             }
         }
         Ok(cache)
@@ -157,22 +156,8 @@ fn parse(note: &str) -> Result<SignedCheckpoint, JournalError> {
     SignedCheckpoint::parse(note).map_err(|e| JournalError::Damaged { seq: 0, what: format!("checkpoint: {e}") })
 }
 
-pub(crate) fn hashes_of(bytes: &[u8]) -> Vec<Digest> {
-    let whole = bytes.chunks_exact(32);
-    whole.filter_map(|chunk| chunk.try_into().ok()).map(Digest).collect()
-}
-
-/// An entry from its row; what is stored is checked against its number.
+/// An entry from its row: number, bytes, opening.
 pub(crate) fn entry_of(row: &PgRow) -> Result<Entry, JournalError> {
     let seq = u64::try_from(row.get::<i64, _>(0)).unwrap_or(0);
-    let damaged = |what: String| JournalError::Damaged { seq, what };
-    let mut entry = Entry::decode(row.get::<&[u8], _>(1)).map_err(|e| damaged(e.to_string()))?;
-    if entry.seq != seq {
-        return Err(damaged(format!("it says that it is number {}", entry.seq)));
-    }
-    if let Some(bytes) = row.get::<Option<&[u8]>, _>(2) {
-        let opening = cbor::decode::<ReceiptOpening>(bytes).map_err(|e| damaged(format!("opening: {e}")))?;
-        entry.set_opening(Some(opening));
-    }
-    Ok(entry)
+    stored::entry_of(seq, row.get(1), row.get(2))
 }

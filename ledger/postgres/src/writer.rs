@@ -7,21 +7,22 @@
 
 use crate::{
     keep,
-    reader::{entry_of, hashes_of, row_number, storage},
+    reader::{entry_of, row_number, storage},
 };
 use ed25519_dalek::SigningKey;
 use satgrid_ledger::{
     entry::{Draft, Entry, Head},
-    journal::{JournalError, Witness, chain},
-    log::{MissingTile, SignedCheckpoint, TILE_WIDTH, TileEdge, TileId, leaf_hash},
+    journal::{
+        JournalError, Witness,
+        stored::{Group, MAX_GROUP, Row, Tip},
+    },
+    log::{SignedCheckpoint, TileEdge, TileId},
 };
-use satgrid_types::{Digest, UnixMs, cbor};
+use satgrid_types::UnixMs;
 use sqlx::{Connection, PgConnection};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use tokio::sync::{mpsc, oneshot};
 
-/// Entries in one transaction, at most.
-const MAX_GROUP: usize = 8_192;
 /// Appends that wait in the queue before callers are made to wait.
 pub(crate) const QUEUE: usize = 1_024;
 
@@ -50,20 +51,10 @@ struct Waiting {
     answer: Answer<Vec<Entry>>,
 }
 
-/// The columns of the entries that one transaction writes.
-#[derive(Default)]
-struct Rows {
-    seq: Vec<i64>,
-    at: Vec<i64>,
-    bytes: Vec<Vec<u8>>,
-    opening: Vec<Option<Vec<u8>>>,
-}
-
 /// The writer's state, always that of the last commit.
 pub(crate) struct Writer {
     connection: PgConnection,
-    head: Head,
-    edge: TileEdge,
+    tip: Tip,
     /// Set when nothing more may be written.
     broken: Option<JournalError>,
 }
@@ -71,7 +62,7 @@ pub(crate) struct Writer {
 impl Writer {
     /// Takes up the journal where it ends, and checks that its end hangs together.
     pub(crate) async fn start(connection: PgConnection) -> Result<Writer, JournalError> {
-        let mut writer = Writer { connection, head: Head::EMPTY, edge: TileEdge::default(), broken: None };
+        let mut writer = Writer { connection, tip: Tip::empty(), broken: None };
         writer.reload().await?;
         Ok(writer)
     }
@@ -90,15 +81,9 @@ impl Writer {
                 .fetch_optional(&mut self.connection)
                 .await
                 .map_err(|e| storage(&e))?;
-            tiles.push(tile.map(|(bytes,)| hashes_of(&bytes)).unwrap_or_default());
+            tiles.push(tile.map(|(bytes,)| bytes).unwrap_or_default());
         }
-        let damaged = |what: &str| JournalError::Damaged { seq: head.len.saturating_sub(1), what: what.into() };
-        self.edge = TileEdge::restore(head.len, tiles).ok_or_else(|| damaged("its log tiles are not of its length"))?;
-        let last_leaf = self.edge.tiles().next().and_then(|(_, hashes)| hashes.last().copied());
-        if last_leaf.is_some_and(|leaf| leaf != head.last) {
-            return Err(damaged("its bytes are not the leaf that the log holds"));
-        }
-        self.head = head;
+        self.tip = Tip::restore(head, tiles)?;
         Ok(())
     }
 
@@ -151,40 +136,17 @@ impl Writer {
             asks.into_iter().for_each(|ask| drop(ask.answer.send(Err(error.clone()))));
             return;
         }
-        let (mut head, mut edge) = (self.head, self.edge.clone());
-        let (mut rows, mut waiting) = (Rows::default(), Vec::new());
-        let mut tiles: BTreeMap<TileId, Vec<u8>> = BTreeMap::new();
-        let mut changed: BTreeSet<TileId> = BTreeSet::new();
+        let (mut group, mut waiting) = (Group::after(&self.tip), Vec::new());
         for Append { at, drafts, answer } in asks {
-            match chain(head, at, drafts) {
+            match group.append(at, drafts) {
                 Err(error) => drop(answer.send(Err(error))),
-                Ok(chained) => {
-                    let mut entries = Vec::with_capacity(chained.len());
-                    for (entry, bytes) in chained {
-                        let leaf = leaf_hash(&bytes);
-                        edge.push(leaf, &mut |id, hashes| {
-                            changed.insert(id);
-                            // The edge lets go of a full tile; the others are taken from it at the end.
-                            if hashes.len() == TILE_WIDTH {
-                                tiles.insert(id, tile_bytes(hashes));
-                            }
-                        });
-                        head = Head { len: head.len + 1, last: leaf, at: entry.at };
-                        rows.seq.push(row_number(entry.seq));
-                        rows.at.push(row_number(entry.at.0));
-                        rows.bytes.push(bytes);
-                        rows.opening.push(entry.opening().map(cbor::encode));
-                        entries.push(entry);
-                    }
-                    waiting.push(Waiting { entries, answer });
-                }
+                Ok(entries) => waiting.push(Waiting { entries, answer }),
             }
         }
-        let partial = edge.tiles().filter(|(id, hashes)| !hashes.is_empty() && changed.contains(id));
-        tiles.extend(partial.map(|(id, hashes)| (id, tile_bytes(hashes))));
+        let (rows, tiles, tip) = group.finish();
         match self.commit(rows, tiles).await {
             Ok(()) => {
-                (self.head, self.edge) = (head, edge);
+                self.tip = tip;
                 waiting.into_iter().for_each(|w| drop(w.answer.send(Ok(w.entries))));
             }
             Err(error) => {
@@ -198,19 +160,26 @@ impl Writer {
         }
     }
 
-    async fn commit(&mut self, rows: Rows, tiles: BTreeMap<TileId, Vec<u8>>) -> Result<(), JournalError> {
-        if rows.seq.is_empty() {
+    async fn commit(&mut self, rows: Vec<Row>, tiles: BTreeMap<TileId, Vec<u8>>) -> Result<(), JournalError> {
+        if rows.is_empty() {
             return Ok(());
+        }
+        let (mut seqs, mut times, mut bodies, mut openings) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for row in rows {
+            seqs.push(row_number(row.seq));
+            times.push(row_number(row.at.0));
+            bodies.push(row.bytes);
+            openings.push(row.opening);
         }
         // Dropped without a commit, the transaction is rolled back.
         let mut transaction = self.connection.begin().await.map_err(|e| storage(&e))?;
         sqlx::query(
             "INSERT INTO entries (seq, at, bytes, opening) SELECT * FROM UNNEST($1::bigint[], $2::bigint[], $3::bytea[], $4::bytea[])",
         )
-        .bind(rows.seq)
-        .bind(rows.at)
-        .bind(rows.bytes)
-        .bind(rows.opening)
+        .bind(seqs)
+        .bind(times)
+        .bind(bodies)
+        .bind(openings)
         .execute(&mut *transaction)
         .await
         .map_err(|e| storage(&e))?;
@@ -236,10 +205,7 @@ impl Writer {
         if let Some(error) = &self.broken {
             return Err(error.clone());
         }
-        let damaged = |e: MissingTile| JournalError::Damaged { seq: self.head.len, what: e.to_string() };
-        let root: Digest = self.edge.root().map_err(damaged)?;
-        let signed = SignedCheckpoint::sign(self.head.len, root, key);
-        // ed25519 signatures are deterministic: the same head gives the same note again.
+        let signed = self.tip.checkpoint(key)?;
         sqlx::query("INSERT INTO checkpoints (size, note) VALUES ($1, $2) ON CONFLICT (size) DO UPDATE SET note = EXCLUDED.note")
             .bind(row_number(signed.size))
             .bind(signed.note())
@@ -248,8 +214,4 @@ impl Writer {
             .map_err(|e| storage(&e))?;
         Ok(signed)
     }
-}
-
-fn tile_bytes(hashes: &[Digest]) -> Vec<u8> {
-    hashes.iter().flat_map(|hash| hash.0).collect()
 }

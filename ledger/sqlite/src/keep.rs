@@ -3,14 +3,12 @@
 use crate::reader::{entry_of, row_number, storage};
 use satgrid_ledger::{
     entry::Entry,
-    journal::{JournalError, Witness},
+    journal::{JournalError, Witness, stored::KEPT_PER_NODE},
     log::{SignedCheckpoint, leaf_hash},
 };
 use satgrid_types::UnixMs;
 use sqlx::{Connection, Row, SqliteConnection};
 
-/// Checkpoints kept of one node; older ones make room.
-const KEPT_PER_NODE: i64 = 64;
 /// Bodies pruned in one transaction.
 const PRUNED_AT_ONCE: usize = 1_000;
 

@@ -3,11 +3,10 @@
 use crate::open::{OpenError, check_schema, copy_into, read_options};
 use satgrid_ledger::{
     entry::{Entry, Head},
-    journal::{JournalError, JournalFuture, JournalReader, MAX_READ, unproven},
-    log::{ProofError, SignedCheckpoint, TileCache, TileId, consistency_proof, inclusion_proof},
-    statements::ReceiptOpening,
+    journal::{JournalError, JournalFuture, JournalReader, MAX_READ, stored},
+    log::{SignedCheckpoint, TileCache, TileId},
 };
-use satgrid_types::{Digest, NodeKey, cbor};
+use satgrid_types::NodeKey;
 use sqlx::{
     Row, SqlitePool,
     sqlite::{SqlitePoolOptions, SqliteRow},
@@ -96,24 +95,6 @@ impl SqliteReader {
         SignedCheckpoint::parse(&note).map(Some).map_err(|e| damaged(format!("checkpoint: {e}")))
     }
 
-    /// Proof that entry `index` is in the log of the first `size` entries.
-    pub async fn prove_inclusion(&self, index: u64, size: u64) -> Result<Vec<Digest>, JournalError> {
-        let mut cache = self.tiles(&TileCache::for_inclusion(index, size)).await?;
-        inclusion_proof(index, size, &mut cache).map_err(unproven)
-    }
-
-    /// Proof that the log of `new` entries extends that of `old`.
-    pub async fn prove_consistency(&self, old: u64, new: u64) -> Result<Vec<Digest>, JournalError> {
-        let mut cache = self.tiles(&TileCache::for_consistency(old, new)).await?;
-        consistency_proof(old, new, &mut cache).map_err(unproven)
-    }
-
-    /// Root of the log of the first `size` entries.
-    pub async fn root(&self, size: u64) -> Result<Digest, JournalError> {
-        let mut cache = self.tiles(&TileCache::for_inclusion(size.saturating_sub(1), size)).await?;
-        satgrid_ledger::log::root_at(size, &mut cache).map_err(|e| unproven(ProofError::Store(e)))
-    }
-
     /// Numbers of entries in `[from, to)` whose bodies were pruned, at most [`MAX_READ`]: they read as entries without
     /// evidence, and their bytes are no leaves.
     pub async fn pruned(&self, from: u64, to: u64) -> Result<Vec<u64>, JournalError> {
@@ -159,7 +140,7 @@ impl SqliteReader {
                 .await
                 .map_err(|e| storage(&e))?;
             if let Some((bytes,)) = tile {
-                cache.insert(*id, hashes_of(&bytes));
+                cache.insert(*id, stored::hashes_of(&bytes));
             }
         }
         Ok(cache)
@@ -187,23 +168,8 @@ impl JournalReader for SqliteReader {
     }
 }
 
-pub(crate) fn hashes_of(bytes: &[u8]) -> Vec<Digest> {
-    let whole = bytes.chunks_exact(32);
-    whole.filter_map(|chunk| chunk.try_into().ok()).map(Digest).collect()
-}
-
-/// An entry from its row; what is stored is checked against its number.
+/// An entry from its row: number, bytes, opening.
 pub(crate) fn entry_of(row: &SqliteRow) -> Result<Entry, JournalError> {
-    let seq: i64 = row.get(0);
-    let seq = u64::try_from(seq).unwrap_or(0);
-    let damaged = |what: String| JournalError::Damaged { seq, what };
-    let mut entry = Entry::decode(row.get::<&[u8], _>(1)).map_err(|e| damaged(e.to_string()))?;
-    if entry.seq != seq {
-        return Err(damaged(format!("it says that it is number {}", entry.seq)));
-    }
-    if let Some(bytes) = row.get::<Option<&[u8]>, _>(2) {
-        let opening = cbor::decode::<ReceiptOpening>(bytes).map_err(|e| damaged(format!("opening: {e}")))?;
-        entry.set_opening(Some(opening));
-    }
-    Ok(entry)
+    let seq = u64::try_from(row.get::<i64, _>(0)).unwrap_or(0);
+    stored::entry_of(seq, row.get(1), row.get(2))
 }

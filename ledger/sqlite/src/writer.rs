@@ -6,21 +6,22 @@
 
 use crate::{
     keep,
-    reader::{entry_of, hashes_of, row_number, storage},
+    reader::{entry_of, row_number, storage},
 };
 use ed25519_dalek::SigningKey;
 use satgrid_ledger::{
     entry::{Draft, Entry, Head},
-    journal::{JournalError, Witness, chain},
-    log::{SignedCheckpoint, TILE_WIDTH, TileEdge, TileId, leaf_hash},
+    journal::{
+        JournalError, Witness,
+        stored::{Group, MAX_GROUP, Row, Tip},
+    },
+    log::{SignedCheckpoint, TileEdge, TileId},
 };
-use satgrid_types::{Digest, UnixMs, cbor};
+use satgrid_types::UnixMs;
 use sqlx::{Connection, SqliteConnection};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use tokio::sync::{mpsc, oneshot};
 
-/// Entries in one transaction, at most.
-const MAX_GROUP: usize = 8_192;
 /// Appends that wait in the queue before callers are made to wait.
 pub(crate) const QUEUE: usize = 1_024;
 /// Rows in one INSERT statement, largest first; the rest go one by one.
@@ -51,19 +52,10 @@ struct Waiting {
     answer: Answer,
 }
 
-/// An entry as it is written.
-struct Row {
-    seq: u64,
-    at: UnixMs,
-    bytes: Vec<u8>,
-    opening: Option<Vec<u8>>,
-}
-
 /// The writer's state, always that of the last commit.
 pub(crate) struct Writer {
     connection: SqliteConnection,
-    head: Head,
-    edge: TileEdge,
+    tip: Tip,
     statements: Vec<String>,
     /// Set when even reading the state again failed: nothing more is written.
     broken: Option<JournalError>,
@@ -77,7 +69,7 @@ impl Writer {
             format!("INSERT INTO entries (seq, at, bytes, opening) VALUES {values}")
         };
         let statements = ROWS.iter().map(|rows| insert(*rows)).collect();
-        let mut writer = Writer { connection, head: Head::EMPTY, edge: TileEdge::default(), statements, broken: None };
+        let mut writer = Writer { connection, tip: Tip::empty(), statements, broken: None };
         writer.reload().await?;
         Ok(writer)
     }
@@ -96,15 +88,9 @@ impl Writer {
                 .fetch_optional(&mut self.connection)
                 .await
                 .map_err(|e| storage(&e))?;
-            tiles.push(tile.map(|(bytes,)| hashes_of(&bytes)).unwrap_or_default());
+            tiles.push(tile.map(|(bytes,)| bytes).unwrap_or_default());
         }
-        let damaged = |what: &str| JournalError::Damaged { seq: head.len.saturating_sub(1), what: what.into() };
-        self.edge = TileEdge::restore(head.len, tiles).ok_or_else(|| damaged("its log tiles are not of its length"))?;
-        let last_leaf = self.edge.tiles().next().and_then(|(_, hashes)| hashes.last().copied());
-        if last_leaf.is_some_and(|leaf| leaf != head.last) {
-            return Err(damaged("its bytes are not the leaf that the log holds"));
-        }
-        self.head = head;
+        self.tip = Tip::restore(head, tiles)?;
         Ok(())
     }
 
@@ -144,7 +130,7 @@ impl Writer {
                     let _ = answer.send(kept);
                 }
                 Ask::Prune { bodies, answer } => {
-                    let pruned = keep::prune(&mut self.connection, &bodies, self.head.len).await;
+                    let pruned = keep::prune(&mut self.connection, &bodies, self.tip.head().len).await;
                     let _ = answer.send(pruned);
                 }
                 Ask::Checkpoint { key, answer } => {
@@ -165,38 +151,17 @@ impl Writer {
             asks.into_iter().for_each(|ask| drop(ask.answer.send(Err(error.clone()))));
             return;
         }
-        let (mut head, mut edge) = (self.head, self.edge.clone());
-        let (mut rows, mut waiting) = (Vec::new(), Vec::new());
-        let mut tiles: BTreeMap<TileId, Vec<u8>> = BTreeMap::new();
-        let mut changed: BTreeSet<TileId> = BTreeSet::new();
+        let (mut group, mut waiting) = (Group::after(&self.tip), Vec::new());
         for Append { at, drafts, answer } in asks {
-            match chain(head, at, drafts) {
+            match group.append(at, drafts) {
                 Err(error) => drop(answer.send(Err(error))),
-                Ok(chained) => {
-                    let mut entries = Vec::with_capacity(chained.len());
-                    for (entry, bytes) in chained {
-                        let leaf = leaf_hash(&bytes);
-                        edge.push(leaf, &mut |id, hashes| {
-                            changed.insert(id);
-                            // The edge lets go of a full tile; the others are taken from it at the end.
-                            if hashes.len() == TILE_WIDTH {
-                                tiles.insert(id, tile_bytes(hashes));
-                            }
-                        });
-                        head = Head { len: head.len + 1, last: leaf, at: entry.at };
-                        let opening = entry.opening().map(cbor::encode);
-                        rows.push(Row { seq: entry.seq, at: entry.at, bytes, opening });
-                        entries.push(entry);
-                    }
-                    waiting.push(Waiting { entries, answer });
-                }
+                Ok(entries) => waiting.push(Waiting { entries, answer }),
             }
         }
-        let partial = edge.tiles().filter(|(id, hashes)| !hashes.is_empty() && changed.contains(id));
-        tiles.extend(partial.map(|(id, hashes)| (id, tile_bytes(hashes))));
+        let (rows, tiles, tip) = group.finish();
         match self.commit(&rows, &tiles).await {
             Ok(()) => {
-                (self.head, self.edge) = (head, edge);
+                self.tip = tip;
                 waiting.into_iter().for_each(|w| drop(w.answer.send(Ok(w.entries))));
             }
             Err(error) => {
@@ -245,11 +210,7 @@ impl Writer {
         if let Some(error) = &self.broken {
             return Err(error.clone());
         }
-        let damaged =
-            |e: satgrid_ledger::log::MissingTile| JournalError::Damaged { seq: self.head.len, what: e.to_string() };
-        let root: Digest = self.edge.root().map_err(damaged)?;
-        let signed = SignedCheckpoint::sign(self.head.len, root, key);
-        // ed25519 signatures are deterministic: the same head gives the same note again.
+        let signed = self.tip.checkpoint(key)?;
         sqlx::query("INSERT OR REPLACE INTO checkpoints (size, note) VALUES (?, ?)")
             .bind(row_number(signed.size))
             .bind(signed.note())
@@ -258,8 +219,4 @@ impl Writer {
             .map_err(|e| storage(&e))?;
         Ok(signed)
     }
-}
-
-fn tile_bytes(hashes: &[Digest]) -> Vec<u8> {
-    hashes.iter().flat_map(|hash| hash.0).collect()
 }

@@ -2,7 +2,10 @@
 
 #![allow(clippy::unwrap_used)]
 
-use satgrid_ledger::log::{TileEdge, TileId, leaf_hash, verify_consistency, verify_inclusion};
+use satgrid_ledger::{
+    JournalReader,
+    log::{TileEdge, TileId, leaf_hash, verify_consistency, verify_inclusion},
+};
 use satgrid_ledger_sqlite::{SqliteJournal, SqliteReader};
 use satgrid_types::Digest;
 use sqlx::{Connection, SqliteConnection, sqlite::SqliteConnectOptions};

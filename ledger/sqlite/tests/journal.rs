@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use satgrid_ledger::{
-    Entry, Journal, JournalError,
+    Entry, Journal, JournalError, JournalReader,
     log::{SignedCheckpoint, verify_consistency, verify_inclusion},
     testing::{
         Party,

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use satgrid_ledger::{
-    Books, Entry, Evidence, Journal,
+    Books, Entry, Evidence, Journal, JournalReader,
     journal::Witness,
     log::{FraudProof, SignedCheckpoint, verify_inclusion},
     retention::Retention,

@@ -5,7 +5,11 @@
 
 #![allow(clippy::unwrap_used)]
 
-use satgrid_ledger::{Entry, Journal, journal::MAX_READ, testing::World};
+use satgrid_ledger::{
+    Entry, Journal,
+    journal::{JournalReader, MAX_READ},
+    testing::World,
+};
 use satgrid_ledger_sqlite::{OpenError, SqliteJournal, SqliteReader};
 use sqlx::{Connection, SqliteConnection, sqlite::SqliteConnectOptions};
 use std::{

@@ -1,0 +1,133 @@
+//! What every stored journal does the same, whatever database it stands on: the end that a writer holds, the group of
+//! appends that one transaction writes, and entries read back from their rows. The adapters keep their SQL.
+
+use super::{JournalError, chain};
+use crate::{
+    entry::{Draft, Entry, Head},
+    log::{SignedCheckpoint, TILE_WIDTH, TileEdge, TileId, leaf_hash},
+    statements::ReceiptOpening,
+};
+use ed25519_dalek::SigningKey;
+use satgrid_types::{Digest, UnixMs, cbor};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Entries in one transaction, at most.
+pub const MAX_GROUP: usize = 8_192;
+/// Checkpoints kept of one other node; older ones make room.
+pub const KEPT_PER_NODE: i64 = 64;
+
+/// The end of a journal, as its writer holds it: always that of the last commit.
+#[derive(Debug, Clone)]
+pub struct Tip {
+    head: Head,
+    edge: TileEdge,
+}
+
+impl Tip {
+    /// Of a journal without entries.
+    pub fn empty() -> Tip {
+        Tip { head: Head::EMPTY, edge: TileEdge::default() }
+    }
+
+    /// Takes a journal up where it ends, and checks that its end hangs together. `tiles` are those of [`TileEdge::ids`] for
+    /// the head's length, as they are stored; empty where there is none.
+    pub fn restore(head: Head, tiles: Vec<Vec<u8>>) -> Result<Tip, JournalError> {
+        let damaged = |what: &str| JournalError::Damaged { seq: head.len.saturating_sub(1), what: what.into() };
+        let tiles = tiles.iter().map(|bytes| hashes_of(bytes)).collect();
+        let edge = TileEdge::restore(head.len, tiles).ok_or_else(|| damaged("its log tiles are not of its length"))?;
+        let last_leaf = edge.tiles().next().and_then(|(_, hashes)| hashes.last().copied());
+        if last_leaf.is_some_and(|leaf| leaf != head.last) {
+            return Err(damaged("its bytes are not the leaf that the log holds"));
+        }
+        Ok(Tip { head, edge })
+    }
+
+    pub fn head(&self) -> Head {
+        self.head
+    }
+
+    /// A signed tree head over everything so far. Signatures are deterministic: the same end gives the same note again.
+    pub fn checkpoint(&self, key: &SigningKey) -> Result<SignedCheckpoint, JournalError> {
+        let root = self.edge.root();
+        let root = root.map_err(|e| JournalError::Damaged { seq: self.head.len, what: e.to_string() })?;
+        Ok(SignedCheckpoint::sign(self.head.len, root, key))
+    }
+}
+
+/// An entry as it is written.
+#[derive(Debug)]
+pub struct Row {
+    pub seq: u64,
+    pub at: UnixMs,
+    pub bytes: Vec<u8>,
+    pub opening: Option<Vec<u8>>,
+}
+
+/// Appends that one transaction writes.
+#[derive(Debug)]
+pub struct Group {
+    tip: Tip,
+    rows: Vec<Row>,
+    tiles: BTreeMap<TileId, Vec<u8>>,
+    changed: BTreeSet<TileId>,
+}
+
+impl Group {
+    /// An empty group after `tip`.
+    pub fn after(tip: &Tip) -> Group {
+        Group { tip: tip.clone(), rows: Vec::new(), tiles: BTreeMap::new(), changed: BTreeSet::new() }
+    }
+
+    /// Takes up one append, whole; a refused one leaves no trace. The entries are durable once the group is.
+    pub fn append(&mut self, at: UnixMs, drafts: Vec<Draft>) -> Result<Vec<Entry>, JournalError> {
+        let chained = chain(self.tip.head, at, drafts)?;
+        let mut entries = Vec::with_capacity(chained.len());
+        for (entry, bytes) in chained {
+            let leaf = leaf_hash(&bytes);
+            let (changed, tiles) = (&mut self.changed, &mut self.tiles);
+            self.tip.edge.push(leaf, &mut |id, hashes| {
+                changed.insert(id);
+                // The edge lets go of a full tile; the others are taken from it at the end.
+                if hashes.len() == TILE_WIDTH {
+                    tiles.insert(id, bytes_of(hashes));
+                }
+            });
+            self.tip.head = Head { len: self.tip.head.len.saturating_add(1), last: leaf, at: entry.at };
+            self.rows.push(Row { seq: entry.seq, at: entry.at, bytes, opening: entry.opening().map(cbor::encode) });
+            entries.push(entry);
+        }
+        Ok(entries)
+    }
+
+    /// What the transaction writes, and the journal's end once it is committed.
+    pub fn finish(self) -> (Vec<Row>, BTreeMap<TileId, Vec<u8>>, Tip) {
+        let Group { tip, rows, mut tiles, changed } = self;
+        let partial = tip.edge.tiles().filter(|(id, hashes)| !hashes.is_empty() && changed.contains(id));
+        tiles.extend(partial.map(|(id, hashes)| (id, bytes_of(hashes))));
+        (rows, tiles, tip)
+    }
+}
+
+/// An entry from its row; what is stored is checked against its number.
+pub fn entry_of(seq: u64, bytes: &[u8], opening: Option<&[u8]>) -> Result<Entry, JournalError> {
+    let damaged = |what: String| JournalError::Damaged { seq, what };
+    let mut entry = Entry::decode(bytes).map_err(|e| damaged(e.to_string()))?;
+    if entry.seq != seq {
+        return Err(damaged(format!("it says that it is number {}", entry.seq)));
+    }
+    if let Some(bytes) = opening {
+        let opening = cbor::decode::<ReceiptOpening>(bytes).map_err(|e| damaged(format!("opening: {e}")))?;
+        entry.set_opening(Some(opening));
+    }
+    Ok(entry)
+}
+
+/// The hashes of a stored tile.
+pub fn hashes_of(bytes: &[u8]) -> Vec<Digest> {
+    let whole = bytes.chunks_exact(32);
+    whole.filter_map(|chunk| chunk.try_into().ok()).map(Digest).collect()
+}
+
+fn bytes_of(hashes: &[Digest]) -> Vec<u8> {
+    hashes.iter().flat_map(|hash| hash.0).collect()
+}
