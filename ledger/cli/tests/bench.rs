@@ -3,16 +3,16 @@
 
 #![allow(clippy::unwrap_used, clippy::wildcard_enum_match_arm)]
 
+mod yardstick;
+
 use satgrid_ledger::{
-    Entry, Evidence, MemoryJournal,
-    audit::read_invoice,
+    Entry, MemoryJournal,
     bundle::{BundleWriter, EntryItem, Filter, Header},
     entry::Head,
     log::{Frontier, SignedCheckpoint},
-    statements::{Ack, Receipt, RequestOpen},
     testing::{Work, World},
 };
-use satgrid_types::{Digest, Msat, NodeKey, node_key, verify_body};
+use satgrid_types::{Digest, Msat, NodeKey, node_key};
 use std::{
     collections::BTreeMap,
     fs::File,
@@ -22,6 +22,7 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
+use yardstick::bare_checks;
 
 const RECEIPTS: u64 = 1_000_000;
 /// As a node writes them: several payments in a session, several requests for each.
@@ -126,35 +127,7 @@ fn bare(sample: u64) -> f64 {
         world.close_with_refund(&mut session);
     }
     let provider = node_key(&world.provider.node);
-    let mut checks: Vec<Box<dyn Fn()>> = Vec::new();
-    for entry in world.provider.journal.entries() {
-        match entry.evidence.unwrap() {
-            Evidence::Receipt { receipt, .. } => {
-                let consumer = keys[&receipt.peek().unwrap().session.0];
-                checks.push(Box::new(move || {
-                    verify_body::<Receipt>(receipt.body(), &provider, receipt.provider_signature()).unwrap();
-                    verify_body::<Receipt>(receipt.body(), &consumer, receipt.consumer_signature()).unwrap();
-                }));
-            }
-            Evidence::Ack(ack) => {
-                let consumer = keys[&ack.peek().unwrap().session.0];
-                checks.push(Box::new(move || {
-                    verify_body::<Ack>(ack.body(), &provider, ack.provider_signature()).unwrap();
-                    verify_body::<Ack>(ack.body(), &consumer, ack.consumer_signature()).unwrap();
-                }));
-            }
-            Evidence::Request(request) => {
-                let consumer = keys[&request.peek().unwrap().session.0];
-                checks.push(Box::new(move || {
-                    verify_body::<RequestOpen>(request.body(), &consumer, request.signature()).unwrap();
-                }));
-            }
-            Evidence::Invoice { bolt11, .. } => checks.push(Box::new(move || {
-                read_invoice(&bolt11).unwrap();
-            })),
-            _ => {}
-        }
-    }
+    let checks = bare_checks(world.provider.journal.entries(), &keys, provider);
     let began = Instant::now();
     checks.iter().for_each(|check| check());
     began.elapsed().as_secs_f64() / made as f64

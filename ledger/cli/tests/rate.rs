@@ -3,15 +3,16 @@
 
 #![allow(clippy::unwrap_used, clippy::wildcard_enum_match_arm)]
 
+mod yardstick;
+
 use satgrid_ledger::{
-    Evidence,
-    audit::{Detail, audit, read_invoice},
+    audit::{Detail, audit},
     bundle::{Filter, Opened, open},
-    statements::{Ack, Receipt, RequestOpen},
     testing::{Session, Work, World},
 };
-use satgrid_types::{Msat, NodeKey, node_key, verify_body};
+use satgrid_types::{Msat, NodeKey, node_key};
 use std::{collections::BTreeMap, time::Instant};
+use yardstick::bare_checks;
 
 #[test]
 #[ignore = "a measurement"]
@@ -32,36 +33,7 @@ fn verify_rate() {
     let (entries, provider) = (world.provider.journal.entries(), node_key(&world.provider.node));
     let bytes = world.provider.bundle(Filter::All, false);
 
-    // Bodies, signatures and keys lie ready: nothing is decoded in the bare loop but invoices.
-    let mut checks: Vec<Box<dyn Fn()>> = Vec::new();
-    for entry in entries {
-        match entry.evidence.unwrap() {
-            Evidence::Receipt { receipt, .. } => {
-                let consumer = keys[&receipt.peek().unwrap().session.0];
-                checks.push(Box::new(move || {
-                    verify_body::<Receipt>(receipt.body(), &provider, receipt.provider_signature()).unwrap();
-                    verify_body::<Receipt>(receipt.body(), &consumer, receipt.consumer_signature()).unwrap();
-                }));
-            }
-            Evidence::Ack(ack) => {
-                let consumer = keys[&ack.peek().unwrap().session.0];
-                checks.push(Box::new(move || {
-                    verify_body::<Ack>(ack.body(), &provider, ack.provider_signature()).unwrap();
-                    verify_body::<Ack>(ack.body(), &consumer, ack.consumer_signature()).unwrap();
-                }));
-            }
-            Evidence::Request(request) => {
-                let consumer = keys[&request.peek().unwrap().session.0];
-                checks.push(Box::new(move || {
-                    verify_body::<RequestOpen>(request.body(), &consumer, request.signature()).unwrap();
-                }));
-            }
-            Evidence::Invoice { bolt11, .. } => checks.push(Box::new(move || {
-                read_invoice(&bolt11).unwrap();
-            })),
-            _ => {}
-        }
-    }
+    let checks = bare_checks(entries, &keys, provider);
     let started = Instant::now();
     checks.iter().for_each(|check| check());
     let bare = started.elapsed();
