@@ -7,16 +7,11 @@
 
 use std::io::{self, Write};
 
-use crate::gguf::{Array, GgufWriter, Tensor, TensorType, Value, WriteError};
+use crate::gguf::{GgufWriter, Tensor, TensorType, Value, WriteError};
+use crate::tiny::{TYPE_BYTE, TYPE_CONTROL, TYPE_NORMAL, TYPE_UNKNOWN, bell, f16_bits, tokenizer};
 
 /// Control tokens and bytes come first, as in SentencePiece vocabularies; the rest is filler.
 const CONTROL: [&str; 3] = ["<unk>", "<s>", "</s>"];
-/// llama.cpp's `llama_token_type`.
-const TYPE_NORMAL: i32 = 1;
-const TYPE_UNKNOWN: i32 = 2;
-const TYPE_CONTROL: i32 = 3;
-const TYPE_BYTE: i32 = 6;
-
 /// The shape of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RandomModel {
@@ -115,14 +110,14 @@ impl RandomModel {
         let fixed: Vec<String> = CONTROL.iter().map(|name| (*name).to_owned()).chain(bytes).collect();
         let filler = self.vocab.saturating_sub(fixed.len() as u32);
         // Every word of filler is a text of its own; a prompt of bytes never meets them, an answer is made of them.
-        let tokens = fixed.iter().cloned().chain((0..filler).map(|n| format!("\u{2581}w{n}")));
-        let kind = |at: u32| match at {
+        let filler = (0..filler).map(|n| (format!("\u{2581}w{n}"), TYPE_NORMAL));
+        let kind = |at: usize| match at {
             0 => TYPE_UNKNOWN,
             1 | 2 => TYPE_CONTROL,
-            at if (at as usize) < fixed.len() => TYPE_BYTE,
-            _ => TYPE_NORMAL,
+            _ => TYPE_BYTE,
         };
-        let vocab = self.vocab.max(fixed.len() as u32);
+        let vocabulary: Vec<(String, i32)> =
+            fixed.into_iter().enumerate().map(|(at, token)| (token, kind(at))).chain(filler).collect();
         let mut writer = GgufWriter::new()
             .set("general.architecture", Value::string(arch))
             .set("general.name", Value::string(format!("{}-random", self.name)))
@@ -138,23 +133,14 @@ impl RandomModel {
             .set(key("attention.layer_norm_rms_epsilon"), Value::F32(1e-5))
             .set(key("rope.dimension_count"), number(self.head_width))
             .set(key("rope.freq_base"), Value::F32(500_000.0))
-            .set(key("vocab_size"), number(vocab));
+            .set(key("vocab_size"), number(vocabulary.len() as u32));
         if self.experts > 0 {
             writer = writer
                 .set(key("expert_count"), number(self.experts))
                 .set(key("expert_used_count"), number(self.experts_used))
                 .set(key("expert_feed_forward_length"), number(self.n_ff));
         }
-        writer
-            .set("tokenizer.ggml.model", Value::string("llama"))
-            .set("tokenizer.ggml.tokens", Value::Array(Array::Str(tokens.map(String::into_bytes).collect())))
-            .set("tokenizer.ggml.scores", Value::Array(Array::F32((0..vocab).map(|at| -(at as f32)).collect())))
-            .set("tokenizer.ggml.token_type", Value::Array(Array::I32((0..vocab).map(kind).collect())))
-            .set("tokenizer.ggml.unknown_token_id", number(0))
-            .set("tokenizer.ggml.bos_token_id", number(1))
-            .set("tokenizer.ggml.eos_token_id", number(2))
-            .set("tokenizer.ggml.add_bos_token", Value::Bool(true))
-            .set("tokenizer.ggml.add_space_prefix", Value::Bool(false))
+        tokenizer(writer, &vocabulary)
     }
 
     fn tensors(&self, writer: GgufWriter) -> Result<GgufWriter, WriteError> {
@@ -205,7 +191,7 @@ fn weights(tensor: &Tensor, seed: u64) -> io::Result<Vec<u8>> {
     let length = usize::try_from(tensor.bytes).map_err(io::Error::other)?;
     if tensor.kind == TensorType::F32 {
         let mut random = Random(seed);
-        let number = |random: &mut Random| if tensor.shape.len() == 1 { 1.0 } else { random.bell() * spread };
+        let number = |random: &mut Random| if tensor.shape.len() == 1 { 1.0 } else { bell(random.next()) * spread };
         return Ok((0..length / 4).flat_map(|_| number(&mut random).to_le_bytes()).collect());
     }
     let mut bytes = vec![0_u8; length];
@@ -214,14 +200,14 @@ fn weights(tensor: &Tensor, seed: u64) -> io::Result<Vec<u8>> {
         if tensor.kind == Q4_K {
             // w = d * scale * q - dmin * min, scales and minima 0..63, q 0..15: mean zero at dmin = 7.5 d, deviation 256 d.
             let d = spread / 256.0;
-            block[0..2].copy_from_slice(&half(d).to_le_bytes());
-            block[2..4].copy_from_slice(&half(d * 7.5).to_le_bytes());
+            block[0..2].copy_from_slice(&f16_bits(d).to_le_bytes());
+            block[2..4].copy_from_slice(&f16_bits(d * 7.5).to_le_bytes());
         } else if tensor.kind == Q6_K {
             // w = d * scale * (q - 32), q 0..63, scales drawn from 32..63: deviation 888 d.
             for scale in &mut block[192..208] {
                 *scale = 32 + (*scale & 31);
             }
-            block[208..210].copy_from_slice(&half(spread / 888.0).to_le_bytes());
+            block[208..210].copy_from_slice(&f16_bits(spread / 888.0).to_le_bytes());
         } else {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "random models are F32, Q4_K and Q6_K"));
         }
@@ -247,23 +233,6 @@ impl Random {
             chunk.copy_from_slice(&drawn[..chunk.len()]);
         }
     }
-
-    /// About normal with variance 1.
-    fn bell(&mut self) -> f32 {
-        let bits = self.next();
-        let sum: i32 = (0..4).map(|part| ((bits >> (16 * part)) & 0xFFFF) as i32 - 0x8000).sum();
-        sum as f32 / 65_536.0 * 1.732_050_8
-    }
-}
-
-/// A small positive number as f16, subnormal where it must be.
-fn half(number: f32) -> u16 {
-    if number < 6.2e-5 {
-        return (number * 16_777_216.0).round() as u16;
-    }
-    let bits = number.to_bits() - (112 << 23);
-    let round = 0x0FFF + ((bits >> 13) & 1);
-    ((bits + round) >> 13) as u16
 }
 
 #[cfg(test)]
@@ -306,7 +275,7 @@ mod tests {
     #[test]
     fn halves() {
         for (number, bits) in [(1.0, 0x3C00), (6.103_515_6e-5, 0x0400), (5.960_464_5e-8, 0x0001), (3.3e-5, 0x022A)] {
-            assert_eq!(half(number), bits, "{number}");
+            assert_eq!(f16_bits(number), bits, "{number}");
         }
     }
 }

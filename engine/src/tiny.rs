@@ -19,10 +19,10 @@ const EOS: u32 = 2;
 const FIRST_BYTE: u32 = 3;
 
 /// llama.cpp's `llama_token_type`.
-const TYPE_NORMAL: i32 = 1;
-const TYPE_UNKNOWN: i32 = 2;
-const TYPE_CONTROL: i32 = 3;
-const TYPE_BYTE: i32 = 6;
+pub(crate) const TYPE_NORMAL: i32 = 1;
+pub(crate) const TYPE_UNKNOWN: i32 = 2;
+pub(crate) const TYPE_CONTROL: i32 = 3;
+pub(crate) const TYPE_BYTE: i32 = 6;
 
 /// SentencePiece's visible space.
 const SPACE: char = '\u{2581}';
@@ -174,24 +174,28 @@ pub(crate) fn weights(seed: u64, tensor: &Tensor, stream: u64) -> io::Result<Vec
             let token = (at / row) as u32;
             let byte_token = (FIRST_BYTE..FIRST_BYTE + 256).contains(&token);
             let spread = if tensor.name == "output.weight" && byte_token { spread * 0.5 } else { spread };
-            let noise = bell(&mut rng) * spread;
+            let noise = bell(rng.next_u64()) * spread;
             if matrix { noise } else { 1.0 + noise }
         })
         .collect();
-    if tensor.kind == TensorType::F32 {
+    store(tensor.kind, &numbers)
+}
+
+/// Numbers as a file holds them.
+pub(crate) fn store(kind: TensorType, numbers: &[f32]) -> io::Result<Vec<u8>> {
+    if kind == TensorType::F32 {
         Ok(numbers.iter().flat_map(|number| number.to_le_bytes()).collect())
-    } else if tensor.kind == TensorType::Q8_0 {
-        Ok(quantise_q8_0(&numbers))
-    } else if tensor.kind == TensorType::Q4_0 {
-        Ok(quantise_q4_0(&numbers))
+    } else if kind == TensorType::Q8_0 {
+        Ok(quantise_q8_0(numbers))
+    } else if kind == TensorType::Q4_0 {
+        Ok(quantise_q4_0(numbers))
     } else {
-        Err(io::Error::new(io::ErrorKind::Unsupported, "tiny models are F32, Q8_0 or Q4_0"))
+        Err(io::Error::new(io::ErrorKind::Unsupported, format!("tiny models are F32, Q8_0 or Q4_0, not {}", kind.name)))
     }
 }
 
-/// About normal with variance 1: four uniform numbers summed. Exact in f32, so the same everywhere.
-fn bell(rng: &mut ChaCha20Rng) -> f32 {
-    let bits = rng.next_u64();
+/// About normal with variance 1: the four uniform numbers in 64 random bits summed. Exact in f32, so the same everywhere.
+pub(crate) fn bell(bits: u64) -> f32 {
     let sum: i32 = (0..4).map(|part| ((bits >> (16 * part)) & 0xFFFF) as i32 - 0x8000).sum();
     // A uniform number over 2^16 has variance 2^32 / 12; four have 2^32 / 3.
     sum as f32 / 65536.0 * 1.732_050_8
@@ -224,8 +228,11 @@ fn quantise_q4_0(numbers: &[f32]) -> Vec<u8> {
     out
 }
 
-/// A positive f32 within f16's normal range, rounded to the nearest f16; anything else is 0.
-fn f16_bits(number: f32) -> u16 {
+/// A positive f32 within f16's range, rounded to the nearest f16, subnormal where it must be; anything else is 0.
+pub(crate) fn f16_bits(number: f32) -> u16 {
+    if (0.0..6.2e-5).contains(&number) {
+        return (number * 16_777_216.0).round() as u16;
+    }
     if !(6.2e-5..65_000.0).contains(&number) {
         return 0;
     }

@@ -7,6 +7,7 @@ use rand_chacha::ChaCha20Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use crate::gguf::{GgufWriter, Tensor, TensorType, Value, WriteError};
+use crate::tiny::store;
 
 const WIDTH: u64 = 64;
 const HEAD: u64 = 16;
@@ -165,37 +166,8 @@ impl TinyShape {
             centre + steps as f32 / 32_768.0 * spread * 1.7
         };
         let numbers: Vec<f32> = (0..tensor.elements()).map(|_| number()).collect();
-        match tensor.kind.name {
-            "F32" => Ok(numbers.iter().flat_map(|number| number.to_le_bytes()).collect()),
-            "Q8_0" => Ok(numbers.as_chunks::<32>().0.iter().flat_map(q8_0).collect()),
-            "Q4_0" => Ok(numbers.as_chunks::<32>().0.iter().flat_map(q4_0).collect()),
-            other => Err(io::Error::new(io::ErrorKind::Unsupported, format!("no tiny models of {other}"))),
-        }
+        store(tensor.kind, &numbers)
     }
-}
-
-/// The scale as f16, then 32 signed bytes.
-fn q8_0(block: &[f32; 32]) -> Vec<u8> {
-    let largest = block.iter().fold(0_f32, |largest, number| largest.max(number.abs()));
-    let scale = largest / 127.0;
-    let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-    let numbers = block.iter().map(|number| (number * inverse).round().clamp(-127.0, 127.0) as i8 as u8);
-    f16_bits(scale).to_le_bytes().into_iter().chain(numbers).collect()
-}
-
-/// The scale as f16, then 32 numbers of four bits, 8 being 0; the first half of the block in the low bits.
-fn q4_0(block: &[f32; 32]) -> Vec<u8> {
-    let largest = block.iter().fold(0_f32, |largest, number| largest.max(number.abs()));
-    let scale = largest / 7.0;
-    let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-    let four = |number: f32| ((number * inverse).round().clamp(-8.0, 7.0) as i8 + 8) as u8;
-    let pairs = (0..16).map(|at| four(block[at]) | (four(block[at + 16]) << 4));
-    f16_bits(scale).to_le_bytes().into_iter().chain(pairs).collect()
-}
-
-/// A positive f32 within f16's normal range, cut to an f16; anything else is 0.
-fn f16_bits(number: f32) -> u16 {
-    if (6.2e-5..65_000.0).contains(&number) { ((number.to_bits() - (112 << 23)) >> 13) as u16 } else { 0 }
 }
 
 #[cfg(test)]
