@@ -17,8 +17,7 @@
 
 use crate::frame::MAX_FRAME;
 use minicbor::{Decode, Encode};
-use satgrid_ledger::statements::WireType;
-use satgrid_types::{NodeKey, RequestId, SessionId, Signed, Statement, UnixMs, Verified, WorkKind, cbor};
+use satgrid_types::{NodeKey, RequestId, SessionId, Signed, Statement, UnixMs, Verified, WireType, WorkKind, cbor};
 use std::collections::BTreeSet;
 use thiserror::Error;
 

@@ -225,8 +225,7 @@ pub fn ack_due(done: &TokenUsage, offered: &TokenUsage, ms_since_offer: u64, ter
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use satgrid_ledger::statements::WireType;
-    use satgrid_types::{LayerRange, MsatPerMtok, NodeKey, PartUsage, RequestId, WorkKind};
+    use satgrid_types::{LayerRange, MsatPerMtok, NodeKey, PartUsage, RequestId, WireType, WorkKind};
 
     fn progress(prompt: u32, acked: (u32, u32), funds: u64) -> Progress {
         Progress {

@@ -8,7 +8,7 @@ use satgrid_ledger::{
     audit::{Detail, Report, audit},
     bundle::{Filter, Opened, open},
     entry::Draft,
-    statements::{Leg, PartOrder, WireType},
+    statements::{Leg, PartOrder},
     testing::{Party, bolt11, bundle_of, bytes32},
 };
 use satgrid_node::{
@@ -22,7 +22,7 @@ use satgrid_protocol::hop::{Expected, Shown, take_ticket};
 use satgrid_types::{
     Bindings, BuildId, Digest, EngineProfile, LayerRange, Listing, ModelRoot, Msat, MsatPerMtok, NodeKey, Part,
     PartUsage, PaymentHash, Preimage, RateCard, RequestId, Sampling, SessionId, Speed, TokenizerHash, UnixMs,
-    VerifiedListing, WorkKind, lightning_binding_message, node_key, nostr_key, sign_lightning_message,
+    VerifiedListing, WireType, WorkKind, lightning_binding_message, node_key, nostr_key, sign_lightning_message,
     sign_node_binding, verify_listing,
 };
 use sha2::{Digest as _, Sha256};

@@ -17,6 +17,7 @@ mod sampling;
 mod sign;
 mod units;
 mod usage;
+mod wire;
 
 pub use ids::*;
 pub use listing::*;
@@ -26,3 +27,4 @@ pub use sampling::*;
 pub use sign::*;
 pub use units::*;
 pub use usage::*;
+pub use wire::*;

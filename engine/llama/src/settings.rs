@@ -4,9 +4,8 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use satgrid_engine::port::Profile;
-use satgrid_engine::stage::codec::WireType;
 use satgrid_engine::stage::ring::RingFacts;
-use satgrid_types::{ExpertSet, LayerRange};
+use satgrid_types::{ExpertSet, LayerRange, WireType};
 
 use crate::devices::Offload;
 

@@ -15,8 +15,7 @@ use common::{ALL, Heard, job, kill, program, settings};
 use satgrid_engine::conformance::conformance;
 use satgrid_engine::gguf::TensorType;
 use satgrid_engine::port::{Command, Engine, EngineEvent, FinishReason, Job, JobId, Profile};
-use satgrid_engine::stage::codec::WireType;
-use satgrid_engine::stage::port::{Purpose, Stage};
+use satgrid_engine::stage::port::Stage;
 use satgrid_engine::stage::ring::Ring;
 use satgrid_engine::tiny::TinyModel;
 use satgrid_engine::tiny_shapes::{Family, TinyShape};
@@ -24,7 +23,7 @@ use satgrid_engine_llama::{
     EngineSettings, LeadConfig, LeadSettings, LlamaLead, LlamaStage, LlamaTokenizer, LocalRing, SpawnError,
     StageConfig, StageSettings, TokenizerConfig, split_model,
 };
-use satgrid_types::LayerRange;
+use satgrid_types::{LayerRange, WireType, WorkKind};
 use tokio::time::timeout;
 
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -175,7 +174,7 @@ async fn every_architecture_gives_the_same_streams_whole_and_in_stages() {
         let evaluated: u64 = expect.iter().map(|heard| u64::from(heard.end.unwrap().1)).sum();
         for counts in split.ring.counts() {
             assert_eq!(counts.positions.values().sum::<u64>(), evaluated);
-            assert_eq!(counts.positions.get(&Purpose::Replay), None);
+            assert_eq!(counts.positions.get(&WorkKind::Replay), None);
             assert!(counts.busy_us > 0);
         }
     }
@@ -234,7 +233,7 @@ async fn a_killed_stage_and_a_killed_lead_change_no_text() {
     }
     assert_eq!(kills, 2);
     assert_eq!([&outputs[0], &outputs[1]], [&expect[0].output, &expect[1].output]);
-    let replayed = |at: usize| split.ring.counts()[at].positions.get(&Purpose::Replay).copied().unwrap_or(0);
+    let replayed = |at: usize| split.ring.counts()[at].positions.get(&WorkKind::Replay).copied().unwrap_or(0);
     // The first stage works for its own replacement's sake and for that of the second.
     assert!(replayed(0) > replayed(1) && replayed(1) > 300, "{:?}", split.ring.counts());
 

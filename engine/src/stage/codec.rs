@@ -11,25 +11,12 @@
 //! Not a number and infinity never pass, in either direction: [`CodecError::NotFinite`].
 
 use minicbor::{Decode, Encode};
+use satgrid_types::WireType;
 
-/// Numbers that share a scale in q8_0.
-const BLOCK: usize = 32;
-/// Bytes of such a block: the scale as f16, then a byte for each number.
-const BLOCK_BYTES: usize = 34;
+const BLOCK: usize = WireType::BLOCK;
+const BLOCK_BYTES: usize = WireType::BLOCK_BYTES;
 /// Largest magnitude that q8_0 carries: 127 times the largest f16.
 const Q8_LARGEST: f32 = 127.0 * 65_504.0;
-
-/// How hidden states travel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
-#[cbor(index_only)]
-pub enum WireType {
-    #[n(0)]
-    F32,
-    #[n(1)]
-    Bf16,
-    #[n(2)]
-    Q8_0,
-}
 
 /// Why rows were not encoded or decoded. On decoding, the fault is the sender's.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Encode, Decode)]
@@ -61,38 +48,6 @@ pub enum CodecError {
         #[n(0)]
         row: u32,
     },
-}
-
-impl WireType {
-    pub const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::Q8_0];
-
-    /// The word used in configuration, frames and receipts.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::Bf16 => "bf16",
-            Self::Q8_0 => "q8_0",
-        }
-    }
-
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|wire| wire.name() == name)
-    }
-
-    /// A split model computes the same bits as a whole one.
-    pub fn is_exact(self) -> bool {
-        self == Self::F32
-    }
-
-    /// Bytes of a row; `None` where such rows do not travel as this type.
-    pub fn row_bytes(self, width: u32) -> Option<usize> {
-        let width = width as usize;
-        match self {
-            Self::F32 => Some(width * 4),
-            Self::Bf16 => Some(width * 2),
-            Self::Q8_0 => width.is_multiple_of(BLOCK).then_some(width / BLOCK * BLOCK_BYTES),
-        }
-    }
 }
 
 /// Rows of hidden states as they travel. The width is the model's and travels with none of them.

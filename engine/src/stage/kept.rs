@@ -99,7 +99,7 @@ impl<K: Ord + Copy> KeptRows<K> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::stage::codec::WireType;
+    use satgrid_types::WireType;
 
     fn rows(first: u32, count: u32) -> HiddenRows {
         let numbers: Vec<f32> = (first..first + count).flat_map(|n| [n as f32; 4]).collect();

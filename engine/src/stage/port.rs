@@ -21,7 +21,7 @@
 
 use async_trait::async_trait;
 use minicbor::{Decode, Encode};
-use satgrid_types::LayerRange;
+use satgrid_types::{LayerRange, WorkKind};
 
 use super::codec::{CodecError, HiddenRows};
 use crate::port::{EngineDown, Profile, Speed};
@@ -45,26 +45,6 @@ pub struct SequenceId {
     pub number: u32,
 }
 
-/// Why positions are computed. Each is counted apart.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
-#[cbor(index_only)]
-pub enum Purpose {
-    #[n(0)]
-    Prefill,
-    #[n(1)]
-    Decode,
-    /// Positions behind a token that is only guessed.
-    #[n(2)]
-    Draft,
-    /// Positions that were computed before and were lost with a stage.
-    #[n(3)]
-    Replay,
-}
-
-impl Purpose {
-    pub const ALL: [Self; 4] = [Self::Prefill, Self::Decode, Self::Draft, Self::Replay];
-}
-
 /// Rows of one sequence in a work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 pub struct Piece {
@@ -76,7 +56,7 @@ pub struct Piece {
     #[n(2)]
     pub rows: u32,
     #[n(3)]
-    pub purpose: Purpose,
+    pub purpose: WorkKind,
 }
 
 /// What the node asks.

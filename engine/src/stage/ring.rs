@@ -24,10 +24,10 @@
 
 use async_trait::async_trait;
 use minicbor::{Decode, Encode};
-use satgrid_types::LayerRange;
+use satgrid_types::{LayerRange, WireType, WorkKind};
 
-use super::codec::{HiddenRows, WireType};
-use super::port::{Purpose, WorkId};
+use super::codec::HiddenRows;
+use super::port::WorkId;
 use crate::port::{EngineDown, JobId};
 
 /// What the lead's engine may count on.
@@ -64,7 +64,7 @@ pub struct RingPiece {
     #[n(3)]
     pub rows: u32,
     #[n(4)]
-    pub purpose: Purpose,
+    pub purpose: WorkKind,
 }
 
 /// Rows to send through the middle stages.

@@ -8,32 +8,8 @@
 
 use crate::log::{Frontier, leaf_hash};
 use minicbor::{Decode, Encode};
-use satgrid_types::{Digest, LayerRange, NodeKey, PartUsage, RequestId};
-use serde::{Deserialize, Serialize};
+use satgrid_types::{Digest, LayerRange, NodeKey, PartUsage, RequestId, WireType};
 use sha2::{Digest as _, Sha256};
-
-/// How hidden rows are written on the wire. Only `f32` is exact.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode, Serialize, Deserialize)]
-#[cbor(index_only)]
-#[serde(rename_all = "snake_case")]
-pub enum WireType {
-    #[n(0)]
-    F32,
-    #[n(1)]
-    Bf16,
-    #[n(2)]
-    Q8_0,
-}
-
-impl core::fmt::Display for WireType {
-    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        f.write_str(match self {
-            WireType::F32 => "f32",
-            WireType::Bf16 => "bf16",
-            WireType::Q8_0 => "q8_0",
-        })
-    }
-}
 
 /// What a lead orders: which layers, for which request of its own customer, and how many positions at the most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]

@@ -5,16 +5,16 @@ use crate::{
     bundle::Filter,
     entry::{Draft, Evidence},
     statements::{
-        Ack, ExpertCount, ExpertLegs, ExpertSplit, Leg, PartOrder, PartWork, Receipt, RequestOpen, Split, WireType,
-        ack_id, receipt_id, stage_root,
+        Ack, ExpertCount, ExpertLegs, ExpertSplit, Leg, PartOrder, PartWork, Receipt, RequestOpen, Split, ack_id,
+        receipt_id, stage_root,
     },
     transfer::Transfer,
 };
 use ed25519_dalek::SigningKey;
 use satgrid_pricing::{charge, numerators};
 use satgrid_types::{
-    BothSigned, Digest, LayerRange, Msat, MsatPerMtok, PartUsage, RateCard, Signed, TokenUsage, UnixMs, WorkKind,
-    node_key,
+    BothSigned, Digest, LayerRange, Msat, MsatPerMtok, PartUsage, RateCard, Signed, TokenUsage, UnixMs, WireType,
+    WorkKind, node_key,
 };
 
 /// What worker and lead state, before anybody signs.

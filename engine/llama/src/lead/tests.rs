@@ -1,10 +1,11 @@
 //! Trips around a ring that loses stages, over ends that only add up.
 
+use satgrid_types::{WireType, WorkKind};
 use std::collections::{BTreeMap, BTreeSet};
 
 use satgrid_engine::port::JobId;
-use satgrid_engine::stage::codec::{HiddenRows, WireType};
-use satgrid_engine::stage::port::{Purpose, WorkId};
+use satgrid_engine::stage::codec::HiddenRows;
+use satgrid_engine::stage::port::WorkId;
 use satgrid_engine::stage::ring::{Held, RingCommand, RingEvent, RingWork};
 
 use super::trip::{Ends, Trip, TripShape, Way};
@@ -76,7 +77,7 @@ struct Stages {
     works: u32,
     /// At the n-th work this stage is replaced: by an empty one, or one rebuilt up to a position.
     losses: Vec<(u32, usize, u32)>,
-    computed: BTreeMap<Purpose, u32>,
+    computed: BTreeMap<WorkKind, u32>,
     first: BTreeSet<(u32, u32)>,
     again: u32,
     fails: bool,
@@ -134,8 +135,8 @@ impl Stages {
         for piece in &work.pieces {
             for position in piece.start..piece.start + piece.rows {
                 // Work that is sent again may have come through before: every stage books that as replay.
-                let first = piece.purpose == Purpose::Replay || self.first.insert((piece.sequence, position));
-                let purpose = if first { piece.purpose } else { Purpose::Replay };
+                let first = piece.purpose == WorkKind::Replay || self.first.insert((piece.sequence, position));
+                let purpose = if first { piece.purpose } else { WorkKind::Replay };
                 assert!(first || work.again);
                 *self.computed.entry(purpose).or_default() += 1;
             }
@@ -198,7 +199,7 @@ fn lost_stages_change_nothing_but_the_count_of_replays() {
     for count in 1..4 {
         let mut calm = Stages::new(count, &[]);
         let expect = run(&mut calm, &mut Two::default());
-        assert_eq!(calm.computed, BTreeMap::from([(Purpose::Prefill, 40), (Purpose::Decode, 20)]));
+        assert_eq!(calm.computed, BTreeMap::from([(WorkKind::Prefill, 40), (WorkKind::Decode, 20)]));
         // Each stage lost at each work, whole or in part, and twice.
         for at in 1..=calm.works {
             for stage in 0..count {
@@ -209,7 +210,7 @@ fn lost_stages_change_nothing_but_the_count_of_replays() {
                         assert_eq!(run(&mut stages, &mut Two::default()), expect, "{count} stages, {losses:?}");
                         // What was computed first is counted as ever; all else is replay.
                         let first = |purpose| stages.computed.get(&purpose).copied().unwrap_or(0);
-                        assert_eq!((first(Purpose::Prefill), first(Purpose::Decode)), (40, 20), "{losses:?}");
+                        assert_eq!((first(WorkKind::Prefill), first(WorkKind::Decode)), (40, 20), "{losses:?}");
                         assert!(stages.again > 0);
                     }
                 }
@@ -222,7 +223,7 @@ fn lost_stages_change_nothing_but_the_count_of_replays() {
 fn a_replay_takes_the_kept_rows_and_the_head_is_not_asked_again() {
     let (mut stages, mut two) = (Stages::new(2, &[(15, 1, 0)]), Two::default());
     run(&mut stages, &mut two);
-    assert!(stages.computed[&Purpose::Replay] > 0);
+    assert!(stages.computed[&WorkKind::Replay] > 0);
     assert_eq!(two.head_rows, 60);
 }
 
@@ -240,9 +241,9 @@ fn a_ring_without_hope_fails_the_batch_and_what_comes_later_begins_anew() {
     // New stages, which hold nothing: the other slot is replayed from its first position.
     let mut stages = Stages::new(2, &[]);
     trip.evaluate(&rows(1, 10, 11), &mut two, &mut stages).unwrap();
-    assert_eq!(stages.computed, BTreeMap::from([(Purpose::Replay, 10), (Purpose::Decode, 1)]));
+    assert_eq!(stages.computed, BTreeMap::from([(WorkKind::Replay, 10), (WorkKind::Decode, 1)]));
     trip.evaluate(&rows(0, 0, 3), &mut two, &mut stages).unwrap();
-    assert_eq!(stages.computed[&Purpose::Replay], 10);
+    assert_eq!(stages.computed[&WorkKind::Replay], 10);
 }
 
 #[test]

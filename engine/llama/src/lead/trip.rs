@@ -11,13 +11,14 @@
 //! A sequence that is behind and idle costs nothing until it is used again. Replayed rows are those that were kept; where
 //! they are gone, the head computes them again from the tokens.
 
+use satgrid_types::{WireType, WorkKind};
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
 use satgrid_engine::port::JobId;
-use satgrid_engine::stage::codec::{HiddenRows, WireType};
+use satgrid_engine::stage::codec::HiddenRows;
 use satgrid_engine::stage::kept::KeptRows;
-use satgrid_engine::stage::port::{Purpose, WorkId};
+use satgrid_engine::stage::port::WorkId;
 use satgrid_engine::stage::ring::{RingCommand, RingEvent, RingPiece, RingWork};
 
 use crate::ffi::{BatchRow, DecodeError};
@@ -222,9 +223,9 @@ impl Trip {
             sequence.tokens.truncate(row.position as usize);
             sequence.tokens.push(row.token);
             let purpose = match sequence.drafted {
-                Some(from) if row.position >= from => Purpose::Draft,
-                _ if row.position < sequence.prompt => Purpose::Prefill,
-                _ => Purpose::Decode,
+                Some(from) if row.position >= from => WorkKind::Draft,
+                _ if row.position < sequence.prompt => WorkKind::Prefill,
+                _ => WorkKind::Decode,
             };
             let job = sequence.job;
             self.kept.push(row.slot, row.position, &hidden.slice(at, at + 1));
@@ -318,7 +319,7 @@ impl Trip {
     /// Sends rows of a replay, which begin where it has come to.
     fn send_again(&mut self, replay: &mut Replay, rows: HiddenRows, way: &mut impl Way) -> Result<(), DecodeError> {
         let Replay { job, slot, stage, from: start, .. } = *replay;
-        let piece = RingPiece { job, sequence: slot, start, rows: rows.count, purpose: Purpose::Replay };
+        let piece = RingPiece { job, sequence: slot, start, rows: rows.count, purpose: WorkKind::Replay };
         replay.from += rows.count;
         let id = self.work_id();
         way.send(RingCommand::Work(RingWork { id, pieces: vec![piece], rows, ends_at: Some(stage), again: false }))

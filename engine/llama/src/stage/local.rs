@@ -3,16 +3,15 @@
 //! It carries rows from stage to stage, hears when a stage's process has died, waits until it is up again and asks for a
 //! replay. There is no network, no ticket and no money here.
 
+use satgrid_types::{WireType, WorkKind};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use satgrid_engine::port::EngineDown;
-use satgrid_engine::stage::codec::{HiddenRows, WireType};
-use satgrid_engine::stage::port::{
-    Piece, Purpose, SequenceId, Stage, StageCommand, StageError, StageEvent, StageWork, WorkId,
-};
+use satgrid_engine::stage::codec::HiddenRows;
+use satgrid_engine::stage::port::{Piece, SequenceId, Stage, StageCommand, StageError, StageEvent, StageWork, WorkId};
 use satgrid_engine::stage::ring::{Held, Ring, RingCommand, RingEvent, RingFacts, RingPiece, RingWork};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, channel, unbounded_channel};
 
@@ -24,7 +23,7 @@ const INBOX: usize = 64;
 /// Positions that a stage computed, by purpose, and its busy time.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StageCounts {
-    pub positions: BTreeMap<Purpose, u64>,
+    pub positions: BTreeMap<WorkKind, u64>,
     pub busy_us: u64,
 }
 

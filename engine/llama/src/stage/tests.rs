@@ -1,11 +1,11 @@
 //! The queue over layers that only remember what they were given.
 
 use satgrid_engine::port::Profile;
-use satgrid_engine::stage::codec::{CodecError, HiddenRows, WireType};
+use satgrid_engine::stage::codec::{CodecError, HiddenRows};
 use satgrid_engine::stage::port::{
-    Fault, Piece, Purpose, SequenceId, StageCommand, StageError, StageEvent, StageFacts, StageWork, WorkId,
+    Fault, Piece, SequenceId, StageCommand, StageError, StageEvent, StageFacts, StageWork, WorkId,
 };
-use satgrid_types::LayerRange;
+use satgrid_types::{LayerRange, WireType, WorkKind};
 
 use super::queue::{Layers, StageQueue};
 use crate::ffi::{BatchRow, DecodeError};
@@ -66,7 +66,7 @@ fn facts() -> StageFacts {
 
 fn piece(sequence: u32, start: u32, rows: u32) -> Piece {
     let sequence = SequenceId { owner: 7, number: sequence };
-    Piece { sequence, start, rows, purpose: Purpose::Decode }
+    Piece { sequence, start, rows, purpose: WorkKind::Decode }
 }
 
 fn work(id: u64, pieces: &[Piece], firsts: &[f32]) -> StageWork {

@@ -13,11 +13,11 @@ use ed25519_dalek::SigningKey;
 use satgrid_engine::{
     port::{Command, EngineEvent, FinishReason, JobError, JobId},
     stage::{
-        codec::{HiddenRows, WireType as EngineWire},
-        port::{Piece, Purpose, SequenceId, Stage, StageCommand, StageError, StageEvent, StageWork, WorkId},
+        codec::HiddenRows,
+        port::{Piece, SequenceId, Stage, StageCommand, StageError, StageEvent, StageWork, WorkId},
     },
 };
-use satgrid_ledger::statements::{PartOrder, RowsHash, WireType};
+use satgrid_ledger::statements::{PartOrder, RowsHash};
 use satgrid_node::provider::{EngineId, PartDone, ProviderEvent};
 use satgrid_protocol::{
     frame::{PartRoute, reason},
@@ -350,7 +350,7 @@ impl Running {
             return jobs.iter().all(|job| self.jobs.get(job).is_some_and(|j| j.next.is_some())).then_some(Ok(jobs));
         }
         let facts = self.parts.stage.facts();
-        let Some(row_bytes) = wire(header.wire).row_bytes(facts.n_embd) else {
+        let Some(row_bytes) = header.wire.row_bytes(facts.n_embd) else {
             return Some(Err("rows of this width do not travel as this type".into()));
         };
         if let Err(fault) = header.check_shape(bytes, row_bytes) {
@@ -394,17 +394,11 @@ impl Running {
             *held = piece.start.saturating_add(piece.rows);
             let kind = if again { WorkKind::Replay } else { piece.kind };
             kinds.push(kind);
-            let purpose = match kind {
-                WorkKind::Prefill => Purpose::Prefill,
-                WorkKind::Decode => Purpose::Decode,
-                WorkKind::Draft => Purpose::Draft,
-                WorkKind::Replay => Purpose::Replay,
-            };
-            pieces.push(Piece { sequence, start: piece.start, rows: piece.rows, purpose });
+            pieces.push(Piece { sequence, start: piece.start, rows: piece.rows, purpose: kind });
         }
         let id = WorkId(self.next_work);
         self.next_work += 1;
-        let rows = HiddenRows { wire: wire(header.wire), count, bytes: rows };
+        let rows = HiddenRows { wire: header.wire, count, bytes: rows };
         let output = header.ends_after != Some(0);
         let work = StageWork { id, pieces, rows, output };
         if self.parts.stage.send(StageCommand::Evaluate(work)).is_err() {
@@ -524,13 +518,5 @@ impl Running {
         }
         let evaluated = u32::try_from(job.begun).unwrap_or(u32::MAX);
         vec![self.engine(EngineEvent::Finished { job: id, reason, evaluated })]
-    }
-}
-
-pub(crate) fn wire(wire: WireType) -> EngineWire {
-    match wire {
-        WireType::F32 => EngineWire::F32,
-        WireType::Bf16 => EngineWire::Bf16,
-        WireType::Q8_0 => EngineWire::Q8_0,
     }
 }

@@ -15,8 +15,8 @@ use satgrid_engine_llama::{EngineConfig, EngineSettings, LlamaEngine, Offload, W
 use satgrid_node::provider::EngineId;
 use satgrid_protocol_quic::artefact::Artefacts;
 use satgrid_types::{
-    Bindings, BuildId, Digest, EngineProfile, LightningKey, Listing, ModelRoot, Msat, MsatPerMtok, NostrKey, Part,
-    RateCard, Speed, TokenizerHash, lightning_binding_message, node_key, sign_node_binding,
+    Bindings, BuildId, Digest, EngineProfile, Listing, ModelRoot, Msat, MsatPerMtok, NostrKey, Part, RateCard, Speed,
+    TokenizerHash, lightning_binding_message, node_key, sign_node_binding,
 };
 use satgrid_wallet::Lightning;
 use std::{collections::BTreeMap, path::PathBuf};
@@ -29,6 +29,12 @@ pub(crate) struct ForSale {
     pub rates: RateCard,
     pub tokenizer: Bytes,
     pub memory_bytes: u64,
+}
+
+impl ForSale {
+    pub(crate) fn listing(&self, by: &Identity<'_>) -> Listing {
+        OnSale::whole(self.engine.facts(), &self.name, self.rates, self.memory_bytes).listing(by)
+    }
 }
 
 /// The program that runs llama.cpp: this one, again.
@@ -104,7 +110,7 @@ async fn start_one(config: &Config, model: &config::ModelForSale, id: EngineId) 
     if facts.model_root != identified.root {
         anyhow::bail!("the file changed while it was being loaded");
     }
-    let speed = speed(&facts);
+    let speed = speed_of(facts.speed.as_ref());
     tracing::info!(
         model = %name, root = %hex::encode(&facts.model_root[..8]), build = %hex::encode(&facts.build_id[..8]),
         instruction_set = %facts.instruction_set, prefill_tok_s = speed.prefill_mtok_s / 1_000,
@@ -144,56 +150,87 @@ pub(crate) struct Identity<'a> {
     pub lightning_address: Option<String>,
 }
 
-/// The listing of one model, with its two bindings. The publisher sets the expiry.
-pub(crate) fn listing(model: &ForSale, by: &Identity<'_>) -> Listing {
-    let facts = model.engine.facts();
-    let lightning_node: LightningKey = by.wallet.node_id();
-    let ours = node_key(by.node);
-    let mut listing = Listing {
-        version: Listing::VERSION,
-        model: model.name.clone(),
-        model_root: ModelRoot(facts.model_root),
-        tokenizer: TokenizerHash(facts.tokenizer_hash),
-        quantisation: facts.model.quantisation.clone(),
-        part: Part::Whole,
-        rates: model.rates,
-        context_length: facts.context,
-        slots: facts.slots,
-        speed: speed(&facts),
-        memory_bytes: model.memory_bytes,
-        profiles: vec![profile(&facts)],
-        build: BuildId(facts.build_id),
-        instruction_set: facts.instruction_set.clone(),
-        addresses: by.addresses.clone(),
-        region: by.region.clone(),
-        node_key: ours,
-        lightning_node,
-        expires_at: 0,
-        lightning_address: by.lightning_address.clone(),
-        lightning_unproven: false,
-        bindings: Bindings::default(),
-    };
-    // A wallet that signs no messages gives an empty one.
-    let lightning = by.wallet.sign_message(lightning_binding_message(&ours).as_bytes());
-    let lightning = (!lightning.is_empty()).then_some(lightning);
-    listing.lightning_unproven = lightning.is_none();
-    let node = sign_node_binding(by.node, &by.nostr, &listing.d());
-    listing.bindings = Bindings { node: Some(node), lightning };
-    listing
+/// What a listing says of an engine.
+pub(crate) struct OnSale {
+    pub model: String,
+    pub root: [u8; 32],
+    pub tokenizer: TokenizerHash,
+    pub quantisation: String,
+    pub part: Part,
+    pub rates: RateCard,
+    pub context: u32,
+    pub slots: u32,
+    pub speed: Option<satgrid_engine::port::Speed>,
+    pub memory_bytes: u64,
+    pub profile: Profile,
+    pub build_id: [u8; 32],
+    pub instruction_set: String,
 }
 
-pub(crate) fn profile(facts: &EngineFacts) -> EngineProfile {
-    match facts.profile {
+impl OnSale {
+    /// A whole model, whoever computes its layers.
+    pub(crate) fn whole(facts: EngineFacts, name: &str, rates: RateCard, memory_bytes: u64) -> OnSale {
+        OnSale {
+            model: name.to_owned(),
+            root: facts.model_root,
+            tokenizer: TokenizerHash(facts.tokenizer_hash),
+            quantisation: facts.model.quantisation,
+            part: Part::Whole,
+            rates,
+            context: facts.context,
+            slots: facts.slots,
+            speed: facts.speed,
+            memory_bytes,
+            profile: facts.profile,
+            build_id: facts.build_id,
+            instruction_set: facts.instruction_set,
+        }
+    }
+
+    /// The listing, with its two bindings. The publisher sets the expiry.
+    pub(crate) fn listing(self, by: &Identity<'_>) -> Listing {
+        let ours = node_key(by.node);
+        // A wallet that signs no messages gives an empty one.
+        let lightning = by.wallet.sign_message(lightning_binding_message(&ours).as_bytes());
+        let lightning = (!lightning.is_empty()).then_some(lightning);
+        let mut listing = Listing {
+            version: Listing::VERSION,
+            model: self.model,
+            model_root: ModelRoot(self.root),
+            tokenizer: self.tokenizer,
+            quantisation: self.quantisation,
+            part: self.part,
+            rates: self.rates,
+            context_length: self.context,
+            slots: self.slots,
+            speed: speed_of(self.speed.as_ref()),
+            memory_bytes: self.memory_bytes,
+            profiles: vec![profile(self.profile)],
+            build: BuildId(self.build_id),
+            instruction_set: self.instruction_set,
+            addresses: by.addresses.clone(),
+            region: by.region.clone(),
+            node_key: ours,
+            lightning_node: by.wallet.node_id(),
+            expires_at: 0,
+            lightning_address: by.lightning_address.clone(),
+            lightning_unproven: lightning.is_none(),
+            bindings: Bindings::default(),
+        };
+        let node = sign_node_binding(by.node, &by.nostr, &listing.d());
+        listing.bindings = Bindings { node: Some(node), lightning };
+        listing
+    }
+}
+
+pub(crate) fn profile(profile: Profile) -> EngineProfile {
+    match profile {
         Profile::Exact => EngineProfile::Exact,
         Profile::Fast => EngineProfile::Fast,
     }
 }
 
-fn speed(facts: &EngineFacts) -> Speed {
-    speed_of(facts.speed.as_ref())
-}
-
-pub(crate) fn speed_of(speed: Option<&satgrid_engine::port::Speed>) -> Speed {
+fn speed_of(speed: Option<&satgrid_engine::port::Speed>) -> Speed {
     speed.map_or_else(Speed::default, |s| Speed {
         prefill_mtok_s: s.prefill_millitokens_per_s,
         decode_mtok_s: s.decode_millitokens_per_s,

@@ -2,7 +2,7 @@
 
 use super::{
     consumer::Message as ConsumerMessage,
-    engines::{Identity, profile, speed_of, worker_program},
+    engines::{Identity, OnSale, worker_program},
     hops::Switchboard,
     market::Market,
     ring::{PaidRing, Planned, RingParts},
@@ -22,13 +22,11 @@ use satgrid_engine_llama::{
     EngineSettings, LeadConfig, LeadSettings, LlamaLead, LlamaStage, Offload, StageConfig, StageSettings,
     default_threads,
 };
-use satgrid_ledger::statements::WireType;
 use satgrid_market::layers::{self, LayerDemand};
 use satgrid_node::provider::EngineId;
 use satgrid_protocol_quic::QuicEndpoint;
 use satgrid_types::{
-    Bindings, BuildId, EngineProfile, LayerRange, Listing, ModelRoot, Msat, MsatPerMtok, NodeKey, Part, RateCard,
-    TokenizerHash, lightning_binding_message, node_key, sign_node_binding,
+    LayerRange, Listing, ModelRoot, Msat, MsatPerMtok, NodeKey, Part, RateCard, TokenizerHash, WireType, node_key,
 };
 use std::{
     collections::BTreeSet,
@@ -94,80 +92,28 @@ pub(crate) async fn start_stage(stage: &StageForSale, id: EngineId) -> anyhow::R
 /// The listing of some layers.
 pub(crate) fn stage_listing(layers: &LayersForSale, by: &Identity<'_>) -> Listing {
     let facts = layers.stage.facts();
-    let profile = match facts.profile {
-        Profile::Exact => EngineProfile::Exact,
-        Profile::Fast => EngineProfile::Fast,
+    let on_sale = OnSale {
+        model: facts.name.unwrap_or_else(|| layers.name.clone()),
+        root: facts.model_root,
+        // Layers have no vocabulary.
+        tokenizer: TokenizerHash([0; 32]),
+        quantisation: "part".into(),
+        part: Part::Layers(facts.layers),
+        rates: layers.rates,
+        context: facts.context,
+        slots: facts.sequences,
+        speed: facts.speed,
+        memory_bytes: facts.tensor_bytes,
+        profile: facts.profile,
+        build_id: facts.build_id,
+        instruction_set: facts.instruction_set,
     };
-    signed(
-        Listing {
-            version: Listing::VERSION,
-            model: facts.name.clone().unwrap_or_else(|| layers.name.clone()),
-            model_root: ModelRoot(facts.model_root),
-            // Layers have no vocabulary.
-            tokenizer: TokenizerHash([0; 32]),
-            quantisation: "part".into(),
-            part: Part::Layers(facts.layers),
-            rates: layers.rates,
-            context_length: facts.context,
-            slots: facts.sequences,
-            speed: speed_of(facts.speed.as_ref()),
-            memory_bytes: facts.tensor_bytes,
-            profiles: vec![profile],
-            build: BuildId(facts.build_id),
-            instruction_set: facts.instruction_set.clone(),
-            addresses: by.addresses.clone(),
-            region: by.region.clone(),
-            node_key: node_key(by.node),
-            lightning_node: by.wallet.node_id(),
-            expires_at: 0,
-            lightning_address: by.lightning_address.clone(),
-            lightning_unproven: false,
-            bindings: Bindings::default(),
-        },
-        by,
-    )
-}
-
-fn signed(mut listing: Listing, by: &Identity<'_>) -> Listing {
-    // A wallet that signs no messages gives an empty one.
-    let lightning = by.wallet.sign_message(lightning_binding_message(&listing.node_key).as_bytes());
-    let lightning = (!lightning.is_empty()).then_some(lightning);
-    listing.lightning_unproven = lightning.is_none();
-    let node = sign_node_binding(by.node, &by.nostr, &listing.d());
-    listing.bindings = Bindings { node: Some(node), lightning };
-    listing
+    on_sale.listing(by)
 }
 
 /// The listing of a model that this node leads: to its customers it is a whole one.
 pub(crate) fn led_listing(led: &LedForSale, by: &Identity<'_>) -> Listing {
-    let facts = led.engine.facts();
-    signed(
-        Listing {
-            version: Listing::VERSION,
-            model: led.name.clone(),
-            model_root: ModelRoot(facts.model_root),
-            tokenizer: TokenizerHash(facts.tokenizer_hash),
-            quantisation: facts.model.quantisation.clone(),
-            part: Part::Whole,
-            rates: led.rates,
-            context_length: facts.context,
-            slots: facts.slots,
-            speed: speed_of(facts.speed.as_ref()),
-            memory_bytes: led.memory_bytes,
-            profiles: vec![profile(&facts)],
-            build: BuildId(facts.build_id),
-            instruction_set: facts.instruction_set.clone(),
-            addresses: by.addresses.clone(),
-            region: by.region.clone(),
-            node_key: node_key(by.node),
-            lightning_node: by.wallet.node_id(),
-            expires_at: 0,
-            lightning_address: by.lightning_address.clone(),
-            lightning_unproven: false,
-            bindings: Bindings::default(),
-        },
-        by,
-    )
+    OnSale::whole(led.engine.facts(), &led.name, led.rates, led.memory_bytes).listing(by)
 }
 
 /// What a lead is started with, beside its configuration.

@@ -12,11 +12,8 @@
 
 mod settle;
 
-use settle::kind_of;
-
 use super::{
     consumer::Message as ConsumerMessage,
-    desk::wire,
     hops::{HopEvent, HopId, Outgoing, Switchboard},
     now,
 };
@@ -30,7 +27,7 @@ use satgrid_engine::{
         ring::{Held, Ring, RingCommand, RingEvent, RingFacts, RingWork},
     },
 };
-use satgrid_ledger::statements::{Leg, PartOrder, RowsHash, Split, WireType};
+use satgrid_ledger::statements::{Leg, PartOrder, RowsHash, Split};
 use satgrid_node::consumer::{CallId, ConsumerEvent, Emission, Submit};
 use satgrid_protocol::{
     frame::Resend,
@@ -38,7 +35,8 @@ use satgrid_protocol::{
 };
 use satgrid_protocol_quic::QuicEndpoint;
 use satgrid_types::{
-    Digest, LayerRange, NodeKey, PartUsage, RequestId, Sampling, SessionId, VerifiedListing, WorkKind, node_key,
+    Digest, LayerRange, NodeKey, PartUsage, RequestId, Sampling, SessionId, VerifiedListing, WireType, WorkKind,
+    node_key,
 };
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -105,14 +103,14 @@ pub(crate) struct PaidRing {
 impl PaidRing {
     pub(crate) fn start(parts: RingParts) -> Arc<PaidRing> {
         let listings = || parts.plan.iter().map(|stage| &stage.listing);
-        let row_bytes = wire(parts.wire).row_bytes(parts.n_embd).unwrap_or(usize::MAX);
+        let row_bytes = parts.wire.row_bytes(parts.n_embd).unwrap_or(usize::MAX);
         let frame = satgrid_protocol::hop::MAX_ROWS_BYTES / row_bytes.max(1);
         let facts = RingFacts {
             stages: parts.plan.iter().map(|stage| stage.range).collect(),
             sequences: listings().map(|l| l.slots).min().unwrap_or(u32::MAX),
             context: listings().map(|l| l.context_length).min().unwrap_or(u32::MAX),
             batch: BATCH.min(u32::try_from(frame).unwrap_or(u32::MAX)).max(1),
-            wire: wire(parts.wire),
+            wire: parts.wire,
         };
         let (said, inbox) = mpsc::unbounded_channel();
         let (events, event_inbox) = mpsc::unbounded_channel();
@@ -440,7 +438,7 @@ impl Running {
         let mut at = 0;
         let mut touched = BTreeSet::new();
         for piece in &work.pieces {
-            let kind = kind_of(piece.purpose);
+            let kind = piece.purpose;
             let bytes = piece.rows as usize * row_bytes;
             let upto = self.sequences.entry(piece.sequence).or_default();
             *upto = piece.start.saturating_add(piece.rows);
@@ -558,7 +556,7 @@ impl Running {
             });
         let shape = bytes.len() == work.rows.bytes.len() || (work.ends_at.is_some() && bytes.is_empty());
         let count = if bytes.is_empty() { 0 } else { work.rows.count };
-        let rows = HiddenRows { wire: wire(self.parts.wire), count, bytes };
+        let rows = HiddenRows { wire: self.parts.wire, count, bytes };
         if !same || !shape || rows.check(self.parts.n_embd).is_err() {
             let reason = format!("worker {} sent back what was not asked for", upstream.short());
             tracing::warn!(%reason, "rows refused");
@@ -569,7 +567,7 @@ impl Running {
         let mut at = 0;
         let mut touched = BTreeSet::new();
         for piece in &work.pieces {
-            let kind = kind_of(piece.purpose);
+            let kind = piece.purpose;
             let bytes = piece.rows as usize * row_bytes;
             let Some(job) = self.jobs.get_mut(&piece.job) else { continue };
             job.received.push(rows.bytes.get(at..at + bytes).unwrap_or_default());

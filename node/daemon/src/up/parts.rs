@@ -244,7 +244,7 @@ impl Node<'_> {
             region: self.config.provider.region.clone(),
             lightning_address: self.lightning_address(),
         };
-        let whole = for_sale.iter().map(|model| (engines::listing(model, &by), model.id));
+        let whole = for_sale.iter().map(|model| (model.listing(&by), model.id));
         let layers = stages.iter().map(|stage| (layers::stage_listing(stage, &by), stage.id));
         let led = leads.iter().map(|led| (layers::led_listing(led, &by), led.id));
         let (listings, ids): (Vec<Listing>, Vec<EngineId>) = whole.chain(layers).chain(led).unzip();

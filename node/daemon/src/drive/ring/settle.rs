@@ -4,14 +4,11 @@
 use super::{ConsumerMessage, MAX_LOSSES, Running};
 use satgrid_engine::{
     port::JobId,
-    stage::{
-        port::Purpose,
-        ring::{Held, RingEvent},
-    },
+    stage::ring::{Held, RingEvent},
 };
 use satgrid_ledger::statements::{Split, stage_root};
 use satgrid_node::consumer::ConsumerEvent;
-use satgrid_types::{NodeKey, WorkKind};
+use satgrid_types::NodeKey;
 use std::collections::BTreeSet;
 
 impl Running {
@@ -113,15 +110,5 @@ impl Running {
         let held: Vec<Held> = self.sequences.keys().map(|sequence| Held { sequence: *sequence, upto: 0 }).collect();
         let stage = u32::try_from(stage).unwrap_or(0);
         let _ = self.events.send(RingEvent::NeedsReplay { stage, held });
-    }
-}
-
-/// How work of this purpose is counted.
-pub(super) fn kind_of(purpose: Purpose) -> WorkKind {
-    match purpose {
-        Purpose::Prefill => WorkKind::Prefill,
-        Purpose::Decode => WorkKind::Decode,
-        Purpose::Draft => WorkKind::Draft,
-        Purpose::Replay => WorkKind::Replay,
     }
 }
