@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use nostr_sdk::{Filter, Kind, Relay, SubscribeOptions, SubscriptionId, Timestamp};
 use satgrid_types::{
-    LISTING_KIND, ListingId, MAX_EVENT_BYTES, MAX_LIFETIME_S, NostrEvent, VerifiedListing, verify_listing,
+    CHECKPOINT_KIND, LISTING_KIND, ListingId, MAX_EVENT_BYTES, MAX_LIFETIME_S, NostrEvent, VerifiedListing,
+    verify_listing,
 };
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -29,6 +30,8 @@ const REMEMBERED: usize = 65_536;
 const MAX_MESSAGE_BYTES: usize = MAX_EVENT_BYTES + 1_024;
 /// How many stored events a relay is asked for at once.
 const STORED_LIMIT: usize = 5_000;
+/// No checkpoint's text is longer.
+const MAX_NOTE_BYTES: usize = 512;
 const SUBSCRIPTION: &str = "satgrid-listings";
 
 /// Where to listen.
@@ -37,11 +40,14 @@ pub struct SubscriberConfig {
     pub relays: RelayConfig,
     /// Verified listings that may wait for the book.
     pub queue: usize,
+    /// Where the texts of log checkpoints go, if they are to be heard at all: signed events, whose text is not judged here.
+    /// What does not fit is dropped; the next one says more.
+    pub notes: Option<mpsc::Sender<String>>,
 }
 
 impl SubscriberConfig {
     pub fn new(relays: RelayConfig) -> SubscriberConfig {
-        SubscriberConfig { relays, queue: 1_024 }
+        SubscriberConfig { relays, queue: 1_024, notes: None }
     }
 }
 
@@ -71,11 +77,13 @@ impl Subscriber {
             .collect();
         let (report, health_seen) = watch::channel(health);
         let counters = Counters::default();
-        let verifier = Verifier { counters: counters.clone(), verified, mark_synced, seen: Seen::default() };
+        let hears_notes = config.notes.is_some();
+        let verifier =
+            Verifier { counters: counters.clone(), verified, mark_synced, seen: Seen::default(), notes: config.notes };
         // The listings' receiver going away ends both tasks.
         let done = shutdown.child_token();
         tokio::spawn(verifier.run(inbox, done.clone()));
-        tokio::spawn(keep_subscribed(relays, config.relays.retry, report, done));
+        tokio::spawn(keep_subscribed(relays, config.relays.retry, hears_notes, report, done));
         Ok((Subscriber { counters, health: health_seen, synced }, listings))
     }
 
@@ -117,6 +125,7 @@ struct Standing {
 async fn keep_subscribed(
     relays: Relays,
     retry: Duration,
+    hears_notes: bool,
     report: watch::Sender<Vec<RelayHealth>>,
     done: CancellationToken,
 ) {
@@ -133,7 +142,7 @@ async fn keep_subscribed(
         for (state, standing) in health.iter_mut().zip(&mut standings) {
             observe(state, &standing.relay);
             if state.connected
-                && let Err(reason) = subscribe_anew(standing, state.connections, retry).await
+                && let Err(reason) = subscribe_anew(standing, state.connections, retry, hears_notes).await
             {
                 tracing::warn!(relay = %state.url, reason, "not subscribed; trying again");
                 state.last_error = Some(reason);
@@ -149,7 +158,12 @@ async fn keep_subscribed(
 }
 
 /// Subscribes if this connection has no subscription yet, or has lost it.
-async fn subscribe_anew(standing: &mut Standing, connection: usize, retry: Duration) -> Result<(), String> {
+async fn subscribe_anew(
+    standing: &mut Standing,
+    connection: usize,
+    retry: Duration,
+    hears_notes: bool,
+) -> Result<(), String> {
     let id = SubscriptionId::new(SUBSCRIPTION);
     let fresh = standing.connection != connection;
     // The client library forgets a subscription that the relay closed.
@@ -161,7 +175,8 @@ async fn subscribe_anew(standing: &mut Standing, connection: usize, retry: Durat
     standing.not_before = Instant::now() + retry;
     // Listings older than their longest life are dead, whatever they say.
     let since = Timestamp::now() - Duration::from_secs(MAX_LIFETIME_S);
-    let filter = Filter::new().kind(Kind::Custom(LISTING_KIND)).since(since).limit(STORED_LIMIT);
+    let kinds = [Some(LISTING_KIND), hears_notes.then_some(CHECKPOINT_KIND)].into_iter().flatten().map(Kind::Custom);
+    let filter = Filter::new().kinds(kinds).since(since).limit(STORED_LIMIT);
     let asked = standing.relay.subscribe_with_id(id, filter, SubscribeOptions::default()).await;
     asked.map(|_| ()).map_err(|error| error.to_string())
 }
@@ -171,6 +186,7 @@ struct Verifier {
     verified: mpsc::Sender<VerifiedListing>,
     mark_synced: watch::Sender<BTreeSet<String>>,
     seen: Seen,
+    notes: Option<mpsc::Sender<String>>,
 }
 
 impl Verifier {
@@ -187,7 +203,8 @@ impl Verifier {
                     self.mark_synced.send_if_modified(|relays| relays.insert(relay));
                 }
                 Some(FromRelay::Event { text }) => match self.read(&text) {
-                    Ok(listing) => {
+                    Ok(None) => {}
+                    Ok(Some(listing)) => {
                         self.count("accepted");
                         tokio::select! {
                             () = done.cancelled() => break,
@@ -201,8 +218,8 @@ impl Verifier {
         done.cancel();
     }
 
-    /// A listing, or the word for why not.
-    fn read(&mut self, text: &str) -> Result<VerifiedListing, &'static str> {
+    /// A listing, or the word for why not; nothing where it was a checkpoint, which is passed on.
+    fn read(&mut self, text: &str) -> Result<Option<VerifiedListing>, &'static str> {
         if text.len() > MAX_MESSAGE_BYTES {
             return Err("too_large");
         }
@@ -211,12 +228,22 @@ impl Verifier {
         if self.seen.contains(&event.id) && event.verify().is_ok() {
             return Err("duplicate");
         }
+        if let Some(notes) = self.notes.as_ref().filter(|_| event.kind == CHECKPOINT_KIND) {
+            event.verify().map_err(|_| "forged")?;
+            if event.content.len() > MAX_NOTE_BYTES {
+                return Err("too_large");
+            }
+            self.seen.insert(event.id);
+            // A full queue is no reason to hold up listings.
+            let _ = notes.try_send(event.content);
+            return Ok(None);
+        }
         let listing = verify_listing(event, now()).map_err(|refusal| {
             tracing::debug!(%refusal, "a listing was refused");
             refusal.reason()
         })?;
         self.seen.insert(listing.id());
-        Ok(listing)
+        Ok(Some(listing))
     }
 
     fn count(&self, reason: &'static str) {

@@ -177,6 +177,25 @@ async fn a_late_reader_gets_what_is_stored() {
     assert!(reader.listings.try_recv().is_err(), "a checkpoint is no listing");
 }
 
+#[tokio::test]
+async fn who_asks_for_them_hears_checkpoints_and_only_signed_ones() {
+    let port = free_port();
+    let _relay = relay(port).await;
+    let (publisher, _stop) = publisher(&[port]).await;
+    publisher.checkpoint("log", "10\nroot".into()).await.unwrap();
+    wait_for(&publisher, |health| health[0].delivered == 1).await;
+    let (notes, mut heard) = mpsc::channel(4);
+    let mut subscription = SubscriberConfig::new(config(&[port]));
+    subscription.notes = Some(notes);
+    let token = CancellationToken::new();
+    let (subscriber, mut listings) = Subscriber::start(subscription, token.clone()).await.unwrap();
+    let note = tokio::time::timeout(PATIENCE, heard.recv()).await.unwrap().unwrap();
+    assert_eq!(note, "10\nroot");
+    assert!(listings.try_recv().is_err());
+    assert_eq!(subscriber.counters().len(), 0, "it is no refused listing");
+    token.cancel();
+}
+
 /// A relay that lies: it passes on whatever it is given, checking nothing.
 #[tokio::test]
 async fn what_a_lying_relay_sends_is_counted_and_ignored() {

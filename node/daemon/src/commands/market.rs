@@ -37,7 +37,7 @@ pub(super) fn run(globals: &Globals, command: &MarketCommand) -> anyhow::Result<
 async fn read_relays(config: &Config) -> anyhow::Result<(Market, Listening)> {
     let market = Market::new(crate::up::catalogue(config)?);
     let relays = config.market.relays.clone();
-    let listening = Listening::start(&market, relays, CancellationToken::new())
+    let listening = Listening::start(&market, relays, None, CancellationToken::new())
         .await
         .context("market.relays cannot be used")
         .hint("name at least one relay in market.relays")?;

@@ -1,16 +1,14 @@
 //! Drives the consumer role: links to providers, payments, the journal, and the calls that wait for tokens.
 
 use super::{
+    checkpoints,
     journal::JournalWriter,
     links::{self, Outbound},
     market::Market,
     now, payments, until,
 };
 use crate::store::Store;
-use satgrid_ledger::{
-    journal::Witness,
-    log::{FraudProof, SignedCheckpoint},
-};
+use satgrid_ledger::log::SignedCheckpoint;
 use satgrid_market::Fault;
 use satgrid_node::{
     LinkId, StreamId,
@@ -284,15 +282,8 @@ impl Running {
     fn witness(&self, note: String) {
         let (store, inbox) = (self.driver.store.clone(), self.inbox.clone());
         tokio::spawn(async move {
-            let Ok(heard) = SignedCheckpoint::parse(&note) else { return };
-            match store.witness(&heard, now()).await {
-                Ok(Witness::Conflict { with }) => {
-                    let proof = FraudProof { one: with.note().to_owned(), other: note };
-                    let event = ConsumerEvent::SecondHistory(Box::new(proof));
-                    let _ = inbox.send(Message::Event(event)).await;
-                }
-                Ok(Witness::First | Witness::Known | Witness::Grown { .. }) => {}
-                Err(error) => tracing::warn!(%error, "a tree head of another node was not kept"),
+            if let Ok(heard) = SignedCheckpoint::parse(&note) {
+                checkpoints::witness(&store, heard, &inbox).await;
             }
         });
     }

@@ -80,13 +80,14 @@ pub(crate) struct Listening {
 }
 
 impl Listening {
-    /// Fills the market's book from these relays, now and from here on.
+    /// Fills the market's book from these relays, now and from here on. Texts of log checkpoints go to `notes`.
     pub(crate) async fn start(
         market: &Market,
         relays: Vec<String>,
+        notes: Option<mpsc::Sender<String>>,
         shutdown: CancellationToken,
     ) -> Result<Listening, StartError> {
-        let config = SubscriberConfig::new(RelayConfig::new(relays));
+        let config = SubscriberConfig { notes, ..SubscriberConfig::new(RelayConfig::new(relays)) };
         let (subscriber, listings) = Subscriber::start(config, shutdown.clone()).await?;
         tokio::spawn(fill(market.clone(), listings, shutdown));
         Ok(Listening { subscriber })

@@ -17,6 +17,7 @@
 //! the book's. All end with one shutdown token.
 
 pub(crate) mod channels;
+pub(crate) mod checkpoints;
 pub(crate) mod consumer;
 pub(crate) mod desk;
 pub(crate) mod engines;

@@ -4,6 +4,7 @@ use super::open::{Keys, wallet_network};
 use crate::config::Config;
 use crate::drive::{
     channels,
+    checkpoints::{NOTES, compare_heads},
     consumer::{self, ConsumerDriver, ConsumerView},
     engines::{self, ForSale, Identity, TokenizersForSale},
     fresh_seed,
@@ -116,7 +117,12 @@ impl Node<'_> {
         });
         let relays = self.config.market.relays.clone();
         let heard = if self.config.is_consumer() && !relays.is_empty() {
-            let listening = Listening::start(market, relays, self.shutdown.clone()).await;
+            let notes = consumer.clone().map(|consumer| {
+                let (notes, heard) = mpsc::channel(NOTES);
+                tokio::spawn(compare_heads(heard, self.store.clone(), market.clone(), consumer));
+                notes
+            });
+            let listening = Listening::start(market, relays, notes, self.shutdown.clone()).await;
             Some(Arc::new(listening.context("market.relays cannot be used")?))
         } else {
             None
