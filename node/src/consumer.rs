@@ -80,6 +80,8 @@ pub struct Consumer {
     direct_peers: BTreeSet<LightningKey>,
     /// The newest tree head of each provider that this run has heard.
     heads: BTreeMap<NodeKey, SignedCheckpoint>,
+    /// Providers that are proven to keep two histories.
+    two_faced: BTreeSet<NodeKey>,
     /// Sessions with a connection, work, or a close under way. All others cost nothing per event.
     live: BTreeSet<SessionIndex>,
     /// The earliest deadline of the live sessions and of the calls.
@@ -123,6 +125,7 @@ impl Consumer {
             paused: None,
             direct_peers: BTreeSet::new(),
             heads: BTreeMap::new(),
+            two_faced: BTreeSet::new(),
             live: BTreeSet::new(),
             wake: None,
             exposed: Msat::ZERO,
@@ -360,13 +363,17 @@ impl Consumer {
 
     /// A provider broke a rule: the proof is kept, the link closed, and it is not asked again for a while.
     fn misbehaved(&mut self, now: UnixMs, index: SessionIndex, rule: &str, text: &str, statement: Vec<u8>) {
-        self.counters.misbehaviour += 1;
         let Some(session) = self.sessions.get(&index) else { return };
-        let peer = session.provider();
+        self.keep_against(now, session.provider(), rule, text, statement);
+        self.drop_link(now, index, crate::CloseCode::Violation, text);
+    }
+
+    /// Keeps what proves that a provider broke a rule; it is not asked again for a while.
+    fn keep_against(&mut self, now: UnixMs, peer: NodeKey, rule: &str, text: &str, statement: Vec<u8>) {
+        self.counters.misbehaviour += 1;
         self.append(vec![Draft::of(Evidence::Misbehaviour { peer, rule: rule.to_owned(), statement })], Vec::new());
         self.actions.push_back(ConsumerAction::Penalise { provider: peer, rule: rule.to_owned() });
         self.shunned.insert(peer, (now.plus_ms(self.config.shun_ms), text.to_owned()));
-        self.drop_link(now, index, crate::CloseCode::Violation, text);
     }
 
     /// Closes a session's link from our side; what was open on it goes elsewhere.

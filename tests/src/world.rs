@@ -65,7 +65,8 @@ impl Default for Options {
             wallet: FaultRates::NONE,
             channel_sat: 1_000_000,
             provider: ProviderConfig { engine_name: "toy 1".into(), ..ProviderConfig::default() },
-            consumer: ConsumerConfig::default(),
+            // Heads are signed where a test asks for them, not by a clock.
+            consumer: ConsumerConfig { log_ms: u64::MAX / 4, ..ConsumerConfig::default() },
             toy: ToyConfig::default(),
             rates: usual_rates(),
             trace: std::env::var_os("SATGRID_TRACE").is_some(),

@@ -39,6 +39,8 @@ pub(crate) enum Command {
     Snapshot(SnapshotArgs),
     /// Let go of the bodies of old sessions that are over; leaves and transfers stay
     Prune(PruneArgs),
+    /// List what others were caught at, and write what proves it to a file
+    Misbehaviour(MisbehaviourArgs),
     /// Turn two checkpoints that exclude each other into a file that `verify` accepts as proof
     Fraud(FraudArgs),
 }
@@ -268,6 +270,24 @@ pub(crate) struct PruneArgs {
     /// Do it; without this, what could go is counted
     #[arg(long)]
     pub(crate) yes: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct MisbehaviourArgs {
+    /// A journal or an exported file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) db: PathBuf,
+    /// Only by this provider
+    #[arg(long, value_name = "KEY")]
+    pub(crate) peer: Option<NodeKey>,
+    /// What the entry of this number holds
+    #[arg(long, value_name = "N")]
+    pub(crate) entry: Option<u64>,
+    /// Where to write it: for two histories a fraud proof that `verify` accepts, else the statement as it was received
+    #[arg(long, value_name = "FILE", requires = "entry")]
+    pub(crate) out: Option<PathBuf>,
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: Format,
 }
 
 #[derive(Debug, ClapArgs)]

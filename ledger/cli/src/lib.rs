@@ -10,6 +10,7 @@ mod books;
 mod check;
 mod claim;
 mod export;
+mod misbehaviour;
 mod movements;
 mod output;
 mod prove;
@@ -66,6 +67,7 @@ pub async fn run_async(args: Args) -> ExitCode {
         Command::Reconcile(args) => reconcile::run(args).await,
         Command::Prune(args) => prune::run(args).await,
         Command::Snapshot(args) => prune::snapshot(args).await,
+        Command::Misbehaviour(args) => misbehaviour::run(args).await,
         Command::Fraud(args) => prove::fraud(&args),
     };
     match done {

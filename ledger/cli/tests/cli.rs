@@ -4,8 +4,16 @@
 
 mod support;
 
-use satgrid_ledger::{Evidence, Journal, statements::receipt_id, testing::checkpoint_of};
+use satgrid_ledger::{
+    Evidence, Journal,
+    bundle::write_fraud,
+    entry::Draft,
+    log::{FraudProof, SignedCheckpoint},
+    statements::receipt_id,
+    testing::{World, checkpoint_of},
+};
 use satgrid_ledger_sqlite::SqliteJournal;
+use satgrid_types::{Digest, node_key};
 use serde_json::Value;
 use std::{fs, path::Path};
 use support::{Fixture, json, ledger};
@@ -177,4 +185,36 @@ fn a_receipt_is_proved_and_two_histories_are_too() {
     assert_eq!(verdict["files"][0]["kind"], "fraud-proof");
     assert_eq!(verdict["files"][0]["findings"][0]["rule"], "log/two-histories");
     assert_eq!(ledger(&["verify", &fixture.text("fraud.bundle")]).code, 1);
+}
+
+#[test]
+fn what_others_were_caught_at_is_listed_and_written_as_proof() {
+    let world = World::example();
+    let peer = node_key(&world.provider.node);
+    let head = |root: u8| SignedCheckpoint::sign(7, Digest([root; 32]), &world.provider.node).note().to_owned();
+    let mut fraud = Vec::new();
+    write_fraud(&mut fraud, &FraudProof { one: head(1), other: head(2) }).unwrap();
+    let kept = [("two-histories", fraud), ("log-silent", vec![1, 2, 3])];
+    let drafts = kept.map(|(rule, statement)| Draft::of(Evidence::Misbehaviour { peer, rule: rule.into(), statement }));
+    let at = world.consumer.journal.last().unwrap().at;
+    let entries = world.consumer.journal.append_now(at, drafts.into()).unwrap();
+    let fixture = Fixture::of(world);
+    let db = fixture.text("consumer.db");
+    let list = json(&["misbehaviour", "--db", &db]);
+    let rules: Vec<&str> = list.as_array().unwrap().iter().map(|one| one["rule"].as_str().unwrap()).collect();
+    assert_eq!(rules, ["two-histories", "log-silent"]);
+    assert_eq!((&list[0]["proof"], &list[1]["proof"]), (&Value::Bool(true), &Value::Bool(false)));
+    let proof = fixture.text("fraud.bundle");
+    let number = entries[0].seq.to_string();
+    let said = ledger(&["misbehaviour", "--db", &db, "--entry", &number, "--out", &proof]);
+    assert!(said.code == 0 && said.err.contains("`verify` judges it"), "{}", said.err);
+    let verdict = json(&["verify", &proof]);
+    assert_eq!(verdict["files"][0]["findings"][0]["rule"], "log/two-histories");
+    assert_eq!(verdict["files"][0]["findings"][0]["party"]["key"], peer.to_string());
+    // What others did is no finding against the journal that keeps it.
+    fixture.export("consumer.db", "consumer.bundle", &[]);
+    assert_eq!(json(&["verify", &fixture.text("consumer.bundle")])["files"][0]["journal"]["misbehaviour"], 2);
+    let said = ledger(&["misbehaviour", "--db", &db, "--entry", "0", "--out", &proof]);
+    assert!(said.code == 2 && said.err.contains("hint:"), "{}", said.err);
+    assert_eq!(json(&["misbehaviour", "--db", &fixture.text("provider.db")]), Value::Array(Vec::new()));
 }

@@ -9,7 +9,7 @@ use satgrid_ledger::{
 use satgrid_ledger_postgres::PostgresJournal;
 use satgrid_ledger_sqlite::SqliteJournal;
 use satgrid_protocol::frame::{LogAsk, LogProof};
-use satgrid_types::UnixMs;
+use satgrid_types::{NodeKey, UnixMs};
 
 /// The node's journal, opened for writing. Clones share it.
 #[derive(Debug, Clone)]
@@ -44,6 +44,10 @@ impl Store {
             Store::Sqlite(journal) => journal.witness(heard, at).await,
             Store::Postgres(journal) => journal.witness(heard, at).await,
         }
+    }
+    /// Whether a tree head of this node was ever heard.
+    pub(crate) async fn has_heard_of(&self, node: NodeKey) -> bool {
+        self.reader().witnessed(node).await.is_ok_and(|heads| !heads.is_empty())
     }
     /// The log's answer to a counterparty; without hashes where it has none.
     pub(crate) async fn prove(&self, ask: LogAsk) -> LogProof {

@@ -202,7 +202,8 @@ impl Session {
         let stall = running.map(|(id, r)| r.stall_deadline(config, self.is_starved(id))).min();
         let hold = self.hold.as_ref().and_then(|hold| hold.next_deadline(self, config));
         let owed = self.owed.as_ref().filter(|_| self.link.is_none()).map(Owed::next_try);
-        [setup, invoice, quote, credit, idle, stall, hold, owed].into_iter().flatten().min()
+        let log = self.log.next_deadline(config).filter(|_| self.link.is_some());
+        [setup, invoice, quote, credit, idle, stall, hold, owed, log].into_iter().flatten().min()
     }
 }
 
@@ -320,7 +321,7 @@ impl Consumer {
         match (session.phase, frame) {
             (Phase::Greeting, ProviderControl::Hello(hello)) if hello.version == Hello::VERSION => {
                 if let Some(session) = self.sessions.get_mut(&index) {
-                    session.log.speaks = hello.speaks_of_its_log();
+                    session.log.linked(now, hello.speaks_of_its_log());
                 }
                 self.greeted(now, index, link);
             }
@@ -532,6 +533,7 @@ impl Consumer {
             return self.drop_link(now, index, CloseCode::Done, "idle");
         }
         self.tick_owed(now, index);
+        self.tick_log(now, index);
         self.watch_credit(now, index);
         self.tick_streams(now, index);
     }

@@ -6,10 +6,11 @@
 //! | a tree head | kept by the node; against the last one of this provider a consistency proof is asked for, against the newest promise an inclusion proof |
 //! | a proof | checked; one that fails is proof of misbehaviour, with the heads and hashes that were given |
 //!
-//! Two heads of one size with different roots need no proof: together they are one. One question is open at a time; a
-//! provider that never answers keeps its promise unproven, which the ledger shows.
+//! Two heads of one size with different roots need no proof: together they are one. One question is open at a time. A
+//! provider that is silent is found by its deadline (`ConsumerConfig::log_ms`, counted while it is connected): a receipt
+//! without a promise is `promise-overdue`; a promise that no head covers, or a question without an answer, `log-silent`.
 
-use super::{Consumer, ConsumerAction, SessionIndex};
+use super::{Consumer, ConsumerAction, ConsumerConfig, SessionIndex};
 use crate::CloseCode;
 use satgrid_ledger::{
     bundle::write_fraud,
@@ -29,10 +30,12 @@ const MAX_UNPROMISED: usize = 64;
 pub(super) struct LogView {
     /// The provider speaks of its log.
     pub speaks: bool,
-    unpromised: VecDeque<ReceiptId>,
-    /// The newest promise that no proof has kept: index and leaf.
-    promised: Option<(u64, Digest)>,
-    asked: Option<Asked>,
+    /// Receipts whose promise is due, and since when; without a time where the connection broke meanwhile.
+    unpromised: VecDeque<(ReceiptId, Option<UnixMs>)>,
+    /// The newest promise that no proof has kept, and since when it waits for a head that covers it.
+    promised: Option<(Signed<InclusionPromise>, u64, Digest)>,
+    uncovered: Option<UnixMs>,
+    asked: Option<(Asked, UnixMs)>,
 }
 
 /// A question, and what its answer is checked against.
@@ -46,6 +49,22 @@ impl LogView {
     /// The connection is gone, and with it what was asked on it.
     pub(super) fn unlinked(&mut self) {
         self.asked = None;
+        self.uncovered = None;
+        self.unpromised.iter_mut().for_each(|(_, since)| *since = None);
+    }
+    /// The provider is connected, and speaks of its log or does not.
+    pub(super) fn linked(&mut self, now: UnixMs, speaks: bool) {
+        self.speaks = speaks;
+        self.uncovered = self.promised.is_some().then_some(now);
+    }
+    /// Since when the provider owes what it has not said.
+    fn owes_since(&self) -> Option<UnixMs> {
+        let promise = self.unpromised.iter().filter_map(|(_, since)| *since).min();
+        let asked = self.asked.as_ref().map(|(_, since)| *since);
+        [promise, self.uncovered, asked].into_iter().flatten().min().filter(|_| self.speaks)
+    }
+    pub(super) fn next_deadline(&self, config: &ConsumerConfig) -> Option<UnixMs> {
+        self.owes_since().map(|since| since.plus_ms(config.log_ms))
     }
 }
 
@@ -66,10 +85,11 @@ impl Asked {
 
 impl Consumer {
     /// A receipt was countersigned: its promise is due.
-    pub(super) fn await_promise(&mut self, index: SessionIndex, receipt: ReceiptId) {
+    pub(super) fn await_promise(&mut self, now: UnixMs, index: SessionIndex, receipt: ReceiptId) {
         if let Some(session) = self.sessions.get_mut(&index) {
+            let since = session.link.map(|_| now);
             let due = &mut session.log.unpromised;
-            due.push_back(receipt);
+            due.push_back((receipt, since));
             if due.len() > MAX_UNPROMISED {
                 due.pop_front();
             }
@@ -91,12 +111,13 @@ impl Consumer {
             }
         };
         // One of a receipt that is no longer waited for says nothing new.
-        let Some(at) = session.log.unpromised.iter().position(|due| *due == promise.receipt) else { return };
+        let Some(at) = session.log.unpromised.iter().position(|(due, _)| *due == promise.receipt) else { return };
         session.log.unpromised.remove(at);
-        session.log.promised = Some((promise.index, promise.leaf));
+        session.log.promised = Some((signed.clone(), promise.index, promise.leaf));
+        session.log.uncovered = session.log.uncovered.or(Some(now));
         self.counters.promises += 1;
         self.append(vec![Draft::of(Evidence::Promise(signed))], Vec::new());
-        self.ask_log(index);
+        self.ask_log(now, index);
     }
 
     pub(super) fn tree_head(&mut self, now: UnixMs, index: SessionIndex, note: &str) {
@@ -113,8 +134,16 @@ impl Consumer {
     /// The node's own store, or another of its ears, holds a head of this provider that contradicts one it gave us.
     pub(super) fn second_history(&mut self, now: UnixMs, proof: &FraudProof) {
         let Ok(node) = proof.check() else { return };
+        if !self.two_faced.insert(node) {
+            // Relays go on repeating its heads: one proof says all.
+            return;
+        }
         let sessions: Vec<SessionIndex> =
             self.sessions.iter().filter(|(_, session)| session.provider() == node).map(|(index, _)| *index).collect();
+        if sessions.is_empty() {
+            // It was heard of and not dealt with yet: that is kept, and it stays so for a while.
+            self.keep_against(now, node, "two-histories", TWO_HISTORIES, fraud_file(proof));
+        }
         // One proof is kept; every session with it ends its connection.
         for (n, index) in sessions.into_iter().enumerate() {
             if n == 0 {
@@ -132,10 +161,13 @@ impl Consumer {
             && last.root != head.root
         {
             let proof = FraudProof { one: last.note().to_owned(), other: head.note().to_owned() };
-            return self.misbehaved(now, index, "two-histories", TWO_HISTORIES, fraud_file(&proof));
+            return match self.two_faced.insert(provider) {
+                true => self.misbehaved(now, index, "two-histories", TWO_HISTORIES, fraud_file(&proof)),
+                false => self.drop_link(now, index, CloseCode::Violation, TWO_HISTORIES),
+            };
         }
         if last.as_ref() == Some(&head) {
-            return self.ask_log(index);
+            return self.ask_log(now, index);
         }
         self.actions.push_back(ConsumerAction::Witness { note: head.note().to_owned() });
         let (old, new) = match last {
@@ -149,32 +181,33 @@ impl Consumer {
             && old.size > 0
         {
             self.heads.insert(provider, new.clone());
-            return self.ask(index, Asked::Consistency { old: Box::new(old), new: Box::new(new) });
+            return self.ask(now, index, Asked::Consistency { old: Box::new(old), new: Box::new(new) });
         }
         self.heads.insert(provider, new);
-        self.ask_log(index);
+        self.ask_log(now, index);
     }
 
     /// Asks that the newest promise be kept, once a head covers it.
-    fn ask_log(&mut self, index: SessionIndex) {
-        let Some(session) = self.sessions.get(&index) else { return };
-        let (Some((at, leaf)), None) = (session.log.promised, &session.log.asked) else { return };
-        let Some(head) = self.heads.get(&session.provider()).filter(|head| head.size > at) else { return };
-        let asked = Asked::Inclusion { index: at, leaf, head: Box::new(head.clone()) };
-        self.ask(index, asked);
+    fn ask_log(&mut self, now: UnixMs, index: SessionIndex) {
+        let Some(session) = self.sessions.get_mut(&index) else { return };
+        let (Some((_, at, leaf)), None) = (&session.log.promised, &session.log.asked) else { return };
+        let Some(head) = self.heads.get(&session.provider()).filter(|head| head.size > *at) else { return };
+        let asked = Asked::Inclusion { index: *at, leaf: *leaf, head: Box::new(head.clone()) };
+        session.log.uncovered = None;
+        self.ask(now, index, asked);
     }
 
-    fn ask(&mut self, index: SessionIndex, asked: Asked) {
+    fn ask(&mut self, now: UnixMs, index: SessionIndex, asked: Asked) {
         let Some(session) = self.sessions.get_mut(&index) else { return };
         let (Some(link), true) = (session.link, session.log.speaks) else { return };
         let frame = ConsumerControl::WantProof(asked.ask());
-        session.log.asked = Some(asked);
+        session.log.asked = Some((asked, now));
         self.say(link, frame);
     }
 
     pub(super) fn proof(&mut self, now: UnixMs, index: SessionIndex, proof: LogProof) {
         let Some(session) = self.sessions.get_mut(&index) else { return };
-        let Some(asked) = session.log.asked.take().filter(|asked| asked.ask() == proof.ask) else {
+        let Some((asked, _)) = session.log.asked.take().filter(|(asked, _)| asked.ask() == proof.ask) else {
             return self.drop_link(now, index, CloseCode::Violation, "an answer about the log that was not asked for");
         };
         if !asked.is_answered_by(&proof.hashes) {
@@ -188,12 +221,39 @@ impl Consumer {
         }
         if let Asked::Inclusion { index: at, .. } = asked
             && let Some(session) = self.sessions.get_mut(&index)
-            && session.log.promised.is_some_and(|(promised, _)| promised == at)
+            && session.log.promised.as_ref().is_some_and(|(_, promised, _)| *promised == at)
         {
             session.log.promised = None;
             self.counters.promises_kept += 1;
         }
-        self.ask_log(index);
+        self.ask_log(now, index);
+    }
+
+    /// A provider that owes a word about its log for too long is left; what it owes stands in the ledger under a name.
+    pub(super) fn tick_log(&mut self, now: UnixMs, index: SessionIndex) {
+        let Some(session) = self.sessions.get_mut(&index).filter(|s| s.link.is_some()) else { return };
+        if session.log.next_deadline(&self.config).is_none_or(|at| at > now) {
+            return;
+        }
+        let past = |since: UnixMs| now.since(since) >= self.config.log_ms;
+        if let Some((asked, since)) = &session.log.asked
+            && past(*since)
+        {
+            let unanswered = cbor::encode(&LogProof { ask: asked.ask(), hashes: Vec::new() });
+            return self.misbehaved(now, index, "log-silent", "it does not answer for its log", unanswered);
+        }
+        if let (Some((promise, ..)), Some(since)) = (&session.log.promised, session.log.uncovered)
+            && past(since)
+        {
+            let promise = cbor::encode(promise);
+            let text = "it signs no tree head that covers what it promised";
+            return self.misbehaved(now, index, "log-silent", text, promise);
+        }
+        let overdue = session.log.unpromised.iter().position(|(_, since)| since.is_some_and(past));
+        if let Some((receipt, _)) = overdue.and_then(|at| session.log.unpromised.remove(at)) {
+            let text = "it does not promise that its log holds a receipt that both signed";
+            self.misbehaved(now, index, "promise-overdue", text, receipt.0.to_vec());
+        }
     }
 }
 

@@ -341,7 +341,7 @@ impl Consumer {
         let leg = Leg { provider, request, receipt: Some(receipt), usage, rates, cost, part };
         let error = offered.error.clone();
         self.counters.receipts += 1;
-        self.await_promise(index, receipt);
+        self.await_promise(now, index, receipt);
         let settled = self.settled_with.entry(provider).or_default();
         *settled = settled.saturating_add(cost);
         if let Some(session) = self.sessions.get_mut(&index) {

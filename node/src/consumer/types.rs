@@ -46,6 +46,9 @@ pub struct ConsumerConfig {
     pub failover_ms: u64,
     /// How long a slice may take to be credited once it is paid, in ms.
     pub credit_ms: u64,
+    /// How long a connected provider may owe a word about its log, in ms: the promise of a receipt, a tree head that covers
+    /// the promise, the answer to a question.
+    pub log_ms: u64,
     /// A connection without work is closed after this long, in ms.
     pub idle_ms: u64,
     /// The session is closed with it, and its balance asked back; else the balance stays for the next call.
@@ -71,6 +74,7 @@ impl Default for ConsumerConfig {
             stall_ms: 30_000,
             failover_ms: 3_000,
             credit_ms: 15_000,
+            log_ms: 2 * 60 * 1_000,
             idle_ms: 5 * 60 * 1_000,
             refund_idle: false,
             max_calls: 256,

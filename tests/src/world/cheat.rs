@@ -28,9 +28,14 @@ pub enum Cheat {
     NeverCredits,
     /// Says nothing more on a request's stream after this many output tokens.
     SilentAfter(u32),
+    /// Promises nothing about its log.
+    NoPromises,
+    /// Answers no question about its log.
+    NoProofs,
 }
 
 impl Cheat {
+    /// Those about money: what the simulation draws from.
     pub const ALL: [Cheat; 10] = [
         Cheat::OvercountAck,
         Cheat::OvercountReceipt,

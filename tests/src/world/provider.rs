@@ -183,7 +183,13 @@ impl World {
         match action {
             ProviderAction::Append(append) => self.append(who, append),
             ProviderAction::Control { link, frame } => {
-                if self.providers[p].cheat == Cheat::NeverCredits && matches!(frame, ProviderControl::Credited(..)) {
+                let swallowed = match self.providers[p].cheat {
+                    Cheat::NeverCredits => matches!(frame, ProviderControl::Credited(..)),
+                    Cheat::NoPromises => matches!(frame, ProviderControl::Promise(..)),
+                    Cheat::NoProofs => matches!(frame, ProviderControl::Proof(..)),
+                    _ => false,
+                };
+                if swallowed {
                     return;
                 }
                 self.send_to_consumer(p, link, None, frame::encode(&frame));

@@ -1,7 +1,9 @@
 //! The provider's log as its consumer watches it: promises, tree heads, proofs, and providers that lie about them.
 
 use super::assert_undisturbed;
-use satgrid_tests::world::{Ask, Options, World};
+use satgrid_ledger::log::{FraudProof, SignedCheckpoint};
+use satgrid_node::consumer::{ConsumerConfig, ConsumerEvent};
+use satgrid_tests::world::{Ask, Cheat, Options, World};
 use satgrid_types::Digest;
 
 /// A world in which one call was paid, receipted and promised.
@@ -77,4 +79,66 @@ fn a_head_without_the_promised_receipt_or_of_another_log_is_found() {
     world.sign_head(0, |_| Digest([7; 32]));
     world.run_ms(2_000);
     assert_eq!(world.consumers[0].journal.misbehaviour(), ["log-inconsistent"]);
+}
+
+/// A world whose consumer gives its provider so long to speak about its log.
+fn impatient(cheat: Cheat) -> World {
+    let consumer = ConsumerConfig { log_ms: 60_000, ..ConsumerConfig::default() };
+    let mut world = World::new(Options { consumer, ..Options::default() }, 1, 1);
+    world.providers[0].cheat = cheat;
+    let call = world.submit(0, Ask::tokens(40, 300));
+    world.finish_calls(60_000);
+    assert_undisturbed(&world, world.call(0, call));
+    world.run_ms(2_000);
+    world
+}
+
+#[test]
+fn a_provider_that_is_silent_about_its_log_is_found_by_its_deadline() {
+    // No promise, no head over a promise, no answer to a question: each has a name in the ledger, and the provider is left.
+    for (cheat, signs, rule) in [
+        (Cheat::NoPromises, false, "promise-overdue"),
+        (Cheat::None, false, "log-silent"),
+        (Cheat::NoProofs, true, "log-silent"),
+    ] {
+        let mut world = impatient(cheat);
+        if signs {
+            world.sign_head(0, |root| root);
+        }
+        world.run_ms(50_000);
+        assert!(world.consumers[0].journal.misbehaviour().is_empty(), "{cheat:?}: not yet");
+        world.run_ms(15_000);
+        assert_eq!(world.consumers[0].journal.misbehaviour(), [rule], "{cheat:?}");
+        assert_eq!(world.consumers[0].penalised.len(), 1, "{cheat:?}");
+        let now = world.now;
+        assert_eq!(world.consumers[0].role.as_ref().unwrap().shunned(now).count(), 1, "{cheat:?}");
+    }
+    // One that speaks is left in peace.
+    let mut world = impatient(Cheat::None);
+    world.sign_head(0, |root| root);
+    world.run_ms(120_000);
+    assert!(world.consumers[0].journal.misbehaviour().is_empty());
+}
+
+#[test]
+fn two_histories_that_others_heard_are_kept_once_even_of_a_provider_without_a_session() {
+    let mut world = World::new(Options::default(), 1, 1);
+    let key = world.providers[0].key.clone();
+    let note = |byte: u8| SignedCheckpoint::sign(9, Digest([byte; 32]), &key).note().to_owned();
+    let proof = FraudProof { one: note(1), other: note(2) };
+    let now = world.now;
+    for _ in 0..3 {
+        // A relay repeats what it has.
+        let role = world.consumers[0].role.as_mut().unwrap();
+        role.handle(now, ConsumerEvent::SecondHistory(Box::new(proof.clone())));
+        world.settle();
+    }
+    world.run_ms(1_000);
+    assert_eq!(world.consumers[0].journal.misbehaviour(), ["two-histories"]);
+    assert_eq!(world.consumers[0].role.as_ref().unwrap().shunned(now).count(), 1);
+    // Signed by somebody else, or the same root: it proves nothing.
+    let same = FraudProof { one: note(3), other: note(3) };
+    world.consumers[0].role.as_mut().unwrap().handle(now, ConsumerEvent::SecondHistory(Box::new(same)));
+    world.run_ms(1_000);
+    assert_eq!(world.consumers[0].journal.misbehaviour().len(), 1);
 }

@@ -25,8 +25,8 @@ pub(crate) async fn witness(store: &Store, heard: SignedCheckpoint, consumer: &m
     }
 }
 
-/// Holds the heads that relays spread against those that providers told us. Only of providers that are listed now: anybody
-/// can make up a node and its log.
+/// Holds the heads that relays spread against those that providers told us. Only of providers that are listed now or told us
+/// of their log before: anybody can make up a node and its log.
 pub(crate) async fn compare_heads(
     mut notes: mpsc::Receiver<String>,
     store: Store,
@@ -35,8 +35,67 @@ pub(crate) async fn compare_heads(
 ) {
     while let Some(note) = notes.recv().await {
         let Ok(heard) = SignedCheckpoint::parse(&note) else { continue };
-        if market.live().iter().any(|listing| listing.node_key == heard.node) {
+        let listed = market.live().iter().any(|listing| listing.node_key == heard.node);
+        if listed || store.has_heard_of(heard.node).await {
             witness(&store, heard, &consumer).await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ed25519_dalek::SigningKey;
+    use satgrid_ledger::{audit::Rule, bundle};
+    use satgrid_ledger_sqlite::SqliteJournal;
+    use satgrid_market::Catalogue;
+    use satgrid_market_nostr::{Publisher, PublisherConfig, RelayConfig};
+    use satgrid_types::{Digest, node_key};
+    use secp256k1::{Keypair, SECP256K1};
+    use std::time::Duration;
+    use tokio_util::sync::CancellationToken;
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    /// A provider told us one head; a relay, a real one, has another of the same size.
+    #[tokio::test]
+    async fn a_head_from_a_relay_that_contradicts_the_providers_own_is_a_proof() {
+        let folder = tempfile::tempdir().unwrap();
+        let relay = satgrid_devnet::relay::serve_relay(0).await.unwrap();
+        let (provider, stranger) = (SigningKey::from_bytes(&[3; 32]), SigningKey::from_bytes(&[4; 32]));
+        let head = |key: &SigningKey, root: u8| SignedCheckpoint::sign(12, Digest([root; 32]), key);
+        let store = Store::Sqlite(SqliteJournal::open(&folder.path().join("ledger.sqlite")).await.unwrap());
+        let (inbox, mut consumer) = mpsc::channel(8);
+        witness(&store, head(&provider, 1), &inbox).await;
+
+        let token = CancellationToken::new();
+        let market = Market::new(Catalogue::default());
+        let (notes, heard) = mpsc::channel(NOTES);
+        tokio::spawn(compare_heads(heard, store.clone(), market.clone(), inbox));
+        let relays = vec![relay.url()];
+        let listening = super::super::market::Listening::start(&market, relays.clone(), Some(notes), token.clone());
+        let _listening = listening.await.unwrap();
+
+        let keys = Keypair::from_seckey_slice(SECP256K1, &[9; 32]).unwrap();
+        let publisher = Publisher::start(PublisherConfig::new(RelayConfig::new(relays), 1), keys, token.clone());
+        let publisher = publisher.await.unwrap();
+        // Of a node that nobody here knows, the same head once more, no head at all: nothing. Then the other history.
+        let texts = [head(&stranger, 1), head(&stranger, 2), head(&provider, 1)].map(|head| head.note().to_owned());
+        let texts = texts.into_iter().chain(["10\nroot".to_owned(), head(&provider, 2).note().to_owned()]);
+        for (n, text) in texts.enumerate() {
+            publisher.checkpoint(&format!("log {n}"), text).await.unwrap();
+        }
+        let told = tokio::time::timeout(PATIENCE, consumer.recv()).await.unwrap().unwrap();
+        let Message::Event(ConsumerEvent::SecondHistory(proof)) = told else { panic!("a proof was expected") };
+        assert_eq!(proof.check(), Ok(node_key(&provider)));
+        assert!(consumer.try_recv().is_err());
+
+        // What is kept of it is a file that the auditor's tool judges.
+        let mut file = Vec::new();
+        bundle::write_fraud(&mut file, &proof).unwrap();
+        assert!(matches!(bundle::open(file.as_slice()), Ok(bundle::Opened::Fraud(_))));
+        assert_eq!(Rule::Fraud.id(), "log/two-histories");
+        token.cancel();
+        store.close().await;
     }
 }
