@@ -2,7 +2,10 @@
 //!
 //! A wallet over Nostr Wallet Connect is a [`Lightning`] and no more; the embedded node is an [`Embedded`] too.
 
-use crate::port::{Channel, Invoice, InvoiceError, Lightning, WalletError};
+use crate::{
+    port::{Channel, Invoice, InvoiceError, Lightning, WalletError},
+    restore::{LostState, Watermarks},
+};
 use async_trait::async_trait;
 use core::net::SocketAddr;
 use satgrid_types::{LightningKey, Msat};
@@ -30,6 +33,10 @@ pub trait Embedded: Lightning {
     async fn fees_paid(&self) -> Result<FeesPaid, WalletError>;
     /// What is needed, beside the seed, to reach every channel's peer again.
     async fn channel_backup(&self) -> Result<ChannelBackup, WalletError>;
+    /// Connects to a peer wherever it is named, `host:port`, with whom there may be no channel that we know of.
+    async fn ask_peer(&self, node: LightningKey, address: &str) -> Result<(), WalletError>;
+    /// How far a lost channel has come; what its closing left for us is swept to the wallet on the way.
+    async fn recover(&self, lost: &BackedUp) -> Result<LostState, WalletError>;
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -102,6 +109,9 @@ pub struct ChannelBackup {
     pub node: LightningKey,
     pub peers: Vec<(LightningKey, String)>,
     pub channels: Vec<BackedUp>,
+    /// The number of each channel's latest state: whoever starts an older one is stopped ([`crate::restore`]).
+    #[serde(default)]
+    pub updates: Watermarks,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -12,6 +12,7 @@
 //! - [`keys`]: every key of a node from one BIP-39 phrase;
 //! - [`message`]: signatures by a Lightning node key over a text, as other Lightning implementations make them;
 //! - [`reopen`]: opening a force-closed channel again without a person;
+//! - [`restore`]: lost channels coming back, and the guard against old copies of them;
 //! - `fake` (feature): wallets that fail by script, for the simulator;
 //! - `conformance` (feature): the suite that the fake and every adapter pass.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -30,6 +31,7 @@ mod network;
 pub mod payment;
 pub mod port;
 pub mod reopen;
+pub mod restore;
 
 pub use embedded::Embedded;
 pub use network::{Network, UnknownNetwork};

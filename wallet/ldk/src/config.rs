@@ -2,7 +2,7 @@
 
 use core::fmt;
 use satgrid_types::LightningKey;
-use satgrid_wallet::{Network, keys::Seed};
+use satgrid_wallet::{Network, keys::Seed, restore::Seen};
 use serde::{Deserialize, Serialize};
 use std::{net::SocketAddr, path::PathBuf};
 
@@ -83,6 +83,9 @@ pub struct LdkConfig {
     pub lsp: Option<Lsp>,
     /// Opens such channels for others.
     pub lsp_service: Option<LspService>,
+    /// What backups saw of the channels: where the store is older, the node does not start.
+    #[serde(default)]
+    pub seen: Vec<Seen>,
 }
 
 /// A liquidity provider.
@@ -122,6 +125,7 @@ impl LdkConfig {
             sync_every_secs: 10,
             lsp: None,
             lsp_service: None,
+            seen: Vec::new(),
         }
     }
 

@@ -3,17 +3,18 @@
 use crate::{
     LdkWallet,
     port::holds_sat,
-    translate::{node_key, wallet_error},
+    store,
+    translate::{node_key, public_key, wallet_error},
 };
 use async_trait::async_trait;
 use ldk_node::{
     Node, NodeError,
     bitcoin::{Address, FeeRate, Network as BitcoinNetwork, address::NetworkUnchecked},
-    lightning::ln::channelmanager::PaymentId,
+    lightning::ln::{channelmanager::PaymentId, msgs::SocketAddress},
     lightning_invoice::{Bolt11Invoice, Bolt11InvoiceDescription, Description},
     payment::{PaymentDirection, PaymentKind, PaymentStatus},
 };
-use satgrid_types::{Msat, PaymentHash};
+use satgrid_types::{LightningKey, Msat, PaymentHash};
 use satgrid_wallet::{
     Invoice, InvoiceError, Lightning, Network, WalletError,
     embedded::{
@@ -21,10 +22,11 @@ use satgrid_wallet::{
         Receive, Received, SendError,
     },
     port::MAX_INVOICE_EXPIRY_SECS,
+    restore::LostState,
 };
 
 /// Outputs below this are not relayed.
-const DUST_SAT: u64 = 546;
+pub(crate) const DUST_SAT: u64 = 546;
 
 impl LdkWallet {
     /// Makes an invoice within the limits, over a just-in-time channel where no channel has room for it.
@@ -201,6 +203,7 @@ impl Embedded for LdkWallet {
     async fn channel_backup(&self) -> Result<ChannelBackup, WalletError> {
         let channels = self.channels().await?;
         let node = self.node_id();
+        let updates = store::watermarks(&self.dir).await.map_err(|e| WalletError::Node { reason: e.to_string() })?;
         self.blocking(move |ldk: &Node| {
             let peers = ldk.list_peers().iter().map(|p| (node_key(&p.node_id), p.address.to_string())).collect();
             let open = ldk.list_channels();
@@ -217,20 +220,34 @@ impl Embedded for LdkWallet {
                     ours: c.ours,
                 })
                 .collect();
-            ChannelBackup { node, peers, channels: backed_up }
+            ChannelBackup { node, peers, channels: backed_up, updates }
         })
         .await
     }
+
+    async fn ask_peer(&self, node: LightningKey, address: &str) -> Result<(), WalletError> {
+        let peer = public_key(&node)?;
+        let bad = |_| WalletError::Node { reason: format!("{address:?} is no HOST:PORT of a Lightning peer") };
+        let address: SocketAddress = address.parse().map_err(bad)?;
+        self.blocking(move |node| node.connect(peer, address, true)).await?.map_err(wallet_error)
+    }
+
+    async fn recover(&self, lost: &BackedUp) -> Result<LostState, WalletError> {
+        self.recover_channel(lost).await
+    }
 }
 
-fn address(text: &str, network: Network) -> Result<Address, SendError> {
+pub(crate) fn address(text: &str, network: Network) -> Result<Address, SendError> {
     let bad = |reason: String| SendError::BadAddress { address: text.to_owned(), reason };
     let parsed: Address<NetworkUnchecked> = text.parse().map_err(|e| bad(format!("{e}")))?;
-    let on = match network {
+    parsed.require_network(bitcoin_network(network)).map_err(|e| bad(e.to_string()))
+}
+
+pub(crate) const fn bitcoin_network(network: Network) -> BitcoinNetwork {
+    match network {
         Network::Mainnet => BitcoinNetwork::Bitcoin,
         Network::Testnet => BitcoinNetwork::Testnet,
         Network::Signet => BitcoinNetwork::Signet,
         Network::Regtest => BitcoinNetwork::Regtest,
-    };
-    parsed.require_network(on).map_err(|e| bad(e.to_string()))
+    }
 }

@@ -20,23 +20,26 @@
 #![warn(clippy::float_arithmetic, clippy::cast_possible_truncation)]
 
 mod balance;
+mod chain;
 mod config;
 mod embedded;
 mod log;
 mod port;
 pub mod process;
+mod recover;
 mod start;
 mod store;
 mod translate;
 
 pub use config::{ChainSource, LdkConfig, LogLevel, Lsp, LspService, MAINNET_CAP_SAT};
 pub use process::{Program, WalletProcess};
+pub use recover::{Rehearsed, node_id, rehearse};
 pub use start::StartError;
 
 use ldk_node::Node;
 use satgrid_types::LightningKey;
-use satgrid_wallet::{ChannelError, Lightning, Network, WalletError};
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use satgrid_wallet::{ChannelError, Lightning, Network, WalletError, keys::Seed};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 use tokio::sync::watch;
 
 /// How long [`LdkWallet::ensure_connected`] waits for channels to be usable once the peer is connected.
@@ -52,6 +55,10 @@ pub struct LdkWallet {
     network: Network,
     cap_sat: Option<u64>,
     lsp: Option<Lsp>,
+    /// Kept for what only the seed and the chain can tell: lost channels.
+    seed: Seed,
+    chain: ChainSource,
+    dir: PathBuf,
     anchors: Arc<balance::Anchors>,
     stopped: watch::Sender<bool>,
     /// Held while the node may write.

@@ -14,7 +14,10 @@ use ldk_node::{
     liquidity::LSPS2ServiceConfig,
 };
 use satgrid_types::LightningKey;
-use satgrid_wallet::Network;
+use satgrid_wallet::{
+    Network,
+    restore::{Stale, stale},
+};
 use std::{
     io,
     net::{SocketAddr, TcpListener},
@@ -44,6 +47,12 @@ pub enum StartError {
     InUse { dir: PathBuf },
     #[error("the Lightning node's database in {dir} does not open: {reason}")]
     Store { dir: PathBuf, reason: String },
+    /// Starting it would offer peers a revoked state, for which they may take the whole channel.
+    #[error(
+        "the channels in {dir} are an old copy and are not started: {reason}. Put the newest copy back; if there is none, \
+         `satgrid wallet restore` puts this one aside and has the channels closed by their peers"
+    )]
+    Old { dir: PathBuf, reason: String },
     #[error("cannot write the Lightning node's log {path}: {source}")]
     Log { path: PathBuf, source: io::Error },
     #[error("cannot listen for Lightning peers on {addr}: {source}")]
@@ -73,7 +82,9 @@ pub(crate) async fn start(config: LdkConfig) -> Result<LdkWallet, StartError> {
     }
     let lock = store::prepare(&config.dir)?;
     store::set_wal(&config.dir).await?;
+    refuse_old(&config).await?;
     let (cap_sat, network, lsp) = (config.cap_sat(), config.network, config.lsp.clone());
+    let (seed, chain, dir) = (config.seed.clone(), config.chain.clone(), config.dir.clone());
     let node = tokio::task::spawn_blocking(move || run(&config))
         .await
         .map_err(|e| StartError::Node { reason: e.to_string() })??;
@@ -83,10 +94,33 @@ pub(crate) async fn start(config: LdkConfig) -> Result<LdkWallet, StartError> {
         network,
         cap_sat,
         lsp,
+        seed,
+        chain,
+        dir,
         anchors: Arc::default(),
         stopped: watch::Sender::new(false),
         _lock: lock,
     })
+}
+
+/// Before anything of the node runs: it would connect to its peers, who may then take what an old state leaves open.
+async fn refuse_old(config: &LdkConfig) -> Result<(), StartError> {
+    if config.seen.is_empty() {
+        return Ok(());
+    }
+    let dir = config.dir.clone();
+    let disk = store::watermarks(&dir).await?;
+    match stale(&disk, &config.seen).into_iter().next() {
+        None => Ok(()),
+        Some(Stale { channel, disk: Some(disk), seen, by }) => Err(StartError::Old {
+            dir,
+            reason: format!("channel {channel} is at state {disk}, and {by} has seen state {seen}"),
+        }),
+        Some(Stale { channel, disk: None, seen, by }) => Err(StartError::Old {
+            dir,
+            reason: format!("it does not know channel {channel}, of which {by} has seen state {seen}"),
+        }),
+    }
 }
 
 fn run(config: &LdkConfig) -> Result<Node, StartError> {

@@ -1,6 +1,7 @@
 //! The node's files: one owner, one process, and a database that survives a power cut.
 
 use crate::start::StartError;
+use satgrid_wallet::restore::{OVER, Watermarks};
 use rustix::fs::{FlockOperation, flock};
 use sqlx::{
     ConnectOptions, Connection,
@@ -61,4 +62,56 @@ pub(crate) async fn set_wal(dir: &Path) -> Result<(), StartError> {
         let reason = format!("its file system does not allow WAL (journal mode is {mode})");
         Err(StartError::Store { dir: dir.to_owned(), reason })
     }
+}
+
+/// Before a monitor's bytes stands this, where its newer updates are kept apart (LDK's `MonitorUpdatingPersister`).
+const UPDATES_APART: [u8; 2] = [0xff, 0xff];
+/// Version and least version, before the number of the state.
+const VERSION_LEN: usize = 2;
+
+/// The number of the latest state of each channel in the store, as LDK wrote it: the monitor's own, or that of the newest
+/// update beside it. Reads beside a running node.
+pub(crate) async fn watermarks(dir: &Path) -> Result<Watermarks, StartError> {
+    let failed = |e: sqlx::Error| StartError::Store { dir: dir.to_owned(), reason: e.to_string() };
+    let options = SqliteConnectOptions::new().filename(dir.join(DATABASE)).disable_statement_logging();
+    let mut connection = options.connect().await.map_err(failed)?;
+    let exists: Option<(String,)> = sqlx::query_as("SELECT name FROM sqlite_master WHERE name = 'ldk_node_data'")
+        .fetch_optional(&mut connection)
+        .await
+        .map_err(failed)?;
+    let mut marks = Watermarks::new();
+    if exists.is_some() {
+        let monitors: Vec<(String, String, Vec<u8>)> = sqlx::query_as(
+            "SELECT primary_namespace, key, substr(value, 1, 12) FROM ldk_node_data \
+             WHERE primary_namespace IN ('monitors', 'archived_monitors')",
+        )
+        .fetch_all(&mut connection)
+        .await
+        .map_err(failed)?;
+        for (kept, channel, head) in monitors {
+            let state = if kept == "monitors" { monitor_state(&head) } else { Some(OVER) };
+            let reason = format!("the monitor of channel {channel} is not as LDK 0.2 writes it");
+            let state = state.ok_or_else(|| StartError::Store { dir: dir.to_owned(), reason })?;
+            let mark = marks.entry(channel).or_insert(state);
+            *mark = (*mark).max(state);
+        }
+        let updates: Vec<(String, String)> = sqlx::query_as(
+            "SELECT secondary_namespace, key FROM ldk_node_data WHERE primary_namespace = 'monitor_updates'",
+        )
+        .fetch_all(&mut connection)
+        .await
+        .map_err(failed)?;
+        for (channel, update) in updates {
+            let update = update.parse().unwrap_or(0);
+            marks.entry(channel).and_modify(|mark| *mark = (*mark).max(update));
+        }
+    }
+    connection.close().await.map_err(failed)?;
+    Ok(marks)
+}
+
+fn monitor_state(head: &[u8]) -> Option<u64> {
+    let head = head.strip_prefix(&UPDATES_APART).unwrap_or(head);
+    let number = head.get(VERSION_LEN..VERSION_LEN.saturating_add(8))?;
+    Some(u64::from_be_bytes(number.try_into().ok()?))
 }

@@ -7,7 +7,8 @@ use satgrid_types::{LightningKey, Msat, PaymentHash};
 use satgrid_wallet::{
     Balance, Channel, ChannelError, ChannelId, Embedded, Invoice, InvoiceError, InvoiceRequest, Lightning, Network,
     OpenChannel, PayError, PaymentRecord, PaymentState, WalletError, WalletEvent,
-    embedded::{ChannelBackup, FeesPaid, NodeFacts, OnchainSend, Receive, Received, SendError},
+    embedded::{BackedUp, ChannelBackup, FeesPaid, NodeFacts, OnchainSend, Receive, Received, SendError},
+    restore::LostState,
 };
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -266,5 +267,11 @@ impl Embedded for WalletProcess {
     }
     async fn channel_backup(&self) -> Result<ChannelBackup, WalletError> {
         self.ask::<Result<_, _>>(Call::ChannelBackup).await?
+    }
+    async fn ask_peer(&self, node: LightningKey, address: &str) -> Result<(), WalletError> {
+        self.ask::<Result<_, _>>(Call::AskPeer { node, address: address.to_owned() }).await?
+    }
+    async fn recover(&self, lost: &BackedUp) -> Result<LostState, WalletError> {
+        self.ask::<Result<_, _>>(Call::Recover(lost.clone())).await?
     }
 }

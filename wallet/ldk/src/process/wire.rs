@@ -5,7 +5,7 @@
 use satgrid_types::{LightningKey, Msat, PaymentHash};
 use satgrid_wallet::{
     ChannelId, InvoiceRequest, Network, OpenChannel,
-    embedded::{OnchainSend, Receive},
+    embedded::{BackedUp, OnchainSend, Receive},
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
@@ -52,6 +52,8 @@ pub(super) enum Call {
     SendOnchain(OnchainSend),
     FeesPaid,
     ChannelBackup,
+    AskPeer { node: LightningKey, address: String },
+    Recover(BackedUp),
 }
 
 #[derive(Debug, Serialize, Deserialize)]

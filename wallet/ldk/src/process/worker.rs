@@ -129,5 +129,7 @@ async fn answer(wallet: &LdkWallet, call: Call) -> serde_json::Result<Value> {
         Call::SendOnchain(send) => to_value(wallet.send_onchain(send).await),
         Call::FeesPaid => to_value(wallet.fees_paid().await),
         Call::ChannelBackup => to_value(wallet.channel_backup().await),
+        Call::AskPeer { node, address } => to_value(wallet.ask_peer(node, &address).await),
+        Call::Recover(lost) => to_value(wallet.recover(&lost).await),
     }
 }
