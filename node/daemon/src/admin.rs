@@ -10,6 +10,7 @@ use crate::drive::{
     market::{Listening, Market},
     now,
     provider::ProviderView,
+    restore,
     upstream::RunningEngine,
 };
 use anyhow::Context;
@@ -53,6 +54,7 @@ pub(crate) struct State {
     pub embedded: Option<Arc<dyn Embedded>>,
     /// Channels that the operator asked to force-close.
     pub wished: channels::Wished,
+    pub restoring: restore::Shared,
     /// Our wallet for other apps.
     pub apps: Option<Arc<NwcService>>,
     pub app_relays: Vec<String>,

@@ -2,7 +2,7 @@
 
 mod wallet;
 
-pub(crate) use wallet::{AppCommand, OpenArgs, PayArgs, ReceiveArgs, SendArgs, WalletCommand};
+pub(crate) use wallet::{AppCommand, OpenArgs, PayArgs, ReceiveArgs, RestoreArgs, SendArgs, WalletCommand};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use satgrid_types::LayerRange;

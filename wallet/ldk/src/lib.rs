@@ -35,6 +35,7 @@ pub use config::{ChainSource, LdkConfig, LogLevel, Lsp, LspService, MAINNET_CAP_
 pub use process::{Program, WalletProcess};
 pub use recover::{Rehearsed, node_id, rehearse};
 pub use start::StartError;
+pub use store::put_aside;
 
 use ldk_node::Node;
 use satgrid_types::LightningKey;

@@ -11,7 +11,7 @@ use std::{
     fs::{DirBuilder, File, OpenOptions, Permissions, set_permissions},
     io,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 const DATABASE: &str = "ldk_node_data.sqlite";
@@ -114,4 +114,17 @@ fn monitor_state(head: &[u8]) -> Option<u64> {
     let head = head.strip_prefix(&UPDATES_APART).unwrap_or(head);
     let number = head.get(VERSION_LEN..VERSION_LEN.saturating_add(8))?;
     Some(u64::from_be_bytes(number.try_into().ok()?))
+}
+
+/// Puts a store aside under a name that nothing starts. `None` where there is none. Refused while a node uses it.
+pub fn put_aside(dir: &Path, stamp: u64) -> Result<Option<PathBuf>, StartError> {
+    if !dir.join(DATABASE).exists() {
+        return Ok(None);
+    }
+    let _lock = prepare(dir)?;
+    let mut name = dir.as_os_str().to_owned();
+    name.push(format!(".given-up-{stamp}"));
+    let aside = PathBuf::from(name);
+    std::fs::rename(dir, &aside).map_err(|source| StartError::Dir { dir: dir.to_owned(), source })?;
+    Ok(Some(aside))
 }

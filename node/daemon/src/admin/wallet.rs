@@ -1,6 +1,7 @@
 //! The wallet's routes of the admin port. They are the operator's hands: nothing here is booked as work.
 
 use super::{Answer, Failed, State, failed};
+use crate::drive::restore;
 use axum::{
     Json, Router,
     extract::{Query, State as Shared},
@@ -35,6 +36,7 @@ pub(super) fn routes() -> Router<State> {
         .route("/admin/v1/wallet/send", post(send))
         .route("/admin/v1/wallet/fees", get(fees))
         .route("/admin/v1/wallet/backup", get(backup))
+        .route("/admin/v1/wallet/restore", get(restoring))
         .route("/admin/v1/wallet/payment", get(payment))
         .route("/admin/v1/wallet/payments", get(payments))
 }
@@ -251,6 +253,10 @@ async fn fees(Shared(state): Shared<State>) -> Answer {
 async fn backup(Shared(state): Shared<State>) -> Answer {
     let backup = embedded(&state)?.channel_backup().await.map_err(failed)?;
     Ok(Json(json!({ "network": state.network, "backup": backup })))
+}
+
+async fn restoring(Shared(state): Shared<State>) -> Answer {
+    Ok(Json(serde_json::to_value(restore::peek(&state.restoring)).map_err(failed)?))
 }
 
 #[derive(Deserialize)]

@@ -40,6 +40,8 @@ pub(crate) enum WalletCommand {
         /// A file; standard output where it is missing
         file: Option<PathBuf>,
     },
+    /// Bring back what was in channels whose state is lost, from the words and the channel backup; node stopped
+    Restore(RestoreArgs),
     /// Other apps that may use this wallet (Nostr Wallet Connect)
     #[command(subcommand)]
     App(AppCommand),
@@ -66,6 +68,22 @@ pub(crate) enum AppCommand {
     List,
     /// Take the wallet away from an app, at once
     Revoke { name: String },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RestoreArgs {
+    /// The channel backup [default: the newest of node.dir/channels.json and wallet.backup]
+    #[arg(long, value_name = "FILE")]
+    pub backup: Option<PathBuf>,
+    /// Say what would be found and done; touch nothing
+    #[arg(long)]
+    pub rehearse: bool,
+    /// How far a restore is, asked of the running node
+    #[arg(long, conflicts_with_all = ["backup", "rehearse"])]
+    pub status: bool,
+    /// Do not ask
+    #[arg(long)]
+    pub yes: bool,
 }
 
 #[derive(Debug, Args)]

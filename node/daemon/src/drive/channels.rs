@@ -1,6 +1,6 @@
-//! Keeps the channels: a backup at every change, a force-closed channel opened again, and what is lacking said in time.
+//! Keeps the channels: a backup at every change of them or of their states, a force-closed channel opened again, and what is lacking said in time.
 
-use super::now;
+use super::{now, restore};
 use satgrid_types::{LightningKey, Msat, UnixMs};
 use satgrid_wallet::{
     Channel, Embedded, OpenChannel,
@@ -55,6 +55,8 @@ pub(crate) struct Keeper {
     pub backup: Option<PathBuf>,
     pub network: &'static str,
     pub reopen: bool,
+    /// Channels that are still to come back stay in the backup.
+    pub restoring: restore::Shared,
     pub wished: Wished,
     /// The smallest slice that is sold, and that is bought.
     pub wants: (Option<Msat>, Option<Msat>),
@@ -65,8 +67,8 @@ impl Keeper {
     pub(crate) async fn run(self, mut closed: mpsc::UnboundedReceiver<Closed>) {
         let mut reopen = read(&self.dir.join(BACKUP_FILE)).map(|file| file.reopen).unwrap_or_default();
         let mut told: Vec<&str> = Vec::new();
-        // The channels that the backup on disk names.
-        let mut written: Option<Vec<(String, u64)>> = None;
+        // What the backup on disk says: how many channels of which size, and their states.
+        let mut written: Option<ChannelBackup> = None;
         let mut look = tokio::time::interval(LOOK_EVERY);
         loop {
             tokio::select! {
@@ -85,10 +87,10 @@ impl Keeper {
             let (Ok(channels), Ok(balance)) = (self.wallet.channels().await, self.wallet.balance().await) else {
                 return;
             };
-            let state: Vec<(String, u64)> = channels.iter().map(|c| (c.id.to_string(), c.capacity_sat)).collect();
-            if reopen.saw(&channels) || written.as_ref() != Some(&state) {
-                match self.write(&reopen).await {
-                    Ok(()) => written = Some(state),
+            let Ok(backup) = self.wallet.channel_backup().await else { return };
+            if reopen.saw(&channels) || written.as_ref() != Some(&backup) {
+                match self.write(&reopen, backup.clone()) {
+                    Ok(()) => written = Some(backup),
                     Err(error) => tracing::error!(%error, "the channel backup was not written"),
                 }
             }
@@ -135,8 +137,12 @@ impl Keeper {
         }
     }
 
-    async fn write(&self, reopen: &Reopen) -> anyhow::Result<()> {
-        let backup = self.wallet.channel_backup().await?;
+    fn write(&self, reopen: &Reopen, mut backup: ChannelBackup) -> anyhow::Result<()> {
+        for lost in restore::peek(&self.restoring).iter().flat_map(|restoring| restoring.open()) {
+            let address = lost.address.clone().map(|address| (lost.channel.counterparty, address));
+            backup.peers.extend(address.filter(|peer| !backup.peers.contains(peer)));
+            backup.channels.push(lost.channel.clone());
+        }
         let (network, written_at) = (self.network.to_owned(), now());
         let file = BackupFile { version: VERSION, network, written_at, backup, reopen: reopen.clone() };
         let text = serde_json::to_string_pretty(&file)?;
@@ -148,7 +154,7 @@ impl Keeper {
     }
 }
 
-fn read(path: &Path) -> Option<BackupFile> {
+pub(crate) fn read(path: &Path) -> Option<BackupFile> {
     let file: BackupFile = serde_json::from_str(&std::fs::read_to_string(path).ok()?).ok()?;
     (file.version == VERSION).then_some(file)
 }

@@ -7,7 +7,7 @@
 //! | [`desk`], [`ring`], [`hops`] | work on layers, sold and bought | QUIC hops from node to node |
 //! | [`links`] | frames in and out | QUIC streams |
 //! | [`payments`], [`wallet`] | `wallet::payment` | the Lightning wallet |
-//! | [`channels`] | `wallet::reopen` | the embedded Lightning node |
+//! | [`channels`], [`restore`] | `wallet::reopen`, `wallet::restore` | the embedded Lightning node |
 //! | [`market`] | `market::book` | Nostr relays |
 //! | [`engines`], [`layers`], [`tokenizers`] | the engine's ports | llama.cpp in child processes |
 //! | [`upstream`] | the engine's port | a server that runs the model already |
@@ -31,6 +31,7 @@ pub(crate) mod market;
 pub(crate) mod metered;
 pub(crate) mod payments;
 pub(crate) mod provider;
+pub(crate) mod restore;
 pub(crate) mod ring;
 pub(crate) mod rings;
 pub(crate) mod space;

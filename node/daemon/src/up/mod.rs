@@ -8,7 +8,7 @@ mod checkpoints;
 mod open;
 mod parts;
 
-pub(crate) use open::catalogue;
+pub(crate) use open::{backups, catalogue, chain_source, keys, wallet_network};
 
 use crate::accounts::{Desk, recover::Costs};
 use crate::admin;
@@ -20,6 +20,7 @@ use crate::drive::{
     market::Market,
     metered::EngineFigures,
     now,
+    restore::{self, Restorer},
     tokenizers::Tokenizers,
     wallet::keep_connected,
 };
@@ -42,7 +43,7 @@ use satgrid_wallet::Embedded;
 use std::{
     net::SocketAddr,
     os::unix::process::CommandExt,
-    sync::{Arc, atomic::AtomicU64},
+    sync::{Arc, Mutex, atomic::AtomicU64},
     time::Duration,
 };
 use tokio::net::TcpListener;
@@ -110,7 +111,8 @@ async fn node(config: Config) -> anyhow::Result<Ended> {
     costs.restored(&recovered.consumer_sessions);
     costs.settle(&key_store).await.context("calls of the last run cannot be settled")?;
 
-    let wallet = open::open_wallet(&config, &keys).await?;
+    let restoring = restore::read(&config.node.dir)?;
+    let wallet = open::open_wallet(&config, &keys, restoring.as_ref()).await?;
     let lightning = wallet.lightning.clone();
     let identity = keys.identity.clone();
     let opened = Opened {
@@ -120,6 +122,7 @@ async fn node(config: Config) -> anyhow::Result<Ended> {
         journal: journal.clone(),
         writer,
         recovered,
+        restoring: Arc::new(Mutex::new(restoring)),
         wallet,
         admin_port,
         api_port,
@@ -151,6 +154,7 @@ struct Opened {
     journal: Store,
     writer: JournalWriter,
     recovered: Recovered,
+    restoring: restore::Shared,
     wallet: open::Wallet,
     admin_port: TcpListener,
     api_port: Option<TcpListener>,
@@ -160,7 +164,8 @@ struct Opened {
 impl Opened {
     /// Starts the parts, serves until a signal, and ends the parts again. The wallet and the journal stay open.
     async fn run(self) -> anyhow::Result<Ended> {
-        let Opened { config, keys, nostr, journal, writer, recovered, wallet, admin_port, api_port, key_store } = self;
+        let Opened { config, keys, nostr, journal, writer, recovered, restoring, .. } = self;
+        let (wallet, admin_port, api_port, key_store) = (self.wallet, self.admin_port, self.api_port, self.key_store);
         let ours = node_key(&keys.identity);
         let lightning = wallet.lightning.clone();
         let embedded: Option<Arc<dyn Embedded>> = wallet.embedded.clone().map(|process| process as Arc<dyn Embedded>);
@@ -179,7 +184,7 @@ impl Opened {
             config: &config,
             keys: &keys,
             nostr,
-            journal: writer,
+            journal: writer.clone(),
             store: journal.clone(),
             wallet: lightning.clone(),
             shutdown: shutdown.clone(),
@@ -200,6 +205,7 @@ impl Opened {
             wallet: lightning.clone(),
             embedded: embedded.clone(),
             wished: wished.clone(),
+            restoring: restoring.clone(),
             apps: open::serve_apps(&config, &keys, &wallet).await?,
             app_relays: config.market.relays.clone(),
             wants: (sells(&config), buys(&config)),
@@ -224,12 +230,21 @@ impl Opened {
         ));
         if let Some(embedded) = embedded {
             tokio::spawn(keep_connected(embedded.clone(), shutdown.clone()));
+            let restorer = Restorer {
+                wallet: embedded.clone(),
+                journal: writer,
+                dir: config.node.dir.clone(),
+                shared: restoring.clone(),
+                shutdown: shutdown.clone(),
+            };
+            tokio::spawn(restorer.run());
             let keeper = Keeper {
                 wallet: embedded,
                 dir: config.node.dir.clone(),
                 backup: config.wallet.backup.clone(),
                 network: config.node.network.name(),
                 reopen: config.wallet.reopen,
+                restoring,
                 wished,
                 wants: (sells(&config), buys(&config)),
                 shutdown: shutdown.clone(),

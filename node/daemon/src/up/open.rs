@@ -3,7 +3,7 @@
 use crate::accounts::rate::{Rate, Source};
 use crate::commands::wallet_process::NAME as WALLET_PROCESS;
 use crate::config::{ChainSource, Config, Network, lsp};
-use crate::drive::fresh_seed;
+use crate::drive::{channels::BACKUP_FILE, fresh_seed, restore};
 use crate::failure::HintExt;
 use crate::store::Store;
 use anyhow::Context;
@@ -19,11 +19,12 @@ use satgrid_market_nostr::{
 use satgrid_wallet::{
     Embedded, Lightning,
     keys::{Phrase, Seed},
+    restore::Restoring,
 };
 use satgrid_wallet_ldk::{LdkConfig, Lsp, LspService, Program, WalletProcess};
 use satgrid_wallet_nwc::{Connections, NwcConfig, NwcService, NwcWallet, ServiceConfig};
 use sha2::{Digest, Sha256};
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -37,7 +38,7 @@ const MIN_REFRESH_S: u64 = 10;
 const LSP_MIN_FEE_MSAT: u64 = 1_000_000;
 
 /// The keys of this node, all from one seed.
-pub(super) struct Keys {
+pub(crate) struct Keys {
     pub seed: Seed,
     pub identity: SigningKey,
     pub nostr: secp256k1::Keypair,
@@ -45,7 +46,7 @@ pub(super) struct Keys {
     pub sessions: [u8; 32],
 }
 
-pub(super) fn keys(config: &Config) -> anyhow::Result<Keys> {
+pub(crate) fn keys(config: &Config) -> anyhow::Result<Keys> {
     let words = config.wallet.seed.read().hint("`satgrid init` makes one; only its owner may read it (chmod 600)")?;
     let seed = Phrase::parse(&words).context("the seed's words are not right")?.seed();
     let nostr = secp256k1::Keypair::from_seckey_slice(secp256k1::SECP256K1, seed.nostr().as_ref())?;
@@ -132,11 +133,9 @@ async fn connect_wallet(config: &Config, uri: String) -> anyhow::Result<Wallet> 
     Ok(Wallet { lightning: Arc::new(wallet), embedded: None })
 }
 
-pub(super) async fn open_wallet(config: &Config, keys: &Keys) -> anyhow::Result<Wallet> {
-    if let Some(uri) = &config.wallet.nwc {
-        return connect_wallet(config, uri.read()?).await;
-    }
-    let chain = match &config.wallet.chain {
+/// The chain source as the wallet's adapter has it.
+pub(crate) fn chain_source(config: &Config) -> anyhow::Result<satgrid_wallet_ldk::ChainSource> {
+    Ok(match &config.wallet.chain {
         Some(ChainSource::Esplora { url }) => satgrid_wallet_ldk::ChainSource::Esplora { url: url.clone() },
         Some(ChainSource::Electrum { server }) => {
             let url = if server.contains("://") { server.clone() } else { format!("tcp://{server}") };
@@ -152,9 +151,21 @@ pub(super) async fn open_wallet(config: &Config, keys: &Keys) -> anyhow::Result<
             }
         }
         None => return Err(anyhow::anyhow!("wallet.chain is not set")).hint("esplora:URL is the simplest"),
-    };
+    })
+}
+
+pub(super) async fn open_wallet(
+    config: &Config,
+    keys: &Keys,
+    restored: Option<&Restoring>,
+) -> anyhow::Result<Wallet> {
+    if let Some(uri) = &config.wallet.nwc {
+        return connect_wallet(config, uri.read()?).await;
+    }
+    let chain = chain_source(config)?;
     let mut ldk = LdkConfig::new(config.node.dir.join("lightning"), keys.seed.clone(), chain);
     ldk.network = wallet_network(config.node.network);
+    ldk.seen = restore::seen(&backups(config), restored);
     ldk.listen = vec![config.wallet.listen];
     ldk.alias = config.wallet.alias.clone();
     ldk.max_balance_sat = Some(config.wallet.max_balance_sat);
@@ -180,6 +191,12 @@ pub(super) async fn open_wallet(config: &Config, keys: &Keys) -> anyhow::Result<
     Ok(Wallet { lightning: wallet.clone(), embedded: Some(wallet) })
 }
 
+/// Where channel backups are written, and read by the guard.
+pub(crate) fn backups(config: &Config) -> Vec<PathBuf> {
+    let own = config.node.dir.join(BACKUP_FILE);
+    std::iter::once(own).chain(config.wallet.backup.clone()).collect()
+}
+
 /// Our wallet for the user's other apps. A relay that does not answer is no reason not to run.
 pub(super) async fn serve_apps(
     config: &Config,
@@ -201,7 +218,7 @@ pub(super) async fn serve_apps(
     }
 }
 
-pub(super) fn wallet_network(network: Network) -> satgrid_wallet::Network {
+pub(crate) fn wallet_network(network: Network) -> satgrid_wallet::Network {
     match network {
         Network::Regtest => satgrid_wallet::Network::Regtest,
         Network::Signet => satgrid_wallet::Network::Signet,

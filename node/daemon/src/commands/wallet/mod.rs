@@ -4,6 +4,7 @@ mod apps;
 mod channels;
 mod money;
 mod qr;
+mod restore;
 mod show;
 
 use super::admin_client::Admin;
@@ -16,8 +17,14 @@ const POLL: Duration = Duration::from_millis(500);
 
 pub(super) fn run(globals: &Globals, command: &WalletCommand) -> anyhow::Result<()> {
     let config = globals.load()?.config;
-    let admin = Admin::of(&config)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // The one command that works on a node that is stopped.
+    if let WalletCommand::Restore(args) = command
+        && !args.status
+    {
+        return runtime.block_on(restore::restore(globals.format, &config, args));
+    }
+    let admin = Admin::of(&config)?;
     runtime.block_on(async {
         let format = globals.format;
         match command {
@@ -35,6 +42,7 @@ pub(super) fn run(globals: &Globals, command: &WalletCommand) -> anyhow::Result<
             }
             WalletCommand::History { all } => show::history(format, &admin.get("wallet/payments").await?, *all),
             WalletCommand::Backup { file } => money::backup(&admin, file.as_deref()).await,
+            WalletCommand::Restore(_) => restore::status(format, &admin.get("wallet/restore").await?),
             WalletCommand::App(command) => apps::run(format, &admin, command).await,
             WalletCommand::Refund { session } => {
                 admin.post(&format!("sessions/{session}/close"), &json!({})).await?;
