@@ -2,7 +2,7 @@
 # `make test-wallet` and `make bench-wallet`: the wallet on real Lightning nodes.
 #   wallet.sh          the port's suites, just-in-time channels, the short kill trials, apps over Nostr Wallet Connect
 #   KILLS=100 wallet.sh       the long kill trials too, with the Lightning node killed (inside) and not (apart)
-#   BITCOIND=/path wallet.sh  the chain conformance against a real bitcoind too
+#   BITCOIND="$(tests/scripts/bitcoind.sh)" wallet.sh  the chain conformance against a real bitcoind too
 #   wallet.sh bench    payment times, as ratios from one run
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -18,7 +18,7 @@ if [ "${1:-test}" = bench ]; then
   exec cargo test $LOCKED "${heavy[@]}" --test speed -- --ignored --nocapture payments_over_a_direct_channel
 fi
 phase "wallet, fake and apps" cargo test $LOCKED -p satgrid-wallet -p satgrid-wallet-nwc
-phase "real nodes" cargo test $LOCKED "${heavy[@]}" --test two_nodes --test process --test just_in_time
+phase "real nodes" cargo test $LOCKED "${heavy[@]}" --test two_nodes --test process --test just_in_time --test restored
 phase "kill -9, short" cargo test $LOCKED "${heavy[@]}" --test killed -- --nocapture
 if [ -n "${KILLS:-}" ]; then
   phase "kill -9, $KILLS times" cargo test $LOCKED "${heavy[@]}" --test killed -- --ignored --exact trials --nocapture

@@ -130,9 +130,8 @@ impl Restoring {
     pub const VERSION: u32 = 1;
 
     pub fn of(backup: &ChannelBackup, now: UnixMs) -> Restoring {
-        let address = |peer: &LightningKey| {
-            backup.peers.iter().find(|(key, _)| key == peer).map(|(_, address)| address.clone())
-        };
+        let address =
+            |peer: &LightningKey| backup.peers.iter().find(|(key, _)| key == peer).map(|(_, address)| address.clone());
         let lost = backup.channels.iter().map(|channel| Lost {
             address: address(&channel.counterparty),
             channel: channel.clone(),

@@ -164,6 +164,9 @@ pub(crate) enum DevnetCommand {
     Chain {
         #[arg(long, default_value = "127.0.0.1:0")]
         listen: SocketAddr,
+        /// Serve Electrum's protocol too, at this address
+        #[arg(long)]
+        electrum: Option<SocketAddr>,
     },
     /// A Nostr relay; prints its address once it listens
     Relay {

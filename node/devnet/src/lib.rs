@@ -4,6 +4,7 @@
 //!   Core's own consensus library; blocks carry real (regtest) proof of work.
 //! - [`server`]: that chain over HTTP, with an Esplora face and a face of bitcoind's JSON-RPC on one port, which is
 //!   what Lightning nodes and wallets ask for. Mining is the RPC call `generatetoaddress`.
+//! - `electrum`: the same chain in Electrum's protocol, on a port of its own.
 //! - [`relay`]: a real Nostr relay.
 //!
 //! What this room never does: listen beyond loopback, touch any network but regtest, keep anything on disk, or
@@ -13,6 +14,7 @@
 
 pub mod chain;
 mod consensus;
+mod electrum;
 mod esplora;
 mod mempool;
 pub mod relay;
@@ -23,5 +25,6 @@ mod tests;
 
 pub use chain::{Chain, Shared, shared};
 pub use consensus::RefusedTx;
+pub use electrum::{ElectrumServer, serve_electrum};
 pub use relay::{RelayError, RelayServer, run_relay};
 pub use server::{ChainServer, run_chain, serve};

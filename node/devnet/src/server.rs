@@ -13,6 +13,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
 use crate::chain::{Shared, shared};
+use crate::electrum::serve_electrum;
 use crate::{esplora, rpc};
 
 /// Largest request body: the heaviest relayed transaction as hex, and its JSON around it.
@@ -56,20 +57,27 @@ pub async fn serve(chain: Shared, addr: SocketAddr) -> io::Result<ChainServer> {
     Ok(ChainServer { addr, task })
 }
 
-/// Runs a fresh chain at `addr` until `shutdown` resolves, and tells `ready` where it listens.
+/// Runs a fresh chain at `addr` until `shutdown` resolves, and tells `ready` where it listens. Electrum's clients are
+/// served at `electrum`, if that is given.
 pub async fn run_chain(
     addr: SocketAddr,
+    electrum: Option<SocketAddr>,
     ready: impl FnOnce(SocketAddr),
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
     let listener = bind(addr).await?;
     let addr = listener.local_addr()?;
     tracing::info!(%addr, "regtest chain: Esplora and bitcoind's JSON-RPC");
+    let chain = shared();
+    let _electrum = match electrum {
+        Some(addr) => Some(serve_electrum(chain.clone(), addr).await?),
+        None => None,
+    };
     ready(addr);
-    axum::serve(listener, router(shared())).with_graceful_shutdown(shutdown).await
+    axum::serve(listener, router(chain)).with_graceful_shutdown(shutdown).await
 }
 
-async fn bind(addr: SocketAddr) -> io::Result<TcpListener> {
+pub(crate) async fn bind(addr: SocketAddr) -> io::Result<TcpListener> {
     if !addr.ip().is_loopback() {
         let message = format!("{addr} is not a loopback address; anyone who reaches this chain may mine on it");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));

@@ -148,7 +148,11 @@ impl Chain {
         let answer = String::from_utf8_lossy(&answer).into_owned();
         let (_, body) = answer.split_once("\r\n\r\n").ok_or_else(|| format!("{method}: no answer"))?;
         let answer: Value = serde_json::from_str(body).map_err(|e| format!("{method}: {e}"))?;
-        if answer["error"].is_null() { Ok(answer["result"].clone()) } else { Err(format!("{method}: {}", answer["error"])) }
+        if answer["error"].is_null() {
+            Ok(answer["result"].clone())
+        } else {
+            Err(format!("{method}: {}", answer["error"]))
+        }
     }
 }
 

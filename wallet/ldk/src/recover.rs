@@ -67,7 +67,12 @@ pub fn node_id(seed: &Seed, network: Network) -> Option<LightningKey> {
 
 /// `<key> OP_CHECKSIGVERIFY 1 OP_CSV` (BOLT 3, `to_remote` with anchors).
 fn anchored(key: &PublicKey) -> ScriptBuf {
-    Builder::new().push_slice(key.serialize()).push_opcode(OP_CHECKSIGVERIFY).push_int(1).push_opcode(OP_CSV).into_script()
+    Builder::new()
+        .push_slice(key.serialize())
+        .push_opcode(OP_CHECKSIGVERIFY)
+        .push_int(1)
+        .push_opcode(OP_CSV)
+        .into_script()
 }
 
 fn static_keys(seed: &Seed, network: Network) -> BTreeMap<ScriptBuf, StaticKey> {

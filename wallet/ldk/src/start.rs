@@ -49,8 +49,8 @@ pub enum StartError {
     Store { dir: PathBuf, reason: String },
     /// Starting it would offer peers a revoked state, for which they may take the whole channel.
     #[error(
-        "the channels in {dir} are an old copy and are not started: {reason}. Put the newest copy back; if there is none, \
-         `satgrid wallet restore` puts this one aside and has the channels closed by their peers"
+        "the channels in {dir} are an old copy, or none, and are not started: {reason}. Put the newest copy back; if there is \
+         none, `satgrid wallet restore` puts this one aside and has the channels closed by their peers"
     )]
     Old { dir: PathBuf, reason: String },
     #[error("cannot write the Lightning node's log {path}: {source}")]

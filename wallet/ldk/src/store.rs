@@ -1,8 +1,8 @@
 //! The node's files: one owner, one process, and a database that survives a power cut.
 
 use crate::start::StartError;
-use satgrid_wallet::restore::{OVER, Watermarks};
 use rustix::fs::{FlockOperation, flock};
+use satgrid_wallet::restore::{OVER, Watermarks};
 use sqlx::{
     ConnectOptions, Connection,
     sqlite::{SqliteConnectOptions, SqliteJournalMode},

@@ -94,7 +94,9 @@ async fn funds_come_back_from_words_and_backup() {
         let now = ours.balance().await.unwrap().onchain_total_sat;
         assert_eq!(now, onchain + sat, "coins on chain and what was in the channel (anchors: {with_anchors})");
         // Asked again, it finds its own sweep.
-        assert!(matches!(ours.recover(&kept.channels[0]).await.unwrap(), LostState::Swept { sat: again, .. } if again == sat));
+        assert!(
+            matches!(ours.recover(&kept.channels[0]).await.unwrap(), LostState::Swept { sat: again, .. } if again == sat)
+        );
         ours.stop().await.unwrap();
         peer.stop().await.unwrap();
     }
@@ -108,7 +110,8 @@ async fn lost_channels_are_found_over_bitcoind_too() {
     let (host, port) = ("127.0.0.1".to_owned(), world.server.addr().port());
     let chain = ChainSource::BitcoindRpc { host, port, user: "user".into(), password: "password".into() };
     let config = LdkConfig { chain, ..world.config("lost", free_addr()) };
-    let ours = LdkWallet::start(LdkConfig { chain: world.config("x", free_addr()).chain, ..config.clone() }).await.unwrap();
+    let ours =
+        LdkWallet::start(LdkConfig { chain: world.config("x", free_addr()).chain, ..config.clone() }).await.unwrap();
     world.fund(&[&ours]).await;
     peer.sync().await.unwrap();
     world.open(&ours, &peer, 200_000, Msat::ZERO).await;

@@ -5,9 +5,10 @@ mod world;
 
 use satgrid_types::{Digest, Msat};
 use satgrid_wallet::{
-    ChannelError, Direction, InvoiceError, InvoiceRequest, Lightning, OpenChannel, PayError, PaymentState, WalletError,
-    WalletEvent,
+    ChannelError, Direction, Embedded, InvoiceError, InvoiceRequest, Lightning, OpenChannel, PayError, PaymentState,
+    WalletError, WalletEvent,
     conformance::{self, Pair},
+    restore::LostState,
 };
 use satgrid_wallet_ldk::{ChainSource, LdkConfig, LdkWallet, StartError};
 use std::{
@@ -256,4 +257,36 @@ async fn bitcoind_rpc_serves_as_well() {
     .await;
     assert_eq!(wallet.height(), 102);
     wallet.stop().await.unwrap();
+}
+
+/// Electrum's protocol: coins, a channel, the port's suite, and a lost channel, with nothing else to ask.
+#[tokio::test(flavor = "multi_thread")]
+async fn electrum_serves_as_well() {
+    let world = World::new().await;
+    let server = satgrid_devnet::serve_electrum(world.chain.clone(), "127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let source = ChainSource::Electrum { url: server.url() };
+    let config = |name: &str| LdkConfig { chain: source.clone(), ..world.config(name, free_addr()) };
+    let payer = LdkWallet::start(config("payer")).await.unwrap();
+    let lost = config("payee");
+    let payee = LdkWallet::start(lost.clone()).await.unwrap();
+    world.fund(&[&payer, &payee]).await;
+    assert_eq!(payer.balance().await.unwrap().onchain_confirmed_sat, 50 * 100_000_000);
+    world.open(&payer, &payee, 1_000_000, Msat(100_000_000)).await;
+    let pair = Pair { payer: &payer, payee: &payee, now: unix_now() };
+    tokio::time::timeout(LIMIT, conformance::run(&pair)).await.expect("the suite ends in time");
+
+    let kept = payee.channel_backup().await.unwrap();
+    payee.stop().await.unwrap();
+    drop(payee);
+    std::fs::remove_dir_all(&lost.dir).unwrap();
+    let payee = LdkWallet::start(lost).await.unwrap();
+    until("the lost channel's share is swept", async || {
+        let _ = payee.ask_peer(payer.node_id(), &payer.listen_addr().unwrap().to_string()).await;
+        world.mine(1);
+        payer.sync().await.unwrap();
+        matches!(payee.recover(&kept.channels[0]).await.unwrap(), LostState::Swept { sat, .. } if sat > 90_000)
+    })
+    .await;
+    payer.stop().await.unwrap();
+    payee.stop().await.unwrap();
 }

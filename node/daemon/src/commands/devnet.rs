@@ -13,16 +13,16 @@ use crate::signals;
 pub(crate) fn run(globals: &Globals, command: &DevnetCommand) -> anyhow::Result<()> {
     let command = match command {
         DevnetCommand::Demo(args) => return demo::run(globals, args),
-        DevnetCommand::Chain { listen } => Serve::Chain(*listen),
+        DevnetCommand::Chain { listen, electrum } => Serve::Chain(*listen, *electrum),
         DevnetCommand::Relay { listen } => Serve::Relay(*listen),
     };
     globals.start_logging()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         match command {
-            Serve::Chain(listen) => {
+            Serve::Chain(listen, electrum) => {
                 let ready = |address| announce(globals.format, "http", address);
-                let served = satgrid_devnet::run_chain(listen, ready, signals::stop()).await;
+                let served = satgrid_devnet::run_chain(listen, electrum, ready, signals::stop()).await;
                 served.context("the chain cannot be served").hint("choose another loopback address with --listen")
             }
             Serve::Relay(listen) => {
@@ -35,7 +35,7 @@ pub(crate) fn run(globals: &Globals, command: &DevnetCommand) -> anyhow::Result<
 }
 
 enum Serve {
-    Chain(SocketAddr),
+    Chain(SocketAddr, Option<SocketAddr>),
     Relay(SocketAddr),
 }
 

@@ -39,8 +39,8 @@ pub(crate) fn read(dir: &Path) -> anyhow::Result<Option<Restoring>> {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
             Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
         };
-        let read: Restoring =
-            serde_json::from_str(&text).with_context(|| format!("{} is not what this version wrote", path.display()))?;
+        let read: Restoring = serde_json::from_str(&text)
+            .with_context(|| format!("{} is not what this version wrote", path.display()))?;
         return Ok(Some(read));
     }
     Ok(None)

@@ -154,11 +154,7 @@ pub(crate) fn chain_source(config: &Config) -> anyhow::Result<satgrid_wallet_ldk
     })
 }
 
-pub(super) async fn open_wallet(
-    config: &Config,
-    keys: &Keys,
-    restored: Option<&Restoring>,
-) -> anyhow::Result<Wallet> {
+pub(super) async fn open_wallet(config: &Config, keys: &Keys, restored: Option<&Restoring>) -> anyhow::Result<Wallet> {
     if let Some(uri) = &config.wallet.nwc {
         return connect_wallet(config, uri.read()?).await;
     }

@@ -22,7 +22,13 @@ use std::path::{Path, PathBuf};
 pub(super) async fn restore(format: Format, config: &Config, args: &RestoreArgs) -> anyhow::Result<()> {
     let (path, file) = backup(config, args.backup.as_deref())?;
     let network = config.node.network;
-    ensure!(file.network == network.name(), "{} is a backup of {}, not of {}", path.display(), file.network, network.name());
+    ensure!(
+        file.network == network.name(),
+        "{} is a backup of {}, not of {}",
+        path.display(),
+        file.network,
+        network.name()
+    );
     let keys = up::keys(config)?;
     let chain = up::chain_source(config)?;
     let found = rehearse(&keys.seed, up::wallet_network(network), &chain, &file.backup).await;
