@@ -21,6 +21,7 @@
 //! The consumer counts the ids that it received and signs nothing else. A countersignature is durable before it is sent.
 
 mod calls;
+mod caps;
 mod hold;
 mod links;
 mod log;
@@ -274,7 +275,7 @@ impl Consumer {
     fn changes_no_deadline(&self, event: &ConsumerEvent) -> bool {
         match event {
             ConsumerEvent::Frame { link, frame: ProviderFrame::Chunk(..), .. } => {
-                self.links.get(link).and_then(|i| self.sessions.get(i)).is_some_and(|s| !s.unfunded)
+                self.links.get(link).and_then(|i| self.sessions.get(i)).is_some_and(|s| s.unfunded.is_none())
             }
             ConsumerEvent::Durable(_) | ConsumerEvent::WantTicket { .. } => true,
             ConsumerEvent::Frame { .. }

@@ -201,20 +201,26 @@ impl Consumer {
         if call.cancelled {
             return self.fail_call(id, CallError::Cancelled);
         }
-        if call.received.last().is_some_and(|token| call.submit.ends.contains(token)) {
-            // It had come to its end before the provider went away.
-            let bill = call.bill.clone();
-            return self.finish_call(id, FinishReason::Stop, bill);
+        let begun = !call.received.is_empty();
+        if self.has_everything(id) {
+            return;
         }
-        if call.output_left() == 0 && call.part().is_none() {
-            // Everything that was asked for was received before the provider went away.
-            let bill = call.bill.clone();
-            return self.finish_call(id, FinishReason::Length, bill);
-        }
-        if !call.received.is_empty() {
-            self.counters.failovers += 1;
-        }
+        self.counters.failovers += u64::from(begun);
         self.assign(now, id);
+    }
+
+    /// Ends a call whose output was received whole before its provider or session went away. Whether it was.
+    pub(super) fn has_everything(&mut self, id: CallId) -> bool {
+        let Some(call) = self.calls.get(&id) else { return true };
+        let stopped = call.received.last().is_some_and(|token| call.submit.ends.contains(token));
+        let full = call.output_left() == 0 && call.part().is_none();
+        let bill = call.bill.clone();
+        match (stopped, full) {
+            (true, _) => self.finish_call(id, FinishReason::Stop, bill),
+            (false, true) => self.finish_call(id, FinishReason::Length, bill),
+            (false, false) => return false,
+        }
+        true
     }
 
     pub(super) fn cancel(&mut self, id: CallId) {

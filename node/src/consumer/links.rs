@@ -1,7 +1,8 @@
 //! A session's connection: hello, quote, open, resume.
 
 use super::{
-    CallId, Consumer, ConsumerAction, ConsumerConfig, SessionIndex, hold::Hold, owed::Owed, session_key, streams::Live,
+    CallId, Consumer, ConsumerAction, ConsumerConfig, SessionIndex, caps::Lack, hold::Hold, owed::Owed, session_key,
+    streams::Live,
 };
 use crate::{CloseCode, LinkId, StreamId};
 use ed25519_dalek::SigningKey;
@@ -76,7 +77,7 @@ pub(super) struct Session {
     /// Asked for the invoice to be refunded to.
     pub close_asked: bool,
     /// Money cannot be had for it: what stalls now is out of funds.
-    pub unfunded: bool,
+    pub unfunded: Option<Lack>,
     /// The provider reserved more for what runs than we did, and refused the next request: nothing starts before a slice
     /// is credited or a receipt frees something.
     pub short: bool,
@@ -111,7 +112,7 @@ impl Session {
             owed: None,
             closing: false,
             close_asked: false,
-            unfunded: false,
+            unfunded: None,
             short: false,
             exposed: Msat::ZERO,
             log: super::log::LogView::default(),
@@ -199,7 +200,7 @@ impl Session {
         let credit = self.uncredited_since.map(|at| at.plus_ms(config.credit_ms));
         let idle = (self.is_ready() && self.is_idle()).then(|| self.idle_since.plus_ms(config.idle_ms));
         let running = self.requests.iter().filter(|_| self.is_ready());
-        let stall = running.map(|(id, r)| r.stall_deadline(config, self.is_starved(id))).min();
+        let stall = running.map(|(id, r)| r.stall_deadline(config, self.hunger(id))).min();
         let hold = self.hold.as_ref().and_then(|hold| hold.next_deadline(self, config));
         let owed = self.owed.as_ref().filter(|_| self.link.is_none()).map(Owed::next_try);
         let log = self.log.next_deadline(config).filter(|_| self.link.is_some());

@@ -1,7 +1,8 @@
 //! Slices: asked for when the balance runs low, checked, paid once, credited; and the remainder asked back.
 
 use super::{
-    CallError, Consumer, ConsumerAction, ConsumerConfig, FundsLimit, SessionIndex,
+    Consumer, ConsumerAction, ConsumerConfig, FundsLimit, SessionIndex,
+    caps::Lack,
     links::{Phase, Session},
 };
 use satgrid_ledger::{
@@ -78,22 +79,26 @@ impl Consumer {
                 FundsLimit::SessionCap => demand.spend_cap.saturating_sub(demand.committed),
                 FundsLimit::ExposureCap => room,
             };
-            return self.cannot_fund(index, lacking, available, limit);
+            return self.cannot_fund(now, index, Lack { required: lacking, available, limit });
         };
         if !self.quote_is_fresh(now, index) {
             return;
         }
         if let Some(session) = self.sessions.get_mut(&index) {
             session.wanted_invoice = Some((k, amount, now));
-            session.unfunded = false;
+            session.unfunded = None;
         }
         self.say(link, ConsumerControl::WantInvoice(k, amount));
     }
 
     /// No money for it: what waits is told at once, what runs goes on with what is prepaid.
-    fn cannot_fund(&mut self, index: SessionIndex, required: Msat, available: Msat, limit: FundsLimit) {
+    fn cannot_fund(&mut self, now: UnixMs, index: SessionIndex, lack: Lack) {
         let Some(session) = self.sessions.get_mut(&index) else { return };
-        session.unfunded = true;
+        session.unfunded = Some(lack);
+        if lack.limit == FundsLimit::SessionCap && self.retire(now, index) {
+            return;
+        }
+        let Some(session) = self.sessions.get(&index) else { return };
         let blocked = session.waiting.front().copied();
         let Some(call) = blocked else { return };
         let need = self.start_need(index, call).unwrap_or(Msat::MAX);
@@ -101,7 +106,7 @@ impl Consumer {
         let others = self.sessions.get(&index).is_some_and(|s| !s.requests.is_empty());
         // While others run, their receipts may still free what they reserved.
         if !covered && !others {
-            self.fail_waiting(index, &CallError::Funds { required, available, limit });
+            self.fail_waiting(index, &lack.error());
         }
     }
 

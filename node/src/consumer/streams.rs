@@ -2,7 +2,7 @@
 
 use super::{
     CallError, CallId, Consumer, ConsumerAction, ConsumerConfig, Emission, FundsLimit, Leg, SessionIndex, calls::Place,
-    links::Session, parts::PartLive,
+    caps::Lack, links::Session, parts::PartLive,
 };
 use crate::{LinkId, StreamId};
 use satgrid_ledger::statements::{
@@ -53,13 +53,25 @@ pub(super) enum Ended {
     Unfunded,
 }
 
+/// Whether a request can go on with the money that its session has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Hunger {
+    Fed,
+    /// It cannot, and no money can be had now.
+    Starved,
+    /// It cannot, and none will ever come in this session: it is at its cap.
+    Final,
+}
+
 impl Live {
-    pub(super) fn stall_deadline(&self, config: &ConsumerConfig, starved: bool) -> UnixMs {
-        if self.part.is_some() && self.ended.is_none() {
+    pub(super) fn stall_deadline(&self, config: &ConsumerConfig, hunger: Hunger) -> UnixMs {
+        let patience = match (self.ended, hunger) {
+            (None, Hunger::Final) => 0,
             // A worker waits for rows, and its lead for a customer. Who is dead is told by the link.
-            return UnixMs(u64::MAX);
-        }
-        let patience = if starved && self.ended.is_none() { UNFUNDED_STALL_MS } else { config.stall_ms };
+            (None, Hunger::Starved | Hunger::Fed) if self.part.is_some() => return UnixMs(u64::MAX),
+            (None, Hunger::Starved) => UNFUNDED_STALL_MS,
+            (Some(_), _) | (None, Hunger::Fed) => config.stall_ms,
+        };
         self.last_frame_at.plus_ms(patience)
     }
     fn counted(&self) -> Counted {
@@ -78,12 +90,18 @@ impl Session {
         Some((grant, request))
     }
 
-    /// No money can be had, and the request cannot go on without.
-    pub(super) fn is_starved(&self, id: &RequestId) -> bool {
-        let (Some((grant, request)), Some(live)) = (self.granted(id), self.requests.get(id)) else { return false };
+    pub(super) fn hunger(&self, id: &RequestId) -> Hunger {
+        let (Some((grant, request)), Some(live)) = (self.granted(id), self.requests.get(id)) else {
+            return Hunger::Fed;
+        };
         let mut done = request.acked();
         done.completion = done.completion.max(live.received);
-        self.unfunded && !Meter::of(request.open()).goes_on(grant, &done)
+        match self.unfunded {
+            Some(lack) if !Meter::of(request.open()).goes_on(grant, &done) => {
+                if self.closing && lack.limit == FundsLimit::SessionCap { Hunger::Final } else { Hunger::Starved }
+            }
+            Some(_) | None => Hunger::Fed,
+        }
     }
 
     /// What should be free beside a running request's reservation: `low` water or its next prompt piece, and never more
@@ -161,7 +179,7 @@ impl Consumer {
         if let Some(session) = self.sessions.get_mut(&index) {
             session.streams.insert(stream, request);
             session.requests.insert(request, live);
-            session.unfunded = false;
+            session.unfunded = None;
         }
         if let Some(call) = self.calls.get_mut(&id) {
             call.place = Place::Streaming(index, request);
@@ -354,17 +372,21 @@ impl Consumer {
             ConsumerAction::FinishStream { link, stream },
             ConsumerAction::Settled { provider, amount: cost },
         ];
-        let mut go_on = false;
         if let Some(call) = self.calls.get_mut(&id) {
             call.bill.legs.push(leg);
+        }
+        let outlives = self.outlives_session(id, index);
+        let nothing = Lack { required: Msat::ZERO, available: Msat::ZERO, limit: FundsLimit::Wallet };
+        let lack = self.sessions.get(&index).and_then(|s| s.unfunded).unwrap_or(nothing);
+        let (mut go_on, mut afresh) = (false, false);
+        if let Some(call) = self.calls.get_mut(&id) {
             call.place = Place::Nowhere;
             let done = matches!(reason, FinishReason::Stop | FinishReason::Length);
             let emission = if done {
                 Some(Emission::Finished { reason, bill: call.bill.clone() })
             } else if ended == Some(Ended::Unfunded) && !call.cancelled {
-                let available = self.payable.unwrap_or_default();
-                let error = CallError::Funds { required: Msat(1), available, limit: FundsLimit::Wallet };
-                Some(Emission::Failed { error, bill: call.bill.clone() })
+                afresh = outlives;
+                (!outlives).then(|| Emission::Failed { error: lack.error(), bill: call.bill.clone() })
             } else if call.cancelled || (reason == FinishReason::Cancelled && ended.is_none()) {
                 Some(Emission::Failed { error: CallError::Cancelled, bill: call.bill.clone() })
             } else {
@@ -379,6 +401,9 @@ impl Consumer {
             }
         }
         self.record(index, vec![draft], then);
+        if afresh {
+            self.go_on_afresh(now, id, index);
+        }
         if go_on {
             let silent = ended == Some(Ended::Silent);
             let text = error.unwrap_or_else(|| if silent { SILENT } else { "the provider's engine failed" }.into());
@@ -467,16 +492,16 @@ impl Consumer {
     /// even answer that loses the link; ending one request alone would leave the two sides at different figures.
     pub(super) fn tick_streams(&mut self, now: UnixMs, index: SessionIndex) {
         let Some(session) = self.sessions.get_mut(&index) else { return };
-        let starved: Vec<bool> = session.requests.keys().map(|id| session.is_starved(id)).collect();
+        let hungers: Vec<Hunger> = session.requests.keys().map(|id| session.hunger(id)).collect();
         let mut silent = Vec::new();
-        for ((id, live), starved) in session.requests.iter_mut().zip(starved) {
-            if now < live.stall_deadline(&self.config, starved) {
+        for ((id, live), hunger) in session.requests.iter_mut().zip(hungers) {
+            if now < live.stall_deadline(&self.config, hunger) {
                 continue;
             }
             if live.ended.is_some() {
                 return self.drop_link(now, index, crate::CloseCode::Done, SILENT);
             }
-            live.ended = Some(if starved { Ended::Unfunded } else { Ended::Silent });
+            live.ended = Some(if hunger == Hunger::Fed { Ended::Silent } else { Ended::Unfunded });
             live.last_frame_at = now;
             silent.push(*id);
         }

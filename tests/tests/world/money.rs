@@ -56,6 +56,40 @@ fn caps_hold() {
     world.assert_quiet();
 }
 
+/// The cap is on one session, not on a provider for good: the session is closed, its remainder comes back, and what goes
+/// on does so in a fresh one.
+#[test]
+fn calls_go_on_in_a_fresh_session_when_one_is_at_its_cap() {
+    let mut options = Options::default();
+    options.consumer.session_cap = Msat::sat(25);
+    let mut world = World::new(options, 1, 1);
+    // Six sat each; four of them come near the cap.
+    let calls: Vec<_> = (0..9)
+        .map(|_| {
+            let call = world.submit(0, Ask::tokens(30, 280));
+            world.finish_calls(60_000);
+            call
+        })
+        .collect();
+    let mut in_two = 0;
+    for call in calls {
+        let log = world.call(0, call);
+        assert_undisturbed(&world, log);
+        in_two += usize::from(log.bill().legs.len() == 2);
+    }
+    assert!(in_two > 0, "none was in mid-stream when the cap came");
+    world.run_ms(30_000);
+    let audit = world.audit_consumer(0).as_consumer;
+    assert!(audit.paid_msat > 50_000, "{audit:?}");
+    // Every session but the last one is closed, and what was left in it is paid back or, where it is dust, owed.
+    let journal = &world.consumers[0].journal;
+    let (opened, closed) = (journal.count("open"), journal.count("close"));
+    assert_eq!((opened >= 3, closed), (true, opened - 1), "{opened} opened");
+    assert_eq!(journal.count("refund-received") + journal.count("credit-note"), closed);
+    world.assert_quiet();
+    world.assert_agree(0, 0);
+}
+
 #[test]
 fn a_stuck_payment_is_never_paid_again_and_serves_when_it_arrives() {
     let mut world = World::new(Options::default(), 1, 1);
