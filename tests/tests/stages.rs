@@ -227,6 +227,7 @@ impl Pair {
             ConsumerAction::CloseLink { link, .. } => self.provider.handle(now, ProviderEvent::LinkDown { link }),
             ConsumerAction::FinishStream { .. }
             | ConsumerAction::ResetStream { .. }
+            | ConsumerAction::Left { .. }
             | ConsumerAction::WalletHandled { .. }
             | ConsumerAction::Settled { .. } => {}
             ConsumerAction::ResolvePayment { .. }

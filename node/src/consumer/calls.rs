@@ -202,6 +202,10 @@ impl Consumer {
             return self.fail_call(id, CallError::Cancelled);
         }
         let begun = !call.received.is_empty();
+        if let Some(leg) = call.bill.legs.last() {
+            let (provider, received, why) = (leg.provider, len(&call.received), why.to_owned());
+            self.actions.push_back(ConsumerAction::Left { provider, received, why });
+        }
         if self.has_everything(id) {
             return;
         }

@@ -273,6 +273,12 @@ pub enum ConsumerAction {
         provider: NodeKey,
         rule: String,
     },
+    /// Tell the operator: a call with so many tokens received went away from this provider before its end.
+    Left {
+        provider: NodeKey,
+        received: u32,
+        why: String,
+    },
     /// Tell the market room: so much was settled with this provider.
     Settled {
         provider: NodeKey,

@@ -208,6 +208,9 @@ impl World {
             ConsumerAction::Penalise { provider, rule } => self.consumers[c].penalised.push((provider, rule)),
             // The role compares the heads of one run; what a store compares over runs is tested with the store.
             ConsumerAction::Witness { .. } => {}
+            ConsumerAction::Left { provider, received, why } => {
+                self.say(|| format!("consumer {c}: a call left {} at {received}: {why}", provider.short()));
+            }
             ConsumerAction::Settled { amount, .. } => assert!(amount < Msat::MAX),
             ConsumerAction::Halt { reason } => {
                 self.say(|| format!("consumer {c} halts: {reason}"));

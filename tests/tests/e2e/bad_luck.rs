@@ -45,13 +45,16 @@ pub(crate) async fn engine_killed(market: &Market) {
     assert!(status["provider"]["halted"].is_null(), "{status}");
 }
 
-/// A provider that is frozen for a moment: the connection times out, is made again, and the same request goes on.
+/// A provider that is frozen for a moment: the connection times out, is made again, and the same request goes on. No other
+/// may take it over, so however slow the machine is, the call waits for this one.
 pub(crate) async fn link_cut(market: &Market) {
     let consumer = market.node("consumer");
     let resumed =
         || async { admin(consumer, "status").await.unwrap()["consumer"]["counters"]["resumed"].as_u64().unwrap() };
     let before = resumed().await;
-    let mut events = Events::open(market, &long(market, 1_500)).await;
+    let mut call = long(market, 1_500);
+    call["provider"] = json!({ "allow_fallbacks": false });
+    let mut events = Events::open(market, &call).await;
     events.until(20).await;
     let pid = market.node(&serving(market).await).pid;
     signal("STOP", pid);
@@ -80,6 +83,14 @@ pub(crate) fn consumer_killed_while_paying(market: &mut Market, runtime: &tokio:
 async fn kill_while_paying(market: &Market) {
     let consumer = market.node("consumer");
     let attempted = || kinds(&market.ledger("consumer"), "payment-attempted");
+    let flying = || async {
+        let rows = admin(consumer, "wallet/payments").await.unwrap();
+        rows.as_array().unwrap().iter().any(|p| p["direction"] == "outbound" && p["state"] == "in_flight")
+    };
+    let none = wait_for("the payments of the call before", Duration::from_secs(30), || async {
+        (!flying().await).then_some(())
+    });
+    none.await;
     let before = attempted();
     let mut events = Events::open(market, &long(market, 1_000)).await;
     events.until(10).await;
@@ -87,9 +98,7 @@ async fn kill_while_paying(market: &Market) {
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
         assert!(Instant::now() < deadline, "no payment was seen in flight");
-        let rows = admin(consumer, "wallet/payments").await.unwrap();
-        let flying = rows.as_array().unwrap().iter().any(|p| p["direction"] == "outbound" && p["state"] == "in_flight");
-        if flying {
+        if flying().await {
             break;
         }
     }

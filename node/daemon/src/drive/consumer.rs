@@ -267,6 +267,9 @@ impl Running {
                 tracing::warn!(provider = %provider, %rule, "a provider broke a rule; the proof is in the ledger");
                 self.driver.market.fault(now(), provider, fault_of(&rule));
             }
+            ConsumerAction::Left { provider, received, why } => {
+                tracing::info!(provider = %provider.short(), received, %why, "a call left its provider before its end");
+            }
             ConsumerAction::Witness { note } => self.witness(note),
             ConsumerAction::Settled { provider, amount } => self.driver.market.settled(provider, amount),
             ConsumerAction::Halt { reason } => {
