@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build build-gpu demo demo-experts demo-split test test-fast lint deny bench bench-ledger fuzz-ledger sim fuzz clean-cache test-wallet bench-wallet
+.PHONY: help build build-gpu demo demo-experts demo-split test test-fast lint deny bench bench-ledger fuzz-ledger sim fuzz clean-cache test-conformance test-wallet bench-wallet
 
 ENV := . tests/scripts/env.sh;
 
@@ -33,6 +33,9 @@ test-fast: ## format, clippy and tests of the light crates: seconds once built
 
 test-wallet: ## real Lightning nodes: conformance, just-in-time channels, kill -9, apps (KILLS=100 for the long trials, BITCOIND=path for a real chain)
 	@tests/scripts/wallet.sh
+
+test-conformance: build ## clients written elsewhere against the built binary: OpenAI's SDKs, LiteLLM, LangChain, the AI SDK, OpenAI's schema (ONLY=node for one)
+	@tests/scripts/conformance.sh $(ONLY)
 
 lint: ## rustfmt and clippy, warnings are errors
 	@tests/scripts/bootstrap.sh build

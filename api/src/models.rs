@@ -47,7 +47,7 @@ pub(crate) async fn detokenize(State(edge): State<Arc<Edge>>, request: Request) 
     let body = body::read(&edge.config, request.into_body()).await?;
     let (model, tokens) = request::detokenize(&body)?;
     let prompt = edge.service.detokenize(model, tokens).await?;
-    Ok(Json(DetokenizeReply { prompt }).into_response())
+    Ok(Json(DetokenizeReply { content: prompt.clone(), prompt }).into_response())
 }
 
 /// Known to clients, so the answer names the model rather than the path: no model sold today makes embeddings.

@@ -65,6 +65,8 @@ pub(crate) struct Completion<'a, C: Serialize> {
     object: &'static str,
     created: u64,
     model: &'a str,
+    /// Absent where unknown: OpenAI's schema allows no null here.
+    #[serde(skip_serializing_if = "Option::is_none")]
     system_fingerprint: Option<&'a str>,
     choices: Vec<C>,
     /// Outer `None`: the field is absent; inner `None`: `null`, as in chunks when usage was asked for.
@@ -344,7 +346,7 @@ pub(crate) struct ModelList {
     pub(crate) data: Vec<ModelReply>,
 }
 
-/// vLLM's names for these two.
+/// vLLM's names for these two, and llama-server's `content` for the text.
 #[derive(Serialize)]
 pub(crate) struct TokenizeReply {
     pub(crate) count: usize,
@@ -355,6 +357,7 @@ pub(crate) struct TokenizeReply {
 #[derive(Serialize)]
 pub(crate) struct DetokenizeReply {
     pub(crate) prompt: String,
+    pub(crate) content: String,
 }
 
 #[derive(Serialize)]

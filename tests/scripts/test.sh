@@ -25,3 +25,4 @@ phase "build" tests/scripts/build.sh
 phase "clippy, heavy crates" tests/scripts/lint.sh heavy
 phase "tests, heavy crates" cargo test $LOCKED -p satgrid-engine-llama -p satgrid-wallet-ldk -p satgrid-devnet -p satgrid
 phase "end to end" tests/scripts/e2e.sh
+phase "conformance" tests/scripts/conformance.sh short

@@ -129,7 +129,8 @@ pub(crate) fn tokenize(body: &[u8]) -> Result<TokenizeRequest, ApiError> {
     Ok(TokenizeRequest {
         model,
         prompt,
-        add_special_tokens: top.flag("add_special_tokens")?.unwrap_or(true),
+        // llama-server's shorter name means the same.
+        add_special_tokens: top.flag("add_special_tokens")?.or(top.flag("add_special")?).unwrap_or(true),
         add_generation_prompt: top.flag("add_generation_prompt")?.unwrap_or(true),
     })
 }

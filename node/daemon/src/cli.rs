@@ -173,6 +173,8 @@ pub(crate) enum DevnetCommand {
         #[arg(long, default_value = "127.0.0.1:0")]
         listen: SocketAddr,
     },
+    /// Writes a tiny model of random weights with a chat template: what it says means nothing
+    TinyModel { file: PathBuf },
     /// A whole market as separate processes: two providers, a consumer, one paid answer and its bill to the msat
     Demo(DemoArgs),
 }
@@ -206,6 +208,12 @@ pub(crate) struct DemoArgs {
     /// The engines' profile
     #[arg(long, hide = true, default_value = "exact")]
     pub profile: String,
+    /// What a token read costs at both providers, in msat per million [default: 100000000]; 0 gives it away
+    #[arg(long, hide = true, value_name = "MSAT")]
+    pub input_price: Option<u64>,
+    /// What a token written costs at the cheaper provider; the other one asks half as much again [default: 400000000]
+    #[arg(long, hide = true, value_name = "MSAT")]
+    pub output_price: Option<u64>,
     /// Kill the serving provider (SIGKILL) after so many pieces of text: the other one is to go on
     #[arg(long, hide = true, value_name = "N")]
     pub kill_provider_after: Option<u32>,

@@ -193,6 +193,7 @@ impl Gateway {
         let wanted = BudgetWanted { model: name, request, rates, prompt: prompt_tokens, max_output };
         let budget = Budget::open(&self.desk, context, wanted).await?;
         let call = CallId(self.next_call.fetch_add(1, Ordering::Relaxed));
+        let prints: Vec<_> = candidates.iter().map(|listing| (listing.node_key, fingerprint(listing))).collect();
         let submit = Submit {
             call,
             candidates,
@@ -230,9 +231,10 @@ impl Gateway {
                 run.ended(None, &api::Bill::default()).await;
                 return Err(stopped());
             }
-            Some(Emission::Started { request, .. }) => {
+            Some(Emission::Started { provider, request }) => {
                 run.leg(request).await?;
-                CompletionEvent::Started { model: name.to_owned(), fingerprint: None }
+                let print = prints.into_iter().find(|(known, _)| *known == provider).map(|(_, print)| print);
+                CompletionEvent::Started { model: name.to_owned(), fingerprint: print }
             }
             Some(Emission::Failed { error, bill }) => {
                 run.ended(None, &api_bill(&bill, prompt_tokens, 0)).await;
@@ -352,6 +354,13 @@ impl Gateway {
         let expires_at = now().plus_ms(u64::from(TOP_UP_EXPIRY_SECS) * 1_000);
         Some(TopUp { bolt11: invoice.bolt11, payment_hash: invoice.payment_hash, expires_at })
     }
+}
+
+/// The same where the same weights run in the same build of an engine: what OpenAI's `system_fingerprint` tells.
+fn fingerprint(listing: &VerifiedListing) -> String {
+    let both = sha2::Sha256::new().chain_update(listing.model_root.as_bytes()).chain_update(listing.build.as_bytes());
+    let [a, b, c, d, e, ..] = <[u8; 32]>::from(both.finalize());
+    format!("fp_{a:02x}{b:02x}{c:02x}{d:02x}{e:02x}")
 }
 
 /// One completion under way. Dropping it cancels the call.

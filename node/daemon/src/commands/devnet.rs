@@ -1,9 +1,13 @@
 //! `satgrid devnet`: a chain and a relay on this machine, each a process of its own until it is told to stop; and the
-//! demo, which starts these and more.
+//! demo, which starts these and more. It also writes the tiny model that is sold where only a market's behaviour counts.
 
 use anyhow::Context;
+use satgrid_engine::tiny::TinyModel;
 use serde_json::json;
+use std::fs::File;
+use std::io::BufWriter;
 use std::net::SocketAddr;
+use std::path::Path;
 
 use super::{demo, print};
 use crate::cli::{DevnetCommand, Format, Globals};
@@ -13,6 +17,7 @@ use crate::signals;
 pub(crate) fn run(globals: &Globals, command: &DevnetCommand) -> anyhow::Result<()> {
     let command = match command {
         DevnetCommand::Demo(args) => return demo::run(globals, args),
+        DevnetCommand::TinyModel { file } => return tiny_model(file),
         DevnetCommand::Chain { listen, electrum } => Serve::Chain(*listen, *electrum),
         DevnetCommand::Relay { listen } => Serve::Relay(*listen),
     };
@@ -32,6 +37,18 @@ pub(crate) fn run(globals: &Globals, command: &DevnetCommand) -> anyhow::Result<
             }
         }
     })
+}
+
+/// A turn of the tiny model is a line, so that prompts stay short.
+const TINY_TEMPLATE: &str = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}\
+    {% if add_generation_prompt %}assistant:{% endif %}";
+
+/// Conformance runs and benches sell it on a market of their own.
+fn tiny_model(path: &Path) -> anyhow::Result<()> {
+    let cannot = || format!("cannot write {}", path.display());
+    let mut out = BufWriter::new(File::create(path).with_context(cannot)?);
+    let model = TinyModel { chat_template: Some(TINY_TEMPLATE.to_owned()), ..TinyModel::default() };
+    model.write(&mut out).with_context(cannot)
 }
 
 enum Serve {

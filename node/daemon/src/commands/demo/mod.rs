@@ -40,7 +40,7 @@ use crate::failure::{Findings, HintExt};
 use crate::models::{CATALOGUE, CHUNK_BYTES, HubOptions, Reference, Store, identify, inspect, pull};
 use crate::progress::Bytes;
 use crate::signals;
-use nodes::{ForSale, Market};
+use nodes::{ForSale, Market, Prices};
 
 /// Where everything is put when `--dir` names nothing else; inside the checkout, where `make demo` runs.
 const DEFAULT_DIR: &str = ".demo";
@@ -164,6 +164,7 @@ fn free_port(port: u16) -> anyhow::Result<()> {
 /// The model, in the store and known by its root.
 fn for_sale(config: &crate::config::Models, args: &DemoArgs, file: Option<&Path>) -> anyhow::Result<ForSale> {
     let (slots, profile, short_acks) = (args.slots, args.profile.clone(), !args.default_acks);
+    let prices = Prices::new(args.input_price, args.output_price);
     let store = Store::new(&config.dir);
     let models_dir = config.dir.clone();
     let Some(file) = file else {
@@ -181,6 +182,7 @@ fn for_sale(config: &crate::config::Models, args: &DemoArgs, file: Option<&Path>
             slots,
             short_acks,
             profile,
+            prices,
             models_dir,
             parts: None,
         });
@@ -204,5 +206,16 @@ fn for_sale(config: &crate::config::Models, args: &DemoArgs, file: Option<&Path>
     );
     let has_template = identified.inspected.has_template;
     let catalogue = Some(catalogue);
-    Ok(ForSale { name: stem, path, has_template, catalogue, slots, short_acks, profile, models_dir, parts: None })
+    Ok(ForSale {
+        name: stem,
+        path,
+        has_template,
+        catalogue,
+        slots,
+        short_acks,
+        profile,
+        prices,
+        models_dir,
+        parts: None,
+    })
 }

@@ -21,7 +21,7 @@ use crate::failure::HintExt;
 /// What two strangers charge, in msat per million tokens: 0.1 sat a token read, 0.4 or 0.6 sat a token written. Far above
 /// the market, so that one short answer takes several slices.
 const INPUT_PRICE: u64 = 100_000_000;
-const OUTPUT_PRICES: [u64; 2] = [400_000_000, 600_000_000];
+const OUTPUT_PRICE: u64 = 400_000_000;
 /// Both sides sign this often: a short answer shows several signatures.
 const ACK_TOKENS: u32 = 16;
 const WINDOW_TOKENS: u32 = 32;
@@ -49,8 +49,24 @@ pub(super) struct ForSale {
     pub(super) short_acks: bool,
     pub(super) profile: String,
     pub(super) models_dir: PathBuf,
+    pub(super) prices: Prices,
     /// The parts with which the first provider leads; the second runs the whole model.
     pub(super) parts: Option<Parts>,
+}
+
+/// In msat per million tokens.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Prices {
+    input: u64,
+    /// Of the first provider, and of the second, who is dearer by half.
+    output: [u64; 2],
+}
+
+impl Prices {
+    pub(super) fn new(input: Option<u64>, output: Option<u64>) -> Prices {
+        let output = output.unwrap_or(OUTPUT_PRICE);
+        Prices { input: input.unwrap_or(INPUT_PRICE), output: [output, output.saturating_add(output / 2)] }
+    }
 }
 
 /// One node, with what it said of itself when it came up.
@@ -234,18 +250,19 @@ impl Market {
         self.rpc()?.mine(1, super::funding::NOBODY).await?;
 
         self.api = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        for (name, price) in ["provider-a", "provider-b"].into_iter().zip(OUTPUT_PRICES) {
+        for (name, price) in ["provider-a", "provider-b"].into_iter().zip(for_sale.prices.output) {
             let [quic] = free_ports()?;
             let parts = for_sale.parts.as_ref().filter(|_| self.providers.is_empty());
             let path = parts.map_or(&for_sale.path, |parts| &parts.trunk);
             let packs: Vec<String> =
                 parts.iter().flat_map(|parts| &parts.packs).map(|pack| text(pack.display())).collect();
             let model = format!(
-                "[{{ path = {}, experts = [{}], alias = {}, price_in_msat_per_mtok = {INPUT_PRICE}, \
+                "[{{ path = {}, experts = [{}], alias = {}, price_in_msat_per_mtok = {}, \
                  price_out_msat_per_mtok = {price}, slots = {}, profile = {}, context = 2048 }}]",
                 text(path.display()),
                 packs.join(", "),
                 text(&for_sale.name),
+                for_sale.prices.input,
                 for_sale.slots,
                 text(&for_sale.profile),
             );

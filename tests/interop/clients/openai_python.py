@@ -1,0 +1,254 @@
+"""The official `openai` Python client, 2.x and 3.x, against a gateway: openai_python.py API MODEL."""
+
+import asyncio
+import json
+import re
+import sys
+from typing import Literal
+
+import openai
+from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
+from pydantic import BaseModel
+
+from checks import Checks
+
+check = Checks(f"openai {openai.__version__} (Python)")
+SAID = [{"role": "user", "content": "the light of the river"}]
+# The tiny model's end-of-text token: with this, length is what ends a reply.
+NO_END = {"2": -100}
+LAMP = {
+    "type": "function",
+    "function": {
+        "name": "set_lamp",
+        "description": "Switches a lamp",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"room": {"enum": ["attic", "cellar"]}, "on": {"type": "boolean"}},
+            "required": ["room", "on"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+class Colour(BaseModel):
+    colour: Literal["red", "green", "blue"]
+    bright: bool
+
+
+def held_to_lamp(text):
+    call = json.loads(text)
+    assert set(call) == {"room", "on"} and call["room"] in ("attic", "cellar") and isinstance(call["on"], bool), call
+
+
+@check
+def models_are_listed_and_shown(client, model):
+    assert model in [m.id for m in client.models.list()]
+    one = client.models.retrieve(model)
+    assert one.object == "model" and one.model_extra["sellers"] >= 1, one
+    try:
+        client.models.retrieve("no-such-model")
+        raise AssertionError("an unknown model was shown")
+    except NotFoundError as error:
+        assert error.code == "model_not_found", error
+
+
+@check
+def a_whole_reply_has_its_price(client, model):
+    whole = client.chat.completions.create(
+        model=model, messages=SAID, max_completion_tokens=8, seed=3, logit_bias=NO_END
+    )
+    choice = whole.choices[0]
+    assert choice.message.role == "assistant" and choice.finish_reason == "length", whole
+    assert choice.message.refusal is None and choice.logprobs is None
+    usage = whole.usage
+    assert usage.completion_tokens == 8 and usage.total_tokens == usage.prompt_tokens + 8, usage
+    assert usage.model_extra["cost_msat"] > 0 and len(usage.model_extra["receipt_ids"]) == 1, usage
+    assert usage.prompt_tokens_details.cached_tokens >= 0
+
+
+@check
+def a_stream_ends_with_its_usage(client, model):
+    asked = {"model": model, "messages": SAID, "max_tokens": 24, "seed": 3, "logit_bias": NO_END}
+    text, usage, finish, chunks = "", None, None, 0
+    for chunk in client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+        chunks += 1
+        assert chunk.object == "chat.completion.chunk"
+        if chunk.usage:
+            assert not chunk.choices and usage is None
+            usage = chunk.usage
+        for choice in chunk.choices:
+            text += choice.delta.content or ""
+            finish = choice.finish_reason or finish
+    assert text and finish == "length" and chunks > 3, (text, finish)
+    assert usage.completion_tokens == 24 and usage.model_extra["cost_msat"] > 0, usage
+    whole = client.chat.completions.create(**asked)
+    assert whole.choices[0].message.content == text, "streamed or not, the same seed says the same"
+
+
+@check
+def without_being_asked_a_stream_has_no_usage(client, model):
+    chunks = list(client.chat.completions.create(model=model, messages=SAID, max_tokens=4, stream=True))
+    assert all(chunk.usage is None and len(chunk.choices) == 1 for chunk in chunks)
+
+
+@check
+def several_replies_and_their_logprobs(client, model):
+    whole = client.chat.completions.create(
+        model=model, messages=SAID, n=3, max_tokens=6, seed=1, logprobs=True, top_logprobs=2, logit_bias=NO_END
+    )
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    for choice in whole.choices:
+        assert len(choice.logprobs.content) == 6, choice
+        for token in choice.logprobs.content:
+            assert token.logprob <= 0 and len(token.top_logprobs) == 2
+    assert whole.usage.completion_tokens == 18
+
+
+@check
+def a_stop_string_never_leaks(client, model):
+    asked = {"model": model, "messages": SAID, "max_tokens": 32, "seed": 3, "logit_bias": NO_END}
+    text = client.chat.completions.create(**asked).choices[0].message.content
+    # Not where bytes that are no character stand: those cannot be named in a request.
+    stop = max(re.findall(r"[a-z ]+", text[4:]), key=len)[:3]
+    cut = client.chat.completions.create(**asked, stop=[stop]).choices[0]
+    assert cut.finish_reason == "stop" and stop not in cut.message.content, cut
+    assert text.startswith(cut.message.content)
+
+
+@check
+def a_schema_is_held(client, model):
+    parsed = client.chat.completions.parse(model=model, messages=SAID, response_format=Colour, max_tokens=200)
+    assert isinstance(parsed.choices[0].message.parsed, Colour), parsed
+    asked = {"model": model, "messages": SAID, "max_tokens": 300}
+    loose = client.chat.completions.create(**asked, response_format={"type": "json_object"}, seed=5)
+    if loose.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(loose.choices[0].message.content), dict)
+
+
+@check
+def a_schema_that_cannot_be_held_is_named(client, model):
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=x)y"}}}
+    try:
+        client.chat.completions.create(
+            model=model,
+            messages=SAID,
+            response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
+        )
+        raise AssertionError("a look-ahead was accepted")
+    except BadRequestError as error:
+        assert "properties" in error.param and "pattern" in error.param, error.param
+
+
+@check
+def a_forced_tool_is_called(client, model):
+    asked = {"model": model, "messages": SAID, "tools": [LAMP], "max_tokens": 200, "parallel_tool_calls": False}
+    for choice in ("required", {"type": "function", "function": {"name": "set_lamp"}}):
+        whole = client.chat.completions.create(**asked, tool_choice=choice)
+        assert whole.choices[0].finish_reason == "tool_calls", whole
+        (call,) = whole.choices[0].message.tool_calls
+        assert call.type == "function" and call.function.name == "set_lamp" and call.id
+        held_to_lamp(call.function.arguments)
+        answered = SAID + [
+            whole.choices[0].message.model_dump(exclude_none=True),
+            {"role": "tool", "tool_call_id": call.id, "content": "done"},
+        ]
+        again = client.chat.completions.create(model=model, messages=answered, tools=[LAMP], max_tokens=4)
+        assert again.choices[0].finish_reason in ("length", "stop", "tool_calls")
+
+
+@check
+def a_forced_tool_is_streamed(client, model):
+    with client.chat.completions.stream(
+        model=model, messages=SAID, tools=[LAMP], tool_choice="required", max_tokens=200, parallel_tool_calls=False
+    ) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion()
+    (call,) = final.choices[0].message.tool_calls
+    held_to_lamp(call.function.arguments)
+    assert "tool_calls.function.arguments.delta" in kinds, kinds
+
+
+@check
+def text_completions(client, model):
+    whole = client.completions.create(model=model, prompt=["the river", "the stone"], max_tokens=5, echo=True, seed=2)
+    assert [choice.index for choice in whole.choices] == [0, 1]
+    assert whole.choices[1].text.startswith("the stone"), whole
+    likely = client.completions.create(model=model, prompt="the river", max_tokens=3, logprobs=2, logit_bias=NO_END)
+    assert len(likely.choices[0].logprobs.tokens) == 3
+    pieces = client.completions.create(model=model, prompt="the river", max_tokens=5, stream=True, seed=2)
+    assert "".join(piece.choices[0].text for piece in pieces)
+
+
+@check
+def messages_of_every_kind(client, model):
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "the river"}, {"type": "text", "text": "the stone"}]},
+        {"role": "assistant", "content": "yes", "name": "me"},
+        {"role": "user", "content": "and?", "name": "you"},
+    ]
+    assert client.chat.completions.create(model=model, messages=messages, max_tokens=2).choices
+
+
+@check
+def refusals_are_the_clients_own_errors(client, model):
+    picture = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}]
+    for expected, param, asked in (
+        (BadRequestError, "messages", {"messages": []}),
+        (BadRequestError, "temperature", {"messages": SAID, "temperature": 3}),
+        (BadRequestError, "messages[0].content[0].type", {"messages": [{"role": "user", "content": picture}]}),
+        (BadRequestError, "messages", {"messages": [{"role": "user", "content": "river " * 5000}]}),
+        (NotFoundError, "model", {"messages": SAID, "model": "no-such-model"}),
+    ):
+        try:
+            client.chat.completions.create(**{"model": model, **asked})
+            raise AssertionError(f"accepted: {param}")
+        except expected as error:
+            assert error.param == param and error.code and error.request_id, (error.param, error.body)
+
+
+@check
+def headers_and_replays(client, model):
+    key = {"Idempotency-Key": f"conformance-{openai.__version__}"}
+    asked = {"model": model, "messages": SAID, "max_tokens": 4, "extra_headers": key}
+    first = client.chat.completions.with_raw_response.create(**asked)
+    second = client.chat.completions.with_raw_response.create(**asked)
+    assert first.headers["x-request-id"] and int(first.headers["x-satgrid-cost-msat"]) > 0
+    assert second.headers["idempotent-replayed"] == "true" and first.parse().id == second.parse().id
+    try:
+        client.chat.completions.create(**{**asked, "max_tokens": 5})
+        raise AssertionError("a key was taken for another body")
+    except openai.UnprocessableEntityError as error:
+        assert error.code == "idempotency_key_reused", error
+
+
+@check
+def a_client_that_leaves_early(client, model):
+    stream = client.chat.completions.create(
+        model=model, messages=SAID, max_tokens=1000, stream=True, logit_bias=NO_END
+    )
+    for _ in range(3):
+        next(stream)
+    stream.close()
+    assert client.chat.completions.create(model=model, messages=SAID, max_tokens=2).choices
+
+
+@check
+def eight_at_once(client, model):
+    async def ask(asynchronous, seed):
+        reply = await asynchronous.chat.completions.create(
+            model=model, messages=SAID, max_tokens=16, seed=seed, logit_bias=NO_END
+        )
+        return reply.usage.completion_tokens
+
+    async def all_of_them():
+        async with AsyncOpenAI(base_url=str(client.base_url), api_key="unused") as asynchronous:
+            return await asyncio.gather(*(ask(asynchronous, seed) for seed in range(8)))
+
+    assert asyncio.run(all_of_them()) == [16] * 8
+
+
+if __name__ == "__main__":
+    check.run(OpenAI(base_url=sys.argv[1], api_key="unused", max_retries=0), sys.argv[2])

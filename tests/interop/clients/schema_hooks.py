@@ -1,0 +1,22 @@
+"""What is changed in a request that schemathesis made from OpenAI's document: the model exists, and the reply is short."""
+
+import os
+
+import schemathesis
+
+LONGEST = 8
+
+
+@schemathesis.hook
+def before_call(context, case, kwargs):
+    body = case.body
+    if not isinstance(body, dict):
+        return
+    if isinstance(body.get("model"), str):
+        body["model"] = os.environ["SATGRID_MODEL"]
+    limits = [name for name in ("max_tokens", "max_completion_tokens") if name in body]
+    for name in limits:
+        if isinstance(body[name], int) and body[name] > LONGEST:
+            body[name] = LONGEST
+    if not any(isinstance(body[name], int) for name in limits) and "messages" in body:
+        body["max_completion_tokens"] = LONGEST
