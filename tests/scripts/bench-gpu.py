@@ -107,6 +107,7 @@ def main():
     parser.add_argument("--device", default="CUDA0")
     parser.add_argument("--threads", default=str(min(8, os.cpu_count() or 1)))
     parser.add_argument("--streams", default="1,32")
+    parser.add_argument("--price", type=int, default=1_000_000, help="msat per million tokens read; four times that written")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     satgrid = str(args.folder / "satgrid")
@@ -126,7 +127,8 @@ def main():
         show("bare", n, yard[n][0])
 
     log = open(work / "demo.log", "w")
-    demo = subprocess.Popen([satgrid, "devnet", "demo", "--keep", "--model", args.model, "--profile", "fast", "--default-acks", "--slots",
+    demo = subprocess.Popen([satgrid, "devnet", "demo", "--keep", "--model", args.model, "--profile", "fast", "--default-acks", "--input-price", str(args.price),
+                             "--output-price", str(4 * args.price), "--slots",
                              str(max(counts)), "--dir", str(work / "demo"), "--port", str(PORT)], stderr=log, stdout=log)
     try:
         begin = time.monotonic()
