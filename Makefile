@@ -50,12 +50,13 @@ bench: build ## speed and memory, printed as ratios from one run
 	@tests/scripts/model.sh >/dev/null
 	@$(ENV) exec cargo test $$LOCKED -p satgrid-tests --test bench -- --ignored --test-threads 1 --nocapture
 
-bench-ledger: ## the ledger's speed: verify a million receipts, proofs from ten million leaves (RECEIPTS=100000 for a short run)
+bench-ledger: ## the ledger's speed: verify a million receipts, ten million appends, proofs (RECEIPTS=100000 GROWTH=1000000 for a short run)
 	@$(ENV) SATGRID_BENCH_RECEIPTS="$(or $(RECEIPTS),1000000)" cargo test $$LOCKED -p satgrid-ledger-cli --test bench -- --ignored --nocapture
-	@$(ENV) exec cargo test $$LOCKED -p satgrid-ledger-sqlite --test bench --test journal -- --ignored --nocapture proofs_from append_rate
+	@$(ENV) SATGRID_BENCH_GROWTH="$(or $(GROWTH),10000000)" exec cargo test $$LOCKED -p satgrid-ledger-sqlite --test bench --test journal -- --ignored --nocapture --test-threads 1 proofs_from growth_of append_rate
 
-fuzz-ledger: ## every single flipped bit of bundles and claims, without sampling (minutes)
-	@$(ENV) exec cargo test $$LOCKED -p satgrid-ledger --lib whole_ -- --ignored --nocapture
+fuzz-ledger: ## every single flipped bit of bundles and claims (minutes); of given exports: FILES="a.bundle b.bundle" (STEP=97 for a slice)
+	@$(ENV) if [ -z "$(FILES)" ]; then exec cargo test $$LOCKED -p satgrid-ledger --lib whole_ -- --ignored --nocapture; fi; \
+		SATGRID_FLIP_FILES="$(abspath $(FILES))" SATGRID_FLIP_STEP="$(or $(STEP),1)" exec cargo test $$LOCKED -p satgrid-ledger-cli --test flips -- --ignored --nocapture
 
 bench-wallet: ## what a payment costs in time, against ldk-node alone in the same run
 	@tests/scripts/wallet.sh bench

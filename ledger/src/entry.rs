@@ -8,8 +8,8 @@
 use crate::{
     log::leaf_hash,
     statements::{
-        Ack, CreditNote, InclusionPromise, Receipt, ReceiptOpening, RequestOpen, SessionClose, SessionOpen,
-        SliceDescriptor,
+        Ack, CreditNote, CreditTransfer, InclusionPromise, Receipt, ReceiptOpening, RequestOpen, SessionClose,
+        SessionOpen, SliceDescriptor,
     },
     transfer::Transfer,
 };
@@ -206,6 +206,9 @@ pub enum Evidence {
     /// Consumer: the provider's promise that a receipt is in its log.
     #[n(22)]
     Promise(#[n(0)] Signed<InclusionPromise>),
+    /// A credit note was spent: what its session was owed is the balance of another one.
+    #[n(23)]
+    CreditTransfer(#[n(0)] BothSigned<CreditTransfer>),
 }
 
 impl Evidence {
@@ -235,6 +238,7 @@ impl Evidence {
             Evidence::WalletSnapshot { .. } => "wallet-snapshot",
             Evidence::Checkpoint { .. } => "checkpoint",
             Evidence::Promise(_) => "promise",
+            Evidence::CreditTransfer(_) => "credit-transfer",
         }
     }
 }

@@ -87,7 +87,8 @@ fn may_go(evidence: &Evidence) -> bool {
         | Evidence::RefundAttempted { .. }
         | Evidence::RefundSettled { .. }
         | Evidence::RefundReceived { .. }
-        | Evidence::Promise(_) => true,
+        | Evidence::Promise(_)
+        | Evidence::CreditTransfer(_) => true,
         Evidence::Genesis { .. }
         | Evidence::Listing { .. }
         | Evidence::Quote(_)

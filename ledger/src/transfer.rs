@@ -254,6 +254,9 @@ pub enum TransferKind {
     /// Deposits, withdrawals and corrections, numbered by `k`.
     #[n(13)]
     Other,
+    /// Either side: a credit note that was spent in another session. Its id is made of the session that was owed.
+    #[n(14)]
+    CreditSpent,
 }
 
 /// The deterministic id of a transfer, so that a replay after a crash is the same transfer and does nothing.

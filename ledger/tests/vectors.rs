@@ -10,8 +10,8 @@ use satgrid_ledger::{
     entry::Entry,
     log::{FraudProof, Frontier, SignedCheckpoint, empty_root, leaf_hash, verify_consistency, verify_inclusion},
     statements::{
-        Ack, CreditNote, InclusionPromise, Receipt, ReceiptOpening, ReceiptPrivate, RequestOpen, RequestPrivate,
-        RunningHash, SessionClose, SessionOpen, SliceDescriptor, private_hash, prompt_hash,
+        Ack, CreditNote, CreditTransfer, InclusionPromise, Receipt, ReceiptOpening, ReceiptPrivate, RequestOpen,
+        RequestPrivate, RunningHash, SessionClose, SessionOpen, SliceDescriptor, private_hash, prompt_hash,
     },
     transfer::{TransferKind, end_id, transfer_id},
 };
@@ -85,6 +85,7 @@ fn statements_are_judged_as_the_vectors_say() {
     check_statements::<Receipt>();
     check_statements::<SessionClose>();
     check_statements::<CreditNote>();
+    check_statements::<CreditTransfer>();
     check_statements::<InclusionPromise>();
 }
 

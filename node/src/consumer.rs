@@ -22,6 +22,7 @@
 
 mod calls;
 mod caps;
+mod credit;
 mod hold;
 mod links;
 mod log;
@@ -452,6 +453,7 @@ impl Consumer {
         self.tick_calls(now);
         for index in self.live.iter().copied().collect::<Vec<SessionIndex>>() {
             self.tick_session(now, index);
+            self.spend_notes(now, index);
             self.start_waiting(now, index);
             self.top_up(now, index);
             self.continue_close(index);

@@ -13,6 +13,7 @@
 //! Nothing is evaluated that is not reserved from prepaid money, and no output runs further ahead of the consumer's
 //! signature than the terms' window.
 
+mod credit;
 mod jobs;
 mod links;
 mod log;

@@ -127,6 +127,12 @@ impl Fold {
                     self.apply_to(close.session, &draft);
                 }
             }
+            Evidence::CreditTransfer(both) => {
+                if let Ok(body) = both.peek() {
+                    self.apply_to(body.from, &draft);
+                    self.apply_to(body.to, &draft);
+                }
+            }
             Evidence::PaymentAttempted { session, .. }
             | Evidence::Abandoned { session, .. }
             | Evidence::RefundReceived { session, .. } => self.apply_to(*session, &draft),

@@ -13,7 +13,8 @@
 use crate::hop::Ticket;
 use minicbor::{Decode, Encode};
 use satgrid_ledger::statements::{
-    Ack, CreditNote, InclusionPromise, Receipt, RequestOpen, RequestPrivate, SessionClose, SessionOpen, SliceDescriptor,
+    Ack, CreditNote, CreditTransfer, InclusionPromise, Receipt, RequestOpen, RequestPrivate, SessionClose, SessionOpen,
+    SliceDescriptor,
 };
 use satgrid_types::{
     BothSigned, Digest, FinishReason, ListingId, ModelRoot, Msat, NodeKey, Numerators, PaymentHash, Quote, ReceiptId,
@@ -56,11 +57,16 @@ impl Hello {
     pub const VERSION: u32 = 1;
     /// This side speaks of its log: promises, tree heads, proofs.
     pub const LOG: &'static str = "log";
+    /// This side spends credit notes in other sessions.
+    pub const CREDIT: &'static str = "credit";
     pub fn speaks_of_its_log(&self) -> bool {
         self.features.iter().any(|feature| feature == Hello::LOG)
     }
+    pub fn spends_credit(&self) -> bool {
+        self.features.iter().any(|feature| feature == Hello::CREDIT)
+    }
     pub fn ours() -> Hello {
-        Hello { version: Hello::VERSION, features: vec!["whole".into(), Hello::LOG.into()] }
+        Hello { version: Hello::VERSION, features: vec!["whole".into(), Hello::LOG.into(), Hello::CREDIT.into()] }
     }
 }
 
@@ -130,6 +136,9 @@ pub enum ConsumerControl {
     /// Show that your log holds what you promised, or only grew. Only to a provider that speaks of its log.
     #[n(6)]
     WantProof(#[n(0)] LogAsk),
+    /// What a closed session is owed by a credit note is to be this session's balance. Only to a provider that spends credit.
+    #[n(7)]
+    SpendCredit(#[n(0)] Signed<CreditTransfer>),
 }
 
 /// From provider to consumer on the control stream.
@@ -169,6 +178,12 @@ pub enum ProviderControl {
     TreeHead(#[n(0)] String),
     #[n(12)]
     Proof(#[n(0)] LogProof),
+    /// The note is spent; said again for every note of a session that is resumed.
+    #[n(13)]
+    CreditSpent(#[n(0)] BothSigned<CreditTransfer>),
+    /// The note of this session is not spent, and why.
+    #[n(14)]
+    CreditKept(#[n(0)] SessionId, #[n(1)] String),
 }
 
 /// A question about the provider's log.

@@ -16,7 +16,9 @@
 //! | finish | both | receipt, holds posted or voided | settled |
 //! | abandon | both | abandoned, holds posted or voided | settled at the last ack |
 //! | close, refund | both | close, refund entries | the remainder is due, on its way, or back |
+//! | credit | both | credit transfer | a closed session's remainder is this session's balance |
 
+mod credit;
 mod requests;
 mod slices;
 #[cfg(test)]
@@ -25,7 +27,7 @@ mod tests;
 use crate::exposure::{ConsumerExposure, ProviderExposure};
 use satgrid_ledger::{
     entry::{Draft, Evidence},
-    statements::{Ack, CreditNote, Receipt, SessionClose, SessionOpen, session_id},
+    statements::{Ack, CreditNote, CreditTransfer, Receipt, SessionClose, SessionOpen, session_id},
     transfer::{Account, Transfer, TransferKind, transfer_id},
 };
 use satgrid_pricing::ChargeError;
@@ -106,6 +108,11 @@ pub struct SessionState {
     refunds_received: BTreeSet<PaymentHash>,
     /// The provider's word for what it still owes.
     credit_note: Option<Signed<CreditNote>>,
+    /// Where that note was spent, once it was; and the notes of other sessions that were spent here.
+    spent: Option<BothSigned<CreditTransfer>>,
+    spent_amount: Msat,
+    credits: Vec<BothSigned<CreditTransfer>>,
+    credited: Msat,
 }
 
 /// Requests that ended and are remembered, so that a late frame about one is not a new request.
@@ -141,6 +148,10 @@ impl SessionState {
             refund_invoices: BTreeSet::new(),
             refunds_received: BTreeSet::new(),
             credit_note: None,
+            spent: None,
+            spent_amount: Msat::ZERO,
+            credits: Vec::new(),
+            credited: Msat::ZERO,
         }
     }
 
@@ -222,14 +233,18 @@ impl SessionState {
     }
     /// What is prepaid and not charged: what a close would give back.
     pub fn remainder(&self) -> Msat {
-        self.paid.saturating_sub(self.charged).saturating_sub(self.refunded)
+        let gone = self.charged.saturating_add(self.refunded).saturating_add(self.spent_amount);
+        self.paid.saturating_add(self.credited).saturating_sub(gone)
     }
 
     /// "Most you can lose now", consumer's side.
     pub fn consumer_exposure(&self) -> ConsumerExposure {
         let acked = self.requests.values().fold(Msat::ZERO, |sum, r| sum.saturating_add(r.acked_cost()));
         ConsumerExposure {
-            paid: self.paid.saturating_sub(self.refunded),
+            paid: self
+                .paid
+                .saturating_add(self.credited)
+                .saturating_sub(self.refunded.saturating_add(self.spent_amount)),
             charged: self.charged.saturating_add(acked),
             in_flight: self.in_flight(),
         }
@@ -239,7 +254,7 @@ impl SessionState {
     pub fn provider_exposure(&self, done: Msat) -> ProviderExposure {
         let acked = self.requests.values().fold(Msat::ZERO, |sum, r| sum.saturating_add(r.acked_cost()));
         let owed = self.charged.saturating_add(acked);
-        ProviderExposure { done, acked, credit: owed.saturating_sub(self.paid) }
+        ProviderExposure { done, acked, credit: owed.saturating_sub(self.paid.saturating_add(self.credited)) }
     }
 
     /// A further quote for the same session, after the current one ran out.
@@ -371,6 +386,7 @@ impl SessionState {
                 self.refunded = self.refunded.checked_add(*amount).ok_or(SessionError::Overflow)?;
                 Ok(())
             }
+            Evidence::CreditTransfer(both) => self.apply_credit(both),
             Evidence::Genesis { .. }
             | Evidence::Listing { .. }
             | Evidence::Open(_)

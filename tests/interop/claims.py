@@ -14,6 +14,7 @@ class Claim:
         self.session = self.provider = self.consumer = self.receipt = self.note = None
         self.quotes, self.invoices, self.requests, self.asked = {}, {}, {}, {}
         self.paid, self.acked, self.refunded = {}, {}, {}
+        self.credited, self.spent = {}, {}  # by note: of other sessions here, of this one elsewhere
         for number, fields in pieces:
             self.count += 1
             if self.count > MAX_PIECES:
@@ -40,7 +41,8 @@ class Claim:
 
     def piece(self, number: int, f: dict):
         handlers = {4: self.invoice, 6: self.settled, 8: self.received, 9: self.request, 10: self.ack, 11: self.last_receipt,
-                    13: self.close, 14: self.credit_note, 16: self.refund_settled, 17: self.refund_received}  # fmt: skip
+                    13: self.close, 14: self.credit_note, 16: self.refund_settled, 17: self.refund_received,
+                    23: self.credit_transfer}  # fmt: skip
         if number == 2:
             q = self.statement("quote", f[0], self.verify.peek("quote", f[0])[1])
             if self.require(self.provider in (None, q[1]) and self.consumer in (None, q[3]), "open/quote"):
@@ -140,6 +142,12 @@ class Claim:
         if self.require(f[0] == self.session and f[1] in self.asked and 4 in f and sha(f[4]) == f[1], "claim/refund"):
             self.refunded[f[1]] = self.asked[f[1]]
 
+    def credit_transfer(self, f):
+        t = self.statement("credit-transfer", f[0], self.provider, self.verify.peek("credit-transfer", f[0])[3])
+        own = t[2] == self.session and t[3] == self.consumer
+        if self.require(t[1] == self.provider and t[2] != t[4] and (own or t[4] == self.session), "statement/session"):
+            (self.spent if own else self.credited)[t[5]] = t[6]
+
     def numerators(self) -> int:
         last = self.receipt[1][4] if self.receipt else None
         base = self.receipt[1][19] if self.receipt else 0
@@ -150,15 +158,16 @@ class Claim:
 
     def finish(self):
         self.require(self.session is not None, "statement/session")
-        self.owed = owed(self.paid, self.receipt, self.numerators(), self.refunded, self.fee_cap())
+        self.owed = owed(self.paid, self.receipt, self.numerators(), self.refunded, self.fee_cap(), self.credited, self.spent)
         if self.note is not None:
-            self.require(self.note <= self.owed + sum(self.refunded.values()), "credit-note/amount")
+            back = sum(self.refunded.values()) + sum(self.spent.values())
+            self.require(self.note <= self.owed + back, "credit-note/amount")
         self.require(self.provider_made or self.owed > 0, "claim/nothing-owed")
 
 
-def owed(paid: dict, receipt, added: int, refunded: dict, fee_cap: int) -> int:
-    total = max(sum(paid.values()), receipt[1][21] if receipt else 0)
-    left = max(0, max(0, total - charge(added)) - sum(refunded.values()))
+def owed(paid: dict, receipt, added: int, refunded: dict, fee_cap: int, credited: dict, spent: dict) -> int:
+    total = max(sum(paid.values()), receipt[1][21] if receipt else 0) + sum(credited.values())
+    left = max(0, max(0, total - charge(added)) - sum(refunded.values()) - sum(spent.values()))
     return max(0, left - fee_cap) if sum(refunded.values()) else left
 
 
@@ -175,6 +184,7 @@ def cross(one: Claim, other: Claim) -> tuple:
         added = max(one.numerators(), other.numerators())
     receipts = [claim.receipt for claim in (one, other) if claim.receipt]
     receipt = max(receipts, key=lambda r: r[1][2]) if receipts else None
-    together = owed(other.paid | one.paid, receipt, added, other.refunded | one.refunded, max(one.fee_cap(), other.fee_cap()))
+    together = owed(other.paid | one.paid, receipt, added, other.refunded | one.refunded, max(one.fee_cap(), other.fee_cap()),
+                    other.credited | one.credited, other.spent | one.spent)  # fmt: skip
     rules = {"claim/contradicted" for claim in (one, other) if not claim.provider_made and together < claim.owed}
     return together, rules

@@ -18,7 +18,7 @@ from primitives import (
 )
 
 LIMITS = {"quote": 2048, "session-open": 4096, "request-open": 1024, "ack": 512, "receipt": 40960, "session-close": 4096,
-          "credit-note": 512, "inclusion-promise": 256}  # fmt: skip
+          "credit-note": 512, "inclusion-promise": 256, "credit-transfer": 256}  # fmt: skip
 MAX_ITEM, MAX_ENTRY, MAX_OPENING, HOUR, SKEW = 231_616, 196_608, 32_768, 3_600_000, 300_000
 LIGHTNING, PREPAID, INCOME, ASSET, EXPENSE, FEES, DUE, DUST, WORKER, EXTERNAL = range(10)
 DEBIT_NORMAL, NEVER_NEGATIVE, OWED = {LIGHTNING, ASSET, EXPENSE, FEES}, {PREPAID, ASSET, DUE, WORKER}, {PREPAID, DUE, WORKER}
@@ -210,6 +210,9 @@ class Session:
     charged: int = 0
     paid: int = 0
     refunded: int = 0
+    credited: int = 0  # by notes of other sessions
+    spent: int = 0  # by this session's note in another
+    note: bytes | None = None
     refunds: int = 0
     receipted: int = 0
     receipts: list = field(default_factory=list)  # (id, index, leaf)
@@ -224,7 +227,7 @@ class Session:
     close_invoices: frozenset = frozenset()
 
     def remainder(self) -> int:
-        return max(0, max(0, self.paid - self.charged) - self.refunded)
+        return max(0, self.paid + self.credited - self.charged - self.refunded - self.spent)
 
     def last(self):
         return self.receipts[-1][0] if self.receipts else None
@@ -233,7 +236,8 @@ class Session:
         """What both parties must agree on (12.7)."""
         paid = {k: (s[0], s[1]) for k, s in self.slices.items() if s[2] == "paid"}
         owed = {request: acked for request, acked in self.abandoned.items() if acked[0]}
-        return (len(self.receipts), self.last(), paid, owed, self.tokens, self.numerators, self.paid, self.charged, self.refunds)
+        return (len(self.receipts), self.last(), paid, owed, self.tokens, self.numerators, self.paid, self.charged, self.refunds,
+                self.credited, self.spent)  # fmt: skip
 
 
 class Audit:
@@ -322,7 +326,7 @@ class Audit:
         self.require((seq == 0) == (kind == 0), "entry/genesis")
         flows, broken = self.books.apply(at, entry[4])
         self.now, self.seq, self.leaf, self.flows = at, seq, leaf, flows
-        session, backing = None, ("nothing",)
+        session, backing, self.spent_from = None, ("nothing",), None
         try:
             session, backing = self.evidence(kind, fields, opening)
         except Refused as error:
@@ -333,11 +337,12 @@ class Audit:
             self.find(broken)
         elif kind in (6, 7, 8, 16) and session and any(self.of(h, session) and h[1][0] == LIGHTNING for h in self.books.holds.values()):
             self.find("transfer/two-phase", "the payment is over, its reservation is not")
-        if session and self.is_over(session):
-            self.over[session.ident] = self.sessions.pop(session.ident)
-            self.by_key.pop(session.open[2])
-            for s in session.slices.values():
-                self.payments |= {h: None for h in (s[0], *s[4]) if h in self.payments}
+        for session in filter(None, (session, self.spent_from)):
+            if session.ident in self.sessions and self.is_over(session):
+                self.over[session.ident] = self.sessions.pop(session.ident)
+                self.by_key.pop(session.open[2])
+                for s in session.slices.values():
+                    self.payments |= {h: None for h in (s[0], *s[4]) if h in self.payments}
 
     def of(self, hold, session) -> bool:
         return session.ident == hold[4]
@@ -358,7 +363,7 @@ class Audit:
         handler = {0: self.genesis, 1: self.listing, 2: self.quote, 3: self.opened, 4: self.invoice, 5: self.attempted, 6: self.settled,
                    7: self.failed, 8: self.received, 9: self.request, 10: self.ack, 12: self.abandon, 13: self.close, 14: self.credit_note,
                    15: self.refund_attempted, 16: self.refund_settled, 17: self.refund_received, 20: self.snapshot, 21: self.own_note,
-                   22: self.promise}.get(kind)  # fmt: skip
+                   22: self.promise, 23: self.credit_transfer}.get(kind)  # fmt: skip
         if kind == 11:
             return self.receipt(f, opening)
         if handler:
@@ -712,9 +717,26 @@ class Audit:
         s = self.session(peek("credit-note", f[0])[1])
         c = statement("credit-note", f[0], s.open[1])
         self.version(c)
-        s.notes.add(sha(message("credit-note", f[0][0])))
+        s.note = sha(message("credit-note", f[0][0]))
+        s.notes.add(s.note)
         self.require(c[4] == s.remainder() and (c[2], c[3]) == (s.open[1], s.open[2]), "credit-note/amount")
         return s, ("remainder",) if s.as_provider else ("nothing",)
+
+    def credit_transfer(self, f):
+        t = peek("credit-transfer", f[0])
+        if t[2] in self.over:
+            self.find("credit-note/spent", "what it was owed is paid, or spent before")
+            return self.sessions.get(t[4]), None
+        a, b = self.session(t[2]), self.session(t[4])
+        t = statement("credit-transfer", f[0], a.open[1], t[3])
+        self.version(t)
+        owed = a.closed and not a.refund and a.note == t[5] and t[6] == a.remainder() > 0
+        parties = t[1] == a.open[1] == b.open[1] and t[3] == a.open[2]
+        if not self.require(owed and parties and a is not b and not b.closed, "credit-note/spent"):
+            return b, None
+        a.spent, b.credited, self.spent_from = a.spent + t[6], b.credited + t[6], a
+        nets = {(DUE, a.ident): t[6], (PREPAID, b.ident): -t[6]} if b.as_provider else {(ASSET, b.ident): t[6], (ASSET, a.ident): -t[6]}
+        return b, ("exactly", nets)
 
     def refund_attempted(self, f):
         s = self.session(f[0])
@@ -818,7 +840,8 @@ class Audit:
             self.require(expires is None or expires + HOUR >= self.last[2], "transfer/overdue")
         chosen = {1: lambda s: s.ident == self.filter[1][0], 2: lambda s: self.filter[1][0] in (s.open[1], s.open[2])}.get(self.filter[0])
         self.sessions |= self.over
-        self.require(not chosen or all(map(chosen, self.sessions.values())), "bundle/filter")
+        linked = lambda s: s.credited or s.spent  # it comes with the session that it shares credit with
+        self.require(not chosen or all(chosen(s) or linked(s) for s in self.sessions.values()), "bundle/filter")
 
 
 def encoded(value) -> bytes:

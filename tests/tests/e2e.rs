@@ -78,6 +78,19 @@ fn a_paid_answer_on_the_real_model() {
     assert!((3..=6).contains(&slices), "{slices} slices");
     let first_token = &document["chat"]["first_token_ms"];
     eprintln!("real model: {:.1} s, first token after {first_token} ms", began.elapsed().as_secs_f32());
+    second_verifier(&dir.path().join("market"));
+}
+
+/// The verifier that shares no code with ours, on each export of the demo and on both sides of what was paid.
+#[track_caller]
+fn second_verifier(market: &std::path::Path) {
+    let file = |name: &str| market.join(format!("{name}.bundle")).to_str().unwrap().to_owned();
+    let (consumer, a, b) = (file("consumer"), file("provider-a"), file("provider-b"));
+    let script = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("interop/run.sh");
+    let said = std::process::Command::new(script).args([&format!("{consumer},{a}"), &b]).output().unwrap();
+    let (out, err) = (String::from_utf8_lossy(&said.stdout), String::from_utf8_lossy(&said.stderr));
+    assert!(said.status.success(), "{out}{err}");
+    assert_eq!(out.matches(": clean").count(), 2, "{out}");
 }
 
 #[test]

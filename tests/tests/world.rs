@@ -9,6 +9,8 @@ mod calls;
 mod cheats;
 #[path = "world/crashes.rs"]
 mod crashes;
+#[path = "world/credit.rs"]
+mod credit;
 #[path = "world/failover.rs"]
 mod failover;
 #[path = "world/log.rs"]

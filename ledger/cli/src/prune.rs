@@ -4,7 +4,7 @@ use crate::{
     CLEAN,
     args::{PruneArgs, SnapshotArgs},
     output::{hinted, print},
-    source::Source,
+    source::{Source, only_a_file},
 };
 use anyhow::Context;
 use satgrid_ledger::retention::Retention;
@@ -15,6 +15,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 const DAY_MS: u64 = 24 * 60 * 60 * 1_000;
 
 pub(crate) async fn run(args: PruneArgs) -> anyhow::Result<u8> {
+    only_a_file(&args.db, "pruned", "it keeps all bodies; `export` writes any part of it (docs/adr/0009)")?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).context("the clock stands before 1970")?;
     let now = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
     let before = UnixMs(now.saturating_sub(args.older_than_days.saturating_mul(DAY_MS)));
@@ -47,6 +48,7 @@ pub(crate) async fn run(args: PruneArgs) -> anyhow::Result<u8> {
 }
 
 pub(crate) async fn snapshot(args: SnapshotArgs) -> anyhow::Result<u8> {
+    only_a_file(&args.db, "copied", "pg_dump writes a consistent copy beside a running node (docs/adr/0009)")?;
     if args.out.exists() {
         return Err(hinted(format!("{} exists", args.out.display()), "choose a new name"));
     }

@@ -135,6 +135,9 @@ fn what(evidence: &Evidence) -> String {
         Evidence::Checkpoint { note } => {
             note.lines().nth(1).map_or_else(String::new, |size| format!("over {size} entries"))
         }
+        Evidence::CreditTransfer(both) => {
+            claim(both.peek(), |t| format!("{} owed to {} is spent in {}", t.amount, t.from.short(), t.to.short()))
+        }
         Evidence::Promise(promise) => claim(promise.peek(), |p| format!("entry {} of {}", p.index, p.node.short())),
     }
 }

@@ -1,5 +1,6 @@
 //! Where entries come from: a journal, or an exported file.
 
+use crate::output::hinted;
 use anyhow::{Context, bail};
 use satgrid_ledger::{
     bundle::{BundleReader, Opened, open},
@@ -41,6 +42,16 @@ fn address(db: &Path) -> anyhow::Result<Option<String>> {
         None => text.to_owned(),
     };
     Ok(POSTGRES.iter().any(|scheme| text.starts_with(scheme)).then_some(text))
+}
+
+/// Refuses what is done to a SQLite file alone, in words.
+pub(crate) fn only_a_file(db: &Path, what: &str, instead: &str) -> anyhow::Result<()> {
+    match address(db)? {
+        None => Ok(()),
+        Some(_) => {
+            Err(hinted(format!("a journal on PostgreSQL is not {what} by this tool; nothing was changed"), instead))
+        }
+    }
 }
 
 /// Opens a journal for reading: a SQLite file, or the address of a PostgreSQL database.

@@ -188,6 +188,21 @@ fn a_receipt_is_proved_and_two_histories_are_too() {
 }
 
 #[test]
+fn what_is_for_files_alone_is_refused_for_a_server() {
+    let fixture = Fixture::new();
+    let (server, out) = ("postgres://nobody@127.0.0.1:1/none", fixture.text("copy.db"));
+    for args in [
+        &["snapshot", "--db", server, "--out", &out][..],
+        &["prune", "--db", server, "--older-than-days", "1", "--yes"],
+    ] {
+        let said = ledger(args);
+        let refused = said.err.contains("PostgreSQL is not") && said.err.contains("hint:");
+        assert!(said.code == 2 && refused, "{}", said.err);
+    }
+    assert!(!fixture.path("copy.db").exists());
+}
+
+#[test]
 fn what_others_were_caught_at_is_listed_and_written_as_proof() {
     let world = World::example();
     let peer = node_key(&world.provider.node);

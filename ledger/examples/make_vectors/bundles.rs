@@ -1,7 +1,7 @@
 //! Whole bundles: honest ones, one for each rule of the audit, and files that are no bundle at all.
 
 use crate::{
-    Files, claims,
+    Files, claims, credit,
     tampered::{self, Lab},
 };
 use satgrid_ledger::{
@@ -42,6 +42,18 @@ pub(crate) fn write(files: &mut Files) {
     vectors.push(single(files, "replaced-invoice-paid", None, tampered::replaced_invoice_paid(&lab)));
     let wrong = tampered::replaced_invoice_credited_wrongly(&lab);
     vectors.push(single(files, "bad-replaced-invoice-credited-wrongly", Some(Rule::TransferUnbacked), wrong));
+    let spent = credit::spent();
+    for (name, bytes) in [
+        ("provider-note-spent", spent.provider.bundle(Filter::All, false)),
+        ("consumer-note-spent", spent.consumer.bundle(Filter::All, false)),
+        ("consumer-note-spent-one-session", spent.consumer.bundle(Filter::Session(spent.to.id), false)),
+        ("provider-note-spent-one-session", spent.provider.bundle(Filter::Session(spent.from.id), false)),
+    ] {
+        vectors.push(single(files, name, None, bytes));
+    }
+    for (name, bytes) in credit::wrongly(&spent) {
+        vectors.push(single(files, &format!("bad-{name}"), Some(Rule::CreditNoteSpent), bytes));
+    }
     vectors.push(fraud(files, &lab));
     for (name, bytes) in unreadable(&provider) {
         assert!(judge(&bytes).is_err(), "{name}");
@@ -72,7 +84,7 @@ pub(crate) fn write(files: &mut Files) {
         &provider,
         &tampered::promise_of_another_leaf(&lab),
     ));
-    vectors.extend(claims::write(files));
+    vectors.extend(claims::write(files, &spent));
     files.json(
         "bundles.json",
         "bundles: `exit` and `must` are normative; `rules` are all that our own audit names. Two files are both parties' exports of one history, or a claim and its answer",

@@ -1,6 +1,6 @@
 //! Claims: what a vanished provider owes, answers to them, and claims that are wrong.
 
-use crate::Files;
+use crate::{Files, credit::Spent};
 use satgrid_ledger::{
     audit::Rule,
     bundle::{Opened, open, write_claim},
@@ -76,7 +76,7 @@ fn vanished() -> (World, Session) {
     (world, session)
 }
 
-pub(crate) fn write(files: &mut Files) -> Vec<Value> {
+pub(crate) fn write(files: &mut Files, spent: &Spent) -> Vec<Value> {
     let (world, session) = vanished();
     let (consumer, provider) = (world.consumer.journal.entries(), world.provider.journal.entries());
     let honest = claim(&consumer, session.id);
@@ -104,7 +104,14 @@ pub(crate) fn write(files: &mut Files) -> Vec<Value> {
         }
     }
 
+    // Before its note was spent something was owed; the provider shows that it was.
+    let (owed, answered) =
+        (claim(&spent.before, spent.from.id), claim(&spent.provider.journal.entries(), spent.from.id));
+    // In the session where it was spent, it counts as paid.
+    let credited = claim(&spent.provider.journal.entries(), spent.to.id);
     vec![
+        single(files, "claim-with-credit", &[], &credited),
+        pair(files, "claim-note-spent", &[Rule::ClaimContradicted], &owed, &answered),
         single(files, "claim", &[], &honest),
         single(files, "claim-answer", &[], &claim(&provider, session.id)),
         single(

@@ -12,6 +12,7 @@
 mod bundles;
 mod cbor_json;
 mod claims;
+mod credit;
 mod pieces;
 mod statements;
 mod tampered;

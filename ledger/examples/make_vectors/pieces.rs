@@ -262,6 +262,7 @@ fn transfer_ids() -> Vec<Value> {
         ("DustKept", TransferKind::DustKept),
         ("SliceFeePaid", TransferKind::SliceFeePaid),
         ("Other", TransferKind::Other),
+        ("CreditSpent", TransferKind::CreditSpent),
     ];
     let mut vectors = Vec::new();
     for (name, kind) in kinds {

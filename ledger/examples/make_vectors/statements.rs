@@ -5,8 +5,8 @@ use ed25519_dalek::{Signer, SigningKey};
 use minicbor::Decoder;
 use satgrid_ledger::{
     statements::{
-        Ack, CreditNote, CreditReason, InclusionPromise, Receipt, RefundTo, RequestOpen, SessionClose, SessionOpen,
-        SlicePaid,
+        Ack, CreditNote, CreditReason, CreditTransfer, InclusionPromise, Receipt, RefundTo, RequestOpen, SessionClose,
+        SessionOpen, SlicePaid,
     },
     testing::bytes32,
 };
@@ -206,6 +206,16 @@ pub(crate) fn write(files: &mut Files) {
         valid_until: now.plus_ms(CreditNote::VALIDITY_MS),
     };
     kind(files, By::Provider, &[("plain", note)]);
+    let transfer = CreditTransfer {
+        version: 1,
+        provider,
+        from: session,
+        consumer,
+        to: SessionId(bytes32("another session")),
+        note: Digest(bytes32("note")),
+        amount: Msat(9_444),
+    };
+    kind(files, By::Both, &[("plain", transfer)]);
     let promise = InclusionPromise {
         version: 1,
         node: provider,

@@ -1,13 +1,16 @@
-//! How long a proof takes from a log of ten million leaves. A figure, not a verdict; `make bench-ledger` runs it.
+//! How long a proof takes from a log of ten million leaves, and what an append costs as a journal grows to ten million
+//! receipts. Figures, not verdicts; `make bench-ledger` runs them.
 
 #![allow(clippy::unwrap_used)]
 
 use satgrid_ledger::{
-    JournalReader,
+    Evidence, Journal, JournalReader,
+    entry::Draft,
     log::{TileEdge, TileId, leaf_hash, verify_consistency, verify_inclusion},
+    testing::{Work, World},
 };
 use satgrid_ledger_sqlite::{SqliteJournal, SqliteReader};
-use satgrid_types::Digest;
+use satgrid_types::{Digest, Msat, UnixMs};
 use sqlx::{Connection, SqliteConnection, sqlite::SqliteConnectOptions};
 use std::{
     collections::BTreeMap,
@@ -87,5 +90,69 @@ fn proofs_from_ten_million_leaves() {
         }
         println!("inclusion proof, {leaves} leaves on disk: {}", spread(inclusion));
         println!("consistency proof, {leaves} leaves on disk: {}", spread(consistency));
+    });
+}
+
+/// Processor time of this process so far, in seconds.
+fn busy() -> f64 {
+    const TICKS: f64 = 100.0;
+    let text = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let fields: Vec<f64> =
+        text.rsplit(')').next().unwrap().split_whitespace().map(|f| f.parse().unwrap_or(0.0)).collect();
+    (fields[11] + fields[12]) / TICKS
+}
+
+const RECEIPTS: u64 = 10_000_000;
+/// Entries in one append: the writer's own group under load.
+const GROUP: usize = 256;
+
+/// A journal of nothing but receipts, each with the transfer that books it, appended in durable groups. What an entry costs is
+/// told over the tenth of the journal that ends at each power of ten, so that growth shows.
+#[test]
+#[ignore = "a measurement"]
+fn growth_of_a_journal() {
+    let receipts = std::env::var("SATGRID_BENCH_GROWTH").map_or(RECEIPTS, |text| text.parse().unwrap());
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = folder.path().join("ledger.db");
+    let mut world = World::new();
+    let mut session = world.open();
+    world.pay(&mut session, Msat::sat(100));
+    for _ in 0..8 {
+        world.complete(&mut session, Work { prompt: 64, cached: 0, output: 128, acks: 1 });
+    }
+    let drafts = world.provider.journal.entries().into_iter().map(|entry| entry.draft());
+    let is_receipt = |draft: &Draft| matches!(draft.evidence, Some(Evidence::Receipt { .. }));
+    // Without the private fields, as a journal that was redacted: ten million of those alone are some gigabytes.
+    let sample: Vec<Draft> = drafts
+        .filter(is_receipt)
+        .map(|mut draft| {
+            if let Some(Evidence::Receipt { opening, .. }) = &mut draft.evidence {
+                *opening = None;
+            }
+            draft
+        })
+        .collect();
+    let group: Vec<Draft> = sample.iter().cycle().take(GROUP).cloned().collect();
+    println!("| receipts | durable receipts/s of the clock | processor, us a receipt | bytes a receipt on disk |");
+    println!("|---|---|---|---|");
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap().block_on(async {
+        let journal = SqliteJournal::open(&path).await.unwrap();
+        let (mut written, mut mark) = (0_u64, 10_000_u64.min(receipts));
+        let mut since = (0, Instant::now(), busy());
+        while written < receipts {
+            if written < mark - mark / 10 && written + GROUP as u64 >= mark - mark / 10 {
+                since = (written + GROUP as u64, Instant::now(), busy());
+            }
+            journal.append(UnixMs(1), group.clone()).await.unwrap();
+            written += GROUP as u64;
+            if written >= mark {
+                let (from, clock, cpu) = since;
+                let (n, took, used) = ((written - from) as f64, clock.elapsed().as_secs_f64(), busy() - cpu);
+                let bytes = std::fs::metadata(&path).unwrap().len() / written;
+                println!("| {written} | {:.0} | {:.1} | {bytes} |", n / took, used / n * 1e6);
+                mark = if mark >= receipts { u64::MAX } else { (mark * 10).min(receipts) };
+            }
+        }
+        journal.close().await;
     });
 }

@@ -85,6 +85,8 @@ fn compare(id: SessionId, provider: &SessionSummary, consumer: &SessionSummary, 
     differ("numerators", provider.numerators.to_string(), consumer.numerators.to_string());
     differ("paid msat", provider.paid_msat.to_string(), consumer.paid_msat.to_string());
     differ("charged msat", provider.charged_msat.to_string(), consumer.charged_msat.to_string());
+    differ("credit msat", provider.credited_msat.to_string(), consumer.credited_msat.to_string());
+    differ("credit spent elsewhere msat", provider.spent_msat.to_string(), consumer.spent_msat.to_string());
     differ("refunded msat", provider.refunded_msat.to_string(), consumer.refunded_msat.to_string());
     // What was signed by one side cannot be missing at the other's doing alone: a request is journalled before it is sent,
     // an invoice or a credit note before it is given.

@@ -171,6 +171,7 @@ impl Auditor {
                 }
                 Err(error) => refuse(notes, &error),
             },
+            Evidence::CreditTransfer(both) => self.credit_transfer(both, notes),
             Evidence::WalletSnapshot { lightning_msat, onchain_msat } => {
                 if self.is_whole() {
                     let (held, owed) = (lightning_msat.saturating_add(*onchain_msat), self.books.liabilities());

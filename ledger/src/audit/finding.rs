@@ -149,6 +149,8 @@ rules! {
     CloseRemainder = "close/remainder",
     /// A credit note over another amount than what is still owed.
     CreditNoteAmount = "credit-note/amount",
+    /// A credit note spent twice, for another amount than is owed by it, or in a session that cannot take it.
+    CreditNoteSpent = "credit-note/spent",
     /// A refund that nobody attempted, over another amount, or above what is owed.
     RefundInvalid = "refund/invalid",
     /// An inclusion promise that the provider's log breaks, or by another than the provider.
@@ -265,6 +267,9 @@ pub struct SessionSummary {
     pub paid_msat: u64,
     pub charged_msat: u64,
     pub refunded_msat: u64,
+    /// Credit notes of other sessions that were spent here, and this session's spent in others.
+    pub credited_msat: u64,
+    pub spent_msat: u64,
     pub closed: bool,
     /// What one side signed and the other must hold too: requests by the consumer, invoices and credit notes by the
     /// provider. Kept for cross-checks only.

@@ -252,8 +252,9 @@ impl Auditor {
                 "the payment is over and its reservation is not".into()
             });
         }
+        let spent_from = notes.spent_from;
         self.write_down(entry.seq, session, notes);
-        if let Some(session) = session {
+        for session in session.into_iter().chain(spent_from) {
             self.retire(session);
         }
     }
@@ -294,7 +295,7 @@ impl Auditor {
     }
 
     fn write_down(&mut self, seq: u64, session: Option<SessionId>, notes: Notes) {
-        let Notes { found, delta, leg: _, counts: _ } = notes;
+        let Notes { found, delta, leg: _, counts: _, spent_from: _ } = notes;
         for (rule, party, detail) in found {
             self.report.push(Finding { rule, entry: Some(seq), session, party, detail });
         }
@@ -384,6 +385,10 @@ impl Auditor {
 
     /// Whether the header's filter selects the session. Whole ids are compared: the header is the exporter's word.
     fn selects(&self, id: SessionId, audit: &SessionAudit) -> bool {
+        if !audit.credited.is_zero() || !audit.spent.is_zero() {
+            // It comes with the one that it shares credit with.
+            return true;
+        }
         match self.report.filter {
             Filter::All | Filter::Time(..) => true,
             Filter::Session(only) => id == only,

@@ -11,10 +11,12 @@
 //! | `session` | one session: requests, acknowledgements, close |
 //! | `receipt` | receipts |
 //! | `payments` | invoices, slices, refunds |
+//! | `credit` | credit notes that are spent in other sessions |
 //! | `flows` | two-phase rules, double entry, transfers against evidence |
 //! | `stages` | a lead's receipts against its workers' |
 //! | `cross` | both parties' exports of the same sessions |
 
+mod credit;
 mod cross;
 mod evidence;
 mod finding;

@@ -24,6 +24,8 @@ pub(super) struct Notes {
     pub(super) delta: SideTotals,
     /// A worker's part in some request that ended with this entry.
     pub(super) leg: Option<Leg>,
+    /// The session whose credit note this entry spent.
+    pub(super) spent_from: Option<SessionId>,
     /// Of a leg for experts that has a receipt: what it counts.
     pub(super) counts: Option<Vec<ExpertCount>>,
 }
@@ -141,6 +143,11 @@ pub(super) struct SessionAudit {
     pub(super) paid: Msat,
     /// What left the remainder again: refunds and what they cost.
     pub(super) refunded: Msat,
+    /// What other sessions' credit notes brought in, and what went to others by this one's.
+    pub(super) credited: Msat,
+    pub(super) spent: Msat,
+    /// The last credit note.
+    pub(super) note: Option<[u8; 32]>,
     pub(super) receipted_paid: Msat,
     pub(super) receipts: u32,
     pub(super) last_receipt: Option<ReceiptId>,
@@ -180,6 +187,9 @@ impl SessionAudit {
             charged: Msat::ZERO,
             paid: Msat::ZERO,
             refunded: Msat::ZERO,
+            credited: Msat::ZERO,
+            spent: Msat::ZERO,
+            note: None,
             receipted_paid: Msat::ZERO,
             receipts: 0,
             last_receipt: None,
@@ -190,9 +200,11 @@ impl SessionAudit {
         }
     }
 
-    /// Paid less charged less refunded. Zero where the figures contradict each other, which is a finding elsewhere.
+    /// Paid and credited less charged, refunded and spent elsewhere. Zero where the figures contradict each other, which is a
+    /// finding elsewhere.
     pub(super) fn remainder(&self) -> Msat {
-        self.paid.saturating_sub(self.charged).saturating_sub(self.refunded)
+        let gone = self.charged.saturating_add(self.refunded).saturating_add(self.spent);
+        self.paid.saturating_add(self.credited).saturating_sub(gone)
     }
     pub(super) fn owed_by(&self) -> Party {
         Party::Provider(self.provider)
@@ -381,6 +393,7 @@ impl SessionAudit {
             }
         };
         notes.version(CreditNote::KIND, note.version, CreditNote::VERSION);
+        self.note = Some(note_id);
         if let Some(summary) = &mut self.summary {
             summary.notes.insert(note_id);
         }

@@ -1,5 +1,6 @@
 //! Which entries a partial export holds: whole sessions, the quotes and listings that they stand on, and the genesis.
 //!
+//! Sessions between which a credit note moved come together, since the one's balance is the other's remainder.
 //! A session is known only once it was opened, and its quote and listing come before that: so the journal is read
 //! twice, first by [`Selector::observe`], then by [`Selection::wants`].
 
@@ -90,6 +91,10 @@ impl Subjected {
             | Evidence::WalletSnapshot { .. }
             | Evidence::Checkpoint { .. } => None,
             Evidence::Promise(promise) => promise.peek().ok().map(|promise| promise.session),
+            Evidence::CreditTransfer(both) => both.peek().ok().map(|transfer| {
+                subjects.sessions.insert(transfer.from);
+                transfer.to
+            }),
         };
         subjects.sessions.extend(session);
         subjects
@@ -109,6 +114,8 @@ pub struct Selector {
     subjected: Subjected,
     /// By session key, the listings that its quotes name.
     quoted: BTreeMap<NodeKey, BTreeSet<ListingId>>,
+    /// Sessions between which credit moved: neither can be judged without the other.
+    linked: Vec<(SessionId, SessionId)>,
     /// Sessions opened, with their provider and session key.
     opened: BTreeMap<SessionId, (NodeKey, NodeKey)>,
     selection: Selection,
@@ -131,6 +138,7 @@ impl Selector {
             filter,
             subjected: Subjected::default(),
             quoted: BTreeMap::new(),
+            linked: Vec::new(),
             opened: BTreeMap::new(),
             selection: Selection { whole, ..Selection::default() },
         }
@@ -151,6 +159,7 @@ impl Selector {
                     self.opened.insert(*session, (open.provider, open.consumer));
                 }
             }
+            Some(Evidence::CreditTransfer(both)) => self.linked.extend(both.peek().ok().map(|t| (t.from, t.to))),
             _ => {}
         }
         if let Filter::Time(from, to) = self.filter
@@ -173,6 +182,17 @@ impl Selector {
                 selection.sessions.extend(self.opened.contains_key(&session).then_some(session));
             }
             Filter::All | Filter::Time(..) => {}
+        }
+        loop {
+            let known = selection.sessions.len();
+            for (one, other) in &self.linked {
+                if selection.sessions.contains(one) || selection.sessions.contains(other) {
+                    selection.sessions.extend([*one, *other]);
+                }
+            }
+            if selection.sessions.len() == known {
+                break;
+            }
         }
         let keys = selection.sessions.iter().filter_map(|session| self.opened.get(session));
         selection.keys = keys.map(|(_, consumer)| *consumer).collect();

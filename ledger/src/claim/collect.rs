@@ -32,6 +32,8 @@ pub struct ClaimCollector {
     close: Option<Evidence>,
     note: Option<Evidence>,
     refunds: Vec<Evidence>,
+    /// Credit notes that were spent in this session, or this session's in another.
+    credit: Vec<Evidence>,
 }
 
 impl ClaimCollector {
@@ -50,6 +52,7 @@ impl ClaimCollector {
             close: None,
             note: None,
             refunds: Vec::new(),
+            credit: Vec::new(),
         }
     }
 
@@ -135,6 +138,11 @@ impl ClaimCollector {
                     self.refunds.push(evidence.clone());
                 }
             }
+            Evidence::CreditTransfer(both) => {
+                if both.peek().is_ok_and(|body| ours(&body.from) || ours(&body.to)) {
+                    self.credit.push(evidence.clone());
+                }
+            }
             Evidence::Listing { .. }
             | Evidence::PaymentAttempted { .. }
             | Evidence::PaymentFailed { .. }
@@ -165,6 +173,7 @@ impl ClaimCollector {
         pieces.extend(self.close);
         pieces.extend(self.note);
         pieces.extend(self.refunds);
+        pieces.extend(self.credit);
         Some((ClaimHeader::new(maker, self.network), pieces))
     }
 }

@@ -5,6 +5,7 @@
 //! | paid | invoices of the quote's Lightning node over this session's terms, each with its preimage; or, where it is more, what the last receipt says under both signatures |
 //! | charged | the last receipt's running total and the last acknowledgements of requests that no receipt holds, rounded once |
 //! | refunded | the consumer's own word; or invoices that the consumer's close names, with their preimages |
+//! | credit | notes of other sessions spent in this one count as paid, this session's spent elsewhere as refunded, by both signatures |
 //! | owed | paid less charged less refunded; once something was refunded, less the quote's `refund_fee_cap`, which its route may have cost |
 
 use super::{ClaimHeader, Maker};
@@ -12,12 +13,12 @@ use crate::{
     audit::{Finding, MAX_FINDINGS, Party, Rule, read_invoice},
     bundle::{BundleError, ClaimReader},
     entry::Evidence,
-    statements::{Ack, Receipt, RequestOpen, SessionOpen, SliceDescriptor, receipt_id, session_id},
+    statements::{Ack, CreditTransfer, Receipt, RequestOpen, SessionOpen, SliceDescriptor, receipt_id, session_id},
 };
 use satgrid_pricing::{charge, numerators};
 use satgrid_types::{
-    BothSigned, Msat, NodeKey, Numerators, PaymentHash, Preimage, Quote, QuoteId, ReceiptId, RequestId, SessionId,
-    Signed, VerifyError,
+    BothSigned, Digest, Msat, NodeKey, Numerators, PaymentHash, Preimage, Quote, QuoteId, ReceiptId, RequestId,
+    SessionId, Signed, VerifyError,
 };
 use sha2::{Digest as _, Sha256};
 use std::{collections::BTreeMap, io::Read};
@@ -42,6 +43,9 @@ struct Facts {
     receipt: Option<(ReceiptId, Receipt)>,
     acked: BTreeMap<RequestId, (u32, Numerators)>,
     refunded: BTreeMap<PaymentHash, Msat>,
+    /// Credit that came from other sessions, and that went to others, by note.
+    credited: BTreeMap<Digest, Msat>,
+    spent: BTreeMap<Digest, Msat>,
     /// What a refund's route may have cost: the largest cap of the session's quotes.
     fee_cap: Msat,
 }
@@ -235,6 +239,7 @@ impl ClaimAudit {
                     }
                 }
             }
+            Evidence::CreditTransfer(both) => self.credit(parties, both),
             Evidence::Quote(_) | Evidence::Open(_) => {}
             Evidence::Genesis { .. }
             | Evidence::Listing { .. }
@@ -395,6 +400,26 @@ impl ClaimAudit {
         }
     }
 
+    /// A credit note that was spent, here or of this session elsewhere.
+    fn credit(
+        &mut self,
+        (session, provider, consumer): (SessionId, NodeKey, NodeKey),
+        both: &BothSigned<CreditTransfer>,
+    ) {
+        let body = match both.peek().and_then(|body| both.verify(&provider, &body.consumer)) {
+            Ok(body) => body,
+            Err(error) => return self.refuse(&error),
+        };
+        self.version(body.version);
+        let own = body.from == session && body.consumer == consumer;
+        let fits = body.provider == provider && body.from != body.to && (body.to == session || own);
+        if !self.require(fits, Rule::StatementSession, Party::Exporter, "a credit transfer of other sessions") {
+            return;
+        }
+        let facts = &mut self.report.facts;
+        if own { &mut facts.spent } else { &mut facts.credited }.insert(body.note, body.amount);
+    }
+
     /// Ends the claim: what is owed.
     pub fn finish(mut self) -> ClaimReport {
         if self.report.session.is_none() {
@@ -449,11 +474,13 @@ impl Facts {
     fn figures(&self, numerators: Numerators) -> ClaimFigures {
         let proven = self.paid.values().fold(Msat::ZERO, |sum, amount| sum.saturating_add(*amount));
         let acknowledged = self.receipt.as_ref().map_or(Msat::ZERO, |(_, receipt)| receipt.cumulative_paid);
-        let paid = proven.max(acknowledged);
+        let sum = |credit: &BTreeMap<Digest, Msat>| credit.values().copied().fold(Msat::ZERO, Msat::saturating_add);
+        let paid = proven.max(acknowledged).saturating_add(sum(&self.credited));
         let charged = charge(numerators);
-        let refunded = self.refunded.values().fold(Msat::ZERO, |sum, amount| sum.saturating_add(*amount));
+        let back = self.refunded.values().fold(Msat::ZERO, |sum, amount| sum.saturating_add(*amount));
+        let refunded = back.saturating_add(sum(&self.spent));
         let left = paid.saturating_sub(charged).saturating_sub(refunded);
-        let owed = if refunded.is_zero() { left } else { left.saturating_sub(self.fee_cap) };
+        let owed = if back.is_zero() { left } else { left.saturating_sub(self.fee_cap) };
         ClaimFigures { paid, charged, refunded, owed }
     }
 }
@@ -495,13 +522,18 @@ pub fn cross_claims(one: &ClaimReport, other: &ClaimReport) -> Result<(ClaimFigu
     for (hash, amount) in &other.facts.refunded {
         joined.refunded.entry(*hash).or_insert(*amount);
     }
+    joined.credited.extend(&other.facts.credited);
+    joined.spent.extend(&other.facts.spent);
     let figures = joined.figures(numerators);
     let mut findings = Vec::new();
     for (report, rest) in [(one, other), (other, one)] {
         let says = report.figures.owed;
         if report.maker == Maker::Consumer && figures.owed < says {
             let charged = rest.figures.charged > report.figures.charged;
-            let why = if charged { "a later statement that both signed" } else { "a refund with its preimage" };
+            let why = match charged {
+                true => "a later statement that both signed",
+                false => "a refund with its preimage, or a note that was spent,",
+            };
             findings.push(Finding {
                 rule: Rule::ClaimContradicted,
                 entry: None,

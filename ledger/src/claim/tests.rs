@@ -173,3 +173,23 @@ fn stakes_name_the_sessions_that_hold_money() {
         assert_eq!(found[&session.id].amount, Msat(session.paid.0 - session.charged.0));
     }
 }
+
+#[test]
+fn a_note_that_was_spent_is_owed_no_more_and_counts_where_it_was() {
+    let mut world = World::new();
+    let mut from = world.open();
+    world.pay(&mut from, Msat::sat(10));
+    world.complete(&mut from, Work { prompt: 40, cached: 0, output: 60, acks: 1 });
+    let note = world.close_with_credit_note(&mut from);
+    let before = report(&of(&world.consumer.journal.entries(), from.id));
+    assert_eq!(before.figures.owed, from.paid.saturating_sub(from.charged));
+    let mut to = world.open();
+    world.spend_credit_note(&from, &note, &mut to);
+    let (ours, theirs) = (world.consumer.journal.entries(), world.provider.journal.entries());
+    assert_eq!(rules(&report(&of(&ours, from.id))), [Rule::ClaimNothing]);
+    let answer = report(&of(&theirs, from.id));
+    let (figures, across) = cross_claims(&before, &answer).unwrap();
+    assert_eq!((figures.owed, across[0].rule), (Msat::ZERO, Rule::ClaimContradicted));
+    let claim = report(&of(&ours, to.id));
+    assert_eq!((claim.findings.len(), claim.figures.owed), (0, before.figures.owed), "it is owed there now");
+}

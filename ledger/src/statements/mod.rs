@@ -9,8 +9,10 @@
 //! | [`Receipt`] | both | the request is finished; chained per session in the order in which requests finish |
 //! | [`SessionClose`] | consumer | no more requests; refund the remainder to this invoice |
 //! | [`CreditNote`] | provider | this remainder could not be paid out now and is still owed |
+//! | [`CreditTransfer`] | both | what that note says is owed is now the balance of this other session |
 //! | [`InclusionPromise`] | provider | this receipt is that leaf of my log |
 
+mod credit;
 mod experts;
 mod hashing;
 mod part;
@@ -18,6 +20,7 @@ mod promise;
 mod receipt;
 mod session;
 
+pub use credit::*;
 pub use experts::*;
 pub use hashing::*;
 pub use part::*;

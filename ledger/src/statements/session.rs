@@ -205,7 +205,7 @@ pub enum CreditReason {
     NoDestination,
 }
 
-/// A remainder that the provider still owes, spendable by the old session's key.
+/// A remainder that the provider still owes. The old session's key may ask for it, or spend it in another session.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 #[cbor(map)]
 pub struct CreditNote {

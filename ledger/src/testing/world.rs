@@ -4,9 +4,9 @@ use super::party::{Party, bolt11, bytes32, listing};
 use crate::{
     entry::{Draft, Evidence},
     statements::{
-        Ack, CreditNote, CreditReason, InclusionPromise, Receipt, ReceiptOpening, ReceiptPrivate, RefundTo,
-        RequestOpen, RequestPrivate, RunningHash, SessionClose, SessionOpen, SliceDescriptor, SlicePaid, ack_id,
-        receipt_id, session_id,
+        Ack, CreditNote, CreditReason, CreditTransfer, InclusionPromise, Receipt, ReceiptOpening, ReceiptPrivate,
+        RefundTo, RequestOpen, RequestPrivate, RunningHash, SessionClose, SessionOpen, SliceDescriptor, SlicePaid,
+        ack_id, note_id, receipt_id, session_id,
     },
     transfer::{Account, Transfer, TransferKind, transfer_id},
 };
@@ -495,7 +495,7 @@ impl World {
     }
 
     /// The consumer closes; the remainder stays due, by a credit note.
-    pub fn close_with_credit_note(&mut self, session: &mut Session) {
+    pub fn close_with_credit_note(&mut self, session: &mut Session) -> Signed<CreditNote> {
         let remainder = self.close(session, None);
         let at = self.tick();
         let note = CreditNote {
@@ -508,7 +508,30 @@ impl World {
             issued_at: at,
             valid_until: at.plus_ms(CreditNote::VALIDITY_MS),
         };
-        self.both(&Evidence::CreditNote(Signed::sign(&note, &self.provider.node)));
+        let note = Signed::sign(&note, &self.provider.node);
+        self.both(&Evidence::CreditNote(note.clone()));
+        note
+    }
+
+    /// What a closed session is owed by a note becomes the balance of another one.
+    pub fn spend_credit_note(&mut self, from: &Session, note: &Signed<CreditNote>, to: &mut Session) {
+        let amount = from.paid.saturating_sub(from.charged);
+        let transfer = CreditTransfer {
+            version: CreditTransfer::VERSION,
+            provider: to.quote.provider,
+            from: from.id,
+            consumer: from.quote.consumer,
+            to: to.id,
+            note: note_id(note),
+            amount,
+        };
+        let both = BothSigned::countersign(&Signed::sign(&transfer, &self.provider.node), &from.key);
+        let (evidence, id) = (Evidence::CreditTransfer(both), transfer_id(from.id, None, TransferKind::CreditSpent, 0));
+        let (debit, credit) = (Account::RefundsDue(from.id), Account::Prepaid(to.id));
+        self.provider_entry(Draft::of(evidence.clone()).with([Transfer::post(id, debit, credit, amount)]));
+        let (debit, credit) = (Account::PrepaidAsset(to.id), Account::PrepaidAsset(from.id));
+        self.consumer_entry(Draft::of(evidence).with([Transfer::post(id, debit, credit, amount)]));
+        to.paid = to.paid.saturating_add(amount);
     }
 
     /// Both wallets are looked at; both are solvent.

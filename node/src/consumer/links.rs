@@ -74,6 +74,11 @@ pub(super) struct Session {
     pub closing: bool,
     /// The provider owes a remainder by a credit note: when it is asked for again.
     pub owed: Option<Owed>,
+    /// The provider lets notes of other sessions be spent here; the one that is being spent, and since when.
+    pub spends_credit: bool,
+    pub spending: Option<(SessionIndex, UnixMs)>,
+    /// Its own note was not taken: it is not offered again in this run.
+    pub note_kept: bool,
     /// Asked for the invoice to be refunded to.
     pub close_asked: bool,
     /// Money cannot be had for it: what stalls now is out of funds.
@@ -111,6 +116,9 @@ impl Session {
             hold: None,
             owed: None,
             closing: false,
+            spends_credit: false,
+            spending: None,
+            note_kept: false,
             close_asked: false,
             unfunded: None,
             short: false,
@@ -197,14 +205,15 @@ impl Session {
         let setup = self.is_setting_up().then(|| self.phase_since.plus_ms(config.setup_ms));
         let invoice = self.wanted_invoice.map(|(_, _, at)| at.plus_ms(config.setup_ms));
         let quote = self.quote_wanted.map(|at| at.plus_ms(config.setup_ms));
-        let credit = self.uncredited_since.map(|at| at.plus_ms(config.credit_ms));
+        let uncredited = self.uncredited_since.map(|at| at.plus_ms(config.credit_ms));
         let idle = (self.is_ready() && self.is_idle()).then(|| self.idle_since.plus_ms(config.idle_ms));
         let running = self.requests.iter().filter(|_| self.is_ready());
         let stall = running.map(|(id, r)| r.stall_deadline(config, self.hunger(id))).min();
         let hold = self.hold.as_ref().and_then(|hold| hold.next_deadline(self, config));
         let owed = self.owed.as_ref().filter(|_| self.link.is_none()).map(Owed::next_try);
+        let credit = self.spending.map(|(_, at)| at.plus_ms(config.setup_ms));
         let log = self.log.next_deadline(config).filter(|_| self.link.is_some());
-        [setup, invoice, quote, credit, idle, stall, hold, owed, log].into_iter().flatten().min()
+        [setup, invoice, quote, uncredited, idle, stall, hold, owed, credit, log].into_iter().flatten().min()
     }
 }
 
@@ -285,6 +294,7 @@ impl Consumer {
         session.quote_wanted = None;
         session.uncredited_since = None;
         session.close_asked = false;
+        session.spending = None;
         session.short = false;
         session.log.unlinked();
         if session.phase != Phase::Over {
@@ -322,6 +332,7 @@ impl Consumer {
         match (session.phase, frame) {
             (Phase::Greeting, ProviderControl::Hello(hello)) if hello.version == Hello::VERSION => {
                 if let Some(session) = self.sessions.get_mut(&index) {
+                    session.spends_credit = hello.spends_credit();
                     session.log.linked(now, hello.speaks_of_its_log());
                 }
                 self.greeted(now, index, link);
@@ -340,6 +351,8 @@ impl Consumer {
             (Phase::Ready, ProviderControl::Credited(_, total)) => self.credited(index, total),
             (Phase::Ready, ProviderControl::Refunding(..)) => {}
             (_, ProviderControl::Owed(note)) => self.owed(now, index, &note),
+            (_, ProviderControl::CreditSpent(both)) => self.credit_spent(now, index, &both),
+            (_, ProviderControl::CreditKept(session, _)) => self.credit_kept(index, session),
             (_, ProviderControl::Promise(signed)) => self.promised(now, index, signed),
             (_, ProviderControl::TreeHead(note)) => self.tree_head(now, index, &note),
             (_, ProviderControl::Proof(proof)) => self.proof(now, index, proof),

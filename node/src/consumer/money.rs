@@ -29,7 +29,12 @@ impl Consumer {
         let idle = session.waiting.is_empty() && session.requests.is_empty();
         // One at a time, and none before the last is credited: a provider that keeps silent about one gets no second.
         let uncredited = state.paid() > session.credited;
-        if idle || state.attempted().is_some() || uncredited || session.wanted_invoice.is_some() {
+        if idle
+            || session.spending.is_some()
+            || state.attempted().is_some()
+            || uncredited
+            || session.wanted_invoice.is_some()
+        {
             return;
         }
         let quote = state.quote();
@@ -265,7 +270,7 @@ impl Consumer {
         let Some(session) = self.sessions.get_mut(&index).filter(ready) else { return };
         let (Some(state), Some(link)) = (&session.state, session.link) else { return };
         let uncredited = state.paid() > session.credited || session.wanted_invoice.is_some();
-        if !session.requests.is_empty() || state.attempted().is_some() || uncredited {
+        if !session.requests.is_empty() || state.attempted().is_some() || uncredited || session.spending.is_some() {
             return;
         }
         session.close_asked = true;

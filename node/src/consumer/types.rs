@@ -400,6 +400,8 @@ pub struct ConsumerCounters {
     pub refused_quotes: u64,
     /// Times that a remainder was asked for again on a credit note.
     pub refunds_asked_again: u64,
+    /// Credit notes that were spent in other sessions.
+    pub notes_spent: u64,
     /// Inclusion promises, and those that a proof has kept.
     pub promises: u64,
     pub promises_kept: u64,

@@ -29,6 +29,8 @@ pub(super) struct Link {
     pub session: Option<SessionId>,
     /// The consumer hears of our log: its hello said so.
     pub log: bool,
+    /// The consumer spends credit notes: its hello said so.
+    pub credit: bool,
     /// Its questions about the log that are not answered.
     pub asks: usize,
 }
@@ -47,7 +49,10 @@ impl Provider {
             self.actions.push_back(ProviderAction::CloseLink { link, code, reason });
             return;
         }
-        self.links.insert(link, Link { peer, greeted: false, quote: None, session: None, log: false, asks: 0 });
+        self.links.insert(
+            link,
+            Link { peer, greeted: false, quote: None, session: None, log: false, credit: false, asks: 0 },
+        );
     }
 
     pub(super) fn control(&mut self, now: UnixMs, link: LinkId, frame: ConsumerControl) {
@@ -57,6 +62,7 @@ impl Provider {
                 ConsumerControl::Hello(hello) if hello.version == Hello::VERSION => {
                     held.greeted = true;
                     held.log = hello.speaks_of_its_log();
+                    held.credit = hello.spends_credit();
                     self.say(link, ProviderControl::Hello(Hello::ours()));
                 }
                 ConsumerControl::Hello(hello) => {
@@ -70,6 +76,7 @@ impl Provider {
                 | ConsumerControl::WantInvoice(..)
                 | ConsumerControl::Resume(..)
                 | ConsumerControl::WantProof(_)
+                | ConsumerControl::SpendCredit(_)
                 | ConsumerControl::Close(_) => self.violation(link, "the first frame is a hello"),
             };
         }
@@ -84,6 +91,7 @@ impl Provider {
             ConsumerControl::Resume(session, open, receipt) => self.resume(now, link, session, open, receipt),
             ConsumerControl::Close(close) => self.close(now, link, &close),
             ConsumerControl::WantProof(ask) => self.want_proof(link, ask),
+            ConsumerControl::SpendCredit(order) => self.spend_credit(now, link, &order),
         }
     }
 

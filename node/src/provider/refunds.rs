@@ -122,7 +122,10 @@ impl Provider {
         let same_books = body.remainder == remainder && body.last_receipt == state.last_receipt();
         match state.refund_in_flight() {
             Some((hash, amount)) => self.say(link, ProviderControl::Refunding(hash, amount)),
-            None if remainder.is_zero() => self.say(link, ProviderControl::Closed),
+            None if remainder.is_zero() => {
+                self.tell_credits(link, id);
+                self.behind(vec![ProviderAction::Control { link, frame: ProviderControl::Closed }]);
+            }
             None if new_invoice && same_books => self.close_now(now, link, id, close, body),
             None => self.owe(now, id, remainder, CreditReason::Unpayable),
         }

@@ -89,6 +89,8 @@ impl Provider {
                 live.wait_for_stream(now, request.received);
             }
         }
+        self.tell_credits(link, id);
+        let Some(session) = self.sessions.get(&id) else { return };
         let (paid, last) = (session.state.paid(), session.state.last_receipt());
         let settled = session.state.settled_numerators();
         self.say(link, ProviderControl::Resumed(id, paid, last, settled, going));

@@ -267,4 +267,6 @@ pub struct ProviderCounters {
     pub violations: u64,
     pub slices: u64,
     pub payments_unknown: u64,
+    /// Credit notes that were spent in other sessions.
+    pub notes_spent: u64,
 }

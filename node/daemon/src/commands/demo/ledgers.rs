@@ -255,6 +255,7 @@ fn note(ledger: &mut Ledger, attempted: &mut Attempted, evidence: &Evidence) -> 
         | Evidence::Misbehaviour { .. }
         | Evidence::WalletSnapshot { .. }
         | Evidence::Checkpoint { .. }
+        | Evidence::CreditTransfer(_)
         | Evidence::Promise(_) => {}
     }
     Ok(())
