@@ -173,6 +173,7 @@ fn koinly(movement: &Movement, rates: &Rates) -> Option<String> {
         | Category::RefundPaid
         | Category::RefundReceived
         | Category::RefundLoss
+        | Category::CreditSpent
         | Category::Dust
         | Category::Wallet
         | Category::Correction => "",

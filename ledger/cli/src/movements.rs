@@ -24,6 +24,8 @@ pub(crate) enum Category {
     RefundPaid,
     RefundReceived,
     RefundLoss,
+    /// A credit note that was spent in another session.
+    CreditSpent,
     Dust,
     Wallet,
     Correction,
@@ -40,6 +42,7 @@ impl Category {
             Category::RefundPaid => "refund-paid",
             Category::RefundReceived => "refund-received",
             Category::RefundLoss => "refund-loss",
+            Category::CreditSpent => "credit-spent",
             Category::Dust => "dust",
             Category::Wallet => "wallet",
             Category::Correction => "correction",
@@ -197,6 +200,9 @@ fn category(evidence: Option<&Evidence>, debit: Account, credit: Account) -> Cat
         (Account::Prepaid(_), Account::RefundsDue(_)) => Category::RemainderDue,
         (Account::RefundsDue(_), Account::Lightning) => Category::RefundPaid,
         (Account::Lightning, Account::PrepaidAsset(_)) => Category::RefundReceived,
+        (Account::RefundsDue(_), Account::Prepaid(_)) | (Account::PrepaidAsset(_), Account::PrepaidAsset(_)) => {
+            Category::CreditSpent
+        }
         (Account::RefundsDue(_), Account::Dust) => Category::Dust,
         (Account::Lightning, Account::External) | (Account::External, Account::Lightning) => Category::Wallet,
         _ => Category::Correction,

@@ -93,7 +93,13 @@ impl Provider {
         let Some(session) = self.sessions.get(&id) else { return };
         let (paid, last) = (session.state.paid(), session.state.last_receipt());
         let settled = session.state.settled_numerators();
-        self.say(link, ProviderControl::Resumed(id, paid, last, settled, going));
+        let silent = session.state.credits().is_empty() && session.state.spent().is_none();
+        let resumed = ProviderControl::Resumed(id, paid, last, settled, going);
+        if silent {
+            return self.say(link, resumed);
+        }
+        // In order behind what was said of credit, which may wait for the journal: a close counts it.
+        self.behind(vec![ProviderAction::Control { link, frame: resumed }]);
     }
 
     /// The request is alive here, and what the consumer has of it is what it can have.

@@ -9,7 +9,7 @@ use satgrid_ledger::{
 use satgrid_types::{BothSigned, Msat, SessionId};
 
 /// Notes of other sessions that one session takes.
-pub const MAX_CREDITS: usize = 64;
+const MAX_CREDITS: usize = 64;
 
 impl SessionState {
     /// What credit notes of other sessions brought in.

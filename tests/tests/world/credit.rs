@@ -92,10 +92,11 @@ fn a_note_is_spent_once_whoever_dies_when() {
             _ => world.break_links(0, 0),
         }
         world.finish_calls(120_000);
+        // A provider whose connection was lost is left alone for a quarter of a minute.
+        world.run_ms(20_000);
         let call = world.submit(0, Ask::tokens(30, 60));
         world.finish_calls(120_000);
         assert_undisturbed(&world, world.call(0, call));
-        world.run_ms(20_000);
         assert_eq!(transfers(&world), (1, 1), "died {ms} ms after the call");
         world.assert_quiet();
         world.assert_agree(0, 0);
