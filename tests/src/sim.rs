@@ -17,8 +17,8 @@ pub use faults::Fault;
 use crate::world::{Ask, Cheat, EPOCH, Options, World};
 use rand::{Rng, SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
-use satgrid_ledger::entry::Evidence;
-use satgrid_types::{Msat, PaymentHash, Sampling, UnixMs, node_key};
+use satgrid_ledger::{entry::Evidence, statements::CreditTransfer};
+use satgrid_types::{BothSigned, Msat, PaymentHash, Sampling, UnixMs, node_key};
 use satgrid_wallet::fake::FaultRates;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -37,6 +37,7 @@ pub struct Stats {
     pub misbehaviour: u64,
     pub refunds: u64,
     pub credit_notes: u64,
+    pub notes_spent: u64,
     pub provider_deaths: u64,
     pub consumer_deaths: u64,
     pub engine_deaths: u64,
@@ -46,7 +47,7 @@ pub struct Stats {
 }
 
 impl Stats {
-    fn fields(&mut self) -> [&mut u64; 18] {
+    fn fields(&mut self) -> [&mut u64; 19] {
         [
             &mut self.calls,
             &mut self.finished,
@@ -60,6 +61,7 @@ impl Stats {
             &mut self.misbehaviour,
             &mut self.refunds,
             &mut self.credit_notes,
+            &mut self.notes_spent,
             &mut self.provider_deaths,
             &mut self.consumer_deaths,
             &mut self.engine_deaths,
@@ -256,8 +258,15 @@ impl Sim {
             let role = world.consumers[c].role.as_ref().expect("everything is up");
             for session in role.session_states() {
                 let honest = keys.contains(&session.provider());
-                assert!(!honest || session.paid() >= session.charged(), "charged beyond what was paid");
+                let prepaid = session.paid().saturating_add(session.credited());
+                assert!(!honest || prepaid >= session.charged(), "charged beyond what was paid or credited");
             }
+            // Whatever notes brought into sessions is what they were worth to those that were owed.
+            let amount = |both: &BothSigned<CreditTransfer>| both.peek().expect("it was signed").amount;
+            let came = role.session_states().map(|s| s.credited()).fold(Msat::ZERO, Msat::saturating_add);
+            let went =
+                role.session_states().filter_map(|s| s.spent().map(amount)).fold(Msat::ZERO, Msat::saturating_add);
+            assert_eq!(came, went, "consumer {c}: credit that came and credit that went");
             for log in world.consumers[c].calls.values() {
                 self.stats.calls += 1;
                 self.stats.finished += u64::from(log.is_ok());
@@ -272,6 +281,7 @@ impl Sim {
             self.stats.payment_failures += journal.count("payment-failed") as u64;
             self.stats.refunds += journal.count("refund-received") as u64;
             self.stats.credit_notes += journal.count("credit-note") as u64;
+            self.stats.notes_spent += journal.count("credit-transfer") as u64;
         }
         self.check_texts();
         self.stats.steps = self.world.steps;

@@ -7,6 +7,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+// Only the folder with both journals is needed of it.
+#[allow(dead_code)]
 mod support;
 
 use satgrid_ledger::{
