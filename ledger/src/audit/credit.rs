@@ -80,6 +80,8 @@ mod tests {
     };
     use satgrid_types::{Digest, Msat, Signed, UnixMs};
 
+    type Drafts = Vec<(UnixMs, Draft)>;
+
     /// A session closed with a note, and two that may take it.
     fn world() -> (World, Session, [Session; 2]) {
         let mut world = World::new();
@@ -127,7 +129,7 @@ mod tests {
     fn a_note_is_spent_once_whole_and_where_it_can_be() {
         let (world, from, to) = world();
         let key = &world.provider.node;
-        let bent = |bend: &dyn Fn(&mut Vec<(UnixMs, Draft)>, usize)| -> Report {
+        let bent = |bend: &dyn Fn(&mut Drafts, usize)| -> Report {
             let mut drafts = drafts_of(&world.provider.journal.entries());
             let is_it = |(_, draft): &(UnixMs, Draft)| matches!(draft.evidence, Some(Evidence::CreditTransfer(_)));
             let at = drafts.iter().position(is_it).unwrap();
