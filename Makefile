@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build build-gpu demo demo-experts demo-split test test-fast lint deny bench bench-ledger fuzz-ledger sim fuzz clean-cache test-conformance test-wallet bench-wallet
+.PHONY: help build build-gpu demo demo-experts demo-split test test-fast lint deny bench bench-ledger fuzz-ledger sim fuzz clean-cache test-conformance bench-api test-wallet bench-wallet
 
 ENV := . tests/scripts/env.sh;
 
@@ -49,6 +49,10 @@ deny: ## licences, banned crates, sources; advisories where reachable
 bench: build ## speed and memory, printed as ratios from one run
 	@tests/scripts/model.sh >/dev/null
 	@$(ENV) exec cargo test $$LOCKED -p satgrid-tests --test bench -- --ignored --test-threads 1 --nocapture
+
+bench-api: build ## the API beside llama.cpp's own server in one run: 1, 8 and 16 streams, first token, memory, 200 requests a second
+	@tests/scripts/model.sh >/dev/null
+	@tests/scripts/bench-api.sh
 
 bench-ledger: ## the ledger's speed: verify a million receipts, ten million appends, proofs (RECEIPTS=100000 GROWTH=1000000 for a short run)
 	@$(ENV) SATGRID_BENCH_RECEIPTS="$(or $(RECEIPTS),1000000)" cargo test $$LOCKED -p satgrid-ledger-cli --test bench -- --ignored --nocapture

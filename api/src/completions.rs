@@ -25,10 +25,11 @@ use crate::{
     gate::Caller,
     idempotency::{Identity, JoinError, Joined, RunKey},
     reply::{Flavour, Head, finish_word},
-    request::{self, Parsed},
+    request::{self, Echo, Parsed},
+    responses,
     router::Edge,
     service::{Bill, CallContext, CompletionEvent, CompletionRequest, CompletionStream, Prompt, Service, ServiceError},
-    stream::{First, StreamJob, response},
+    stream::{ChunkWriter, Frames, StreamJob, response},
 };
 
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
@@ -42,7 +43,7 @@ pub(crate) async fn chat(
     Extension(caller): Extension<Caller>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    complete(edge, caller, Flavour::Chat, request).await
+    complete(edge, caller, Endpoint::Chunks(Flavour::Chat), request).await
 }
 
 pub(crate) async fn text(
@@ -50,31 +51,81 @@ pub(crate) async fn text(
     Extension(caller): Extension<Caller>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    complete(edge, caller, Flavour::Text, request).await
+    complete(edge, caller, Endpoint::Chunks(Flavour::Text), request).await
 }
 
-async fn complete(edge: Arc<Edge>, caller: Caller, flavour: Flavour, request: Request) -> Result<Response, ApiError> {
+pub(crate) async fn responses(
+    State(edge): State<Arc<Edge>>,
+    Extension(caller): Extension<Caller>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let answer = complete(edge, caller, Endpoint::Responses, request).await;
+    answer.map_err(|error| error.renamed("messages", "input").renamed("max_tokens", "max_output_tokens"))
+}
+
+/// How a reply is read and written.
+#[derive(Debug, Clone, Copy)]
+enum Endpoint {
+    Chunks(Flavour),
+    Responses,
+}
+
+impl Endpoint {
+    const fn id_prefix(self) -> &'static str {
+        match self {
+            Endpoint::Chunks(flavour) => flavour.id_prefix(),
+            Endpoint::Responses => "resp_",
+        }
+    }
+
+    /// The request, and for a response what it repeats of it.
+    fn read(self, body: &[u8], fresh_seed: u64) -> Result<(Parsed, Option<Echo>), ApiError> {
+        match self {
+            Endpoint::Chunks(flavour) => request::completion(flavour, body, fresh_seed).map(|parsed| (parsed, None)),
+            Endpoint::Responses => request::response(body, fresh_seed).map(|(parsed, echo)| (parsed, Some(echo))),
+        }
+    }
+
+    const fn flavour(self) -> Flavour {
+        match self {
+            Endpoint::Chunks(flavour) => flavour,
+            Endpoint::Responses => Flavour::Chat,
+        }
+    }
+
+    /// Apart from the others in the keys of runs.
+    const fn number(self) -> u8 {
+        match self {
+            Endpoint::Chunks(Flavour::Text) => 0,
+            Endpoint::Chunks(Flavour::Chat) => 1,
+            Endpoint::Responses => 2,
+        }
+    }
+}
+
+async fn complete(edge: Arc<Edge>, caller: Caller, endpoint: Endpoint, request: Request) -> Result<Response, ApiError> {
     if edge.closing.is_draining() {
         return Err(ServiceError::closing().into());
     }
     caller.may_infer()?;
     // Before the body is read: parsed bodies are what a flood would fill the memory with.
     let permit = Arc::clone(&edge.in_flight).try_acquire_owned().map_err(|_| busy())?;
+    let reading = edge.reading.try_acquire().map_err(|_| busy())?;
     let (parts, body) = request.into_parts();
-    let run_key = run_key(&parts.headers, &caller, flavour)?;
+    let run_key = run_key(&parts.headers, &caller, endpoint)?;
     let body = body::read(&edge.config, body).await?;
-    let parsed = request::completion(flavour, &body, fresh_seed(&edge))?;
+    let (parsed, echo) = endpoint.read(&body, fresh_seed(&edge))?;
     let (stream, include_usage) = (parsed.stream, parsed.include_usage);
     let run_key = run_key.map(|key| (key, Sha256::digest(&body).into()));
-    drop(body);
+    drop((body, reading));
 
     let deadline = Instant::now() + edge.config.max_request;
     let model = parsed.request.model.clone();
     let Joined { identity, mut events, replayed } = begin(&edge, caller, deadline, run_key, parsed)?;
     tracing::info!(completion = %identity.request.short(), ?model, stream, replayed, "completion asked");
     let mut head = Head {
-        flavour,
-        id: format!("{}{}", flavour.id_prefix(), identity.request),
+        flavour: endpoint.flavour(),
+        id: format!("{}{}", endpoint.id_prefix(), identity.request),
         created: identity.created,
         model,
         fingerprint: None,
@@ -83,12 +134,18 @@ async fn complete(edge: Arc<Edge>, caller: Caller, flavour: Flavour, request: Re
     let mut closing = edge.closing.clone();
     let work = async {
         if !stream {
-            return collect::whole(head, events).await;
+            return match echo {
+                None => collect::whole(head, events).await,
+                Some(echo) => responses::whole(head, echo, events).await,
+            };
         }
-        let first = first_event(&mut head, &mut events).await?;
+        let (choice, first) = first_event(&mut head, &mut events).await?;
+        let frames: Box<dyn Frames> = match echo {
+            None => Box::new(ChunkWriter::new(head, include_usage, choice)),
+            Some(echo) => Box::new(responses::Reply::new(head, echo)),
+        };
         Ok(response(StreamJob {
-            head,
-            include_usage,
+            frames,
             first,
             events,
             stalled_reader: edge.config.stalled_reader,
@@ -181,13 +238,16 @@ fn fresh_seed(edge: &Edge) -> u64 {
     u64::from_le_bytes([a, b, c, d, e, f, g, h])
 }
 
-/// What decides the status: the first text, the end, or an error; `None` if neither came in time.
-async fn first_event(head: &mut Head, events: &mut CompletionStream) -> Result<First, ApiError> {
+/// What decides the status, and whose it is: the first text, the end, or an error; `None` if neither came in time.
+async fn first_event(
+    head: &mut Head,
+    events: &mut CompletionStream,
+) -> Result<(u32, Option<CompletionEvent>), ApiError> {
     let limit = Instant::now() + FIRST_EVENT_WAIT;
     let mut choice = 0;
     loop {
         match timeout_at(limit, events.next()).await {
-            Err(_) => return Ok(First { choice, event: None }),
+            Err(_) => return Ok((choice, None)),
             Ok(Some(Ok(CompletionEvent::Started { model, fingerprint }))) => {
                 head.model = model;
                 head.fingerprint = fingerprint;
@@ -200,12 +260,12 @@ async fn first_event(head: &mut Head, events: &mut CompletionStream) -> Result<F
                 | CompletionEvent::ToolCall { .. }
                 | CompletionEvent::Arguments { .. }
                 | CompletionEvent::Ended { .. }),
-            ))) => return Ok(First { choice, event: Some(event) }),
+            ))) => return Ok((choice, Some(event))),
             Ok(Some(Ok(CompletionEvent::Choice { index }))) => choice = index,
             Ok(Some(Ok(CompletionEvent::Finished { reason, bill }))) if finish_word(reason).is_none() => {
                 return Err(ServiceError::cut_short(bill).into());
             }
-            Ok(Some(Ok(event @ CompletionEvent::Finished { .. }))) => return Ok(First { choice, event: Some(event) }),
+            Ok(Some(Ok(event @ CompletionEvent::Finished { .. }))) => return Ok((choice, Some(event))),
             Ok(Some(Err(error))) => return Err(error.into()),
             Ok(None) => return Err(ServiceError::no_result().into()),
         }
@@ -219,7 +279,7 @@ pub(crate) fn log_end(finish_reason: &'static str, bill: &Bill) {
 }
 
 /// The client's `Idempotency-Key`, bound to who sent it and where.
-fn run_key(headers: &HeaderMap, caller: &Caller, flavour: Flavour) -> Result<Option<RunKey>, ApiError> {
+fn run_key(headers: &HeaderMap, caller: &Caller, endpoint: Endpoint) -> Result<Option<RunKey>, ApiError> {
     let Some(value) = headers.get(IDEMPOTENCY_KEY) else { return Ok(None) };
     if value.is_empty() || value.len() > MAX_IDEMPOTENCY_KEY_BYTES {
         let message = format!("`Idempotency-Key` must have 1 to {MAX_IDEMPOTENCY_KEY_BYTES} bytes.");
@@ -228,7 +288,7 @@ fn run_key(headers: &HeaderMap, caller: &Caller, flavour: Flavour) -> Result<Opt
     let mut hash = Sha256::new();
     // Each part but the last is of fixed length, so no two triples run together.
     hash.update(Sha256::digest(caller.key.as_deref().unwrap_or_default().as_bytes()));
-    hash.update([u8::from(caller.key.is_some()), u8::from(flavour == Flavour::Chat)]);
+    hash.update([u8::from(caller.key.is_some()), endpoint.number()]);
     hash.update(value.as_bytes());
     Ok(Some(hash.finalize().into()))
 }

@@ -84,8 +84,10 @@ pub struct ApiConfig {
     pub allowed_hosts: Vec<String>,
     pub max_body_bytes: usize,
     pub body_wait: Duration,
-    /// Completions at one time; more get 503.
+    /// Completions at one time, most of them waiting for their next token; more get 503.
     pub max_in_flight: usize,
+    /// Bodies that are read and parsed at one time: what a flood would fill the memory with. More get 503.
+    pub max_reading: usize,
     pub max_connections: usize,
     /// A completion that takes longer is given up.
     pub max_request: Duration,
@@ -112,8 +114,9 @@ impl Default for ApiConfig {
             allowed_hosts: Vec::new(),
             max_body_bytes: 4 << 20,
             body_wait: Duration::from_secs(30),
-            max_in_flight: 256,
-            max_connections: 1_024,
+            max_in_flight: 1_024,
+            max_reading: 256,
+            max_connections: 2_048,
             max_request: Duration::from_secs(3_600),
             stalled_reader: Duration::from_secs(60),
             drain: Duration::from_secs(30),

@@ -70,6 +70,16 @@ struct TopUpReply {
     expires_at: u64,
 }
 
+impl ErrorBody {
+    pub(crate) const fn code(&self) -> &'static str {
+        self.code
+    }
+    #[cfg(test)]
+    pub(crate) fn param(&self) -> Option<&str> {
+        self.param.as_deref()
+    }
+}
+
 /// `{"error": ...}`
 #[derive(Serialize)]
 pub(crate) struct Envelope<'a> {
@@ -97,6 +107,14 @@ impl ApiError {
         self
     }
 
+    /// The same complaint where the parameter has another name: a chat's `messages` are a response's `input`.
+    pub(crate) fn renamed(mut self, from: &str, to: &str) -> ApiError {
+        if self.body.param.as_deref() == Some(from) {
+            self.body.param = Some(to.to_owned());
+        }
+        self
+    }
+
     fn metadata(mut self, metadata: Metadata) -> ApiError {
         self.body.metadata = Some(metadata);
         self
@@ -121,7 +139,9 @@ impl ApiError {
     pub(crate) fn unknown_path(path: &str) -> ApiError {
         let unoffered = ["audio", "images", "files", "batches", "uploads", "fine_tuning", "assistants", "threads"];
         let area = path.strip_prefix("/v1/").and_then(|rest| rest.split('/').next()).unwrap_or_default();
-        let message = if unoffered.contains(&area) {
+        let message = if area == "responses" {
+            "This node keeps no responses: send the whole conversation in `input`.".to_owned()
+        } else if unoffered.contains(&area) {
             format!("This node does not offer `{area}`.")
         } else {
             // A path is the client's own text, but a log or a terminal may show it: keep it short and plain.

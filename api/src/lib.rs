@@ -28,6 +28,7 @@ mod openapi;
 mod pace;
 mod reply;
 mod request;
+mod responses;
 mod router;
 mod serve;
 pub mod service;

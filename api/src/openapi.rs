@@ -42,6 +42,7 @@ const ENDPOINTS: &[Endpoint] = &[
     get("/v1/models/{id}", "models", "One model; its name may hold slashes", "Model"),
     post("/v1/chat/completions", "completions", "OpenAI's chat completions, streamed or not", "OpenAi", "Completion"),
     post("/v1/completions", "completions", "OpenAI's text completions, streamed or not", "OpenAi", "Completion"),
+    post("/v1/responses", "completions", "OpenAI's responses, stateless, streamed or not", "OpenAi", "Response"),
     post("/v1/embeddings", "completions", "OpenAI's embeddings, for models that make them", "OpenAi", "Any"),
     post("/v1/tokenize", "models", "Token ids of a text or of messages; costs nothing", "Any", "Any"),
     post("/v1/detokenize", "models", "The text of token ids; costs nothing", "Any", "Any"),
@@ -167,6 +168,13 @@ fn schemas() -> Value {
         "Any": { "type": "object" },
         "OpenAi": { "type": "object", "description": "OpenAI's request; `provider` and `models` as OpenRouter has them" },
         "Completion": { "type": "object", "properties": { "id": { "type": "string" }, "usage": usage.clone() } },
+        "Response": { "type": "object", "description": "OpenAI's response; nothing of it is kept", "properties": {
+            "id": { "type": "string" }, "usage": { "type": "object", "properties": {
+                "input_tokens": { "type": "integer" }, "output_tokens": { "type": "integer" },
+                "total_tokens": { "type": "integer" }, "cost_msat": msat(), "cost_details": { "type": "object" },
+                "receipt_ids": { "type": "array", "items": { "type": "string" } },
+            } },
+        } },
         "Health": { "type": "object", "properties": {
             "status": { "enum": ["ok", "unavailable"] }, "reasons": { "type": "array", "items": { "type": "string" } },
         } },

@@ -39,6 +39,7 @@ pub(crate) struct Edge {
     pub(crate) pace: Pace,
     pub(crate) runs: Arc<Runs>,
     pub(crate) in_flight: Arc<Semaphore>,
+    pub(crate) reading: Semaphore,
     pub(crate) closing: Closing,
     pub(crate) metrics: Arc<ApiMetrics>,
 }
@@ -54,6 +55,7 @@ pub(crate) fn router(
         pace: Pace::default(),
         runs: Runs::new(config.idempotency_runs, config.idempotency_window, config.idempotency_grace),
         in_flight: Arc::new(Semaphore::new(config.max_in_flight)),
+        reading: Semaphore::new(config.max_reading),
         config,
         closing,
         metrics,
@@ -65,6 +67,7 @@ pub(crate) fn router(
         .route("/v1/models/{*id}", get(models::one))
         .route("/v1/chat/completions", post(completions::chat))
         .route("/v1/completions", post(completions::text))
+        .route("/v1/responses", post(completions::responses))
         .route("/v1/tokenize", post(models::tokenize))
         .route("/v1/detokenize", post(models::detokenize))
         .route("/v1/embeddings", post(models::embeddings))

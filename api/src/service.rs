@@ -122,7 +122,11 @@ pub enum Format {
     Text,
     JsonObject,
     /// JSON that this schema allows; the schema as its author wrote it, since members come in its order.
-    JsonSchema(String),
+    JsonSchema {
+        schema: String,
+        /// Where it stands in the request, for complaints.
+        param: &'static str,
+    },
 }
 
 /// A function that the model may call.

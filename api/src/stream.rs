@@ -36,9 +36,9 @@ const COMMENT: &[u8] = b": keep-alive\n\n";
 
 /// What a stream needs beside its events.
 pub(crate) struct StreamJob {
-    pub(crate) head: Head,
-    pub(crate) include_usage: bool,
-    pub(crate) first: First,
+    pub(crate) frames: Box<dyn Frames>,
+    /// What was read while the status was still open; `None` if the wait for it ran out.
+    pub(crate) first: Option<CompletionEvent>,
     pub(crate) events: CompletionStream,
     pub(crate) stalled_reader: Duration,
     pub(crate) deadline: Instant,
@@ -48,14 +48,6 @@ pub(crate) struct StreamJob {
     pub(crate) metrics: Arc<ApiMetrics>,
     /// Held while the stream lives.
     pub(crate) permit: tokio::sync::OwnedSemaphorePermit,
-}
-
-/// What was read while the status was still open.
-pub(crate) struct First {
-    /// Whose it is.
-    pub(crate) choice: u32,
-    /// `None` if the wait for it ran out.
-    pub(crate) event: Option<CompletionEvent>,
 }
 
 pub(crate) fn response(job: StreamJob) -> Response {
@@ -73,15 +65,9 @@ pub(crate) fn response(job: StreamJob) -> Response {
 async fn pump(mut job: StreamJob, tx: mpsc::Sender<Bytes>) {
     let _open = job.metrics.stream_opened();
     let _permit = job.permit;
-    let mut writer = ChunkWriter {
-        head: job.head,
-        include_usage: job.include_usage,
-        current: job.first.choice,
-        choices: BTreeMap::new(),
-        bytes: 0,
-    };
+    let mut frames = job.frames;
     let mut silent_since = Instant::now();
-    let mut next = job.first.event.map(Ok);
+    let mut next = job.first.map(Ok);
     if next.is_none() && !send(&tx, Bytes::from_static(COMMENT), job.stalled_reader).await {
         return;
     }
@@ -107,7 +93,7 @@ async fn pump(mut job: StreamJob, tx: mpsc::Sender<Bytes>) {
                 }
             },
         };
-        let written = writer.write(event);
+        let written = frames.write(event);
         if !written.bytes.is_empty() {
             if !send(&tx, written.bytes, job.stalled_reader).await {
                 job.metrics.client_left();
@@ -126,7 +112,14 @@ async fn send(tx: &mpsc::Sender<Bytes>, bytes: Bytes, stalled_reader: Duration) 
     matches!(tokio::time::timeout(stalled_reader, tx.send(bytes)).await, Ok(Ok(())))
 }
 
-struct ChunkWriter {
+/// What turns a completion's events into the frames of one endpoint.
+pub(crate) trait Frames: Send {
+    /// All frames of one event, as one write. An error, or an end before the end, has a frame too.
+    fn write(&mut self, event: Option<Result<CompletionEvent, ServiceError>>) -> Written;
+}
+
+/// Chunks of a chat or a text completion.
+pub(crate) struct ChunkWriter {
     head: Head,
     include_usage: bool,
     /// Whose events come now.
@@ -146,13 +139,12 @@ struct ChoiceState {
     offset: usize,
 }
 
-struct Written {
-    bytes: Bytes,
-    last: bool,
+pub(crate) struct Written {
+    pub(crate) bytes: Bytes,
+    pub(crate) last: bool,
 }
 
-impl ChunkWriter {
-    /// All frames of one event, as one write.
+impl Frames for ChunkWriter {
     fn write(&mut self, event: Option<Result<CompletionEvent, ServiceError>>) -> Written {
         let mut out = Vec::new();
         let result = match event {
@@ -167,6 +159,13 @@ impl ChunkWriter {
             true
         });
         Written { bytes: Bytes::from(out), last }
+    }
+}
+
+impl ChunkWriter {
+    /// `current` is the choice whose events come first.
+    pub(crate) fn new(head: Head, include_usage: bool, current: u32) -> ChunkWriter {
+        ChunkWriter { head, include_usage, current, choices: BTreeMap::new(), bytes: 0 }
     }
 
     /// Whether it was the last event.

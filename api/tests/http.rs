@@ -137,6 +137,8 @@ fn golden(name: &str, got: &str) {
 #[tokio::test(start_paused = true)]
 async fn replies_have_openais_shape_to_the_byte() {
     let usage = json!({"stream": true, "stream_options": {"include_usage": true}});
+    let response =
+        |model: &str, stream| post("/v1/responses", json!({"model": model, "input": "hi", "stream": stream}));
     let text = |stream| post("/v1/completions", json!({"model": "org/tiny", "prompt": "hi", "stream": stream}));
     for (name, request) in [
         ("chat.json", chat("org/tiny", json!({}))),
@@ -147,6 +149,11 @@ async fn replies_have_openais_shape_to_the_byte() {
         ("chat-runs-dry.sse", chat("runs-dry", json!({"stream": true}))),
         ("text.json", text(false)),
         ("text.sse", text(true)),
+        ("response.json", response("org/tiny", false)),
+        ("response-calls.json", response("thinks-and-calls", false)),
+        ("response-calls.sse", response("thinks-and-calls", true)),
+        ("response-incomplete.json", response("two-legs", false)),
+        ("response-breaks.sse", response("breaks", true)),
         ("models.json", get("/v1/models")),
         ("model.json", get("/v1/models/org/tiny")),
         ("tokenize.json", post("/v1/tokenize", json!({"model": "org/tiny", "prompt": "hi"}))),

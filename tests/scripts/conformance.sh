@@ -121,7 +121,7 @@ ask() {
 wanted=("$@")
 case "${1:-all}" in
 all) wanted=("${all[@]}") ;;
-short) wanted=("${all[@]}") examples=5 ;;
+short) wanted=("${all[@]}") examples=25 ;;
 install) wanted=("${all[@]}") ;;
 esac
 for name in "${wanted[@]}"; do install "$name"; done

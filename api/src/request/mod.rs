@@ -4,6 +4,7 @@
 
 mod fields;
 mod messages;
+mod responses;
 mod routing;
 mod sampling;
 #[cfg(test)]
@@ -14,6 +15,7 @@ use axum::http::StatusCode;
 use serde_json::Value;
 
 use self::fields::Fields;
+pub(crate) use self::responses::{Echo, response};
 use crate::{
     config::limits,
     error::ApiError,
@@ -114,6 +116,11 @@ pub(crate) fn completion(flavour: Flavour, body: &[u8], fresh_seed: u64) -> Resu
     }
     others.remove(0);
     Ok(Parsed { request, others, echo, stream, include_usage })
+}
+
+/// One reply, asked for once.
+fn ask(request: CompletionRequest, stream: bool) -> Parsed {
+    Parsed { request, others: Vec::new(), echo: false, stream, include_usage: false }
 }
 
 pub(crate) fn tokenize(body: &[u8]) -> Result<TokenizeRequest, ApiError> {

@@ -330,7 +330,8 @@ fn schemas_keep_their_authors_order() {
         "response_format":{"type":"json_schema","json_schema":{"name":"x","schema":{"z":1,"a":2}}},
         "tools":[{"type":"function","function":{"name":"f","parameters":{"y":1,"b":2}}}]}"#;
     let request = completion(Flavour::Chat, body.as_bytes(), SEED).unwrap().request;
-    assert_eq!(request.format, Format::JsonSchema(r#"{"z":1,"a":2}"#.into()));
+    let param = "response_format.json_schema.schema";
+    assert_eq!(request.format, Format::JsonSchema { schema: r#"{"z":1,"a":2}"#.into(), param });
     assert_eq!((request.tools[0].name.as_str(), request.tools[0].parameters.as_str()), ("f", r#"{"y":1,"b":2}"#));
     assert_eq!(request.tools[0].param, "tools[0].function.parameters");
 }

@@ -49,6 +49,16 @@ struct FunctionText<'a> {
     parameters: Option<&'a RawValue>,
 }
 
+/// The schema of a function that names none.
+pub(super) const NO_PARAMETERS: &str = r#"{"type":"object","properties":{}}"#;
+
+/// Where a choice has the function's name: within `function`, or beside `type` as `/v1/responses` has it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Naming {
+    Nested,
+    Flat,
+}
+
 /// What the reply may be, and which tools the model has.
 pub(super) struct Shape {
     pub(super) format: Format,
@@ -63,24 +73,30 @@ pub(super) fn shape(top: &Fields<'_>, body: &[u8]) -> Result<Shape, ApiError> {
     let texts: Texts<'_> = if concerned { serde_json::from_slice(body).unwrap_or_default() } else { Texts::default() };
     let format = format(top, &texts)?;
     let tools = tools(top, &texts)?;
-    let choice = tool_choice(top, &tools)?;
-    if format != Format::Text && matches!(choice, ToolChoice::Required | ToolChoice::Named(_)) {
-        return Err(top.invalid("response_format", "A forced tool call leaves no room for a `response_format`."));
-    }
+    let choice = choice(top, &tools, Naming::Nested)?;
+    fits(top, &format, &choice, "response_format")?;
     Ok(Shape { format, tools, choice, parallel: top.flag("parallel_tool_calls")?.unwrap_or(true) })
+}
+
+/// A forced call is all that a reply holds.
+pub(super) fn fits(top: &Fields<'_>, format: &Format, choice: &ToolChoice, field: &str) -> Result<(), ApiError> {
+    if *format != Format::Text && matches!(choice, ToolChoice::Required | ToolChoice::Named(_)) {
+        return Err(top.invalid(field, format!("A forced tool call leaves no room for a format in `{field}`.")));
+    }
+    Ok(())
 }
 
 fn format(top: &Fields<'_>, texts: &Texts<'_>) -> Result<Format, ApiError> {
     // llama-server's own word.
     if let Some(schema) = texts.json_schema.filter(|_| top.get("json_schema").is_some()) {
-        return Ok(Format::JsonSchema(schema.get().to_owned()));
+        return Ok(Format::JsonSchema { schema: schema.get().to_owned(), param: "json_schema" });
     }
     let Some(format) = top.object("response_format")? else { return Ok(Format::Text) };
     let given = texts.response_format.as_ref();
     match format.required("type", format.string("type")?)? {
         "text" => Ok(Format::Text),
         "json_object" => match given.and_then(|given| given.schema) {
-            Some(schema) => Ok(Format::JsonSchema(schema.get().to_owned())),
+            Some(schema) => Ok(Format::JsonSchema { schema: schema.get().to_owned(), param: "response_format.schema" }),
             None => Ok(Format::JsonObject),
         },
         "json_schema" => {
@@ -90,7 +106,8 @@ fn format(top: &Fields<'_>, texts: &Texts<'_>) -> Result<Format, ApiError> {
                 return Err(wrong_type(&outer.name("schema"), "an object", schema));
             }
             let text = given.and_then(|given| given.json_schema.as_ref()?.schema).map(RawValue::get);
-            Ok(Format::JsonSchema(text.map_or_else(|| schema.to_string(), str::to_owned)))
+            let schema = text.map_or_else(|| schema.to_string(), str::to_owned);
+            Ok(Format::JsonSchema { schema, param: "response_format.json_schema.schema" })
         }
         _ => Err(format.invalid("type", "`response_format.type` must be one of text, json_object, json_schema.")),
     }
@@ -108,16 +125,7 @@ fn tools(top: &Fields<'_>, texts: &Texts<'_>) -> Result<Vec<Tool>, ApiError> {
             return Err(outer.unsupported("type", "a tool that is not a function"));
         }
         let function = outer.required("function", outer.object("function")?)?;
-        let name = function.required("name", function.string("name")?)?;
-        let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.');
-        if name.is_empty() || name.len() > limits::MAX_TOOL_NAME_BYTES || !name.bytes().all(plain) {
-            let most = limits::MAX_TOOL_NAME_BYTES;
-            let message = format!("`{}` must be 1 to {most} letters, digits, `_`, `-` or `.`.", function.name("name"));
-            return Err(function.invalid("name", message));
-        }
-        if tools.iter().any(|known| known.name == name) {
-            return Err(function.invalid("name", format!("Two tools are called {name:?}.")));
-        }
+        let name = name(&function, &tools)?;
         function.string("description")?;
         function.flag("strict")?;
         function.object("parameters")?;
@@ -127,7 +135,7 @@ fn tools(top: &Fields<'_>, texts: &Texts<'_>) -> Result<Vec<Tool>, ApiError> {
         let parameters = inner.function.and_then(|f| f.parameters).map(RawValue::get).filter(|text| *text != "null");
         tools.push(Tool {
             name: name.to_owned(),
-            parameters: parameters.unwrap_or(r#"{"type":"object","properties":{}}"#).to_owned(),
+            parameters: parameters.unwrap_or(NO_PARAMETERS).to_owned(),
             param: function.name("parameters"),
             json: text,
         });
@@ -135,7 +143,22 @@ fn tools(top: &Fields<'_>, texts: &Texts<'_>) -> Result<Vec<Tool>, ApiError> {
     Ok(tools)
 }
 
-fn tool_choice(top: &Fields<'_>, tools: &[Tool]) -> Result<ToolChoice, ApiError> {
+/// A function's name, which no other tool has.
+pub(super) fn name<'a>(function: &Fields<'a>, known: &[Tool]) -> Result<&'a str, ApiError> {
+    let name = function.required("name", function.string("name")?)?;
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.');
+    if name.is_empty() || name.len() > limits::MAX_TOOL_NAME_BYTES || !name.bytes().all(plain) {
+        let most = limits::MAX_TOOL_NAME_BYTES;
+        let message = format!("`{}` must be 1 to {most} letters, digits, `_`, `-` or `.`.", function.name("name"));
+        return Err(function.invalid("name", message));
+    }
+    if known.iter().any(|known| known.name == name) {
+        return Err(function.invalid("name", format!("Two tools are called {name:?}.")));
+    }
+    Ok(name)
+}
+
+pub(super) fn choice(top: &Fields<'_>, tools: &[Tool], naming: Naming) -> Result<ToolChoice, ApiError> {
     let choice = match top.get("tool_choice") {
         None => ToolChoice::Auto,
         Some(Value::String(word)) => match word.as_str() {
@@ -153,7 +176,10 @@ fn tool_choice(top: &Fields<'_>, tools: &[Tool]) -> Result<ToolChoice, ApiError>
             if named.required("type", named.string("type")?)? != "function" {
                 return Err(named.unsupported("type", "a choice that is not a function"));
             }
-            let function = named.required("function", named.object("function")?)?;
+            let function = match naming {
+                Naming::Nested => named.required("function", named.object("function")?)?,
+                Naming::Flat => named,
+            };
             let name = function.required("name", function.string("name")?)?;
             if tools.iter().all(|tool| tool.name != name) {
                 return Err(function.invalid("name", "`tool_choice` names a function that is not among `tools`."));

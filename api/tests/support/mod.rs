@@ -184,6 +184,17 @@ impl Service for Scripted {
                 text("c"),
                 finished(FinishReason::Length, bill_of_two()),
             ])),
+            "thinks-and-calls" => Box::pin(stream::iter(vec![
+                started(),
+                Ok(CompletionEvent::Reasoning { delta: "hm".into() }),
+                text("I will."),
+                Ok(CompletionEvent::ToolCall { index: 0, name: "f".into() }),
+                Ok(CompletionEvent::Arguments { index: 0, delta: "{\"a\":".into() }),
+                Ok(CompletionEvent::Arguments { index: 0, delta: "1}".into() }),
+                Ok(CompletionEvent::ToolCall { index: 1, name: "g".into() }),
+                Ok(CompletionEvent::Arguments { index: 1, delta: "{}".into() }),
+                finished(stop, bill()),
+            ])),
             "breaks" => {
                 let broken = ServiceError::ProviderFailed {
                     reason: "both providers are gone".into(),

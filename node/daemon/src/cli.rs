@@ -208,6 +208,9 @@ pub(crate) struct DemoArgs {
     /// The engines' profile
     #[arg(long, hide = true, default_value = "exact")]
     pub profile: String,
+    /// Threads of each provider's engine [default: one for each physical core]
+    #[arg(long, hide = true, value_name = "N")]
+    pub threads: Option<u32>,
     /// What a token read costs at both providers, in msat per million [default: 100000000]; 0 gives it away
     #[arg(long, hide = true, value_name = "MSAT")]
     pub input_price: Option<u64>,

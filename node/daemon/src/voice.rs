@@ -49,7 +49,7 @@ pub(crate) async fn asked(vocabulary: &Vocabulary, request: &CompletionRequest) 
         }
         (_, Format::Text) => None,
         (_, Format::JsonObject) => Some(any_object().map_err(internal)?),
-        (_, Format::JsonSchema(schema)) => Some(schema_grammar(schema, "response_format.json_schema.schema")?),
+        (_, Format::JsonSchema { schema, param }) => Some(schema_grammar(schema, param)?),
     };
     if grammar.is_some() {
         if ends_thinking {

@@ -17,6 +17,7 @@ const checks = {};
 
 for (const [kind, model] of Object.entries({
   'openai.chat': official.chat(name),
+  'openai.responses': official.responses(name),
   'openai-compatible': compatible(name),
 })) {
   const asked = { model, prompt, maxRetries: 0 };

@@ -64,6 +64,16 @@ def structured_output(api, model):
 
 
 @check
+def responses(api, model):
+    llm = chat(api, model, use_responses_api=True, output_version="responses/v1")
+    reply = llm.bind(max_tokens=8).invoke("the river")
+    assert reply.usage_metadata["output_tokens"] > 0, reply
+    assert list(llm.bind(max_tokens=8).stream("the river"))
+    lamp = llm.with_structured_output(Lamp, method="json_schema").invoke("the attic")
+    assert isinstance(lamp, Lamp), lamp
+
+
+@check
 def batch(api, model):
     replies = chat(api, model).bind(max_tokens=4).batch(["the river"] * 4)
     assert len(replies) == 4 and all(json.dumps(reply.response_metadata) for reply in replies)

@@ -92,6 +92,14 @@ await run(`openai ${version('openai')} (Node ${process.versions.node})`, {
     }
     assert.ok(text);
   },
+  'responses, whole and as events': async () => {
+    const whole = await client.responses.create({ model, input: 'the river', max_output_tokens: 8 });
+    assert.ok(typeof whole.output_text === 'string' && whole.usage.cost_msat > 0);
+    const stream = client.responses.stream({ model, input: 'the river', max_output_tokens: 24 });
+    let text = '';
+    stream.on('response.output_text.delta', (event) => { text += event.delta; });
+    assert.equal((await stream.finalResponse()).output_text, text);
+  },
   'refusals are errors of the client': async () => {
     await assert.rejects(client.chat.completions.create({ model: 'no-such-model', messages }), (error) =>
       error instanceof OpenAI.NotFoundError && error.code === 'model_not_found');

@@ -182,6 +182,63 @@ def text_completions(client, model):
 
 
 @check
+def a_response_whole(client, model):
+    whole = client.responses.create(model=model, instructions="be brief", input="the river", max_output_tokens=8)
+    assert whole.id.startswith("resp_") and whole.object == "response" and isinstance(whole.output_text, str)
+    assert whole.status in ("completed", "incomplete") and whole.error is None and whole.instructions == "be brief"
+    assert whole.usage.input_tokens > 0 and 0 < whole.usage.output_tokens <= 8, whole.usage
+    assert whole.usage.model_extra["cost_msat"] > 0 and len(whole.usage.model_extra["receipt_ids"]) == 1
+    turns = [{"role": "user", "content": "the river"}, whole.output[0].model_dump(), {"role": "user", "content": "and?"}]
+    assert client.responses.create(model=model, input=turns, max_output_tokens=2).output
+
+
+@check
+def a_response_as_events(client, model):
+    kinds, text, numbers = [], "", []
+    with client.responses.stream(model=model, input="the river", max_output_tokens=24) as stream:
+        for event in stream:
+            kinds.append(event.type)
+            numbers.append(event.sequence_number)
+            text += event.delta if event.type == "response.output_text.delta" else ""
+    assert kinds[:2] == ["response.created", "response.in_progress"], kinds
+    assert kinds[-1] in ("response.completed", "response.incomplete") and kinds[-2] == "response.output_item.done"
+    assert numbers == list(range(len(numbers))) and text, numbers
+
+
+@check
+def a_response_by_a_schema_and_by_tools(client, model):
+    parsed = client.responses.parse(model=model, input="the river", text_format=Colour, max_output_tokens=200)
+    assert isinstance(parsed.output_parsed, Colour), parsed
+    lamp = {"type": "function", **{name: LAMP["function"][name] for name in ("name", "parameters", "strict")}}
+    asked = {"model": model, "tools": [lamp], "max_output_tokens": 200, "parallel_tool_calls": False}
+    for choice in ("required", {"type": "function", "name": "set_lamp"}):
+        called = client.responses.create(input="the attic", tool_choice=choice, **asked)
+        (call,) = called.output
+        assert call.type == "function_call" and call.name == "set_lamp" and called.status == "completed", called
+        held_to_lamp(call.arguments)
+    turns = [{"role": "user", "content": "the attic"}, call.model_dump(exclude_none=True)]
+    turns.append({"type": "function_call_output", "call_id": call.call_id, "output": "done"})
+    assert client.responses.create(model=model, input=turns, tools=[lamp], max_output_tokens=2).output
+    kinds = [event.type for event in client.responses.create(input="x", tool_choice="required", stream=True, **asked)]
+    assert "response.function_call_arguments.delta" in kinds and kinds[-1] == "response.completed", kinds
+
+
+@check
+def a_response_is_not_kept(client, model):
+    for param, more in (("previous_response_id", {"previous_response_id": "resp_1"}), ("input", {"input": "x " * 9000})):
+        try:
+            client.responses.create(**{"model": model, "input": "x", **more})
+            raise AssertionError(f"accepted: {param}")
+        except BadRequestError as error:
+            assert error.param == param and error.code, error.body
+    try:
+        client.responses.retrieve("resp_1")
+        raise AssertionError("a response was kept")
+    except NotFoundError as error:
+        assert "keeps no responses" in error.message, error
+
+
+@check
 def messages_of_every_kind(client, model):
     messages = [
         {"role": "developer", "content": "be brief"},

@@ -14,9 +14,11 @@ def before_call(context, case, kwargs):
         return
     if isinstance(body.get("model"), str):
         body["model"] = os.environ["SATGRID_MODEL"]
-    limits = [name for name in ("max_tokens", "max_completion_tokens") if name in body]
+    limits = [name for name in ("max_tokens", "max_completion_tokens", "max_output_tokens") if name in body]
     for name in limits:
         if isinstance(body[name], int) and body[name] > LONGEST:
             body[name] = LONGEST
-    if not any(isinstance(body[name], int) for name in limits) and "messages" in body:
-        body["max_completion_tokens"] = LONGEST
+    if not any(isinstance(body[name], int) for name in limits):
+        for prompt, name in (("messages", "max_completion_tokens"), ("input", "max_output_tokens")):
+            if prompt in body:
+                body[name] = LONGEST

@@ -164,7 +164,7 @@ fn free_port(port: u16) -> anyhow::Result<()> {
 /// The model, in the store and known by its root.
 fn for_sale(config: &crate::config::Models, args: &DemoArgs, file: Option<&Path>) -> anyhow::Result<ForSale> {
     let (slots, profile, short_acks) = (args.slots, args.profile.clone(), !args.default_acks);
-    let prices = Prices::new(args.input_price, args.output_price);
+    let (prices, threads) = (Prices::new(args.input_price, args.output_price), args.threads);
     let store = Store::new(&config.dir);
     let models_dir = config.dir.clone();
     let Some(file) = file else {
@@ -183,6 +183,7 @@ fn for_sale(config: &crate::config::Models, args: &DemoArgs, file: Option<&Path>
             short_acks,
             profile,
             prices,
+            threads,
             models_dir,
             parts: None,
         });
@@ -215,6 +216,7 @@ fn for_sale(config: &crate::config::Models, args: &DemoArgs, file: Option<&Path>
         short_acks,
         profile,
         prices,
+        threads,
         models_dir,
         parts: None,
     })

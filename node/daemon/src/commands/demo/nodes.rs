@@ -50,6 +50,7 @@ pub(super) struct ForSale {
     pub(super) profile: String,
     pub(super) models_dir: PathBuf,
     pub(super) prices: Prices,
+    pub(super) threads: Option<u32>,
     /// The parts with which the first provider leads; the second runs the whole model.
     pub(super) parts: Option<Parts>,
 }
@@ -258,13 +259,14 @@ impl Market {
                 parts.iter().flat_map(|parts| &parts.packs).map(|pack| text(pack.display())).collect();
             let model = format!(
                 "[{{ path = {}, experts = [{}], alias = {}, price_in_msat_per_mtok = {}, \
-                 price_out_msat_per_mtok = {price}, slots = {}, profile = {}, context = 2048 }}]",
+                 price_out_msat_per_mtok = {price}, slots = {}, profile = {}, context = 2048{} }}]",
                 text(path.display()),
                 packs.join(", "),
                 text(&for_sale.name),
                 for_sale.prices.input,
                 for_sale.slots,
                 text(&for_sale.profile),
+                for_sale.threads.map(|threads| format!(", threads = {threads}")).unwrap_or_default(),
             );
             let set = BTreeMap::from([
                 ("node.roles", "[\"provider\"]".to_owned()),
