@@ -8,8 +8,14 @@ use std::collections::BTreeMap;
 #[derive(Debug)]
 pub struct Gate<A> {
     next: u64,
-    waiting: BTreeMap<Ticket, Vec<A>>,
+    waiting: BTreeMap<Ticket, Waiting<A>>,
     broken: bool,
+}
+
+#[derive(Debug)]
+struct Waiting<A> {
+    then: Vec<A>,
+    durable: bool,
 }
 
 impl<A> Default for Gate<A> {
@@ -23,7 +29,7 @@ impl<A> Gate<A> {
     pub fn append(&mut self, drafts: Vec<Draft>, then: Vec<A>) -> Append {
         let ticket = Ticket(self.next);
         self.next = self.next.wrapping_add(1);
-        self.waiting.insert(ticket, then);
+        self.waiting.insert(ticket, Waiting { then, durable: false });
         Append { ticket, drafts }
     }
     /// Actions that need nothing new, but must not overtake what was asked for before: released with the last append that
@@ -31,20 +37,28 @@ impl<A> Gate<A> {
     pub fn behind(&mut self, then: Vec<A>) -> Vec<A> {
         match self.waiting.last_entry() {
             Some(mut last) => {
-                last.get_mut().extend(then);
+                last.get_mut().then.extend(then);
                 Vec::new()
             }
             None => then,
         }
     }
-    /// The journal has it: the actions that were held back.
+    /// The journal has it: the actions that were held back, and those that are free now because of it. Answers of a journal may
+    /// overtake each other on their way here; actions never do.
     pub fn durable(&mut self, ticket: Ticket) -> Vec<A> {
-        self.waiting.remove(&ticket).unwrap_or_default()
+        if let Some(waiting) = self.waiting.get_mut(&ticket) {
+            waiting.durable = true;
+        }
+        let mut free = Vec::new();
+        while let Some(first) = self.waiting.first_entry().filter(|first| first.get().durable) {
+            free.extend(first.remove().then);
+        }
+        free
     }
     /// The journal cannot write: what was authorised by nothing durable never happens. Returns what that was.
     pub fn fail(&mut self) -> Vec<A> {
         self.broken = true;
-        core::mem::take(&mut self.waiting).into_values().flatten().collect()
+        core::mem::take(&mut self.waiting).into_values().flat_map(|waiting| waiting.then).collect()
     }
     pub fn is_broken(&self) -> bool {
         self.broken
@@ -68,6 +82,16 @@ mod tests {
         assert_eq!(gate.durable(first.ticket), vec!["a"]);
         assert_eq!(gate.durable(second.ticket), vec!["b", "c"]);
         assert_eq!((gate.durable(second.ticket), gate.backlog()), (vec![], 0), "once");
+    }
+
+    #[test]
+    fn answers_that_overtake_each_other_release_nothing_too_early() {
+        let mut gate = Gate::default();
+        let (first, second) = (gate.append(Vec::new(), vec!["order"]), gate.append(Vec::new(), vec!["ack"]));
+        assert!(gate.behind(vec!["route"]).is_empty());
+        assert!(gate.durable(second.ticket).is_empty(), "its order is not out yet");
+        assert_eq!(gate.durable(first.ticket), vec!["order", "ack", "route"]);
+        assert_eq!(gate.backlog(), 0);
     }
 
     #[test]
