@@ -9,6 +9,7 @@
 //!   [`memory`]: what it will need.
 //! - [`part`]: layers `[a, b)` of a model as a file of their own that proves which model they are of.
 //! - [`stage`]: a model over several machines: the ports of a stage and of the ring between, and hidden rows as bytes.
+//! - [`draft`]: guesses of what comes next, verified several at once where a trip through the model is dear.
 //! - [`experts`]: a mixture-of-experts model whose experts live elsewhere: artefacts, calls, hosts.
 //! - [`random_model`]: real shapes with random weights, for benchmarks. [`tiny`], [`tiny_shapes`], [`tiny_moe`]: seeded
 //!   random models for tests. `toy` (a feature): a deterministic engine without weights, for tests and simulation.
@@ -20,6 +21,7 @@
 
 #[cfg(feature = "conformance")]
 pub mod conformance;
+pub mod draft;
 pub mod experts;
 pub mod facts;
 pub mod gguf;

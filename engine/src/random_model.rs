@@ -31,7 +31,7 @@ pub struct RandomModel {
 }
 
 /// The shapes that have names.
-pub const SHAPES: [RandomModel; 3] = [
+pub const SHAPES: [RandomModel; 4] = [
     // Llama 3.1 8B.
     RandomModel {
         name: "llama-8b",
@@ -73,6 +73,20 @@ pub const SHAPES: [RandomModel; 3] = [
         context: 8192,
         experts: 64,
         experts_used: 8,
+    },
+    // Deep, with next to no vocabulary: what a token costs is its layers, so that splits by layers can be compared.
+    RandomModel {
+        name: "llama-deep",
+        layers: 24,
+        n_embd: 768,
+        n_ff: 2048,
+        heads: 12,
+        heads_kv: 4,
+        head_width: 64,
+        vocab: 2048,
+        context: 8192,
+        experts: 0,
+        experts_used: 0,
     },
 ];
 

@@ -62,13 +62,14 @@ pub(crate) struct LlamaBackend {
 impl LlamaBackend {
     /// Loads the model and takes the context's memory. `progress` hears thousandths of the load.
     pub(crate) fn open(settings: &EngineSettings, progress: impl FnMut(u32)) -> Result<(Self, Shape), OpenError> {
-        Self::open_with(settings, None, progress)
+        Self::open_with(settings, None, 0, progress)
     }
 
-    /// As [`LlamaBackend::open`]; a trunk brings who finds its experts' rows.
+    /// As [`LlamaBackend::open`]; a trunk brings who finds its experts' rows, a lead that guesses wants more rows of logits.
     pub(crate) fn open_with(
         settings: &EngineSettings,
         hook: Option<Box<dyn ExpertHook>>,
+        outputs: u32,
         mut progress: impl FnMut(u32),
     ) -> Result<(Self, Shape), OpenError> {
         check_start(settings.profile)?;
@@ -108,9 +109,11 @@ impl LlamaBackend {
             vocab: model.vocab_size(),
             batch: BATCH,
             prefill_beside_streams: BATCH / 4,
+            guess: false,
         };
         // Each sequence ends a batch with one row at most whose logits are drawn from.
-        let mut backend = Self::new(Arc::new(model), &shape, shape.slots, settings.threads, hook)?;
+        let outputs = outputs.max(shape.slots);
+        let mut backend = Self::new(Arc::new(model), &shape, outputs, settings.threads, hook)?;
         if let Placement::Device { device, layers, whole } = &placement {
             tracing::info!(device = %device.name, card = %device.description, layers, whole, "the model is on the device");
             if devices::needs_trial(&placement, settings.profile) && !matches!(is_exact(&mut backend, &shape), Ok(true))

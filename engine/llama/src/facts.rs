@@ -75,6 +75,7 @@ pub(crate) fn known_answer() -> Result<[u8; 32], OpenError> {
         vocab,
         batch: ANSWER_ROWS,
         prefill_beside_streams: ANSWER_ROWS,
+        guess: false,
     };
     let mut backend = LlamaBackend::new(model, &shape, ANSWER_ROWS, 1, None)?;
     let token = |position: u32| (position * 37 + 11) % vocab.max(1);

@@ -41,6 +41,8 @@ pub(crate) trait Backend {
     fn piece(&self, token: u32) -> Vec<u8>;
     /// The slot's rows are for this job from now on; positions below `prompt` are its prompt.
     fn seated(&mut self, _slot: u32, _job: JobId, _prompt: u32) {}
+    /// In the next batch, the slot's rows from this position on are guesses.
+    fn guessed(&mut self, _slot: u32, _from: u32) {}
 }
 
 /// The shape of the context that the scheduler fills.
@@ -53,6 +55,9 @@ pub(crate) struct Shape {
     pub(crate) vocab: u32,
     pub(crate) batch: u32,
     pub(crate) prefill_beside_streams: u32,
+    /// Guess what streams say next and verify it in the same batch. For a backend that computes a run of rows of each of many
+    /// sequences as exactly as single ones: a lead's.
+    pub(crate) guess: bool,
 }
 
 pub(crate) struct Scheduler {
@@ -115,10 +120,11 @@ impl Scheduler {
         };
 
         let mut rows = Vec::new();
-        // Of each slot with a chunk: the positions it then holds, and the row of its last one.
+        // Of each slot with a chunk: the positions it then holds, the row of its last one, and what is guessed to follow.
         let mut ends = Vec::new();
+        let mut room = self.shape.batch.saturating_sub(chunks.iter().map(|chunk| chunk.upto - chunk.from).sum());
         for chunk in &chunks {
-            let Some(running) = self.slots.get(chunk.slot as usize).and_then(|slot| slot.running.as_ref()) else {
+            let Some(running) = self.slots.get_mut(chunk.slot as usize).and_then(|slot| slot.running.as_mut()) else {
                 continue;
             };
             for position in chunk.from..chunk.upto {
@@ -126,12 +132,23 @@ impl Scheduler {
                 let output = position + 1 == chunk.upto && chunk.upto >= running.prompt && running.limit > 0;
                 rows.push(BatchRow { slot: chunk.slot, position, token, output });
             }
-            ends.push((chunk.slot, chunk.upto, rows.len().saturating_sub(1)));
+            let end = rows.len().saturating_sub(1);
+            let guess = if self.shape.guess && chunk.from >= running.prompt { running.guess(room) } else { Vec::new() };
+            if !guess.is_empty() {
+                room = room.saturating_sub(to_u32(guess.len()));
+                backend.guessed(chunk.slot, chunk.from);
+                rows.extend((chunk.upto..).zip(&guess).map(|(position, &token)| {
+                    let slot = chunk.slot;
+                    BatchRow { slot, position, token, output: true }
+                }));
+            }
+            ends.push((chunk.slot, chunk.upto, end, guess));
         }
         match backend.evaluate(&rows) {
             Ok(()) => {
-                for (slot, at, row) in ends {
+                for (slot, at, row, guess) in ends {
                     self.advance(slot, at, row, backend);
+                    self.verify(slot, row, &guess, backend);
                 }
             }
             Err(error) => {
@@ -289,6 +306,44 @@ impl Scheduler {
         }
     }
 
+    /// Goes on drawing for as long as what was guessed is what is drawn, and drops the positions of the rest.
+    fn verify(&mut self, slot: u32, row: usize, guess: &[u32], backend: &mut impl Backend) {
+        if guess.is_empty() {
+            return;
+        }
+        let Some(running) = self.slots[slot as usize].running.as_mut() else {
+            // The token before the guess ended the job: what was computed beyond it is nobody's.
+            backend.truncate(slot, to_u32(self.slots[slot as usize].idle.len()));
+            return;
+        };
+        let mut right = 0;
+        let mut failed = None;
+        for (at, &token) in guess.iter().enumerate() {
+            let over = running.over_after.is_some() || backend.is_eog(token);
+            if over || running.tokens.last() != Some(&token) {
+                break;
+            }
+            running.at += 1;
+            right += 1;
+            match running.draw(row + 1 + at, backend) {
+                Ok(next) => running.tokens.push(next),
+                Err(reason) => {
+                    failed = Some(reason);
+                    break;
+                }
+            }
+        }
+        running.drafter.verified(guess.len(), right);
+        let at = running.at;
+        if failed.is_none() && right < guess.len() && !backend.truncate(slot, at) {
+            failed = Some("what was guessed wrongly cannot be dropped".to_owned());
+        }
+        match failed {
+            Some(reason) => self.fail(slot, &reason, backend),
+            None => self.emit(slot as usize, backend),
+        }
+    }
+
     /// Tells how far the prompt is covered, if that is news and granted.
     fn tell_prefilled(&mut self, number: usize) {
         let Some(running) = self.slots[number].running.as_mut() else { return };
@@ -334,7 +389,10 @@ impl Scheduler {
     fn finish(&mut self, number: usize, reason: FinishReason) {
         let slot = &mut self.slots[number];
         let Some(running) = slot.running.take() else { return };
-        let evaluated = running.at.saturating_sub(running.cached);
+        // What was guessed rightly beyond the end is no part of the job.
+        let said = running.prompt.saturating_add(running.emitted.saturating_sub(1));
+        let upto = if reason == FinishReason::Stop { running.at.min(said) } else { running.at };
+        let evaluated = upto.saturating_sub(running.cached);
         slot.used = self.batches;
         slot.idle = running.tokens;
         slot.idle.truncate(running.at as usize);

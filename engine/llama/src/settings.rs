@@ -54,6 +54,8 @@ pub struct LeadSettings {
     pub tail: EngineSettings,
     /// What the middle is; see `stage::ring`.
     pub ring: RingFacts,
+    /// Guess tokens and verify them in one trip; only in the exact profile, where it changes no text.
+    pub guess: bool,
 }
 
 /// Positions for each job where the settings name none.
@@ -134,6 +136,7 @@ impl WorkerArgs {
                 add("--ring-context", lead.ring.context.to_string().into());
                 add("--ring-batch", lead.ring.batch.to_string().into());
                 add("--ring-wire", lead.ring.wire.name().into());
+                add("--guess", u32::from(lead.guess).to_string().into());
                 &lead.tail
             }
             Self::Pack(pack) => {
@@ -182,6 +185,7 @@ impl WorkerArgs {
             offload: Offload::default(),
         };
         let (mut artefact, mut stage, mut head) = (None, None, None);
+        let mut guess = false;
         let mut ring = RingFacts { stages: Vec::new(), sequences: 0, context: 0, batch: 0, wire: WireType::F32 };
         let (mut pack, mut only, mut trunk) = (None, None, false);
         let mut load = crate::bare::Load { streams: 0, prompt: 0, output: 0 };
@@ -200,6 +204,7 @@ impl WorkerArgs {
                 "--ring-context" => ring.context = number()?,
                 "--ring-batch" => ring.batch = number()?,
                 "--ring-wire" => ring.wire = value.to_str().and_then(WireType::from_name).ok_or_else(bad)?,
+                "--guess" => guess = number()? > 0,
                 "--pack" => pack = Some(PathBuf::from(&value)),
                 "--only" => only = Some(value.to_str().and_then(pairs_from_text).ok_or_else(bad)?),
                 "--trunk" => trunk = true,
@@ -231,7 +236,7 @@ impl WorkerArgs {
             Some(artefact) => Ok(Self::Tokenizer { artefact }),
             None if engine.model.as_os_str().is_empty() => Err(ArgsError::NoFile),
             None if head.is_some() => {
-                Ok(Self::Lead(LeadSettings { head: head.unwrap_or_default(), tail: engine, ring }))
+                Ok(Self::Lead(LeadSettings { head: head.unwrap_or_default(), tail: engine, ring, guess }))
             }
             None if load.streams > 0 => Ok(Self::Bare(engine, load)),
             None if trunk => Ok(Self::Trunk(engine)),
@@ -329,8 +334,13 @@ mod tests {
         let pack = PackSettings { pack: "p.gguf".into(), only, profile: Profile::Exact, threads: 2 };
         for args in [
             WorkerArgs::Stage(stage),
-            WorkerArgs::Lead(LeadSettings { head: "head.gguf".into(), tail: engine.clone(), ring }),
-            WorkerArgs::Lead(LeadSettings { head: "head.gguf".into(), tail: engine.clone(), ring: alone }),
+            WorkerArgs::Lead(LeadSettings { head: "head.gguf".into(), tail: engine.clone(), ring, guess: true }),
+            WorkerArgs::Lead(LeadSettings {
+                head: "head.gguf".into(),
+                tail: engine.clone(),
+                ring: alone,
+                guess: false,
+            }),
             WorkerArgs::Engine(engine.clone()),
             WorkerArgs::Trunk(engine.clone()),
             WorkerArgs::Pack(pack.clone()),

@@ -228,7 +228,7 @@ fn run_engine(settings: &EngineSettings, is_trunk: bool, link: &mut Link) -> Res
         Some(outputs) => Some(Box::new(NodeExperts { writer: link.writer.try_clone()?, outputs, step: 0, layer: 0 })),
         None => None,
     };
-    let opened = LlamaBackend::open_with(settings, hook, |permille| link.tell_load(500 + permille / 2));
+    let opened = LlamaBackend::open_with(settings, hook, 0, |permille| link.tell_load(500 + permille / 2));
     let (mut backend, shape) = opened.map_err(|error| failed(&error))?;
     let speed = facts::measure(&mut backend, &shape);
     let facts = EngineFacts {

@@ -88,7 +88,7 @@ impl Parts {
     async fn lead_over(&self, base: &EngineSettings, ring: Arc<dyn Ring>) -> Result<Arc<LlamaLead>, SpawnError> {
         let ranges = self.ranges();
         let tail = EngineSettings { model: self.path(*ranges.last().unwrap()), ..base.clone() };
-        let settings = LeadSettings { head: self.path(ranges[0]), tail, ring: ring.facts() };
+        let settings = LeadSettings { head: self.path(ranges[0]), tail, ring: ring.facts(), guess: true };
         timeout(PATIENCE, LlamaLead::spawn(LeadConfig { program: program(), settings }, ring, |_| {})).await.unwrap()
     }
 }

@@ -263,7 +263,7 @@ pub(crate) enum ModelsCommand {
     Show { model: String },
     /// Write a model of a real shape with random weights, for benchmarks
     Random {
-        /// llama-8b, llama-1b or moe-4b
+        /// llama-8b, llama-1b, llama-deep or moe-4b
         shape: String,
         #[arg(long, value_name = "FILE")]
         out: PathBuf,

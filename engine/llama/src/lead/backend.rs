@@ -152,4 +152,8 @@ impl Backend for RingBackend<'_> {
     fn seated(&mut self, slot: u32, job: JobId, prompt: u32) {
         self.trip.seated(slot, job, prompt);
     }
+
+    fn guessed(&mut self, slot: u32, from: u32) {
+        self.trip.guessed(slot, from);
+    }
 }

@@ -176,8 +176,13 @@ fn rows(slot: u32, from: u32, upto: u32) -> Vec<BatchRow> {
 
 /// A prompt of 20 in two slots, then ten single rows of each, in batches of both. All last logits, in order.
 fn run(stages: &mut Stages, two: &mut Two) -> Vec<f32> {
-    let shape =
-        TripShape { slots: 2, stages: u32::try_from(stages.stages.len()).unwrap(), chunk: 6, wire: WireType::F32 };
+    let shape = TripShape {
+        slots: 2,
+        stages: u32::try_from(stages.stages.len()).unwrap(),
+        chunk: 6,
+        groups: 2,
+        wire: WireType::F32,
+    };
     let mut trip = Trip::new(shape);
     let mut told = Vec::new();
     for slot in 0..2 {
@@ -229,7 +234,7 @@ fn a_replay_takes_the_kept_rows_and_the_head_is_not_asked_again() {
 
 #[test]
 fn a_ring_without_hope_fails_the_batch_and_what_comes_later_begins_anew() {
-    let shape = TripShape { slots: 2, stages: 2, chunk: 64, wire: WireType::F32 };
+    let shape = TripShape { slots: 2, stages: 2, chunk: 64, groups: 1, wire: WireType::F32 };
     let (mut trip, mut stages, mut two) = (Trip::new(shape), Stages::new(2, &[]), Two::default());
     for slot in 0..2 {
         trip.evaluate(&rows(slot, 0, 10), &mut two, &mut stages).unwrap();
@@ -248,7 +253,7 @@ fn a_ring_without_hope_fails_the_batch_and_what_comes_later_begins_anew() {
 
 #[test]
 fn answers_of_the_wrong_length_or_of_void_works_are_no_answers() {
-    let shape = TripShape { slots: 1, stages: 1, chunk: 64, wire: WireType::F32 };
+    let shape = TripShape { slots: 1, stages: 1, chunk: 64, groups: 1, wire: WireType::F32 };
     let (mut trip, mut stages, mut two) = (Trip::new(shape), Stages::new(1, &[]), Two::default());
     trip.hear(RingEvent::Done { work: WorkId(1), rows: HiddenRows::none(WireType::F32) });
     stages.events.push(RingEvent::Done { work: WorkId(77), rows: HiddenRows::none(WireType::F32) });

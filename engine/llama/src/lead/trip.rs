@@ -53,6 +53,8 @@ pub(crate) struct TripShape {
     pub(crate) stages: u32,
     /// Most rows in one work.
     pub(crate) chunk: u32,
+    /// Single rows of many sequences go in so many works at the most, so that the machines compute at the same time.
+    pub(crate) groups: u32,
     pub(crate) wire: WireType,
 }
 
@@ -114,6 +116,13 @@ impl Trip {
     pub(crate) fn seated(&mut self, slot: u32, job: JobId, prompt: u32) {
         if let Some(sequence) = self.sequences.get_mut(slot as usize) {
             (sequence.job, sequence.prompt, sequence.drafted) = (job, prompt, None);
+        }
+    }
+
+    /// In the next batch the slot's rows from this position on are guesses, the certain one before them counted with them.
+    pub(crate) fn guessed(&mut self, slot: u32, from: u32) {
+        if let Some(sequence) = self.sequences.get_mut(slot as usize) {
+            sequence.drafted = Some(from);
         }
     }
 
@@ -184,7 +193,7 @@ impl Trip {
     ) -> Result<(), DecodeError> {
         self.logits.clear();
         self.flights.clear();
-        let mut chunks = cut(rows, self.shape.chunk);
+        let mut chunks = cut(rows, &self.shape);
         // What a replaced stage lacks goes first.
         for slot in slots(rows) {
             self.catch_up(slot, ends, way)?;
@@ -202,6 +211,9 @@ impl Trip {
             }
             let Some(flight) = self.flights.pop_front() else { continue };
             self.land(rows, flight, chunks.is_empty() && self.flights.is_empty(), ends)?;
+        }
+        for row in rows {
+            self.sequence(row.slot)?.drafted = None;
         }
         Ok(())
     }
@@ -397,9 +409,12 @@ fn slots_of(slots: &[u32]) -> Vec<u32> {
     slots
 }
 
-/// Cuts a batch into works: one row of each of many sequences stays together, many rows of one are cut to chunks. A batch of
+/// Fewer single rows are no work of their own: each work costs every stage a batch.
+const LEAST_GROUP: usize = 2;
+
+/// Cuts a batch into works: single rows of many sequences go in a few groups, many rows of one are cut to chunks. A batch of
 /// the fast profile may hold both: its single rows are one work.
-fn cut(rows: &[BatchRow], chunk: u32) -> VecDeque<Range<usize>> {
+fn cut(rows: &[BatchRow], shape: &TripShape) -> VecDeque<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     for (at, row) in rows.iter().enumerate() {
         match runs.last_mut() {
@@ -409,18 +424,54 @@ fn cut(rows: &[BatchRow], chunk: u32) -> VecDeque<Range<usize>> {
     }
     let mut works: VecDeque<Range<usize>> = VecDeque::new();
     let mut singles: Option<Range<usize>> = None;
+    let group = |works: &mut VecDeque<Range<usize>>, singles: Range<usize>| {
+        let groups = (singles.len() / LEAST_GROUP).clamp(1, shape.groups.max(1) as usize);
+        let step = singles.len().div_ceil(groups).max(1);
+        works.extend(singles.clone().step_by(step).map(|from| from..singles.end.min(from + step)));
+    };
     for run in runs {
         if run.len() == 1 {
             match singles.as_mut().filter(|singles| singles.end == run.start) {
                 Some(singles) => singles.end = run.end,
-                None => works.extend(singles.replace(run)),
+                None => {
+                    if let Some(singles) = singles.replace(run) {
+                        group(&mut works, singles);
+                    }
+                }
             }
             continue;
         }
-        works.extend(singles.take());
-        let step = chunk.max(1) as usize;
+        if let Some(singles) = singles.take() {
+            group(&mut works, singles);
+        }
+        let step = shape.chunk.max(1) as usize;
         works.extend(run.clone().step_by(step).map(|from| from..run.end.min(from + step)));
     }
-    works.extend(singles);
+    if let Some(singles) = singles {
+        group(&mut works, singles);
+    }
     works
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_are_cut_so_that_machines_work_at_the_same_time() {
+        let check = |slots: &[u32], groups: u32, expect: &[usize]| {
+            let row = |&slot: &u32| BatchRow { slot, position: 0, token: 0, output: true };
+            let rows: Vec<BatchRow> = slots.iter().map(row).collect();
+            let shape = TripShape { slots: 16, stages: 2, chunk: 4, groups, wire: WireType::F32 };
+            let lengths: Vec<usize> = cut(&rows, &shape).into_iter().map(|work| work.len()).collect();
+            assert_eq!(lengths, expect, "{slots:?} in {groups}");
+        };
+        check(&[0, 1, 2, 3, 4, 5, 6, 7], 3, &[3, 3, 2]);
+        check(&[0, 1, 2, 3, 4, 5, 6, 7], 1, &[8]);
+        check(&[0, 1, 2], 3, &[3]);
+        check(&[0], 3, &[1]);
+        // A run of one sequence is a work of its own, and long ones are cut.
+        check(&[0, 1, 1, 1, 2], 3, &[1, 3, 1]);
+        check(&[5; 10], 3, &[4, 4, 2]);
+    }
 }

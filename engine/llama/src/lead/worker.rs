@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use satgrid_engine::draft::MAX_GUESS;
 use satgrid_engine::facts::ModelFacts;
 use satgrid_engine::port::{Command, EngineFacts, Profile};
 use satgrid_engine::tokenizer_artefact::TokenizerArtefact;
@@ -50,7 +51,11 @@ pub(crate) fn run(settings: &LeadSettings, link: &mut Link) -> Result<(), Stop> 
         Profile::Fast => shape.batch,
     };
     let stages = u32::try_from(settings.ring.stages.len()).unwrap_or(u32::MAX);
-    let trip = TripShape { slots: shape.slots, stages, chunk, wire: settings.ring.wire };
+    let groups = match settings.tail.profile {
+        Profile::Exact => stages.saturating_add(1),
+        Profile::Fast => 1,
+    };
+    let trip = TripShape { slots: shape.slots, stages, chunk, groups, wire: settings.ring.wire };
     drive(&mut Scheduler::new(shape), &mut RingBackend::new(ends, trip, link))
 }
 
@@ -88,10 +93,14 @@ fn open(settings: &LeadSettings, link: &mut Link) -> Result<Opened, String> {
         let asked = if tail_settings.context == 0 { crate::settings::DEFAULT_CONTEXT } else { tail_settings.context };
         tail_settings.context = asked.min(ring.context);
     }
-    let opened = LlamaBackend::open(&tail_settings, |permille| link.tell_load(800 + permille / 10));
+    let opened = LlamaBackend::open_with(&tail_settings, None, MAX_GUESS as u32 + 1, |permille| {
+        link.tell_load(800 + permille / 10)
+    });
     let (backend, mut shape) = opened.map_err(|error| error.to_string())?;
     if !ring.stages.is_empty() {
         shape.batch = shape.batch.min(ring.batch).min(BATCH);
+        // Other batches give other bits in the fast profile, and without stages a trip costs nothing.
+        shape.guess = settings.guess && settings.tail.profile == Profile::Exact;
     }
     let config = LayersConfig {
         profile: settings.tail.profile,

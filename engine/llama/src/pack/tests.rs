@@ -74,6 +74,7 @@ impl Split {
             vocab: model.vocab_size(),
             batch,
             prefill_beside_streams: batch,
+            guess: false,
         };
         LlamaBackend::new(Arc::new(model), &shape, batch, 2, hook).unwrap()
     }

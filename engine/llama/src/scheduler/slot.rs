@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use satgrid_engine::draft::{Drafter, Lookup};
 use satgrid_engine::grammar::{Constraint, Vocabulary};
 use satgrid_engine::port::{Job, Logprobs};
 use satgrid_engine::sampling::{draw, logprobs};
@@ -55,6 +56,7 @@ pub(super) struct Running {
     /// Of tokens that are drawn and not told.
     pub(super) logprobs: VecDeque<Logprobs>,
     pub(super) served: u64,
+    pub(super) drafter: Box<dyn Drafter>,
     /// False once the session is forgotten: nothing stays after the job.
     pub(super) keep: bool,
 }
@@ -133,8 +135,20 @@ impl Running {
             over_after,
             logprobs: VecDeque::new(),
             served,
+            drafter: Box::<Lookup>::default(),
             keep: true,
         }
+    }
+
+    /// What may follow the tokens that are known, as far as grants, the job's end and `room` in the batch allow.
+    pub(super) fn guess(&mut self, room: u32) -> Vec<u32> {
+        if to_u32(self.tokens.len()) != self.at + 1 {
+            return Vec::new();
+        }
+        // Position p yields output p - prompt + 1: the last one that may be said bounds the last that is worth computing.
+        let last = self.prompt.saturating_add(self.grant.output.min(self.limit)).saturating_sub(2);
+        let most = last.saturating_sub(self.at).min(room);
+        self.drafter.guess(&self.tokens, most as usize)
     }
 
     /// Draws the next token from the logits of a row.

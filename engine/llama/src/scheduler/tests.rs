@@ -17,6 +17,8 @@ struct Arithmetic {
     batches: Vec<Vec<BatchRow>>,
     /// Positions can only be dropped all at once.
     recurrent: bool,
+    /// Only the last few tokens matter, so that a text soon repeats itself.
+    forgetful: bool,
     fail_next: bool,
 }
 
@@ -40,7 +42,7 @@ impl Backend for Arithmetic {
             let cells = self.cells.entry(row.slot).or_default();
             assert_eq!(cells.len(), row.position as usize, "slot {} has a gap", row.slot);
             cells.push(row.token);
-            self.logits.push(row.output.then(|| logits_of(cells)));
+            self.logits.push(row.output.then(|| logits_of(&cells[from(cells.len(), self.forgetful)..])));
         }
         self.batches.push(rows.to_vec());
         Ok(())
@@ -71,15 +73,24 @@ impl Backend for Arithmetic {
     }
 }
 
+fn from(length: usize, forgetful: bool) -> usize {
+    if forgetful { length.saturating_sub(1) } else { 0 }
+}
+
 /// What an engine without slots, batches or caches would say.
 fn reference(job: &Job) -> (Vec<u32>, FinishReason) {
+    reference_of(job, false)
+}
+
+fn reference_of(job: &Job, forgetful: bool) -> (Vec<u32>, FinishReason) {
     let mut sampling = job.sampling.clone();
     if job.ignore_eos {
         sampling.forbid(EOG);
     }
     let (mut tokens, mut output, mut text) = (job.prompt.clone(), Vec::new(), String::new());
     for index in 0..job.max_output.min(64 - to_u32(job.prompt.len())) {
-        let token = draw(&logits_of(&tokens), &tokens, &sampling, job.resumed + index).unwrap();
+        let token = draw(&logits_of(&tokens[from(tokens.len(), forgetful)..]), &tokens, &sampling, job.resumed + index)
+            .unwrap();
         tokens.push(token);
         output.push(token);
         text.push(char::from(b'a' + u8::try_from(token % 26).unwrap()));
@@ -91,7 +102,15 @@ fn reference(job: &Job) -> (Vec<u32>, FinishReason) {
 }
 
 fn scheduler(profile: Profile, slots: u32) -> Scheduler {
-    Scheduler::new(Shape { profile, slots, context: 64, vocab: VOCAB, batch: 16, prefill_beside_streams: 4 })
+    Scheduler::new(Shape {
+        profile,
+        slots,
+        context: 64,
+        vocab: VOCAB,
+        batch: 16,
+        prefill_beside_streams: 4,
+        guess: false,
+    })
 }
 
 fn job(id: u64, session: u8, prompt: std::ops::Range<u32>) -> Job {
@@ -179,6 +198,53 @@ fn many_jobs_over_few_slots_each_get_the_reference_output() {
             let prompt = to_u32(job.prompt.len());
             assert_eq!(told.upto, prompt);
             assert_eq!(told.end, Some((reason, prompt - told.cached + to_u32(output.len()) - 1)));
+        }
+    }
+}
+
+/// Guesses change when a token comes, never which; and nothing is computed beyond a grant or a job's end.
+#[test]
+fn guesses_change_no_text() {
+    for (forgetful, greedy, slots) in [(false, false, 1), (true, false, 3), (true, true, 1), (true, true, 3)] {
+        let mut backend = Arithmetic { forgetful, ..Arithmetic::default() };
+        let shape = Shape { guess: true, ..scheduler(Profile::Exact, slots).shape };
+        let (mut s, mut heard) = (Scheduler::new(shape), BTreeMap::new());
+        let jobs: Vec<Job> = (0..6_u8)
+            .map(|id| {
+                let mut job = job(id.into(), id % 4, 0..4 + 2 * u32::from(id));
+                job.max_output = 40;
+                job.ignore_eos = id % 2 == 0;
+                job.stop = if id == 3 { vec!["a".into()] } else { Vec::new() };
+                if greedy {
+                    job.sampling = Sampling { temperature: 0.0, ..job.sampling };
+                }
+                job
+            })
+            .collect();
+        for job in &jobs {
+            s.handle(Command::Start(job.clone()), &mut backend);
+            s.handle(grant(job.id.0, ALL, 9), &mut backend);
+        }
+        run(&mut s, &mut backend, &mut heard);
+        if slots == 1 {
+            // The first job holds the slot until it may go on.
+            let most = to_u32(jobs[0].prompt.len()) + 8;
+            assert!(backend.batches.iter().flatten().all(|row| row.position < most), "beyond the grant");
+        }
+        for job in &jobs {
+            s.handle(grant(job.id.0, ALL, ALL), &mut backend);
+        }
+        run(&mut s, &mut backend, &mut heard);
+        let mut said = 0;
+        for job in &jobs {
+            let (told, (output, reason)) = (&heard[&job.id.0], reference_of(job, forgetful));
+            assert_eq!(told.output, output, "forgetful {forgetful}, greedy {greedy}, job {:?}", job.id);
+            let prompt = to_u32(job.prompt.len());
+            assert_eq!(told.end, Some((reason, prompt - told.cached + to_u32(output.len()) - 1)));
+            said += output.len();
+        }
+        if greedy && slots == 1 {
+            assert!(backend.batches.len() * 2 < said, "{} batches for {said} tokens", backend.batches.len());
         }
     }
 }

@@ -106,6 +106,7 @@ pub(super) const LEAD_KEYS: &[&str] = &[
     "price_out_msat_per_mtok",
     "max_price_msat_per_million_position_layers",
     "wire",
+    "speculate",
     "profile",
     "slots",
     "context",

@@ -219,10 +219,17 @@ pub(crate) struct LeadForSale {
     pub wire: Wire,
     #[serde(default)]
     pub profile: Profile,
+    /// Guess tokens and verify several in one trip around the ring (profile exact alone); wrong guesses are paid too.
+    #[serde(default = "default_speculate")]
+    pub speculate: bool,
     #[serde(default = "default_slots")]
     pub slots: u32,
     pub context: Option<u32>,
     pub threads: Option<u32>,
+}
+
+fn default_speculate() -> bool {
+    true
 }
 
 fn default_slots() -> u32 {

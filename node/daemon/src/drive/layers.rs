@@ -211,7 +211,7 @@ pub(crate) async fn start_lead(lead: &LeadForSale, id: EngineId, with: LeadParts
         offload: Offload::default(),
     };
     let facts = satgrid_engine::stage::ring::Ring::facts(ring.as_ref());
-    let settings = LeadSettings { head: lead.head.clone(), tail, ring: facts };
+    let settings = LeadSettings { head: lead.head.clone(), tail, ring: facts, guess: lead.speculate };
     let engine = LlamaLead::spawn(LeadConfig { program: worker_program()?, settings }, ring.clone(), |_| {}).await?;
     let rates = RateCard {
         input: MsatPerMtok(lead.price_in_msat_per_mtok),

@@ -298,7 +298,7 @@ impl Running {
     }
 
     fn order_of(&self, request: RequestId, stage: &Planned) -> PartOrder {
-        let max_positions = u64::from(stage.listing.context_length).saturating_mul(4);
+        let max_positions = u64::from(stage.listing.context_length).saturating_mul(8);
         PartOrder { layers: Some(stage.range), lead: self.ours, request, wire: self.parts.wire, max_positions }
     }
 
