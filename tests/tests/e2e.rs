@@ -7,6 +7,7 @@
 //! | `a_killed_provider_is_replaced_in_mid_stream` | SIGKILL for the serving provider; the bill sums both legs |
 //! | `a_market_under_bad_input_and_bad_luck` | one market on a tiny model, left running, and everything that is done to it |
 //! | `budgets_hold` | keys on a running node: twenty at once on the balance of one, refusals, a crash |
+//! | `a_model_over_paid_workers_one_of_them_killed` | `make demo-split KILL=1`: layers bought from processes, the text of one machine |
 //! | `ports_that_are_taken` | told at once, by number |
 //!
 //! Nothing here looks inside the program: files, ports, exit codes and the auditor's verdict are all there is.
@@ -24,6 +25,8 @@ mod http;
 mod market;
 #[path = "e2e/openai.rs"]
 mod openai;
+#[path = "e2e/split.rs"]
+mod split;
 
 use market::{Market, demo, satgrid, tiny_model, try_demo};
 use serde_json::Value;
@@ -171,6 +174,13 @@ fn budgets_hold() {
     market.audit("after calls with budgets");
     budgets::survive(&mut market, &runtime);
     market.stop();
+}
+
+#[test]
+#[ignore = "needs the built binary: tests/scripts/e2e.sh"]
+fn a_model_over_paid_workers_one_of_them_killed() {
+    let dir = tempfile::tempdir().unwrap();
+    split::holds(&split::demo_split(dir.path(), &real_model(), true), true);
 }
 
 #[test]
