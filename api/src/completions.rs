@@ -178,7 +178,7 @@ fn begin(
     parsed: Parsed,
 ) -> Result<Joined, ApiError> {
     let identity = Identity { request: RequestId((edge.config.entropy)()), created: (edge.config.clock)().as_secs() };
-    let Caller { trace, key, manages: _ } = caller;
+    let Caller { trace, key, .. } = caller;
     let context = CallContext { request: identity.request, trace, key, deadline: Some(deadline) };
     let Parsed { request, others, echo, .. } = parsed;
     // Each reply is reserved and settled by an id of its own.

@@ -8,7 +8,7 @@ use std::{
 use satgrid_types::UnixMs;
 use sha2::{Digest, Sha256};
 
-use crate::accounts::Accounts;
+use crate::{accounts::Accounts, door::Door};
 
 /// Bounds that no configuration raises.
 pub mod limits {
@@ -75,6 +75,8 @@ pub struct ApiConfig {
     pub keys: Vec<ApiKey>,
     /// Keys that are stored, with budgets; none where the node keeps no accounts.
     pub accounts: Option<Arc<dyn Accounts>>,
+    /// This endpoint is for strangers who pay invoices; callers without a key are asked for money.
+    pub door: Option<Arc<dyn Door>>,
     /// Lets callers from a loopback address in without a key. A request that shows a key is still held to it.
     pub keyless_loopback: bool,
     /// Web origins that may call, beside pages served from this machine: `https://chat.example`. Never `*`: a page that
@@ -109,6 +111,7 @@ impl Default for ApiConfig {
         ApiConfig {
             keys: Vec::new(),
             accounts: None,
+            door: None,
             keyless_loopback: true,
             allowed_origins: Vec::new(),
             allowed_hosts: Vec::new(),

@@ -125,6 +125,12 @@ impl ApiError {
         self
     }
 
+    /// What will be there in a moment is not there yet.
+    pub(crate) fn not_yet(wait: std::time::Duration, message: String) -> ApiError {
+        let seconds = wait.as_secs().max(1);
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "not_paid_yet", message).retry(Retry::After(seconds))
+    }
+
     /// Too many requests: the one case in which clients should come back by themselves.
     pub(crate) fn too_many(wait: std::time::Duration) -> ApiError {
         let seconds = wait.as_secs().saturating_add(u64::from(wait.subsec_nanos() > 0)).max(1);

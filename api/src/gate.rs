@@ -30,6 +30,7 @@ use tracing::Instrument;
 use crate::{
     accounts::KeyDenied,
     config::{ApiConfig, limits::MAX_TRACE_ID_BYTES},
+    door,
     error::ApiError,
     router::Edge,
     service::ServiceError,
@@ -45,6 +46,8 @@ pub(crate) struct Caller {
     pub(crate) key: Option<String>,
     /// A stored key that makes and revokes others, and asks for no completions.
     pub(crate) manages: bool,
+    /// Where it comes from, for limits; empty where that is of no use.
+    pub(crate) address: String,
 }
 
 impl Caller {
@@ -96,13 +99,16 @@ pub(crate) async fn gate(State(edge): State<Arc<Edge>>, mut request: Request, ne
         return next.run(request).await;
     }
     let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip());
+    if edge.config.door.is_some() {
+        return stranger(edge, trace, peer, request, next).await;
+    }
     let admitted = match stored(&edge, request.headers()).await {
         Some(known) => known,
         None => admit(&edge.config, request.headers(), request.uri(), peer).map(|key| (key, false)),
     };
     match admitted {
         Ok((key, manages)) => {
-            request.extensions_mut().insert(Caller { trace, key, manages });
+            request.extensions_mut().insert(Caller { trace, key, manages, address: String::new() });
             next.run(request).await
         }
         Err(error) => {
@@ -117,21 +123,61 @@ pub const STORED_KEY_PREFIX: &str = "sk-satgrid-";
 
 /// What a stored key says, if one is shown: its id and whether it manages.
 async fn stored(edge: &Edge, headers: &HeaderMap) -> Option<Result<(Option<String>, bool), ApiError>> {
-    let accounts = edge.config.accounts.as_ref()?;
+    edge.config.accounts.as_ref()?;
     let shown = shown_key(headers).filter(|shown| shown.starts_with(STORED_KEY_PREFIX))?;
-    let account = match accounts.admit(Sha256::digest(shown.as_bytes()).into()).await {
-        Ok(account) => account,
-        Err(KeyDenied::Unavailable { detail }) => return Some(Err(ServiceError::Internal { detail }.into())),
-        Err(denied @ (KeyDenied::Unknown | KeyDenied::Revoked | KeyDenied::Expired)) => {
-            return Some(Err(ApiError::new(StatusCode::UNAUTHORIZED, "invalid_api_key", denied.to_string())));
-        }
-    };
-    if let Some(per_minute) = account.requests_per_minute
-        && let Err(wait) = edge.pace.take(&account.id, per_minute)
-    {
-        return Some(Err(ApiError::too_many(wait)));
+    Some(account(edge, Sha256::digest(shown.as_bytes()).into()).await)
+}
+
+/// The stored key that is found by this hash: its id and whether it manages.
+async fn account(edge: &Edge, hash: [u8; 32]) -> Result<(Option<String>, bool), ApiError> {
+    let unknown = |said: String| ApiError::new(StatusCode::UNAUTHORIZED, "invalid_api_key", said);
+    let Some(accounts) = &edge.config.accounts else { return Err(unknown(KeyDenied::Unknown.to_string())) };
+    let account = accounts.admit(hash).await.map_err(|denied| match denied {
+        KeyDenied::Unavailable { detail } => ServiceError::Internal { detail }.into(),
+        KeyDenied::Unknown | KeyDenied::Revoked | KeyDenied::Expired => unknown(denied.to_string()),
+    })?;
+    if let Some(per_minute) = account.requests_per_minute {
+        edge.pace.take(&account.id, per_minute).map_err(ApiError::too_many)?;
     }
-    Some(Ok((Some(account.id), account.manages)))
+    Ok((Some(account.id), account.manages))
+}
+
+/// The front door's gate: a key, an L402 credential, or an open path; a completion without any is answered with a price.
+async fn stranger(edge: Arc<Edge>, trace: String, peer: Option<IpAddr>, mut request: Request, next: Next) -> Response {
+    let address = door::address(&edge, request.headers(), peer);
+    let path = request.uri().path().to_owned();
+    let admitted = match (door::credential(request.headers()), &edge.config.door) {
+        (Some((token, preimage)), Some(desk)) => match desk.credential(token, preimage).await {
+            Ok(hash) => account(&edge, hash).await,
+            Err(error) => Err(error.into()),
+        },
+        (_, _) => match stored(&edge, request.headers()).await {
+            Some(known) => known,
+            None => {
+                let pace = edge.pace.take(&format!("stranger {address}"), door::STRANGERS_PER_MINUTE);
+                match pace.map_err(ApiError::too_many) {
+                    Err(error) => Err(error),
+                    Ok(()) if door::is_open(&path) => Ok((None, false)),
+                    Ok(()) if request.method() == Method::POST && door::is_sold(&path) => {
+                        return door::challenge(&edge, &address, request)
+                            .await
+                            .unwrap_or_else(IntoResponse::into_response);
+                    }
+                    Ok(()) => {
+                        let message = "Show a key (POST /v1/topup makes one) or an L402 token.";
+                        Err(ApiError::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message))
+                    }
+                }
+            }
+        },
+    };
+    match admitted {
+        Ok((key, manages)) => {
+            request.extensions_mut().insert(Caller { trace, key, manages, address });
+            next.run(request).await
+        }
+        Err(error) => error.into_response(),
+    }
 }
 
 /// The key's name, or `None` for a keyless caller that may come in.

@@ -1,7 +1,7 @@
 //! Keys over HTTP: one's own figures for any key, keys below itself for a key that manages; and what a request has cost
 //! or would cost. The operator's own routes over all keys are on the admin port, with the same shapes.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use axum::{
     Extension, Json, Router,
@@ -20,8 +20,9 @@ use crate::{
     error::ApiError,
     gate::Caller,
     reply::{Flavour, RatesReply, UsageReply, finish_word, usd_number},
-    request::{self, json as parse_json},
+    request::{self, Parsed, json as parse_json},
     router::Edge,
+    service::ServiceError,
 };
 
 /// Bodies that make keys are small.
@@ -300,6 +301,8 @@ struct EstimateReply {
     model: String,
     prompt_tokens: u32,
     max_tokens: u32,
+    /// Replies that the ceilings are for: `n`, for each prompt.
+    choices: usize,
     ceiling_msat: Msat,
     ceiling_with_failover_msat: Msat,
     available_msat: Option<Msat>,
@@ -310,6 +313,29 @@ struct EstimateReply {
     ceiling_usd: Option<serde_json::Number>,
     #[serde(skip_serializing_if = "Option::is_none")]
     exchange_rate: Option<Value>,
+}
+
+/// The estimate of a request with all its replies: each is reserved and settled by itself, so their ceilings add up.
+pub(crate) async fn whole(
+    accounts: &Arc<dyn Accounts>,
+    parsed: Parsed,
+    key: Option<String>,
+) -> Result<Estimate, ServiceError> {
+    let mut estimate = accounts.estimate(parsed.request, key).await?;
+    let mut by_prompt = BTreeMap::from([(0, (estimate.ceiling, estimate.ceiling_with_failover))]);
+    for (prompt, other) in parsed.others {
+        let (one, failover) = match by_prompt.get(&prompt) {
+            Some(known) => *known,
+            None => {
+                let Estimate { ceiling, ceiling_with_failover, .. } = accounts.estimate(other, None).await?;
+                by_prompt.insert(prompt, (ceiling, ceiling_with_failover));
+                (ceiling, ceiling_with_failover)
+            }
+        };
+        estimate.ceiling = estimate.ceiling.saturating_add(one);
+        estimate.ceiling_with_failover = estimate.ceiling_with_failover.saturating_add(failover);
+    }
+    Ok(estimate)
 }
 
 /// `POST /v1/estimate`: the body of a chat or text completion, which is not sent.
@@ -323,6 +349,7 @@ pub(crate) async fn estimate(
     let chat = parse_json(&body)?.get("messages").is_some();
     let flavour = if chat { Flavour::Chat } else { Flavour::Text };
     let parsed = request::completion(flavour, &body, 0)?;
+    let choices = parsed.others.len().saturating_add(1);
     let Estimate {
         model,
         prompt_tokens,
@@ -333,12 +360,13 @@ pub(crate) async fn estimate(
         providers,
         available,
         rate,
-    } = accounts.estimate(parsed.request, caller.key).await?;
+    } = whole(&accounts, parsed, caller.key).await?;
     let reply = EstimateReply {
         object: "estimate",
         model,
         prompt_tokens,
         max_tokens,
+        choices,
         ceiling_msat: ceiling,
         ceiling_with_failover_msat: ceiling_with_failover,
         available_msat: available,

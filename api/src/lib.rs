@@ -16,6 +16,7 @@ mod choices;
 mod collect;
 mod completions;
 mod config;
+mod door;
 mod error;
 mod gate;
 mod histogram;
@@ -34,6 +35,7 @@ mod serve;
 pub mod service;
 mod shutdown;
 mod stream;
+mod tls;
 
 pub use accounts::{
     Account, AccountError, Accounts, Estimate, ExchangeRate, Generation, GenerationState, KeyDenied, KeyLimits,
@@ -41,9 +43,11 @@ pub use accounts::{
 };
 pub use admin::{AdminError, admin_router, metrics_router, serve_admin};
 pub use config::{ApiConfig, ApiKey, Clock, Entropy, limits};
+pub use door::{Door, DoorError, DoorInvoice, InvoiceState, Order, Refund};
 pub use gate::STORED_KEY_PREFIX;
 pub use histogram::Histogram;
 pub use keys::{admin_keys_router, key_json};
 pub use metrics::{ApiMetrics, MetricsRegistry, MetricsSource};
 pub use serve::{Api, serve};
 pub use service::*;
+pub use tls::{Tls, TlsError};

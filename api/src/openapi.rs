@@ -52,6 +52,10 @@ const ENDPOINTS: &[Endpoint] = &[
     get("/v1/keys", "keys", "Keys directly below a key that manages", "KeyList"),
     post("/v1/keys", "keys", "Makes a key below a key that manages; the secret is shown this once", "NewKey", "Key"),
     get("/v1/keys/{id}", "keys", "One key below a key that manages", "Key"),
+    post("/v1/topup", "front door", "An invoice that fills a key, or makes one when it is paid", "TopUp", "Any"),
+    get("/v1/invoices/{hash}", "front door", "Whether an invoice is paid", "Any"),
+    post("/v1/refund", "front door", "Pays back what a key has left", "Refund", "Any"),
+    get("/v1/refund", "front door", "The refunds of a key", "Any"),
     Endpoint {
         method: "delete",
         path: "/v1/keys/{id}",
@@ -108,9 +112,9 @@ fn operation(endpoint: &Endpoint) -> Value {
         "summary": endpoint.summary,
         "responses": responses,
     });
-    if endpoint.path.contains("{id}") {
+    if let Some(name) = endpoint.path.split(['{', '}']).nth(1) {
         operation["parameters"] =
-            json!([{ "name": "id", "in": "path", "required": true, "schema": { "type": "string" } }]);
+            json!([{ "name": name, "in": "path", "required": true, "schema": { "type": "string" } }]);
     }
     if let Some(body) = endpoint.body {
         operation["requestBody"] = json!({ "required": true, "content": content(body) });
@@ -195,7 +199,8 @@ fn schemas() -> Value {
         } },
         "ModelList": list_of("Model"),
         "Estimate": { "type": "object", "properties": {
-            "prompt_tokens": { "type": "integer" }, "max_tokens": { "type": "integer" }, "ceiling_msat": msat(),
+            "prompt_tokens": { "type": "integer" }, "max_tokens": { "type": "integer" },
+            "choices": { "type": "integer" }, "ceiling_msat": msat(),
             "ceiling_with_failover_msat": msat(), "available_msat": nullable(), "msat_per_mtok": rates,
             "per_request_msat": msat(), "providers": { "type": "integer" }, "ceiling_usd": { "type": "number" },
         } },
@@ -215,6 +220,11 @@ fn schemas() -> Value {
             "available_msat": nullable(), "balance_msat": nullable(),
         } },
         "KeyList": list_of("Key"),
+        "TopUp": { "type": "object", "required": ["amount_sat"], "properties": { "amount_sat": { "type": "integer" } } },
+        "Refund": { "type": "object", "required": ["destination"], "properties": {
+            "destination": { "type": "string", "description": "a BOLT 11 invoice or a Lightning address" },
+            "amount_msat": nullable(),
+        } },
     })
 }
 

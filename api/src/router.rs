@@ -18,6 +18,7 @@ use tower_http::{
 use crate::{
     completions,
     config::ApiConfig,
+    door,
     error::{ApiError, SHOULD_RETRY},
     gate,
     idempotency::Runs,
@@ -76,6 +77,9 @@ pub(crate) fn router(
         .route("/v1/key", get(keys::own))
         .route("/v1/keys", get(keys::list).post(keys::create))
         .route("/v1/keys/{id}", get(keys::show).delete(keys::revoke))
+        .route("/v1/topup", post(door::top_up))
+        .route("/v1/invoices/{hash}", get(door::invoice))
+        .route("/v1/refund", get(door::refunds).post(door::refund))
         .fallback(models::unknown_path)
         .method_not_allowed_fallback(models::wrong_method)
         .layer(from_fn_with_state(Arc::clone(&edge), gate::gate))

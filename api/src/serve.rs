@@ -30,6 +30,7 @@ use crate::{
     router,
     service::Service,
     shutdown::{self, Closer},
+    tls::{Socket, Tls},
 };
 
 /// How long a stream may take to hand over its last error.
@@ -67,10 +68,21 @@ impl Api {
 
     /// Serves until `shutdown` resolves and open work has ended or run out of its time.
     pub async fn serve(self, listener: TcpListener, shutdown: impl Future<Output = ()>) -> io::Result<()> {
+        self.serve_over(listener, None, shutdown).await
+    }
+
+    /// [`Api::serve`], over TLS where that is given.
+    pub async fn serve_over(
+        self,
+        listener: TcpListener,
+        tls: Option<Tls>,
+        shutdown: impl Future<Output = ()>,
+    ) -> io::Result<()> {
         let Api { router, closer, drain, max_connections, .. } = self;
         let graceful = GracefulShutdown::new();
         let mut connections = JoinSet::new();
-        accept(&listener, &router, &graceful, &mut connections, max_connections, shutdown).await;
+        let doors = Doors { listener: &listener, tls: tls.as_ref(), router: &router };
+        accept(doors, &graceful, &mut connections, max_connections, shutdown).await;
         drop(listener);
 
         closer.drain();
@@ -103,9 +115,15 @@ async fn all(connections: &mut JoinSet<()>) {
     while connections.join_next().await.is_some() {}
 }
 
+/// Where connections come in, and where they lead.
+struct Doors<'a> {
+    listener: &'a TcpListener,
+    tls: Option<&'a Tls>,
+    router: &'a Router,
+}
+
 async fn accept(
-    listener: &TcpListener,
-    router: &Router,
+    doors: Doors<'_>,
     graceful: &GracefulShutdown,
     connections: &mut JoinSet<()>,
     max_connections: usize,
@@ -117,14 +135,14 @@ async fn accept(
         let next = async {
             // Closed by nobody, so this always gives a permit; further connections wait in the kernel's queue.
             let permit = Arc::clone(&room).acquire_owned().await.ok();
-            (permit, listener.accept().await)
+            (permit, doors.listener.accept().await)
         };
         tokio::select! {
             () = &mut shutdown => return,
             Some(_) = connections.join_next() => {}
             (permit, accepted) = next => match accepted {
                 Ok((socket, peer)) => {
-                    let connection = connection(socket, peer, router.clone());
+                    let connection = connection(socket, doors.tls, peer, doors.router.clone());
                     let watched = graceful.watch(connection);
                     connections.spawn(async move {
                         let _permit = permit;
@@ -144,6 +162,7 @@ async fn accept(
 
 fn connection(
     socket: TcpStream,
+    tls: Option<&Tls>,
     peer: SocketAddr,
     router: Router,
 ) -> impl GracefulConnection<Error = hyper::Error> + Send + 'static {
@@ -151,6 +170,10 @@ fn connection(
     if let Err(error) = socket.set_nodelay(true) {
         tracing::debug!(%peer, %error, "TCP_NODELAY was refused");
     }
+    let socket = match tls {
+        Some(tls) => tls.accept(socket),
+        None => Socket::Plain(socket),
+    };
     let service = service_fn(move |mut request: Request<Incoming>| {
         request.extensions_mut().insert(ConnectInfo(peer));
         router.clone().oneshot(request.map(Body::new))

@@ -42,6 +42,9 @@ pub enum Account {
     /// Equity: deposits into and withdrawals from the wallet.
     #[n(9)]
     External,
+    /// Liability: what clients of the front door, who have no node, have paid in and not used up.
+    #[n(10)]
+    Clients,
 }
 
 /// On which side of an account its balance normally stands.
@@ -62,13 +65,18 @@ impl Account {
             | Account::RefundsDue(_)
             | Account::Dust
             | Account::WorkerPayable(_)
-            | Account::External => Normal::Credit,
+            | Account::External
+            | Account::Clients => Normal::Credit,
         }
     }
     /// Nothing may be taken out of these beyond what is available in them.
     pub const fn never_negative(&self) -> bool {
         match self {
-            Account::Prepaid(_) | Account::PrepaidAsset(_) | Account::RefundsDue(_) | Account::WorkerPayable(_) => true,
+            Account::Prepaid(_)
+            | Account::PrepaidAsset(_)
+            | Account::RefundsDue(_)
+            | Account::WorkerPayable(_)
+            | Account::Clients => true,
             Account::Lightning
             | Account::Income
             | Account::Expense
@@ -79,7 +87,7 @@ impl Account {
     }
     /// What this node owes to others: the figure that solvency is measured against.
     pub const fn is_liability(&self) -> bool {
-        matches!(self, Account::Prepaid(_) | Account::RefundsDue(_) | Account::WorkerPayable(_))
+        matches!(self, Account::Prepaid(_) | Account::RefundsDue(_) | Account::WorkerPayable(_) | Account::Clients)
     }
     /// The session that the account belongs to, if it is one of a session's.
     pub const fn session(&self) -> Option<SessionId> {
@@ -91,7 +99,8 @@ impl Account {
             | Account::RoutingFees
             | Account::Dust
             | Account::WorkerPayable(_)
-            | Account::External => None,
+            | Account::External
+            | Account::Clients => None,
         }
     }
     /// The account's name without whose it is.
@@ -107,6 +116,7 @@ impl Account {
             Account::Dust => "dust",
             Account::WorkerPayable(_) => "worker-payable",
             Account::External => "external",
+            Account::Clients => "clients",
         }
     }
 }
@@ -121,7 +131,8 @@ impl fmt::Display for Account {
             | Account::Expense
             | Account::RoutingFees
             | Account::Dust
-            | Account::External => f.write_str(self.name()),
+            | Account::External
+            | Account::Clients => f.write_str(self.name()),
         }
     }
 }

@@ -60,6 +60,22 @@ pub fn affordable_output(candidates: &[RateCard], prompt: u32, most: u32, budget
     Some(covered)
 }
 
+const PERMILLE: u128 = 1_000;
+
+/// A cost with a reseller's margin in thousandths, rounded up.
+pub fn with_margin(cost: Msat, permille: u64) -> Msat {
+    let whole = PERMILLE.saturating_add(u128::from(permille));
+    let product = u128::from(cost.0).saturating_mul(whole);
+    Msat(u64::try_from(product.div_ceil(PERMILLE)).unwrap_or(u64::MAX))
+}
+
+/// The largest cost whose price with the margin is not above `price`.
+pub fn without_margin(price: Msat, permille: u64) -> Msat {
+    let whole = PERMILLE.saturating_add(u128::from(permille));
+    let cost = u128::from(price.0).saturating_mul(PERMILLE).checked_div(whole).unwrap_or(0);
+    Msat(u64::try_from(cost).unwrap_or(u64::MAX))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -91,6 +107,13 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_margin_and_back_never_passes_the_price(price in 0..u64::MAX / 4_000, permille in 0..3_000u64) {
+            let cost = without_margin(Msat(price), permille);
+            prop_assert!(with_margin(cost, permille) <= Msat(price));
+            prop_assert!(with_margin(Msat(cost.0 + 1), permille) > Msat(price));
+        }
+
         #[test]
         fn no_way_through_two_providers_costs_more(
             (a, b) in ((0..9u64, 0..9u64, 0..99u64), (0..9u64, 0..9u64, 0..99u64)),

@@ -14,7 +14,7 @@ mod ceiling;
 use satgrid_types::{Msat, Numerators, RateCard, TokenUsage};
 use thiserror::Error;
 
-pub use ceiling::{Ceiling, affordable_output, ceiling, leg_ceiling};
+pub use ceiling::{Ceiling, affordable_output, ceiling, leg_ceiling, with_margin, without_margin};
 
 /// Units in a million: prices are per million units of work.
 pub const PER_MILLION: u64 = 1_000_000;

@@ -20,8 +20,9 @@ from primitives import (
 LIMITS = {"quote": 2048, "session-open": 4096, "request-open": 1024, "ack": 512, "receipt": 40960, "session-close": 4096,
           "credit-note": 512, "inclusion-promise": 256, "credit-transfer": 256}  # fmt: skip
 MAX_ITEM, MAX_ENTRY, MAX_OPENING, HOUR, SKEW = 231_616, 196_608, 32_768, 3_600_000, 300_000
-LIGHTNING, PREPAID, INCOME, ASSET, EXPENSE, FEES, DUE, DUST, WORKER, EXTERNAL = range(10)
-DEBIT_NORMAL, NEVER_NEGATIVE, OWED = {LIGHTNING, ASSET, EXPENSE, FEES}, {PREPAID, ASSET, DUE, WORKER}, {PREPAID, DUE, WORKER}
+LIGHTNING, PREPAID, INCOME, ASSET, EXPENSE, FEES, DUE, DUST, WORKER, EXTERNAL, CLIENTS = range(11)
+DEBIT_NORMAL, NEVER_NEGATIVE = {LIGHTNING, ASSET, EXPENSE, FEES}, {PREPAID, ASSET, DUE, WORKER, CLIENTS}
+OWED = {PREPAID, DUE, WORKER, CLIENTS}
 
 
 class Unreadable(Exception):
@@ -792,7 +793,7 @@ class Audit:
         if backing is not None:
             self.require(self.justified(net, s, *backing), "transfer/unbacked", net)
             self.require(self.reserved(list(opened.values()), s, *backing), "transfer/unbacked", "a reservation")
-        if not by_wallet and any(hold[1][0] == LIGHTNING for _, hold, _ in ended):
+        if not by_wallet and any(hold[1][0] == LIGHTNING and hold[0][0] != CLIENTS for _, hold, _ in ended):
             self.find("transfer/unbacked", "a payment's reservation ended without the wallet's word")
         live = {hold for session in self.sessions.values() for request in session.requests.values() for hold in request[3]}
         self.require(not any(how == 4 and ident in live for ident, _, how in ended), "transfer/two-phase", "expired under an open request")
@@ -816,10 +817,14 @@ class Audit:
         remainder = any(moved((PREPAID, i), (DUE, i)) for i in idents)
         if what == "remainder" or what == "pay" and args[0][0] == DUE:
             return remainder
-        return what == "alone" and (remainder or only((LIGHTNING,), (EXTERNAL,)) or any(moved((DUE, i), (DUST,)) for i in idents))
+        charged = any(moved((CLIENTS,), to) for to in ((INCOME,), (EXTERNAL,)))
+        clients = only((LIGHTNING,), (CLIENTS,)) or charged
+        return what == "alone" and (remainder or clients or only((LIGHTNING,), (EXTERNAL,)) or any(moved((DUE, i), (DUST,)) for i in idents))
 
     def reserved(self, opened, s, what, *args) -> bool:
         if what in ("work", "alone"):
+            if what == "alone":
+                opened = [h for h in opened if h[:2] != ((CLIENTS,), (LIGHTNING,))]
             pair = lambda h: h[0][0] == PREPAID and h[1][0] == INCOME or h[0][0] == EXPENSE and h[1][0] == ASSET
             return all(pair(hold) and (what == "alone" or self.of(hold, s)) for hold in opened)
         if what != "pay":

@@ -8,6 +8,7 @@
 //! | `a_market_under_bad_input_and_bad_luck` | one market on a tiny model, left running, and everything that is done to it |
 //! | `budgets_hold` | keys on a running node: twenty at once on the balance of one, refusals, a crash |
 //! | `a_model_over_paid_workers_one_of_them_killed` | `make demo-split KILL=1`: layers bought from processes, the text of one machine |
+//! | `strangers_at_the_front_door` | a provider with its door open: L402, a prepaid key, refunds, a kill, its house's ledger |
 //! | `ports_that_are_taken` | told at once, by number |
 //!
 //! Nothing here looks inside the program: files, ports, exit codes and the auditor's verdict are all there is.
@@ -19,6 +20,8 @@ mod bad_input;
 mod bad_luck;
 #[path = "e2e/budgets.rs"]
 mod budgets;
+#[path = "e2e/front_door.rs"]
+mod front_door;
 #[path = "e2e/http.rs"]
 mod http;
 #[path = "e2e/market.rs"]
@@ -181,6 +184,17 @@ fn budgets_hold() {
 fn a_model_over_paid_workers_one_of_them_killed() {
     let dir = tempfile::tempdir().unwrap();
     split::holds(&split::demo_split(dir.path(), &real_model(), true), true);
+}
+
+#[test]
+#[ignore = "needs the built binary: tests/scripts/e2e.sh"]
+fn strangers_at_the_front_door() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = tiny_model(dir.path());
+    let mut market = Market::start(&dir.path().join("market"), &model);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    front_door::strangers(&mut market, &runtime);
+    market.stop();
 }
 
 #[test]

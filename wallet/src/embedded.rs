@@ -8,7 +8,7 @@ use crate::{
 };
 use async_trait::async_trait;
 use core::net::SocketAddr;
-use satgrid_types::{LightningKey, Msat};
+use satgrid_types::{LightningKey, Msat, PaymentHash, Preimage};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -29,6 +29,9 @@ pub trait Embedded: Lightning {
     async fn receive(&self, ask: Receive) -> Result<Received, InvoiceError>;
     /// Sends coins on chain; gives the transaction's id. The anchor reserve is never touched.
     async fn send_onchain(&self, send: OnchainSend) -> Result<String, SendError>;
+    /// The preimage of an invoice of this wallet's own: whoever has it needs no payment to prove one. Never to be shown to
+    /// anyone for whom nothing was paid.
+    async fn preimage(&self, hash: PaymentHash) -> Result<Option<Preimage>, WalletError>;
     /// What was paid in fees so far, by the wallet's own list.
     async fn fees_paid(&self) -> Result<FeesPaid, WalletError>;
     /// What is needed, beside the seed, to reach every channel's peer again.

@@ -44,9 +44,11 @@ pub(crate) async fn run(args: BalanceArgs) -> anyhow::Result<u8> {
         line.reserved_msat += reserved;
         // The books' own figure for accounts that have a floor; the net for those that have none.
         line.available_msat += match account {
-            Account::Prepaid(_) | Account::PrepaidAsset(_) | Account::RefundsDue(_) | Account::WorkerPayable(_) => {
-                i128::from(books.available(&account).0)
-            }
+            Account::Prepaid(_)
+            | Account::PrepaidAsset(_)
+            | Account::RefundsDue(_)
+            | Account::WorkerPayable(_)
+            | Account::Clients => i128::from(books.available(&account).0),
             Account::Lightning
             | Account::Income
             | Account::Expense

@@ -176,6 +176,9 @@ fn koinly(movement: &Movement, rates: &Rates) -> Option<String> {
         | Category::CreditSpent
         | Category::Dust
         | Category::Wallet
+        | Category::ClientPaidIn
+        | Category::ClientPaidBack
+        | Category::ClientCharged
         | Category::Correction => "",
     };
     let worth = rates.at(movement.at).map(|rate| rate.value(movement.amount.0));
@@ -218,6 +221,7 @@ fn beancount_account(account: Account) -> &'static str {
         Account::Expense => "Expenses:Inference",
         Account::RoutingFees => "Expenses:RoutingFees",
         Account::External => "Equity:External",
+        Account::Clients => "Liabilities:Clients",
     }
 }
 
@@ -279,6 +283,7 @@ mod tests {
             Account::Income,
             Account::Prepaid(session),
             Account::External,
+            Account::Clients,
         ] {
             let debit =
                 beancount_account(account).starts_with("Assets") || beancount_account(account).starts_with("Expenses");

@@ -28,6 +28,9 @@ pub(crate) enum Category {
     CreditSpent,
     Dust,
     Wallet,
+    ClientPaidIn,
+    ClientPaidBack,
+    ClientCharged,
     Correction,
 }
 
@@ -45,6 +48,9 @@ impl Category {
             Category::CreditSpent => "credit-spent",
             Category::Dust => "dust",
             Category::Wallet => "wallet",
+            Category::ClientPaidIn => "client-paid-in",
+            Category::ClientPaidBack => "client-paid-back",
+            Category::ClientCharged => "client-charged",
             Category::Correction => "correction",
         }
     }
@@ -204,6 +210,9 @@ fn category(evidence: Option<&Evidence>, debit: Account, credit: Account) -> Cat
             Category::CreditSpent
         }
         (Account::RefundsDue(_), Account::Dust) => Category::Dust,
+        (Account::Lightning, Account::Clients) => Category::ClientPaidIn,
+        (Account::Clients, Account::Lightning) => Category::ClientPaidBack,
+        (Account::Clients, Account::Income | Account::External) => Category::ClientCharged,
         (Account::Lightning, Account::External) | (Account::External, Account::Lightning) => Category::Wallet,
         _ => Category::Correction,
     }

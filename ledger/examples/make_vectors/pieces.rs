@@ -545,6 +545,7 @@ fn entries() -> Vec<Value> {
         Account::Dust,
         Account::WorkerPayable(NodeKey(bytes32("worker"))),
         Account::External,
+        Account::Clients,
     ];
     let mut transfers: Vec<Transfer> = accounts
         .windows(2)

@@ -4,6 +4,8 @@
 //! the journal: whoever copies the ledger copies the budgets with it.
 
 mod calls;
+mod door;
+mod house;
 mod rows;
 
 use crate::{
@@ -12,13 +14,15 @@ use crate::{
 };
 use rows::{KEY_COLUMNS, amount, key_of};
 use satgrid_ledger::keys::{KeyId, KeyRecord, KeyRefusal, MAX_DEPTH, MAX_KEYS, NewKey, NewKeyError, day_of};
-use satgrid_types::{RequestId, UnixMs};
+use satgrid_types::{Msat, RequestId, UnixMs};
 use sqlx::{Connection, Row, SqliteConnection};
 use std::{path::Path, sync::Arc};
 use thiserror::Error;
 use tokio::sync::Mutex;
 
 pub use calls::{CallEnd, CallRow, CallState, NewCall, OpenCall};
+pub use door::{InvoiceFor, InvoiceLimits, InvoiceRow, NewInvoice, RefundRow};
+pub use house::HousePayment;
 
 /// Rows that one listing gives.
 const MAX_LISTED: i64 = 10_000;
@@ -34,6 +38,13 @@ pub enum KeyError {
     NoSuchKey(KeyId),
     #[error("{0} keys are kept already; no more are made")]
     Full(u64),
+    #[error("so many invoices wait to be paid")]
+    TooManyInvoices,
+    #[error("the key would hold more than {0}")]
+    OverBalance(Msat),
+    /// A client asks for a refund to an invoice that another of its refunds pays.
+    #[error("this invoice is or was paid by another refund")]
+    PaidElsewhere,
     /// A bug of ours: a call that is over, or was never opened.
     #[error("the call {} is not open", .0.short())]
     NotOpen(RequestId),

@@ -22,6 +22,9 @@ mod reader;
 mod writer;
 
 pub use journal::{Options, SqliteJournal};
-pub use keys::{CallEnd, CallRef, CallRow, CallState, KeyError, KeyStore, NewCall, OpenCall};
+pub use keys::{
+    CallEnd, CallRef, CallRow, CallState, HousePayment, InvoiceFor, InvoiceLimits, InvoiceRow, KeyError, KeyStore,
+    NewCall, NewInvoice, OpenCall, RefundRow,
+};
 pub use open::OpenError;
 pub use reader::SqliteReader;

@@ -118,9 +118,14 @@ pub(super) enum Reserves {
     },
 }
 
-/// Is it money on its way through Lightning? Such holds end by the wallet's word alone.
+/// Is it a slice or a refund on its way through Lightning? Such holds end by the wallet's word alone.
 fn is_payment(hold: &Hold) -> bool {
-    hold.credit == Account::Lightning
+    hold.credit == Account::Lightning && !is_clients_refund(hold)
+}
+
+/// Is it a client's money on its way back? Clients sign nothing, so nothing but the books says what became of it.
+fn is_clients_refund(hold: &Hold) -> bool {
+    (hold.debit, hold.credit) == (Account::Clients, Account::Lightning)
 }
 
 /// Is it a reservation of work, on either side of `session`?
@@ -154,8 +159,9 @@ pub(super) fn judge(backing: &Backing, flows: &Flows, notes: &mut Notes) {
             let session = flows.net.keys().find_map(Account::session);
             let moved = flows.net.is_empty()
                 || flows.only(&[Account::Lightning, Account::External])
+                || is_clients(flows)
                 || session.is_some_and(|s| is_remainder(flows, s) || is_dust(flows, s));
-            let works = flows.opened.iter().all(|(_, hold)| is_work(hold, None));
+            let works = flows.opened.iter().all(|(_, hold)| is_work(hold, None) || is_clients_refund(hold));
             if !works {
                 notes.add(Rule::TransferUnbacked, Party::Exporter, "a payment was reserved without evidence");
             }
@@ -185,6 +191,14 @@ pub(super) fn check_endings(flows: &Flows, by_wallet: bool, notes: &mut Notes) {
 fn is_remainder(flows: &Flows, session: SessionId) -> bool {
     let accounts = [Account::Prepaid(session), Account::RefundsDue(session)];
     flows.only(&accounts) && flows.of(accounts[0]) > 0 && flows.of(accounts[1]) < 0
+}
+
+/// Clients pay in, are paid back, or are charged: for what was bought for them, or by the node's owner, who advanced it.
+fn is_clients(flows: &Flows) -> bool {
+    let charged = flows.of(Account::Clients) > 0;
+    flows.only(&[Account::Lightning, Account::Clients])
+        || charged
+            && (flows.only(&[Account::Income, Account::Clients]) || flows.only(&[Account::External, Account::Clients]))
 }
 
 fn is_dust(flows: &Flows, session: SessionId) -> bool {

@@ -124,6 +124,7 @@ fn accounts() -> impl Strategy<Value = Account> {
         Just(Account::Income),
         Just(Account::Expense),
         Just(Account::External),
+        Just(Account::Clients),
         sessions.clone().prop_map(Account::Prepaid),
         sessions.clone().prop_map(Account::PrepaidAsset),
         sessions.prop_map(Account::RefundsDue),

@@ -10,6 +10,7 @@ mod admin;
 mod cli;
 mod commands;
 mod config;
+mod door;
 mod drive;
 mod failure;
 mod models;

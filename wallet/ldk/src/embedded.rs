@@ -14,7 +14,7 @@ use ldk_node::{
     lightning_invoice::{Bolt11Invoice, Bolt11InvoiceDescription, Description},
     payment::{PaymentDirection, PaymentKind, PaymentStatus},
 };
-use satgrid_types::{LightningKey, Msat, PaymentHash};
+use satgrid_types::{LightningKey, Msat, PaymentHash, Preimage};
 use satgrid_wallet::{
     Invoice, InvoiceError, Lightning, Network, WalletError,
     embedded::{
@@ -143,6 +143,20 @@ impl Embedded for LdkWallet {
         let description = Description::new(text).map_err(|e| WalletError::Node { reason: e.to_string() })?;
         let description = Bolt11InvoiceDescription::Direct(description);
         self.invoice(ask.amount, description, ask.expiry_secs, ask.max_lsp_fee).await
+    }
+
+    async fn preimage(&self, hash: PaymentHash) -> Result<Option<Preimage>, WalletError> {
+        let row = self.blocking(move |node| node.payment(&PaymentId(hash.0))).await?;
+        let ours = row.filter(|row| row.direction == PaymentDirection::Inbound);
+        Ok(ours.and_then(|row| match row.kind {
+            PaymentKind::Bolt11 { preimage, .. } | PaymentKind::Bolt11Jit { preimage, .. } => {
+                preimage.map(|preimage| Preimage(preimage.0))
+            }
+            PaymentKind::Onchain { .. }
+            | PaymentKind::Bolt12Offer { .. }
+            | PaymentKind::Bolt12Refund { .. }
+            | PaymentKind::Spontaneous { .. } => None,
+        }))
     }
 
     async fn send_onchain(&self, send: OnchainSend) -> Result<String, SendError> {

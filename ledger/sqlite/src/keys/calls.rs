@@ -72,6 +72,8 @@ pub struct CallRow {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OpenCall {
     pub call: CallRef,
+    pub key: Option<KeyId>,
+    pub reserved: Msat,
     pub requests: Vec<RequestId>,
 }
 
@@ -170,7 +172,7 @@ impl KeyStore {
     pub async fn open_calls(&self) -> Result<Vec<OpenCall>, KeyError> {
         let mut connection = self.connection.lock().await;
         let rows = sqlx::query(
-            "SELECT c.id, c.part, l.request FROM api_calls c LEFT JOIN api_call_legs l ON l.id = c.id AND \
+            "SELECT c.id, c.part, l.request, c.key, c.reserved FROM api_calls c LEFT JOIN api_call_legs l ON l.id = c.id AND \
              l.part = c.part WHERE c.state = 'open' ORDER BY c.id, c.part",
         )
         .fetch_all(&mut *connection)
@@ -180,7 +182,8 @@ impl KeyStore {
             let (Some(id), Ok(part)) = (request_id(row.get(0)), u32::try_from(row.get::<i64, _>(1))) else { continue };
             let call = CallRef { id, part };
             if open.last().is_none_or(|last| last.call != call) {
-                open.push(OpenCall { call, requests: Vec::new() });
+                let key = row.get::<Option<i64>, _>(3).map(|id| KeyId(amount(id).0));
+                open.push(OpenCall { call, key, reserved: amount(row.get(4)), requests: Vec::new() });
             }
             let request = row.get::<Option<&[u8]>, _>(2).and_then(request_id);
             if let (Some(last), Some(request)) = (open.last_mut(), request) {

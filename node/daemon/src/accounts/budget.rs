@@ -12,9 +12,9 @@
 use super::{Desk, detail};
 use crate::drive::now;
 use satgrid_api::{Bill, CallContext, CompletionRequest, LimitSource, ServiceError, Shortfall};
-use satgrid_ledger::keys::{KeyId, KeyRefusal, room};
+use satgrid_ledger::keys::{KeyId, KeyKind, KeyRefusal, room};
 use satgrid_ledger_sqlite::{CallEnd, CallRef, CallState, KeyError, NewCall};
-use satgrid_pricing::{affordable_output, ceiling};
+use satgrid_pricing::{affordable_output, ceiling, with_margin, without_margin};
 use satgrid_types::{FinishReason, Msat, RateCard, RequestId, UnixMs};
 use std::{sync::Arc, time::Instant};
 
@@ -24,6 +24,10 @@ pub(crate) struct Budget {
     new: NewCall,
     /// The reservation; none without a stored key.
     held: Option<(CallRef, Msat)>,
+    /// The key is a stranger's: its charge is booked, with a margin.
+    prepaid: bool,
+    /// In thousandths.
+    margin: u64,
     began: UnixMs,
     clock: Instant,
     /// The most that the call may produce.
@@ -59,29 +63,42 @@ impl Budget {
             wanted: Msat::ZERO,
         };
         let Some(key) = key else {
-            return Ok(Budget { desk: desk.clone(), new, held: None, began, clock, max_output });
+            return Ok(Budget {
+                desk: desk.clone(),
+                new,
+                held: None,
+                prepaid: false,
+                margin: 0,
+                began,
+                clock,
+                max_output,
+            });
         };
-        if request.max_tokens.is_none() {
-            let chain = desk.keys.chain(key, began).await.map_err(|error| refused(model, error))?;
-            if let Some(room) = room(&chain) {
-                // Where not even one token fits, the reservation below says so with its figures.
-                max_output = affordable_output(&rates, prompt, max_output, room).unwrap_or(1);
-            }
+        let chain = desk.keys.chain(key, began).await.map_err(|error| refused(model, error))?;
+        let prepaid = chain.first().is_some_and(|key| key.kind == KeyKind::Prepaid);
+        let margin = if prepaid { desk.till.margin_permille } else { 0 };
+        if request.max_tokens.is_none()
+            && let Some(room) = room(&chain)
+        {
+            let room = without_margin(room, margin);
+            // Where not even one token fits, the reservation below says so with its figures.
+            max_output = affordable_output(&rates, prompt, max_output, room).unwrap_or(1);
         }
         let dear = |_| ServiceError::InvalidRequest { param: "max_tokens".into(), message: "no bill holds it".into() };
         let most = ceiling(&rates, prompt, max_output).map_err(dear)?;
-        new.needed = most.one;
-        new.wanted = if request.routing.allow_fallbacks { most.failover } else { most.one };
+        let most_of_all = if request.routing.allow_fallbacks { most.failover } else { most.one };
+        new.needed = with_margin(most.one, margin);
+        new.wanted = with_margin(most_of_all, margin);
         let held = desk.keys.open_call(&new, began).await.map_err(|error| {
             desk.meter.refused();
             refused(model, error)
         })?;
-        Ok(Budget { desk: desk.clone(), new, held: Some(held), began, clock, max_output })
+        Ok(Budget { desk: desk.clone(), new, held: Some(held), prepaid, margin, began, clock, max_output })
     }
 
     /// The most that providers may ask for.
     pub(crate) fn max_cost(&self) -> Option<Msat> {
-        self.held.map(|(_, reserved)| reserved)
+        self.held.map(|(_, reserved)| without_margin(reserved, self.margin))
     }
 
     /// A provider has taken the call under this id.
@@ -97,20 +114,29 @@ impl Budget {
 
     /// Writes the exchange rate of this moment on the bill.
     pub(crate) fn rated(&self, bill: Bill) -> Bill {
-        Bill { rate: self.desk.rate.now(), ..bill }
+        let charged = (self.margin > 0).then(|| with_margin(bill.cost, self.margin));
+        Bill { rate: self.desk.rate.now(), charged, ..bill }
     }
 
     /// The call is over. Returns once that is written.
     pub(crate) async fn end(self, finish: Option<FinishReason>, bill: &Bill) {
         self.desk.meter.ended(finish.is_some(), self.clock.elapsed(), bill);
         let state = if finish.is_some() { CallState::Done } else { CallState::Failed };
-        let end = CallEnd { state, cost: bill.cost, charged: bill.cost, detail: detail::of(finish, bill) };
+        let charged = with_margin(bill.cost, self.margin);
+        let end = CallEnd { state, cost: bill.cost, charged, detail: detail::of(finish, bill) };
         let written = match self.held {
             Some((call, reserved)) => {
                 if end.charged > reserved {
-                    tracing::error!(call = %call.id.short(), cost = %end.charged, %reserved, "a call cost more than it may");
+                    tracing::error!(call = %call.id.short(), charged = %end.charged, %reserved, "a call cost more than it may");
                 }
-                self.desk.keys.end_call(call, &end, now()).await.map(drop)
+                let booked = match self.prepaid {
+                    true => self.desk.till.charge(call, end.charged.min(reserved)).await,
+                    false => Ok(()),
+                };
+                match booked {
+                    Ok(()) => self.desk.keys.end_call(call, &end, now()).await.map(drop),
+                    Err(reason) => Err(KeyError::Storage(reason)),
+                }
             }
             None => self.desk.keys.ended_call(&self.new, self.began, &end, now()).await.map(drop),
         };
@@ -141,8 +167,12 @@ fn refused(model: &str, error: KeyError) -> ServiceError {
         KeyError::NoSuchKey(_) => {
             ServiceError::Forbidden { code: "key_not_usable", message: "This API key is gone.".to_owned() }
         }
-        error @ (KeyError::BadKey(_) | KeyError::Full(_) | KeyError::NotOpen(_) | KeyError::Storage(_)) => {
-            ServiceError::Internal { detail: error.to_string() }
-        }
+        error @ (KeyError::BadKey(_)
+        | KeyError::Full(_)
+        | KeyError::TooManyInvoices
+        | KeyError::OverBalance(_)
+        | KeyError::PaidElsewhere
+        | KeyError::NotOpen(_)
+        | KeyError::Storage(_)) => ServiceError::Internal { detail: error.to_string() },
     }
 }

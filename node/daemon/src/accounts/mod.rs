@@ -18,6 +18,7 @@ pub(crate) mod meter;
 pub(crate) mod rate;
 pub(crate) mod recover;
 
+use crate::door::Till;
 use crate::drive::now;
 use async_trait::async_trait;
 use meter::Meter;
@@ -41,13 +42,15 @@ pub(crate) struct Desk {
     pub keys: KeyStore,
     pub rate: Rate,
     pub meter: Arc<Meter>,
+    /// Where strangers' calls are charged.
+    pub till: Till,
     /// Plans and tokenises for estimates; set once the gateway stands.
     gateway: OnceLock<Weak<crate::service::Gateway>>,
 }
 
 impl Desk {
-    pub(crate) fn new(keys: KeyStore, rate: Rate) -> Arc<Desk> {
-        Arc::new(Desk { keys, rate, meter: Arc::default(), gateway: OnceLock::new() })
+    pub(crate) fn new(keys: KeyStore, rate: Rate, till: Till) -> Arc<Desk> {
+        Arc::new(Desk { keys, rate, meter: Arc::default(), till, gateway: OnceLock::new() })
     }
 
     pub(crate) fn serves(&self, gateway: &Arc<crate::service::Gateway>) {
@@ -57,7 +60,7 @@ impl Desk {
 }
 
 /// A fresh secret of a stored key.
-fn secret() -> String {
+pub(crate) fn secret() -> String {
     let mut bytes = [0; SECRET_BYTES];
     rand::rngs::OsRng.fill_bytes(&mut bytes);
     format!("{}{}", satgrid_api::STORED_KEY_PREFIX, hex::encode(bytes))
@@ -145,9 +148,12 @@ fn key_id(id: &str) -> Result<KeyId, AccountError> {
 fn account_error(error: KeyError) -> AccountError {
     match error {
         KeyError::NoSuchKey(id) => AccountError::NoSuchKey { id: id.to_string() },
-        KeyError::BadKey(_) | KeyError::Refused(_) | KeyError::Full(_) => {
-            AccountError::Invalid { message: error.to_string() }
-        }
+        KeyError::BadKey(_)
+        | KeyError::Refused(_)
+        | KeyError::Full(_)
+        | KeyError::TooManyInvoices
+        | KeyError::OverBalance(_)
+        | KeyError::PaidElsewhere => AccountError::Invalid { message: error.to_string() },
         KeyError::NotOpen(_) | KeyError::Storage(_) => AccountError::Internal { detail: error.to_string() },
     }
 }

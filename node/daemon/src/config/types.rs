@@ -1,7 +1,7 @@
 //! The configuration as types: what the drivers read. Filled by [`super::load`], which knows the defaults.
 
 use serde::{Deserialize, Serialize};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use super::secret::Secret;
@@ -11,6 +11,7 @@ use super::secret::Secret;
 pub(crate) struct Config {
     pub node: Node,
     pub api: Api,
+    pub door: Door,
     pub session: Session,
     pub provider: Provider,
     pub consumer: Consumer,
@@ -28,6 +29,21 @@ impl Config {
 
     pub(crate) fn is_consumer(&self) -> bool {
         self.node.roles.contains(&Role::Consumer)
+    }
+
+    /// What the front door sells, if it is open.
+    pub(crate) fn door_sells(&self) -> DoorSells {
+        match self.door.sells.as_deref() {
+            Some("own") => DoorSells::Own,
+            Some(_) => DoorSells::Market,
+            None if self.is_provider() => DoorSells::Own,
+            None => DoorSells::Market,
+        }
+    }
+
+    /// Whether a house buys this provider's own models for strangers.
+    pub(crate) fn has_house(&self) -> bool {
+        self.door.listen.is_some() && self.door_sells() == DoorSells::Own
     }
 }
 
@@ -76,6 +92,33 @@ pub(crate) struct Api {
     pub keys: Vec<ApiKey>,
     pub exchange_rate: Option<String>,
     pub exchange_refresh_s: u64,
+}
+
+/// Selling over HTTP to clients without a node.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Door {
+    pub listen: Option<SocketAddr>,
+    /// `own` or `market`.
+    pub sells: Option<String>,
+    /// PEM files; both or none.
+    pub certificate: Option<PathBuf>,
+    pub key: Option<PathBuf>,
+    /// Proxies in front, which end TLS and say in `X-Forwarded-For` who asks.
+    pub trusted_proxies: Vec<IpAddr>,
+    pub margin_permille: u64,
+    pub min_sat: u64,
+    pub max_sat: u64,
+    pub max_balance_sat: u64,
+}
+
+/// What the front door sells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DoorSells {
+    /// This provider's own models.
+    Own,
+    /// What this consumer buys in the market.
+    Market,
 }
 
 /// A key that a client of the endpoint presents.

@@ -6,6 +6,7 @@ use satgrid_engine_llama::MAX_SLOTS;
 
 use satgrid_ledger::keys::KEY_PREFIX;
 
+use super::types::DoorSells;
 use super::types::{Config, ModelForSale, Network, Profile};
 use crate::accounts::rate::Source;
 
@@ -21,6 +22,7 @@ pub(crate) fn problems(config: &Config) -> Vec<Problem> {
     let mut found = Found(Vec::new());
     node(config, &mut found);
     api(config, &mut found);
+    door(config, &mut found);
     session(config, &mut found);
     if config.is_provider() {
         provider(config, &mut found);
@@ -97,6 +99,54 @@ fn api(config: &Config, found: &mut Found) {
             "name each key once",
         );
     }
+}
+
+fn door(config: &Config, found: &mut Found) {
+    let door = &config.door;
+    let Some(listen) = door.listen else { return };
+    let known = door.sells.as_deref().is_none_or(|sells| matches!(sells, "own" | "market"));
+    let (shown, choose) = (door.sells.as_deref().unwrap_or_default(), "choose own or market");
+    found.check(known, "door.sells", format!("{shown} is neither own nor market"), choose);
+    match config.door_sells() {
+        DoorSells::Own => {
+            found.check(
+                config.is_provider(),
+                "door.sells",
+                "there are no models of its own to sell, since this node is no provider".to_owned(),
+                "add \"provider\" to node.roles, or set door.sells = \"market\"",
+            );
+            found.check(
+                config.wallet.nwc.is_none(),
+                "door.sells",
+                "selling its own models needs the embedded wallet".to_owned(),
+                "unset wallet.nwc, or sell through a second node with door.sells = \"market\"",
+            );
+        }
+        DoorSells::Market => found.check(
+            config.is_consumer(),
+            "door.sells",
+            "what others sell must be bought first, and this node is no consumer".to_owned(),
+            "add \"consumer\" to node.roles",
+        ),
+    }
+    found.check(
+        door.certificate.is_some() == door.key.is_some(),
+        "door.certificate",
+        "only one of door.certificate and door.key is set".to_owned(),
+        "set both, or none behind a proxy",
+    );
+    found.check(
+        door.certificate.is_some() || !door.trusted_proxies.is_empty() || listen.ip().is_loopback(),
+        "door.listen",
+        format!("{listen} is reachable from outside and keys would cross the network in the clear"),
+        "set door.certificate and door.key, or door.trusted_proxies where a proxy ends TLS",
+    );
+    found.check(
+        (1..=door.max_sat).contains(&door.min_sat),
+        "door.min_sat",
+        format!("{} is not between 1 and door.max_sat", door.min_sat),
+        "choose 1 to door.max_sat",
+    );
 }
 
 fn session(config: &Config, found: &mut Found) {

@@ -22,6 +22,7 @@ use satgrid_types::{Digest, Msat, NodeKey, PaymentHash, SessionId};
 use satgrid_wallet::{InvoiceRequest, Lightning};
 use std::{
     collections::BTreeMap,
+    net::SocketAddr,
     sync::{Arc, RwLock},
     time::Duration,
 };
@@ -86,6 +87,8 @@ pub(crate) struct ConsumerDriver {
     pub payments: mpsc::UnboundedSender<payments::Command>,
     pub handled: mpsc::UnboundedSender<PaymentHash>,
     pub endpoint: QuicEndpoint,
+    /// Dialled instead of what a listing names: the house's provider is on this machine.
+    pub at: Option<SocketAddr>,
     pub market: Market,
     pub store: Store,
     pub view: Arc<RwLock<ConsumerView>>,
@@ -293,6 +296,7 @@ impl Running {
 
     fn connect(&self, link: LinkId, provider: NodeKey, addresses: Vec<String>, session: SessionIndex) {
         let (endpoint, inbox) = (self.driver.endpoint.clone(), self.inbox.clone());
+        let addresses = self.driver.at.map_or(addresses, |at| vec![at.to_string()]);
         let key = session_key(&self.driver.master, session);
         tokio::spawn(async move {
             let hints: Vec<AddressHint> = addresses.iter().filter_map(|text| text.parse().ok()).collect();

@@ -59,6 +59,19 @@ impl Market {
         self.write(|state| state.reputation.fault(at, provider, fault));
     }
 
+    /// Takes in what this very node offers, and nothing else.
+    pub(crate) async fn own(self, mut offered: watch::Receiver<Vec<VerifiedListing>>, shutdown: CancellationToken) {
+        loop {
+            let listings = offered.borrow_and_update().clone();
+            listings.into_iter().for_each(|listing| self.apply(listing));
+            self.write(|state| state.book.prune(now()));
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                changed = offered.changed() => if changed.is_err() { return },
+            }
+        }
+    }
+
     fn apply(&self, listing: VerifiedListing) {
         let (name, provider) = (listing.model.clone(), listing.node_key);
         match self.write(|state| state.book.apply(now(), listing)) {

@@ -20,6 +20,8 @@ const REMEMBERED: usize = 4_096;
 pub(crate) enum PaysFor {
     Slice(SessionId, u32),
     Refund(SessionId),
+    /// Back to a client of the front door: the refund's number.
+    Door(u64),
 }
 
 /// What the driver is told.
@@ -152,7 +154,9 @@ impl Payments {
                     let of_another = match &error {
                         StartError::NotOver { hash: other, .. } | StartError::Paid { hash: other } => *other != hash,
                         StartError::GivenUp { .. } => true,
-                        StartError::HashReused { .. } | StartError::TooMany { .. } => false,
+                        // A client names the invoice itself, and may name one that was paid for something else.
+                        StartError::HashReused { .. } => matches!(pays_for, PaysFor::Door(_)),
+                        StartError::TooMany { .. } => false,
                     };
                     if of_another {
                         let outcome = Outcome::Failed { reason: FailureReason::NeverSent };

@@ -12,6 +12,7 @@ use satgrid_types::{Digest, TokenizerHash, VerifiedListing};
 use sha2::{Digest as _, Sha256};
 use std::{
     collections::BTreeMap,
+    net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -39,12 +40,19 @@ pub(crate) struct Vocabulary {
 pub(crate) struct Tokenizers {
     dir: PathBuf,
     endpoint: QuicEndpoint,
+    /// Dialled instead of what listings name.
+    at: Option<SocketAddr>,
     loaded: Mutex<BTreeMap<TokenizerHash, Arc<Vocabulary>>>,
 }
 
 impl Tokenizers {
     pub(crate) fn new(dir: PathBuf, endpoint: QuicEndpoint) -> Tokenizers {
-        Tokenizers { dir, endpoint, loaded: Mutex::new(BTreeMap::new()) }
+        Tokenizers { dir, endpoint, at: None, loaded: Mutex::new(BTreeMap::new()) }
+    }
+
+    /// Of the provider on this machine.
+    pub(crate) fn own(dir: PathBuf, endpoint: QuicEndpoint, at: SocketAddr) -> Tokenizers {
+        Tokenizers { at: Some(at), ..Tokenizers::new(dir, endpoint) }
     }
 
     /// The tokenizer of this hash; `sellers` serve it where the cache has none.
@@ -89,7 +97,8 @@ impl Tokenizers {
         for seller in sellers {
             // Fetching a public artefact needs no identity: the key is used once.
             let key = SigningKey::from_bytes(&super::fresh_seed());
-            let hints: Vec<AddressHint> = seller.addresses.iter().filter_map(|text| text.parse().ok()).collect();
+            let addresses = self.at.map_or_else(|| seller.addresses.clone(), |at| vec![at.to_string()]);
+            let hints: Vec<AddressHint> = addresses.iter().filter_map(|text| text.parse().ok()).collect();
             let fetched = async {
                 let link = self.endpoint.connect(&hints, seller.node_key, &key).await?;
                 Ok::<_, anyhow::Error>(download.run(&link).await?)

@@ -1,6 +1,7 @@
 //! The wallet's events: to the machine that waits for each, and acknowledged only when the journal has what follows.
 
 use super::{channels, consumer, journal::JournalWriter, now, payments, provider};
+use crate::door::DoorDesk;
 use satgrid_ledger::entry::{Draft, Evidence};
 use satgrid_node::{consumer::ConsumerEvent, provider::ProviderEvent};
 use satgrid_types::PaymentHash;
@@ -40,6 +41,7 @@ pub(crate) struct WalletPump {
     pub payments: mpsc::UnboundedSender<payments::Command>,
     pub provider: Option<mpsc::Sender<provider::Message>>,
     pub consumer: Option<mpsc::Sender<consumer::Message>>,
+    pub door: Option<Arc<DoorDesk>>,
     /// Payment hashes whose events the roles have booked.
     pub handled: mpsc::UnboundedReceiver<PaymentHash>,
     /// Told of every channel that closed, once the journal has it.
@@ -85,6 +87,18 @@ impl WalletPump {
                 self.booked(hash).await
             }
             WalletEvent::PaymentReceived { hash, amount } => {
+                if let Some(door) = &self.door {
+                    match door.received(hash, amount).await {
+                        Ok(true) => return true,
+                        Ok(false) => {}
+                        Err(error) => {
+                            tracing::error!(%error, payment = %hash, "a client's deposit was not booked");
+                            // Shown again, but not at once.
+                            tokio::time::sleep(BALANCE_EVERY).await;
+                            return false;
+                        }
+                    }
+                }
                 let mut booked = true;
                 if let Some(provider) = &self.provider {
                     let event = ProviderEvent::PaymentReceived { hash, amount };

@@ -5,14 +5,18 @@
 //! killed may lose its channels.
 
 mod checkpoints;
+mod house;
 mod open;
 mod parts;
 
 pub(crate) use open::{backups, catalogue, chain_source, keys, wallet_network};
 
+use house::{Beside, House, HouseBooks};
+
 use crate::accounts::{Desk, recover::Costs};
 use crate::admin;
-use crate::config::Config;
+use crate::config::{Config, DoorSells};
+use crate::door::{DoorDesk, Till};
 use crate::drive::{
     channels::{Keeper, Wished},
     figures::{Figures, WalletFigures},
@@ -94,6 +98,10 @@ async fn node(config: Config) -> anyhow::Result<Ended> {
     let admin_port = listen(config.api.admin, "api.admin").await?;
     let api_port = if config.is_consumer() { Some(listen(config.api.listen, "api.listen").await?) } else { None };
 
+    let door_port = match config.door.listen {
+        Some(address) => Some(listen(address, "door.listen").await?),
+        None => None,
+    };
     let life = CancellationToken::new();
     let heartbeat = open::claim_seed(&config, &keys, life.clone()).await?;
 
@@ -105,11 +113,18 @@ async fn node(config: Config) -> anyhow::Result<Ended> {
     let writer = JournalWriter::open(opened, |entry| {
         fold.entry(entry);
         costs.entry(entry);
+        costs.charge(entry);
     });
     let writer = writer.await.context("the ledger does not fold")?;
     let recovered = fold.finish();
     costs.restored(&recovered.consumer_sessions);
-    costs.settle(&key_store).await.context("calls of the last run cannot be settled")?;
+    let resale = Till::resale(writer.clone(), config.door.margin_permille);
+    let house = match config.has_house() {
+        true => Some(HouseBooks::open(&config, &keys, &mut costs).await?),
+        false => None,
+    };
+    let till = if house.is_some() { Till::own(writer.clone()) } else { resale.clone() };
+    costs.settle(&key_store, &till).await.context("calls of the last run cannot be settled")?;
 
     let restoring = restore::read(&config.node.dir)?;
     let wallet = open::open_wallet(&config, &keys, restoring.as_ref()).await?;
@@ -126,7 +141,10 @@ async fn node(config: Config) -> anyhow::Result<Ended> {
         wallet,
         admin_port,
         api_port,
+        door_port,
         key_store,
+        tills: (resale, till),
+        house,
     };
     let outcome = opened.run().await;
     match tokio::time::timeout(WALLET_STOP, lightning.stop()).await {
@@ -158,7 +176,11 @@ struct Opened {
     wallet: open::Wallet,
     admin_port: TcpListener,
     api_port: Option<TcpListener>,
+    door_port: Option<TcpListener>,
     key_store: KeyStore,
+    /// Of this node's own edge, and of the front door.
+    tills: (Till, Till),
+    house: Option<HouseBooks>,
 }
 
 impl Opened {
@@ -166,6 +188,7 @@ impl Opened {
     async fn run(self) -> anyhow::Result<Ended> {
         let Opened { config, keys, nostr, journal, writer, recovered, restoring, .. } = self;
         let (wallet, admin_port, api_port, key_store) = (self.wallet, self.admin_port, self.api_port, self.key_store);
+        let (mut door_port, tills, house) = (self.door_port, self.tills, self.house);
         let ours = node_key(&keys.identity);
         let lightning = wallet.lightning.clone();
         let embedded: Option<Arc<dyn Embedded>> = wallet.embedded.clone().map(|process| process as Arc<dyn Embedded>);
@@ -187,6 +210,7 @@ impl Opened {
             journal: writer.clone(),
             store: journal.clone(),
             wallet: lightning.clone(),
+            key_store: key_store.clone(),
             shutdown: shutdown.clone(),
         };
         let market = Market::new(catalogue(&config)?);
@@ -232,7 +256,7 @@ impl Opened {
             tokio::spawn(keep_connected(embedded.clone(), shutdown.clone()));
             let restorer = Restorer {
                 wallet: embedded.clone(),
-                journal: writer,
+                journal: writer.clone(),
                 dir: config.node.dir.clone(),
                 shared: restoring.clone(),
                 shutdown: shutdown.clone(),
@@ -253,7 +277,8 @@ impl Opened {
         }
         let edges = CancellationToken::new();
         let mut tasks = tokio::task::JoinSet::new();
-        let desk = Desk::new(key_store, open::exchange_rate(&config, &shutdown)?);
+        let rate = open::exchange_rate(&config, &shutdown)?;
+        let desk = Desk::new(key_store.clone(), rate.clone(), tills.0);
         let mut admin_routes = admin::router(admin_state, desk.clone());
         let mut registry = MetricsRegistry::default();
         registry.register(Arc::new(Figures {
@@ -280,6 +305,12 @@ impl Opened {
             });
             desk.serves(&gateway);
             let api = Api::new(gateway.clone(), open::api_config(&config, desk.clone())?);
+            if config.door_sells() == DoorSells::Market
+                && let (Some(port), Some(door)) = (door_port.take(), running.door.clone())
+            {
+                let front = FrontDoor { port, door, gateway: gateway.clone(), desk: desk.clone() };
+                front.open(&config, &edges, &mut tasks)?;
+            }
             let mut registry = registry;
             registry.register(api.metrics());
             registry.register(desk.meter.clone());
@@ -289,6 +320,44 @@ impl Opened {
             tasks.spawn(async move { Ok(api.serve(port, edges.cancelled_owned()).await?) });
         } else {
             admin_routes = admin_routes.merge(metrics_router(registry));
+        }
+        let house = match (house, &running.provider, &running.publisher, &wallet.embedded) {
+            (Some(books), Some(provider), Some(publisher), Some(wallet)) => {
+                let beside = Beside {
+                    config: &config,
+                    nostr,
+                    journal: writer.clone(),
+                    key_store: key_store.clone(),
+                    wallet: wallet.clone(),
+                    provider: provider.clone(),
+                    offered: publisher.offered(),
+                    quic_listen: running.endpoint.local_addr()?,
+                    shutdown: shutdown.clone(),
+                };
+                Some(House::start(books, beside).await?)
+            }
+            (_, _, _, _) => None,
+        };
+        if let (Some(house), Some(port), Some(door)) = (&house, door_port, running.door.clone()) {
+            let desk = Desk::new(key_store, rate, tills.1);
+            let dir = config.node.dir.join("tokenizers");
+            let gateway = Arc::new(Gateway {
+                market: house.market.clone(),
+                tokenizers: Tokenizers::own(dir, house.endpoint.clone(), house.at),
+                consumer: house.consumer.clone(),
+                wallet: lightning.clone(),
+                view: house.view.clone(),
+                // What it sells is here, whoever hears of it.
+                relays: Box::new(|| (1, 1)),
+                // The names are the operator's own.
+                allow_unverified_names: true,
+                only: Vec::new(),
+                prefer: Vec::new(),
+                desk: desk.clone(),
+                next_call: AtomicU64::new(0),
+                started: now(),
+            });
+            FrontDoor { port, door, gateway, desk }.open(&config, &edges, &mut tasks)?;
         }
         let admin_edges = edges.clone();
         tasks.spawn(async move { Ok(serve_admin(admin_port, admin_routes, admin_edges.cancelled_owned()).await?) });
@@ -310,11 +379,46 @@ impl Opened {
         if let Some(publisher) = running.publisher.and_then(Arc::into_inner) {
             publisher.stopped().await;
         }
+        if let Some(house) = house {
+            house.endpoint.shutdown(Code::SHUTTING_DOWN, "the node is stopping").await;
+            house.close().await;
+        }
         running.endpoint.shutdown(Code::SHUTTING_DOWN, "the node is stopping").await;
         running.engines.iter().for_each(|(_, engine)| engine.shut_down());
         running.stages.iter().for_each(|stage| stage.shut_down());
         running.leads.iter().for_each(|lead| lead.shut_down());
         outcome
+    }
+}
+
+/// The edge for strangers, ready to be served.
+struct FrontDoor {
+    port: TcpListener,
+    door: Arc<DoorDesk>,
+    gateway: Arc<Gateway>,
+    desk: Arc<Desk>,
+}
+
+impl FrontDoor {
+    fn open(
+        self,
+        config: &Config,
+        edges: &CancellationToken,
+        tasks: &mut tokio::task::JoinSet<anyhow::Result<()>>,
+    ) -> anyhow::Result<()> {
+        let FrontDoor { port, door, gateway, desk } = self;
+        desk.serves(&gateway);
+        let edge = open::door_api(config, gateway.clone(), desk, door)?;
+        let tls = open::tls(&config.door)?;
+        tracing::info!(address = %port.local_addr()?, tls = tls.is_some(), sells = ?config.door_sells(), "front door");
+        let edges = edges.clone();
+        tasks.spawn(async move {
+            let served = edge.serve_over(port, tls, edges.cancelled_owned()).await;
+            // The desk knows its gateway weakly; it lives as long as its edge.
+            drop(gateway);
+            Ok(served?)
+        });
+        Ok(())
     }
 }
 

@@ -8,7 +8,7 @@ use crate::failure::HintExt;
 use crate::store::Store;
 use anyhow::Context;
 use ed25519_dalek::SigningKey;
-use satgrid_api::{Accounts, ApiConfig, ApiKey};
+use satgrid_api::{Accounts, Api, ApiConfig, ApiKey, Door, Service, Tls};
 use satgrid_ledger_postgres::PostgresJournal;
 use satgrid_ledger_sqlite::{KeyStore, SqliteJournal};
 use satgrid_market::{Catalogue, ProviderPattern};
@@ -249,6 +249,24 @@ pub(super) fn exchange_rate(config: &Config, shutdown: &CancellationToken) -> an
     let source = source.map_err(anyhow::Error::msg).context("api.exchange_rate")?;
     let refresh = Duration::from_secs(config.api.exchange_refresh_s.max(MIN_REFRESH_S));
     Ok(Rate::start(source, refresh, shutdown.clone()))
+}
+
+/// The edge for strangers: no key of the operator's file, nobody without a key.
+pub(super) fn door_api(
+    config: &Config,
+    service: Arc<dyn Service>,
+    accounts: Arc<dyn Accounts>,
+    door: Arc<dyn Door>,
+) -> anyhow::Result<Api> {
+    let own = api_config(config, accounts)?;
+    let for_strangers = ApiConfig { keys: Vec::new(), keyless_loopback: false, door: Some(door), ..own };
+    Ok(Api::new(service, for_strangers))
+}
+
+/// The front door's certificate, if it ends TLS itself.
+pub(super) fn tls(door: &crate::config::Door) -> anyhow::Result<Option<Tls>> {
+    let (Some(certificate), Some(key)) = (&door.certificate, &door.key) else { return Ok(None) };
+    Tls::from_files(certificate, key).map(Some).context("door.certificate and door.key cannot be used")
 }
 
 pub(super) fn api_config(config: &Config, accounts: Arc<dyn Accounts>) -> anyhow::Result<ApiConfig> {

@@ -2,6 +2,7 @@
 
 use super::open::{Keys, wallet_network};
 use crate::config::Config;
+use crate::door::{self, DoorDesk};
 use crate::drive::{
     channels,
     checkpoints::{NOTES, compare_heads},
@@ -24,6 +25,7 @@ use crate::store::Store;
 use anyhow::Context;
 use satgrid_engine::{port::Engine, stage::port::Stage};
 use satgrid_engine_llama::{LlamaLead, LlamaStage};
+use satgrid_ledger_sqlite::KeyStore;
 use satgrid_market_nostr::{Publisher, PublisherConfig, RelayConfig, RelayHealth};
 use satgrid_node::{
     consumer::{Consumer, ConsumerConfig, ConsumerEvent},
@@ -56,6 +58,7 @@ pub(super) struct Node<'a> {
     pub journal: JournalWriter,
     pub store: Store,
     pub wallet: Arc<dyn Lightning>,
+    pub key_store: KeyStore,
     pub shutdown: CancellationToken,
 }
 
@@ -67,6 +70,7 @@ pub(super) struct Running {
     pub metered: Vec<Metered>,
     pub stages: Vec<Arc<LlamaStage>>,
     pub leads: Vec<Arc<LlamaLead>>,
+    pub door: Option<Arc<DoorDesk>>,
     pub publisher: Option<Arc<Publisher>>,
     pub relays: watch::Receiver<Vec<RelayHealth>>,
     /// Events from relays, by what became of them.
@@ -109,6 +113,7 @@ impl Node<'_> {
                 payments: payments.clone(),
                 handled: handled.clone(),
                 endpoint: endpoint.clone(),
+                at: None,
                 market: market.clone(),
                 store: self.store.clone(),
                 view,
@@ -170,8 +175,24 @@ impl Node<'_> {
             };
             provider::start(driver, endpoint.clone())
         });
+        let door = self.config.door.listen.map(|_| {
+            DoorDesk::new(door::Parts {
+                keys: self.key_store.clone(),
+                journal: self.journal.clone(),
+                wallet: self.wallet.clone(),
+                payments: payments.clone(),
+                handled: handled.clone(),
+                settings: self.config.door.clone(),
+                margin_permille: if self.config.has_house() { 0 } else { self.config.door.margin_permille },
+                network: wallet_network(self.config.node.network),
+                secret: self.keys.sessions,
+            })
+        });
+        if let Some(door) = &door {
+            tokio::spawn(door.clone().pay_refunds(self.shutdown.clone()));
+        }
         tokio::spawn(space(self.config).watch(provider.clone(), consumer.clone(), self.shutdown.clone()));
-        tokio::spawn(route_ended(ended_inbox, provider.clone(), consumer.clone()));
+        tokio::spawn(route_ended(ended_inbox, provider.clone(), consumer.clone(), door.clone()));
         let (tell_closed, closed) = mpsc::unbounded_channel();
         let pump = WalletPump {
             wallet: self.wallet.clone(),
@@ -179,6 +200,7 @@ impl Node<'_> {
             payments,
             provider: provider.clone(),
             consumer: consumer.clone(),
+            door: door.clone(),
             handled: handled_inbox,
             closed: tell_closed,
             shutdown: self.shutdown.clone(),
@@ -198,6 +220,7 @@ impl Node<'_> {
         Ok(Running {
             endpoint,
             quic_listen,
+            door,
             engines,
             metered,
             stages: stages.into_iter().map(|layers| layers.stage).collect(),
@@ -361,14 +384,20 @@ fn sat(sat: u64) -> Msat {
 }
 
 /// Tells the role whose payment it was how it ended.
-async fn route_ended(
+pub(super) async fn route_ended(
     mut ended: mpsc::UnboundedReceiver<payments::Ended>,
     provider: Option<mpsc::Sender<provider::Message>>,
     consumer: Option<mpsc::Sender<consumer::Message>>,
+    door: Option<Arc<DoorDesk>>,
 ) {
     while let Some(payments::Ended { pays_for, hash, amount, outcome }) = ended.recv().await {
         let text = |reason: FailureReason| reason.to_string();
         match pays_for {
+            payments::PaysFor::Door(_) => {
+                if let Some(door) = &door {
+                    door.ended(hash, outcome).await;
+                }
+            }
             payments::PaysFor::Slice(..) => {
                 let event = match outcome {
                     Outcome::Settled { preimage, fee } => ConsumerEvent::PaymentSettled { hash, preimage, fee },

@@ -3,7 +3,7 @@
 use super::wire::{self, Answered, Asked, Call, NotStarted, Started};
 use crate::{LdkConfig, StartError};
 use async_trait::async_trait;
-use satgrid_types::{LightningKey, Msat, PaymentHash};
+use satgrid_types::{LightningKey, Msat, PaymentHash, Preimage};
 use satgrid_wallet::{
     Balance, Channel, ChannelError, ChannelId, Embedded, Invoice, InvoiceError, InvoiceRequest, Lightning, Network,
     OpenChannel, PayError, PaymentRecord, PaymentState, WalletError, WalletEvent,
@@ -261,6 +261,9 @@ impl Embedded for WalletProcess {
     }
     async fn send_onchain(&self, send: OnchainSend) -> Result<String, SendError> {
         self.ask::<Result<_, _>>(Call::SendOnchain(send)).await?
+    }
+    async fn preimage(&self, hash: PaymentHash) -> Result<Option<Preimage>, WalletError> {
+        self.ask::<Result<_, _>>(Call::Preimage(hash)).await?
     }
     async fn fees_paid(&self) -> Result<FeesPaid, WalletError> {
         self.ask::<Result<_, _>>(Call::FeesPaid).await?

@@ -51,6 +51,7 @@ pub(super) enum Call {
     Receive(Receive),
     SendOnchain(OnchainSend),
     FeesPaid,
+    Preimage(PaymentHash),
     ChannelBackup,
     AskPeer { node: LightningKey, address: String },
     Recover(BackedUp),

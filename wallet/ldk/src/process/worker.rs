@@ -127,6 +127,7 @@ async fn answer(wallet: &LdkWallet, call: Call) -> serde_json::Result<Value> {
         Call::Reconnect => to_value(wallet.reconnect().await),
         Call::Receive(ask) => to_value(wallet.receive(ask).await),
         Call::SendOnchain(send) => to_value(wallet.send_onchain(send).await),
+        Call::Preimage(hash) => to_value(wallet.preimage(hash).await),
         Call::FeesPaid => to_value(wallet.fees_paid().await),
         Call::ChannelBackup => to_value(wallet.channel_backup().await),
         Call::AskPeer { node, address } => to_value(wallet.ask_peer(node, &address).await),

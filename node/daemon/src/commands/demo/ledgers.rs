@@ -207,7 +207,7 @@ fn read(name: &'static str, node: NodeKey, file: &Path) -> anyhow::Result<Ledger
             Account::PrepaidAsset(_) => balances.prepaid_asset += balance,
             Account::RefundsDue(_) => balances.refunds_due += balance,
             Account::Dust => balances.dust += balance,
-            Account::WorkerPayable(_) | Account::External => {}
+            Account::WorkerPayable(_) | Account::External | Account::Clients => {}
         }
     }
     Ok(ledger)

@@ -1,0 +1,188 @@
+//! Where a refund goes: a BOLT 11 invoice, or a Lightning address that is asked for one (LNURL-pay).
+//!
+//! The address is a stranger's word, and this node asks the host that it names: over HTTPS only, without redirects, small
+//! answers only, and never an address of a private network. On regtest also plain HTTP to this machine.
+
+use anyhow::{Context, bail, ensure};
+use satgrid_types::Msat;
+use serde_json::Value;
+use std::{net::IpAddr, time::Duration};
+
+const ANSWER_WITHIN: Duration = Duration::from_secs(15);
+const MAX_ANSWER_BYTES: usize = 32 << 10;
+const MAX_ADDRESS_LEN: usize = 320;
+/// As long as the wallet looks at.
+const MAX_INVOICE_LEN: usize = 2_048;
+
+/// Where a refund may go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Destination {
+    Bolt11(String),
+    /// `user@host`
+    Address {
+        user: String,
+        host: String,
+    },
+}
+
+impl std::str::FromStr for Destination {
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<Destination, &'static str> {
+        let text = text.trim();
+        let text = text.strip_prefix("lightning:").unwrap_or(text);
+        if text.len() > MAX_INVOICE_LEN {
+            return Err("a destination is never that long");
+        }
+        let lower = text.to_ascii_lowercase();
+        if let Some((user, host)) = lower.split_once('@') {
+            let name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '+');
+            let place = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | ':');
+            let sound = !user.is_empty() && user.chars().all(name) && !host.is_empty() && host.chars().all(place);
+            if !sound || text.len() > MAX_ADDRESS_LEN {
+                return Err("a Lightning address is user@host");
+            }
+            return Ok(Destination::Address { user: user.to_owned(), host: host.to_owned() });
+        }
+        if lower.starts_with("lnbc") || lower.starts_with("lntb") {
+            return Ok(Destination::Bolt11(lower));
+        }
+        Err("name a BOLT 11 invoice with an amount, or a Lightning address (user@host)")
+    }
+}
+
+/// Asks a Lightning address for an invoice over exactly `amount`.
+pub(crate) async fn invoice(user: &str, host: &str, amount: Msat, local: bool) -> anyhow::Result<String> {
+    let scheme = if local && is_this_machine(host) { "http" } else { "https" };
+    let first = get(&format!("{scheme}://{host}/.well-known/lnurlp/{user}"), local).await?;
+    let range = |name: &str| first[name].as_u64();
+    ensure!(first["tag"] == "payRequest", "the address takes no payments: {}", said(&first));
+    let (least, most) = (range("minSendable").unwrap_or(1), range("maxSendable").unwrap_or(u64::MAX));
+    ensure!((least..=most).contains(&amount.0), "the address takes {least} to {most} msat, not {amount}");
+    let callback = first["callback"].as_str().context("the address names no callback")?;
+    let join = if callback.contains('?') { '&' } else { '?' };
+    let second = get(&format!("{callback}{join}amount={}", amount.0), local).await?;
+    let bolt11 = second["pr"].as_str().with_context(|| format!("the address gave no invoice: {}", said(&second)))?;
+    Ok(bolt11.to_ascii_lowercase())
+}
+
+fn said(answer: &Value) -> String {
+    answer["reason"].as_str().unwrap_or("no reason given").chars().filter(|c| !c.is_control()).take(120).collect()
+}
+
+fn is_this_machine(host: &str) -> bool {
+    let host = host.rsplit_once(':').map_or(host, |(host, _)| host);
+    host == "localhost" || host == "127.0.0.1"
+}
+
+async fn get(url: &str, local: bool) -> anyhow::Result<Value> {
+    let parsed = reqwest::Url::parse(url).context("the address leads to no URL")?;
+    let host = parsed.host_str().context("the address leads to no host")?.to_owned();
+    let here = local && is_this_machine(&host);
+    ensure!(here || parsed.scheme() == "https", "the address is not reached over HTTPS");
+    let port = parsed.port_or_known_default().unwrap_or(443);
+    let found: Vec<std::net::SocketAddr> =
+        tokio::net::lookup_host((host.as_str(), port)).await.context("the address has no host")?.collect();
+    // What was looked up is what is connected to: a name cannot change its mind in between.
+    let Some(at) = found.into_iter().find(|at| here || is_public(at.ip())) else {
+        bail!("the address leads into a private network")
+    };
+    let client = reqwest::Client::builder()
+        .timeout(ANSWER_WITHIN)
+        .redirect(reqwest::redirect::Policy::none())
+        .no_proxy()
+        .resolve(&host, at)
+        .build()?;
+    let mut response = client.get(parsed).send().await?.error_for_status()?;
+    let mut body = Vec::new();
+    while let Some(bytes) = response.chunk().await? {
+        body.extend_from_slice(&bytes);
+        ensure!(body.len() <= MAX_ANSWER_BYTES, "the address answers at length");
+    }
+    Ok(serde_json::from_slice(&body)?)
+}
+
+fn is_public(ip: IpAddr) -> bool {
+    match ip.to_canonical() {
+        IpAddr::V4(ip) => {
+            let shared = ip.octets()[0] == 100 && (64..128).contains(&ip.octets()[1]);
+            !(ip.is_private()
+                || ip.is_loopback()
+                || ip.is_link_local()
+                || ip.is_unspecified()
+                || ip.is_broadcast()
+                || ip.is_multicast()
+                || ip.is_documentation()
+                || shared)
+        }
+        IpAddr::V6(ip) => {
+            let first = ip.segments()[0];
+            let local = first & 0xfe00 == 0xfc00 || first & 0xffc0 == 0xfe80;
+            !(ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() || local)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn destinations() {
+        let check = |text: &str, expect: Option<Destination>| assert_eq!(text.parse().ok(), expect, "{text}");
+        let address = |user: &str, host: &str| Some(Destination::Address { user: user.into(), host: host.into() });
+        check("Alice@Example.com", address("alice", "example.com"));
+        check(" lightning:bob@localhost:80 ", address("bob", "localhost:80"));
+        check("LNBCRT10N1XYZ", Some(Destination::Bolt11("lnbcrt10n1xyz".into())));
+        check("lntb1xyz", Some(Destination::Bolt11("lntb1xyz".into())));
+        check("a/../b@example.com", None);
+        check("a@example.com/path", None);
+        check("@example.com", None);
+        check("bc1qxyz", None);
+    }
+
+    #[test]
+    fn private_networks_are_not_asked() {
+        for private in [
+            "10.0.0.1",
+            "127.0.0.1",
+            "169.254.169.254",
+            "192.168.1.1",
+            "100.64.0.1",
+            "::1",
+            "fd00::1",
+            "::ffff:10.0.0.1",
+        ] {
+            assert!(!is_public(private.parse().unwrap()), "{private}");
+        }
+        for public in ["1.1.1.1", "2606:4700::1111"] {
+            assert!(is_public(public.parse().unwrap()), "{public}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_address_is_asked_for_an_invoice_over_the_very_amount() {
+        use axum::{Json, Router, extract::Query, routing::get};
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let host = format!("127.0.0.1:{}", listener.local_addr().unwrap().port());
+        let callback = format!("http://{host}/pay");
+        let app = Router::new()
+            .route(
+                "/.well-known/lnurlp/alice",
+                get(move || async move {
+                    Json(serde_json::json!({
+                        "tag": "payRequest", "callback": callback, "minSendable": 1_000, "maxSendable": 9_000_000,
+                    }))
+                }),
+            )
+            .route(
+                "/pay",
+                get(|Query(q): Query<std::collections::BTreeMap<String, String>>| async move {
+                    Json(serde_json::json!({ "pr": format!("lnbcrt{}", q["amount"]) }))
+                }),
+            );
+        tokio::spawn(async move { axum::serve(listener, app).await });
+        assert_eq!(invoice("alice", &host, Msat(5_000), true).await.unwrap(), "lnbcrt5000");
+        assert!(invoice("alice", &host, Msat(500), true).await.unwrap_err().to_string().contains("1000 to 9000000"));
+        assert!(invoice("alice", &host, Msat(5_000), false).await.is_err(), "not over plain HTTP");
+    }
+}
