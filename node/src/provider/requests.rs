@@ -1,12 +1,12 @@
-//! A request's run: started, metered, acknowledged, receipted.
+//! A request that runs: metered, acknowledged, receipted.
 
-use super::{EngineId, Provider, ProviderAction, jobs, parts::PartLive, start::check_start, words::engine_sampling};
+use super::{EngineId, Provider, ProviderAction, parts::PartLive};
 use crate::{LinkId, StreamId};
-use satgrid_engine::port::{Command, EngineEvent, FinishReason as EngineFinish, Job, JobId};
+use satgrid_engine::port::{Command, EngineEvent, FinishReason as EngineFinish, JobId};
 use satgrid_ledger::statements::{Ack, Receipt, ReceiptOpening, ReceiptPrivate, RunningHash, Split};
 use satgrid_pricing::{charge, numerators};
 use satgrid_protocol::{
-    frame::{ConsumerFrame, MAX_CHUNK_TOKENS, ProviderFrame, Refusal, StartRequest, TokenLogprobs},
+    frame::{ConsumerFrame, MAX_CHUNK_TOKENS, ProviderFrame, TokenLogprobs},
     metering::{Grant, Meter},
     session::{REQUEST_DEADLINE_MS, ReceiptFacts},
 };
@@ -20,26 +20,26 @@ pub(super) struct Request {
     pub stream: (LinkId, StreamId),
     pub job: JobId,
     pub done: TokenUsage,
-    meter: Meter,
+    pub(super) meter: Meter,
     /// Of work on a part of a model.
     pub(super) part: Option<PartLive>,
     /// Of a lead: how the answer was put together, once it is.
     pub(super) split: Option<(Split, Digest)>,
-    salt: Salt,
-    prompt_hash: Digest,
-    sampling: Sampling,
-    running: RunningHash,
-    granted: Grant,
+    pub(super) salt: Salt,
+    pub(super) prompt_hash: Digest,
+    pub(super) sampling: Sampling,
+    pub(super) running: RunningHash,
+    pub(super) granted: Grant,
     pub ack: AckState,
     /// Output that no countersigned acknowledgement covers: said again on the stream of a resumed request.
     pub unsigned: Vec<u32>,
     /// Resumed, and its new stream is awaited: how much of the output the consumer has.
     pub awaits_stream: Option<u32>,
     pub phase: Phase,
-    started_at: UnixMs,
+    pub(super) started_at: UnixMs,
     pub(super) first_token_at: Option<UnixMs>,
     /// It ran for too long and its engine was told to stop.
-    overdue: bool,
+    pub(super) overdue: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,7 +62,7 @@ pub(super) enum Phase {
 /// The acknowledgement that is out, and when and for what the last one was offered.
 pub(super) struct AckState {
     pub out: Option<(Ack, Signed<Ack>)>,
-    offered: TokenUsage,
+    pub(super) offered: TokenUsage,
     pub offered_at: UnixMs,
 }
 
@@ -121,133 +121,6 @@ impl Provider {
     pub(super) fn request_on(&self, id: SessionId, link: LinkId, stream: StreamId) -> Option<RequestId> {
         let session = self.sessions.get(&id)?;
         session.requests.iter().find(|(_, r)| r.stream == (link, stream)).map(|(id, _)| *id)
-    }
-
-    fn start(&mut self, now: UnixMs, link: LinkId, stream: StreamId, id: SessionId, start: StartRequest) {
-        if self.gate.is_broken() {
-            return self.refuse_request(link, stream, Refusal::Unavailable, "this node's ledger cannot be written");
-        }
-        if let Some(why) = self.paused.clone() {
-            return self.refuse_request(link, stream, Refusal::Unavailable, why);
-        }
-        let engine = self.engine_for(id);
-        let Some(session) = self.sessions.get(&id) else { return };
-        let checked = check_start(&session.state, &start).and_then(|open| Ok((open, jobs::extras(&start)?)));
-        let (open, extras) = match checked {
-            Ok(checked) => checked,
-            Err(text) => return self.violation(link, text),
-        };
-        let state = &session.state;
-        if state.request_state(&open.request).is_some() || state.has_ended(&open.request) {
-            return self.refuse_request(link, stream, Refusal::Protocol, "this request id was used before");
-        }
-        let quote = match state.quote_of(&open.quote) {
-            Some(quote)
-                if now <= quote.valid_until && state.close_statement().is_none() && session.closing.is_none() =>
-            {
-                quote
-            }
-            Some(_) => {
-                return self.refuse_request(link, stream, Refusal::Quote, "the quote has expired: ask for a new one");
-            }
-            None => return self.refuse_request(link, stream, Refusal::Quote, "no such quote in this session"),
-        };
-        let Some(engine) = engine.filter(|engine| !self.down.contains(engine)) else {
-            return self.refuse_request(link, stream, Refusal::Unavailable, "the engine for this model is not running");
-        };
-        if session.requests.len() >= self.config.max_requests_per_session || self.jobs.len() >= self.config.max_requests
-        {
-            return self.refuse_request(link, stream, Refusal::Busy, "all slots and places in the queue are taken");
-        }
-        if let Some(text) = self.order_refused(engine, &open) {
-            return self.refuse_order(link, stream, text);
-        }
-        let room = quote.context_length.saturating_sub(open.prompt_tokens);
-        if room == 0 && open.part.is_none() {
-            let text = format!(
-                "a prompt of {} tokens leaves no room in a context of {}",
-                open.prompt_tokens, quote.context_length
-            );
-            return self.refuse_request(link, stream, Refusal::Context, text);
-        }
-        let max_output = open.max_output.min(room).max(1);
-        let meter = match open.part {
-            Some(order) => Meter::Part(order),
-            None => Meter::Tokens { prompt_tokens: open.prompt_tokens, max_output },
-        };
-        let granted = meter.grant(&TokenUsage::default(), state.available(), &quote.rates, &quote.terms);
-        if granted == Grant::default() {
-            let needed = meter.start_cost(&quote.rates, &quote.terms);
-            let text = format!("{} available, {} needed to start", state.available(), needed.unwrap_or(Msat::MAX));
-            return self.refuse_request(link, stream, Refusal::Funds, text);
-        }
-        let Ok(reserve) = meter.cost(granted, &quote.rates) else {
-            return self.refuse_request(
-                link,
-                stream,
-                Refusal::Protocol,
-                "the price of this request does not fit 64 bits",
-            );
-        };
-        let draft = state.request(now, open.evidence(), open.request, reserve);
-        let job = JobId(self.next_job);
-        self.next_job = self.next_job.wrapping_add(1);
-        let work = Job {
-            id: job,
-            session: id.0,
-            sampling: engine_sampling(&start.private.sampling),
-            max_output,
-            stop: start.private.stop.clone(),
-            ignore_eos: false,
-            resumed: start.private.resumed,
-            extras,
-            prompt: start.prompt,
-        };
-        let live = Request {
-            stream: (link, stream),
-            job,
-            done: TokenUsage::default(),
-            meter,
-            part: open.part.map(PartLive::new),
-            split: None,
-            salt: start.salt,
-            prompt_hash: start.private.prompt_hash,
-            sampling: start.private.sampling,
-            running: RunningHash::start(&start.salt, &open.request),
-            granted,
-            ack: AckState { out: None, offered: TokenUsage::default(), offered_at: now },
-            unsigned: Vec::new(),
-            awaits_stream: None,
-            phase: Phase::Running,
-            started_at: now,
-            first_token_at: None,
-            overdue: false,
-        };
-        let request = open.request;
-        self.jobs.insert(job, (id, request));
-        self.counters.requests_started += 1;
-        if let Some(session) = self.sessions.get_mut(&id) {
-            session.requests.insert(request, live);
-        }
-        let grant = grant_command(job, granted);
-        let begin = match open.part {
-            Some(order) => self.admit(engine, job, id, &open, order),
-            None => ProviderAction::Engine { engine, command: Command::Start(work) },
-        };
-        self.record(id, vec![draft], vec![begin, ProviderAction::Engine { engine, command: grant }]);
-    }
-
-    /// The session's engine; after a restart, the one that serves its quote's model now.
-    fn engine_for(&mut self, id: SessionId) -> Option<EngineId> {
-        let session = self.sessions.get_mut(&id)?;
-        let (root, build) = (session.state.quote().model_root, session.state.quote().build);
-        // One node may sell several parts of one model: the very listing says which, or the engine that served before.
-        let known = self.offerings.get(&session.state.quote().listing).map(|o| o.engine).or(session.engine);
-        let fits = |o: &&super::Offering| o.listing.model_root == root && o.build == build;
-        let live = self.offerings.values().filter(fits).find(|o| known.is_none_or(|engine| o.engine == engine));
-        let serving = live.or_else(|| self.offerings.values().find(fits))?.engine;
-        session.engine = Some(serving);
-        Some(serving)
     }
 
     pub(super) fn engine_event(&mut self, now: UnixMs, engine: EngineId, event: EngineEvent) {
@@ -591,7 +464,7 @@ fn private(live: &Request) -> ReceiptPrivate {
     }
 }
 
-fn grant_command(job: JobId, grant: Grant) -> Command {
+pub(super) fn grant_command(job: JobId, grant: Grant) -> Command {
     Command::Grant { job, prompt_upto: grant.prompt_upto, output_upto: grant.output_upto }
 }
 

@@ -12,8 +12,9 @@
 //! What runs without a link stays within its grant: the window that nobody signed for, and no further.
 
 use super::{
-    Provider, ProviderAction,
+    EngineId, Provider, ProviderAction,
     requests::{Phase, Request},
+    sessions::Session,
 };
 use crate::{LinkId, StreamId};
 use satgrid_engine::port::Command;
@@ -184,6 +185,23 @@ impl Provider {
         self.behind(receipt.into_iter().collect());
         self.offer_ack_if_due(now, id, request);
         self.offer_next_receipt(id);
+    }
+
+    /// A consumer that is here goes before one that is away: where every slot is taken, the session that has been held
+    /// longest is held no more. Its calls begin again from what was received, when it comes back.
+    pub(super) fn make_room(&mut self, engine: EngineId) {
+        let slots = self.offerings.values().filter(|o| o.engine == engine).map(|o| o.listing.slots).max();
+        let live = self.live.iter().filter_map(|id| Some((*id, self.sessions.get(id)?)));
+        let running = |s: &Session| s.requests.values().filter(|r| r.is_running()).count();
+        let served: Vec<_> = live.filter(|(_, s)| s.engine == Some(engine) && running(s) > 0).collect();
+        let taken: usize = served.iter().map(|(_, session)| running(session)).sum();
+        if slots.and_then(|slots| usize::try_from(slots).ok()).is_none_or(|slots| taken < slots) {
+            return;
+        }
+        let longest = served.iter().filter(|(_, s)| s.held).min_by_key(|(_, s)| s.detached_at).map(|(id, _)| *id);
+        if let Some(id) = longest {
+            self.hold_over(id);
+        }
     }
 
     /// The consumer did not come back in time: nothing runs for it any more. The bookkeeping stays open.

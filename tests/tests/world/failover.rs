@@ -215,6 +215,31 @@ fn nothing_runs_for_a_consumer_that_stays_away_and_its_slot_is_free_after_a_minu
     assert!(matches!(world.call(0, call).error(), CallError::ProvidersFailed { .. }));
 }
 
+/// Four streams fill the four slots, their consumer goes away, and another one comes: it does not wait for a minute.
+#[test]
+fn what_is_held_for_a_consumer_that_is_away_gives_way_to_one_that_is_here() {
+    let mut world = World::new(Options::default(), 1, 2);
+    let calls: Vec<_> = (0..4).map(|i| world.submit(0, Ask::tokens(50 + i, 2_000))).collect();
+    world.run_while("tokens flow", 20_000, |w| calls.iter().any(|call| w.call(0, *call).tokens.len() < 100));
+    world.crash_consumer(0, Default::default());
+    world.run_ms(4_000);
+    assert_eq!(world.providers[0].role.as_ref().unwrap().open_requests(), 4, "held");
+    let begin = world.now;
+    let other = world.submit(1, Ask::tokens(30, 100));
+    world.finish_calls(60_000);
+    assert_undisturbed(&world, world.call(1, other));
+    let took = world.now.since(begin);
+    assert!(took < 15_000, "served after {took} ms");
+    world.restart_consumer(0);
+    world.run_ms(5_000);
+    let after = world.submit(0, Ask::tokens(12, 40));
+    world.finish_calls(60_000);
+    assert_undisturbed(&world, world.call(0, after));
+    world.assert_quiet();
+    world.assert_agree(0, 0);
+    world.assert_agree(0, 1);
+}
+
 #[test]
 fn a_client_that_leaves_while_its_stream_is_held_is_not_waited_for() {
     let mut world = World::new(Options::default(), 1, 1);
