@@ -29,7 +29,9 @@ struct Gathered {
 impl Gathered {
     fn end(&mut self, reason: FinishReason) -> Option<()> {
         let word = finish_word(reason)?;
-        self.finish = Some(if self.calls.is_empty() { word } else { "tool_calls" });
+        // A reply that met its length may have cut a call, so it says so.
+        let called = !self.calls.is_empty() && reason == FinishReason::Stop;
+        self.finish = Some(if called { "tool_calls" } else { word });
         Some(())
     }
 

@@ -261,7 +261,8 @@ impl ChunkWriter {
 
     fn end(&mut self, word: &'static str, bill: &Bill, out: &mut Vec<u8>) {
         self.open(out);
-        let word = if self.choice().called { "tool_calls" } else { word };
+        // A reply that met its length may have cut a call, so it says so.
+        let word = if self.choice().called && word == "stop" { "tool_calls" } else { word };
         log_end(word, bill);
         let (index, finish_reason) = (self.current, Some(word));
         let choice = match self.head.flavour {

@@ -195,6 +195,12 @@ impl Service for Scripted {
                 Ok(CompletionEvent::Arguments { index: 1, delta: "{}".into() }),
                 finished(stop, bill()),
             ])),
+            "cut-in-a-call" => Box::pin(stream::iter(vec![
+                started(),
+                Ok(CompletionEvent::ToolCall { index: 0, name: "f".into() }),
+                Ok(CompletionEvent::Arguments { index: 0, delta: "{\"a\":".into() }),
+                finished(FinishReason::Length, bill()),
+            ])),
             "breaks" => {
                 let broken = ServiceError::ProviderFailed {
                     reason: "both providers are gone".into(),
