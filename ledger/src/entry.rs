@@ -209,6 +209,36 @@ pub enum Evidence {
     /// A credit note was spent: what its session was owed is the balance of another one.
     #[n(23)]
     CreditTransfer(#[n(0)] BothSigned<CreditTransfer>),
+    /// A Lightning payment of the operator's own, of no session: by hand, by a sweep, by another app of theirs.
+    #[n(24)]
+    WalletPayment {
+        #[n(0)]
+        payment_hash: PaymentHash,
+        #[n(1)]
+        inbound: bool,
+        #[n(2)]
+        amount: Msat,
+        /// What the route took on top; zero inbound.
+        #[n(3)]
+        fee: Msat,
+        #[n(4)]
+        preimage: Option<Preimage>,
+    },
+    /// A confirmed transaction of the wallet's coins: a channel opened or closed, coins in, coins out.
+    #[n(25)]
+    OnChain {
+        /// As it is hashed, so the reverse of how people write it.
+        #[n(0)]
+        txid: Digest,
+        #[n(1)]
+        inbound: bool,
+        /// Into or out of the wallet's coins, the fee left out.
+        #[n(2)]
+        amount: Msat,
+        /// What we paid to the miners; zero inbound.
+        #[n(3)]
+        fee: Msat,
+    },
 }
 
 impl Evidence {
@@ -239,6 +269,8 @@ impl Evidence {
             Evidence::Checkpoint { .. } => "checkpoint",
             Evidence::Promise(_) => "promise",
             Evidence::CreditTransfer(_) => "credit-transfer",
+            Evidence::WalletPayment { .. } => "wallet-payment",
+            Evidence::OnChain { .. } => "on-chain",
         }
     }
 }

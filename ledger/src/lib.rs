@@ -28,6 +28,7 @@ pub mod entry;
 pub mod journal;
 pub mod keys;
 pub mod log;
+pub mod own;
 pub mod retention;
 pub mod statements;
 #[cfg(any(test, feature = "testing"))]

@@ -95,6 +95,8 @@ fn may_go(evidence: &Evidence) -> bool {
         | Evidence::Open(_)
         | Evidence::Close(_)
         | Evidence::ChannelClosed { .. }
+        | Evidence::WalletPayment { .. }
+        | Evidence::OnChain { .. }
         | Evidence::Misbehaviour { .. }
         | Evidence::WalletSnapshot { .. }
         | Evidence::Checkpoint { .. } => false,

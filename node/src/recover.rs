@@ -138,6 +138,8 @@ impl Fold {
             | Evidence::RefundReceived { session, .. } => self.apply_to(*session, &draft),
             Evidence::Listing { .. }
             | Evidence::ChannelClosed { .. }
+            | Evidence::WalletPayment { .. }
+            | Evidence::OnChain { .. }
             | Evidence::Misbehaviour { .. }
             | Evidence::WalletSnapshot { .. }
             | Evidence::Checkpoint { .. }

@@ -397,6 +397,8 @@ impl SessionState {
             | Evidence::RefundSettled { .. }
             | Evidence::RefundReceived { .. }
             | Evidence::ChannelClosed { .. }
+            | Evidence::WalletPayment { .. }
+            | Evidence::OnChain { .. }
             | Evidence::Misbehaviour { .. }
             | Evidence::WalletSnapshot { .. }
             | Evidence::Checkpoint { .. }

@@ -364,13 +364,22 @@ class Audit:
         handler = {0: self.genesis, 1: self.listing, 2: self.quote, 3: self.opened, 4: self.invoice, 5: self.attempted, 6: self.settled,
                    7: self.failed, 8: self.received, 9: self.request, 10: self.ack, 12: self.abandon, 13: self.close, 14: self.credit_note,
                    15: self.refund_attempted, 16: self.refund_settled, 17: self.refund_received, 20: self.snapshot, 21: self.own_note,
-                   22: self.promise, 23: self.credit_transfer}.get(kind)  # fmt: skip
+                   22: self.promise, 23: self.credit_transfer, 24: self.own_payment, 25: self.on_chain}.get(kind)  # fmt: skip
         if kind == 11:
             return self.receipt(f, opening)
         if handler:
             return handler(f)
         idents = [hold[4] for hold in self.flows[1].values() if hold[4]]
         return self.sessions.get(idents[0]) if idents and kind is None else None, ("alone",) if kind is None else ("nothing",)
+
+    def own_payment(self, f):
+        self.claim(f[0], None)
+        self.require(4 not in f or sha(f[4]) == f[0], "payment/preimage")
+        out = -f[2] if f[1] else f[2]
+        return None, ("exactly", {(EXTERNAL,): out, (FEES,): f[3], (LIGHTNING,): -out - f[3]})
+
+    def on_chain(self, f):
+        return None, ("exactly", {(FEES,): f[3], (EXTERNAL,): -f[3]})
 
     def genesis(self, f):
         self.require(f[0] == self.node, "bundle/node")

@@ -8,7 +8,7 @@ use crate::{
 };
 use async_trait::async_trait;
 use core::net::SocketAddr;
-use satgrid_types::{LightningKey, Msat, PaymentHash, Preimage};
+use satgrid_types::{Digest, LightningKey, Msat, PaymentHash, Preimage};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -36,6 +36,8 @@ pub trait Embedded: Lightning {
     async fn fees_paid(&self) -> Result<FeesPaid, WalletError>;
     /// What is needed, beside the seed, to reach every channel's peer again.
     async fn channel_backup(&self) -> Result<ChannelBackup, WalletError>;
+    /// Every transaction of the wallet's coins.
+    async fn onchain_rows(&self) -> Result<Vec<OnchainRow>, WalletError>;
     /// Connects to a peer wherever it is named, `host:port`, with whom there may be no channel that we know of.
     async fn ask_peer(&self, node: LightningKey, address: &str) -> Result<(), WalletError>;
     /// How far a lost channel has come; what its closing left for us is swept to the wallet on the way.
@@ -103,6 +105,19 @@ pub struct FeesPaid {
     /// Kept by liquidity providers from what they forwarded.
     pub lsp: Msat,
     pub onchain: Msat,
+}
+
+/// A transaction of the wallet's coins.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OnchainRow {
+    /// As it is hashed.
+    pub txid: Digest,
+    pub inbound: bool,
+    /// Into or out of the coins, the fee left out.
+    pub amount: Msat,
+    /// What we paid; zero inbound.
+    pub fee: Msat,
+    pub confirmed: bool,
 }
 
 /// Everything beside the seed with which a lost node's channels are closed by their peers. It holds no secret and no

@@ -184,7 +184,8 @@ fn names(evidence: Option<&Evidence>) -> (Option<PaymentHash>, Option<ReceiptId>
             | Evidence::PaymentReceived { payment_hash, .. }
             | Evidence::RefundAttempted { payment_hash, .. }
             | Evidence::RefundSettled { payment_hash, .. }
-            | Evidence::RefundReceived { payment_hash, .. },
+            | Evidence::RefundReceived { payment_hash, .. }
+            | Evidence::WalletPayment { payment_hash, .. },
         ) => (Some(*payment_hash), None),
         Some(Evidence::Invoice { bolt11, .. }) => (read_invoice(bolt11).ok().map(|facts| facts.payment_hash), None),
         Some(Evidence::Receipt { receipt, .. }) => (None, Some(receipt_id(receipt))),

@@ -195,6 +195,11 @@ impl Ledger {
             Some(Evidence::RefundReceived { session, payment_hash, amount }) => {
                 self.book(*payment_hash, Direction::Inbound, amount.0, None, State::Settled, *session, seq);
             }
+            Some(Evidence::WalletPayment { payment_hash, inbound, amount, fee, .. }) => {
+                let direction = if *inbound { Direction::Inbound } else { Direction::Outbound };
+                let none = SessionId([0; 32]);
+                self.book(*payment_hash, direction, amount.0, Some(fee.0), State::Settled, none, seq);
+            }
             Some(_) | None => {}
         }
     }

@@ -12,6 +12,7 @@ use satgrid_ledger::{
     entry::{Entry, Evidence},
     transfer::TransferOp,
 };
+use satgrid_types::Digest;
 use serde::Serialize;
 
 /// One entry as `--format json` prints it.
@@ -139,6 +140,14 @@ fn what(evidence: &Evidence) -> String {
             claim(both.peek(), |t| format!("{} owed to {} is spent in {}", t.amount, t.from.short(), t.to.short()))
         }
         Evidence::Promise(promise) => claim(promise.peek(), |p| format!("entry {} of {}", p.index, p.node.short())),
+        Evidence::WalletPayment { payment_hash, inbound, amount, fee, .. } => {
+            let way = if *inbound { "in" } else { "out" };
+            format!("{} {way}: {amount}, fee {fee}", payment_hash.short())
+        }
+        Evidence::OnChain { txid, inbound, amount, fee } => {
+            let written = Digest(core::array::from_fn(|i| txid.0[31 - i]));
+            format!("{written} {}: {amount}, fee {fee}", if *inbound { "in" } else { "out" })
+        }
     }
 }
 

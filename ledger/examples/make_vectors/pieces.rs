@@ -503,6 +503,14 @@ fn entries() -> Vec<Value> {
     let head = Head { len: 7, last: Digest(bytes32("leaf")), at: EPOCH };
     let rest = [
         Evidence::ChannelClosed { channel: "123x4x5".into(), reason: "cooperative".into(), force: false },
+        Evidence::WalletPayment {
+            payment_hash: PaymentHash(bytes32("payment")),
+            inbound: false,
+            amount: Msat(5_000),
+            fee: Msat(7),
+            preimage: Some(Preimage(bytes32("preimage"))),
+        },
+        Evidence::OnChain { txid: Digest(bytes32("txid")), inbound: true, amount: Msat(9_000), fee: Msat(0) },
         Evidence::Misbehaviour {
             peer: NodeKey(bytes32("peer")),
             rule: "quote/dearer".into(),

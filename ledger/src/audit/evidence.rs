@@ -4,6 +4,7 @@ use super::{
     Party, Rule,
     flows::{Backing, Flows, Reserves},
     fold::{Auditor, Detail, Payment, half},
+    payments,
     session::{Notes, SessionAudit},
 };
 use crate::{
@@ -190,6 +191,14 @@ impl Auditor {
                 (None, nothing(), false)
             }
             Evidence::ChannelClosed { .. } => (None, nothing(), false),
+            Evidence::WalletPayment { payment_hash, inbound, amount, fee, preimage } => {
+                if !self.hashes.insert(half(&payment_hash.0)) {
+                    notes.add(Rule::InvoiceReuse, Party::Exporter, format!("{payment_hash} was used before"));
+                }
+                let backing = payments::own(*payment_hash, *inbound, (*amount, *fee), preimage.as_ref(), notes);
+                (None, backing, false)
+            }
+            Evidence::OnChain { fee, .. } => (None, payments::miners(*fee), false),
         }
     }
 

@@ -19,6 +19,37 @@ fn nothing() -> Backing {
     Backing::Exactly(Vec::new(), Reserves::Nothing)
 }
 
+/// A payment of the operator's own: it moves money between the wallet and the owner.
+pub(super) fn own(
+    hash: PaymentHash,
+    inbound: bool,
+    (amount, fee): (Msat, Msat),
+    preimage: Option<&Preimage>,
+    notes: &mut Notes,
+) -> Backing {
+    notes.require(
+        preimage.is_none_or(|preimage| opens(preimage, &hash)),
+        Rule::PaymentPreimage,
+        Party::Exporter,
+        || format!("the preimage is not that of {hash}"),
+    );
+    let (amount, fee) = (i128::from(amount.0), i128::from(fee.0));
+    let out = if inbound { amount.saturating_neg() } else { amount };
+    let nets = vec![
+        (Account::External, out),
+        (Account::RoutingFees, fee),
+        (Account::Lightning, out.saturating_add(fee).saturating_neg()),
+    ];
+    Backing::Exactly(nets, Reserves::Nothing)
+}
+
+/// Coins are the owner's; what miners took of them is a cost.
+pub(super) fn miners(fee: Msat) -> Backing {
+    let fee = i128::from(fee.0);
+    let nets = vec![(Account::RoutingFees, fee), (Account::External, fee.saturating_neg())];
+    Backing::Exactly(nets, Reserves::Nothing)
+}
+
 impl SessionAudit {
     /// An invoice of slice `k`. Gives the payment hash where the invoice could be read.
     pub(super) fn invoice(

@@ -1,3 +1,4 @@
+mod own;
 mod stages;
 
 use super::*;

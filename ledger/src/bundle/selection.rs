@@ -87,6 +87,8 @@ impl Subjected {
             Evidence::CreditNote(note) => note.peek().ok().map(|note| note.session),
             Evidence::Genesis { .. }
             | Evidence::ChannelClosed { .. }
+            | Evidence::WalletPayment { .. }
+            | Evidence::OnChain { .. }
             | Evidence::Misbehaviour { .. }
             | Evidence::WalletSnapshot { .. }
             | Evidence::Checkpoint { .. } => None,

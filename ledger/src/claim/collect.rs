@@ -148,6 +148,8 @@ impl ClaimCollector {
             | Evidence::PaymentFailed { .. }
             | Evidence::RefundAttempted { .. }
             | Evidence::ChannelClosed { .. }
+            | Evidence::WalletPayment { .. }
+            | Evidence::OnChain { .. }
             | Evidence::Misbehaviour { .. }
             | Evidence::WalletSnapshot { .. }
             | Evidence::Checkpoint { .. }

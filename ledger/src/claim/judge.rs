@@ -248,6 +248,8 @@ impl ClaimAudit {
             | Evidence::Abandoned { .. }
             | Evidence::RefundAttempted { .. }
             | Evidence::ChannelClosed { .. }
+            | Evidence::WalletPayment { .. }
+            | Evidence::OnChain { .. }
             | Evidence::Misbehaviour { .. }
             | Evidence::WalletSnapshot { .. }
             | Evidence::Checkpoint { .. }

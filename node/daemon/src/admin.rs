@@ -5,6 +5,7 @@ mod apps;
 mod wallet;
 
 use crate::drive::{
+    bookkeeper::Own,
     channels,
     consumer::{self, ConsumerView},
     market::{Listening, Market},
@@ -55,6 +56,8 @@ pub(crate) struct State {
     /// Channels that the operator asked to force-close.
     pub wished: channels::Wished,
     pub restoring: restore::Shared,
+    /// Payments by hand are the operator's own, and booked as such.
+    pub own: Own,
     /// Our wallet for other apps.
     pub apps: Option<Arc<NwcService>>,
     pub app_relays: Vec<String>,

@@ -167,6 +167,9 @@ pub(crate) enum DevnetCommand {
         /// Serve Electrum's protocol too, at this address
         #[arg(long)]
         electrum: Option<SocketAddr>,
+        /// The fee rate that it answers with, in sat per virtual byte
+        #[arg(long, default_value_t = 1)]
+        fee_rate: u32,
     },
     /// A Nostr relay; prints its address once it listens
     Relay {

@@ -48,6 +48,7 @@ pub struct Chain {
     spenders: HashMap<OutPoint, (Txid, u32)>,
     history: HashMap<ScriptHash, BTreeSet<Txid>>,
     mempool: Mempool,
+    estimate_sat_per_vb: u32,
 }
 
 /// A chain that several tasks use. Lock it for a moment only, and never across an await.
@@ -81,7 +82,22 @@ impl Chain {
             spenders: HashMap::new(),
             history: HashMap::new(),
             mempool: Mempool::default(),
+            estimate_sat_per_vb: 1,
         }
+    }
+
+    /// What every face answers when it is asked for a fee rate; blocks here are never full, so it is a matter of taste.
+    pub fn set_estimate(&mut self, sat_per_vb: u32) {
+        self.estimate_sat_per_vb = sat_per_vb.max(1);
+    }
+
+    pub(crate) fn estimate_sat_per_vb(&self) -> u32 {
+        self.estimate_sat_per_vb
+    }
+
+    /// The same as bitcoind and Electrum's servers write it.
+    pub(crate) fn estimate_btc_per_kvb(&self) -> f64 {
+        f64::from(self.estimate_sat_per_vb) * 1e-5
     }
 
     pub fn height(&self) -> u32 {

@@ -30,7 +30,7 @@ const MAX_HEADERS: u64 = 2_016;
 /// Scripts that one client may subscribe to.
 const MAX_SCRIPTS: usize = 10_000;
 const PROTOCOL: &str = "1.4";
-const BTC_PER_KVB: f64 = MIN_RELAY_SAT_PER_VB as f64 * 1_000.0 / 100_000_000.0;
+const MIN_RELAY_BTC_PER_KVB: f64 = MIN_RELAY_SAT_PER_VB as f64 * 1e-5;
 
 /// JSON-RPC's own codes, and Electrum's for everything else.
 const NO_METHOD: i64 = -32_601;
@@ -172,7 +172,8 @@ impl Client {
             "server.banner" | "server.donation_address" => Ok(json!("")),
             "server.peers.subscribe" => Ok(json!([])),
             "mempool.get_fee_histogram" => Ok(json!([])),
-            "blockchain.relayfee" | "blockchain.estimatefee" => Ok(json!(BTC_PER_KVB)),
+            "blockchain.relayfee" => Ok(json!(MIN_RELAY_BTC_PER_KVB)),
+            "blockchain.estimatefee" => Ok(json!(chain.estimate_btc_per_kvb())),
             "blockchain.headers.subscribe" => {
                 self.tip = Some(chain.height());
                 Ok(tip(&chain))

@@ -13,7 +13,6 @@ use bitcoin::{BlockHash, MerkleBlock, OutPoint, Transaction, Txid};
 use serde_json::{Value, json};
 
 use crate::chain::{Chain, ScriptHash, Shared, lock};
-use crate::consensus::MIN_RELAY_SAT_PER_VB;
 use crate::server::now_s;
 
 /// Blocks in one answer of `/blocks`.
@@ -156,8 +155,8 @@ async fn history_after(State(chain): Chained, Path((hash, last)): Path<(String, 
 }
 
 /// The same rate for every target: blocks here are never full.
-async fn fee_estimates() -> Response {
-    let rate = MIN_RELAY_SAT_PER_VB as f64;
+async fn fee_estimates(State(chain): Chained) -> Response {
+    let rate = f64::from(lock(&chain).estimate_sat_per_vb());
     let targets = [1u32, 2, 3, 6, 12, 24, 144, 504, 1008];
     let estimates = targets.iter().map(|target| (target.to_string(), json!(rate))).collect();
     Json(Value::Object(estimates)).into_response()

@@ -126,7 +126,7 @@ pub(crate) fn call(chain: &mut Chain, method: &str, params: &[Value], now_s: u32
             let txid = chain.submit(tx, now_s).map_err(|e| RpcError::new(VERIFY_REJECTED, e))?;
             Ok(json!(txid))
         }
-        "estimatesmartfee" => Ok(json!({ "feerate": RATE_BTC_PER_KVB, "blocks": params.0.first() })),
+        "estimatesmartfee" => Ok(json!({ "feerate": chain.estimate_btc_per_kvb(), "blocks": params.0.first() })),
         "gettxout" => get_tx_out(chain, &params),
         "generatetoaddress" => generate_to_address(chain, &params, now_s),
         _ => Err(RpcError::new(METHOD_NOT_FOUND, format!("Method not found: {method}"))),

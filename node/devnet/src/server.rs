@@ -12,7 +12,7 @@ use axum::extract::DefaultBodyLimit;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
-use crate::chain::{Shared, shared};
+use crate::chain::{Shared, lock, shared};
 use crate::electrum::serve_electrum;
 use crate::{esplora, rpc};
 
@@ -58,10 +58,11 @@ pub async fn serve(chain: Shared, addr: SocketAddr) -> io::Result<ChainServer> {
 }
 
 /// Runs a fresh chain at `addr` until `shutdown` resolves, and tells `ready` where it listens. Electrum's clients are
-/// served at `electrum`, if that is given.
+/// served at `electrum`, if that is given; whoever asks for a fee rate is told `sat_per_vb`.
 pub async fn run_chain(
     addr: SocketAddr,
     electrum: Option<SocketAddr>,
+    sat_per_vb: u32,
     ready: impl FnOnce(SocketAddr),
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
@@ -69,6 +70,7 @@ pub async fn run_chain(
     let addr = listener.local_addr()?;
     tracing::info!(%addr, "regtest chain: Esplora and bitcoind's JSON-RPC");
     let chain = shared();
+    lock(&chain).set_estimate(sat_per_vb);
     let _electrum = match electrum {
         Some(addr) => Some(serve_electrum(chain.clone(), addr).await?),
         None => None,

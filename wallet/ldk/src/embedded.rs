@@ -9,17 +9,17 @@ use crate::{
 use async_trait::async_trait;
 use ldk_node::{
     Node, NodeError,
-    bitcoin::{Address, FeeRate, Network as BitcoinNetwork, address::NetworkUnchecked},
+    bitcoin::{Address, FeeRate, Network as BitcoinNetwork, address::NetworkUnchecked, hashes::Hash},
     lightning::ln::{channelmanager::PaymentId, msgs::SocketAddress},
     lightning_invoice::{Bolt11Invoice, Bolt11InvoiceDescription, Description},
-    payment::{PaymentDirection, PaymentKind, PaymentStatus},
+    payment::{ConfirmationStatus, PaymentDetails, PaymentDirection, PaymentKind, PaymentStatus},
 };
-use satgrid_types::{LightningKey, Msat, PaymentHash, Preimage};
+use satgrid_types::{Digest, LightningKey, Msat, PaymentHash, Preimage};
 use satgrid_wallet::{
     Invoice, InvoiceError, Lightning, Network, WalletError,
     embedded::{
-        BackedUp, ChannelBackup, Embedded, FeesPaid, MAX_DESCRIPTION_BYTES, MAX_SAT_PER_VB, NodeFacts, OnchainSend,
-        Receive, Received, SendError,
+        BackedUp, ChannelBackup, Embedded, FeesPaid, MAX_DESCRIPTION_BYTES, MAX_SAT_PER_VB, NodeFacts, OnchainRow,
+        OnchainSend, Receive, Received, SendError,
     },
     port::MAX_INVOICE_EXPIRY_SECS,
     restore::LostState,
@@ -235,6 +235,25 @@ impl Embedded for LdkWallet {
                 })
                 .collect();
             ChannelBackup { node, peers, channels: backed_up, updates }
+        })
+        .await
+    }
+
+    async fn onchain_rows(&self) -> Result<Vec<OnchainRow>, WalletError> {
+        self.blocking(|node| {
+            let row = |payment: PaymentDetails| {
+                let PaymentKind::Onchain { txid, status } = payment.kind else { return None };
+                let inbound = payment.direction == PaymentDirection::Inbound;
+                let fee = if inbound { 0 } else { payment.fee_paid_msat.unwrap_or(0) };
+                Some(OnchainRow {
+                    txid: Digest(txid.to_byte_array()),
+                    inbound,
+                    amount: Msat(payment.amount_msat.unwrap_or(0)),
+                    fee: Msat(fee),
+                    confirmed: matches!(status, ConfirmationStatus::Confirmed { .. }),
+                })
+            };
+            node.list_payments().into_iter().filter_map(row).collect()
         })
         .await
     }

@@ -1,4 +1,4 @@
-//! The wallet's routes of the admin port. They are the operator's hands: nothing here is booked as work.
+//! The wallet's routes of the admin port. They are the operator's hands: what they move is booked as the operator's own.
 
 use super::{Answer, Failed, State, failed};
 use crate::drive::restore;
@@ -198,6 +198,7 @@ async fn receive(Shared(state): Shared<State>, Json(ask): Json<Ask>) -> Answer {
         max_lsp_fee: ask.max_lsp_fee_msat,
     };
     let made = embedded(&state)?.receive(receive).await.map_err(unusable)?;
+    state.own.add(made.invoice.payment_hash);
     let receivable = state.wallet.balance().await.map_err(failed)?.receivable;
     Ok(Json(json!({
         "invoice": made.invoice.bolt11, "payment_hash": made.invoice.payment_hash, "lsp_fee_msat": made.lsp_fee,
@@ -214,6 +215,7 @@ struct Pay {
 
 async fn pay(Shared(state): Shared<State>, Json(pay): Json<Pay>) -> Answer {
     let facts = invoice::read(&pay.invoice).map_err(unusable)?;
+    state.own.add(facts.payment_hash);
     state.wallet.pay(&pay.invoice, pay.max_fee_msat).await.map_err(|error| match error {
         PayError::BadInvoice { .. } | PayError::Expired => unusable(error),
         PayError::NoRoute { .. } => Failed(StatusCode::PAYMENT_REQUIRED, error.to_string()),

@@ -18,16 +18,17 @@ pub(crate) fn run(globals: &Globals, command: &DevnetCommand) -> anyhow::Result<
     let command = match command {
         DevnetCommand::Demo(args) => return demo::run(globals, args),
         DevnetCommand::TinyModel { file } => return tiny_model(file),
-        DevnetCommand::Chain { listen, electrum } => Serve::Chain(*listen, *electrum),
+        DevnetCommand::Chain { listen, electrum, fee_rate } => Serve::Chain(*listen, *electrum, *fee_rate),
         DevnetCommand::Relay { listen } => Serve::Relay(*listen),
     };
     globals.start_logging()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         match command {
-            Serve::Chain(listen, electrum) => {
+            Serve::Chain(listen, electrum, fee_rate) => {
                 let ready = |address| announce(globals.format, "http", address);
-                let served = satgrid_devnet::run_chain(listen, electrum, ready, signals::stop()).await;
+                let chain = satgrid_devnet::run_chain(listen, electrum, fee_rate, ready, signals::stop());
+                let served = chain.await;
                 served.context("the chain cannot be served").hint("choose another loopback address with --listen")
             }
             Serve::Relay(listen) => {
@@ -52,7 +53,7 @@ fn tiny_model(path: &Path) -> anyhow::Result<()> {
 }
 
 enum Serve {
-    Chain(SocketAddr, Option<SocketAddr>),
+    Chain(SocketAddr, Option<SocketAddr>, u32),
     Relay(SocketAddr),
 }
 

@@ -7,6 +7,7 @@
 //! | [`desk`], [`ring`], [`hops`] | work on layers, sold and bought | QUIC hops from node to node |
 //! | [`links`] | frames in and out | QUIC streams |
 //! | [`payments`], [`wallet`] | `wallet::payment` | the Lightning wallet |
+//! | [`bookkeeper`] | `ledger::own` | the wallet's own list |
 //! | [`channels`], [`restore`] | `wallet::reopen`, `wallet::restore` | the embedded Lightning node |
 //! | [`market`] | `market::book` | Nostr relays |
 //! | [`engines`], [`layers`], [`tokenizers`] | the engine's ports | llama.cpp in child processes |
@@ -16,6 +17,7 @@
 //! Every driver is one task with a bounded or naturally bounded inbox; they talk by messages and share no locks but
 //! the book's. All end with one shutdown token.
 
+pub(crate) mod bookkeeper;
 pub(crate) mod channels;
 pub(crate) mod checkpoints;
 pub(crate) mod consumer;

@@ -1,6 +1,6 @@
 //! The wallet's events: to the machine that waits for each, and acknowledged only when the journal has what follows.
 
-use super::{channels, consumer, journal::JournalWriter, now, payments, provider};
+use super::{bookkeeper::Own, channels, consumer, journal::JournalWriter, now, payments, provider};
 use crate::door::DoorDesk;
 use satgrid_ledger::entry::{Draft, Evidence};
 use satgrid_node::{consumer::ConsumerEvent, provider::ProviderEvent};
@@ -46,6 +46,8 @@ pub(crate) struct WalletPump {
     pub handled: mpsc::UnboundedReceiver<PaymentHash>,
     /// Told of every channel that closed, once the journal has it.
     pub closed: mpsc::UnboundedSender<channels::Closed>,
+    /// Rung whenever money moved: some of it may be the operator's own.
+    pub own: Own,
     pub shutdown: CancellationToken,
 }
 
@@ -71,6 +73,7 @@ impl WalletPump {
             if self.event(event).await && self.wallet.event_handled().await.is_err() {
                 return;
             }
+            self.own.ring();
             self.tell_balance().await;
         }
     }

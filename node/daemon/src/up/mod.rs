@@ -18,6 +18,7 @@ use crate::admin;
 use crate::config::{Config, DoorSells};
 use crate::door::{DoorDesk, Till};
 use crate::drive::{
+    bookkeeper::{Bookkeeper, Own},
     channels::{Keeper, Wished},
     figures::{Figures, WalletFigures},
     journal::JournalWriter,
@@ -203,6 +204,16 @@ impl Opened {
         }
 
         let full = writer.full();
+        let own = Own::default();
+        let bookkeeper = Bookkeeper {
+            wallet: lightning.clone(),
+            embedded: embedded.clone(),
+            store: journal.clone(),
+            journal: writer.clone(),
+            own: own.clone(),
+            shutdown: shutdown.clone(),
+        };
+        tokio::spawn(bookkeeper.run());
         let node = Node {
             config: &config,
             keys: &keys,
@@ -211,6 +222,7 @@ impl Opened {
             store: journal.clone(),
             wallet: lightning.clone(),
             key_store: key_store.clone(),
+            own: own.clone(),
             shutdown: shutdown.clone(),
         };
         let market = Market::new(catalogue(&config)?);
@@ -230,6 +242,7 @@ impl Opened {
             embedded: embedded.clone(),
             wished: wished.clone(),
             restoring: restoring.clone(),
+            own,
             apps: open::serve_apps(&config, &keys, &wallet).await?,
             app_relays: config.market.relays.clone(),
             wants: (sells(&config), buys(&config)),

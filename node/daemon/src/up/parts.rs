@@ -4,6 +4,7 @@ use super::open::{Keys, wallet_network};
 use crate::config::Config;
 use crate::door::{self, DoorDesk};
 use crate::drive::{
+    bookkeeper::Own,
     channels,
     checkpoints::{NOTES, compare_heads},
     consumer::{self, ConsumerDriver, ConsumerView},
@@ -59,6 +60,7 @@ pub(super) struct Node<'a> {
     pub store: Store,
     pub wallet: Arc<dyn Lightning>,
     pub key_store: KeyStore,
+    pub own: Own,
     pub shutdown: CancellationToken,
 }
 
@@ -203,6 +205,7 @@ impl Node<'_> {
             door: door.clone(),
             handled: handled_inbox,
             closed: tell_closed,
+            own: self.own.clone(),
             shutdown: self.shutdown.clone(),
         };
         tokio::spawn(pump.run());

@@ -7,7 +7,7 @@ use satgrid_types::{LightningKey, Msat, PaymentHash, Preimage};
 use satgrid_wallet::{
     Balance, Channel, ChannelError, ChannelId, Embedded, Invoice, InvoiceError, InvoiceRequest, Lightning, Network,
     OpenChannel, PayError, PaymentRecord, PaymentState, WalletError, WalletEvent,
-    embedded::{BackedUp, ChannelBackup, FeesPaid, NodeFacts, OnchainSend, Receive, Received, SendError},
+    embedded::{BackedUp, ChannelBackup, FeesPaid, NodeFacts, OnchainRow, OnchainSend, Receive, Received, SendError},
     restore::LostState,
 };
 use serde::de::DeserializeOwned;
@@ -270,6 +270,9 @@ impl Embedded for WalletProcess {
     }
     async fn channel_backup(&self) -> Result<ChannelBackup, WalletError> {
         self.ask::<Result<_, _>>(Call::ChannelBackup).await?
+    }
+    async fn onchain_rows(&self) -> Result<Vec<OnchainRow>, WalletError> {
+        self.ask::<Result<_, _>>(Call::OnchainRows).await?
     }
     async fn ask_peer(&self, node: LightningKey, address: &str) -> Result<(), WalletError> {
         self.ask::<Result<_, _>>(Call::AskPeer { node, address: address.to_owned() }).await?

@@ -53,6 +53,7 @@ pub(super) enum Call {
     FeesPaid,
     Preimage(PaymentHash),
     ChannelBackup,
+    OnchainRows,
     AskPeer { node: LightningKey, address: String },
     Recover(BackedUp),
 }

@@ -252,6 +252,8 @@ fn note(ledger: &mut Ledger, attempted: &mut Attempted, evidence: &Evidence) -> 
         | Evidence::Close(_)
         | Evidence::RefundAttempted { .. }
         | Evidence::ChannelClosed { .. }
+        | Evidence::WalletPayment { .. }
+        | Evidence::OnChain { .. }
         | Evidence::Misbehaviour { .. }
         | Evidence::WalletSnapshot { .. }
         | Evidence::Checkpoint { .. }
