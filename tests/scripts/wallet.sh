@@ -18,13 +18,17 @@ if [ "${1:-test}" = bench ]; then
   exec cargo test $LOCKED "${heavy[@]}" --test speed -- --ignored --nocapture payments_over_a_direct_channel
 fi
 phase "wallet, fake and apps" cargo test $LOCKED -p satgrid-wallet -p satgrid-wallet-nwc
-phase "real nodes" cargo test $LOCKED "${heavy[@]}" --test two_nodes --test process --test just_in_time --test restored
+phase "real nodes" cargo test $LOCKED "${heavy[@]}" --test two_nodes --test process --test just_in_time --test restored --test cold
 phase "kill -9, short" cargo test $LOCKED "${heavy[@]}" --test killed -- --nocapture
 if [ -n "${KILLS:-}" ]; then
   phase "kill -9, $KILLS times" cargo test $LOCKED "${heavy[@]}" --test killed -- --ignored --exact trials --nocapture
 fi
 if [ -n "${BITCOIND:-}" ]; then
   phase "a real bitcoind" cargo test $LOCKED "${heavy[@]}" --test bitcoind -- --ignored --nocapture
+fi
+if command -v electrum >/dev/null; then
+  phase "the daemon" cargo build $LOCKED -p satgrid
+  phase "a node that is not ours (electrum)" python3 tests/interop/electrum/run.py
 fi
 if command -v npm >/dev/null; then
   phase "an app that is not ours (@getalby/sdk)" tests/interop/nwc/run.sh

@@ -3,7 +3,7 @@
 //! A wallet over Nostr Wallet Connect is a [`Lightning`] and no more; the embedded node is an [`Embedded`] too.
 
 use crate::{
-    port::{Channel, Invoice, InvoiceError, Lightning, WalletError},
+    port::{Channel, Invoice, InvoiceError, Lightning, PayError, WalletError},
     restore::{LostState, Watermarks},
 };
 use async_trait::async_trait;
@@ -36,6 +36,8 @@ pub trait Embedded: Lightning {
     async fn fees_paid(&self) -> Result<FeesPaid, WalletError>;
     /// What is needed, beside the seed, to reach every channel's peer again.
     async fn channel_backup(&self) -> Result<ChannelBackup, WalletError>;
+    /// Pays a BOLT 12 offer; gives the payment's id, which is not its hash. The outcome comes as an event.
+    async fn pay_offer(&self, offer: &str, amount: Msat, max_fee: Msat) -> Result<String, PayError>;
     /// Every transaction of the wallet's coins.
     async fn onchain_rows(&self) -> Result<Vec<OnchainRow>, WalletError>;
     /// Connects to a peer wherever it is named, `host:port`, with whom there may be no channel that we know of.

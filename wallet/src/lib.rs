@@ -12,6 +12,7 @@
 //! - [`keys`]: every key of a node from one BIP-39 phrase;
 //! - [`message`]: signatures by a Lightning node key over a text, as other Lightning implementations make them;
 //! - [`reopen`]: opening a force-closed channel again without a person;
+//! - [`sweep`]: what goes to where the owner keeps money, and when;
 //! - [`restore`]: lost channels coming back, and the guard against old copies of them;
 //! - `fake` (feature): wallets that fail by script, for the simulator;
 //! - `conformance` (feature): the suite that the fake and every adapter pass.
@@ -32,6 +33,7 @@ pub mod payment;
 pub mod port;
 pub mod reopen;
 pub mod restore;
+pub mod sweep;
 
 pub use embedded::Embedded;
 pub use network::{Network, UnknownNetwork};

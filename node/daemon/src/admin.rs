@@ -2,6 +2,7 @@
 //! the node's folder: other users of this machine cannot read it.
 
 mod apps;
+mod sweep;
 mod wallet;
 
 use crate::drive::{
@@ -12,6 +13,7 @@ use crate::drive::{
     now,
     provider::ProviderView,
     restore,
+    sweep::Sweeper,
     upstream::RunningEngine,
 };
 use anyhow::Context;
@@ -58,6 +60,8 @@ pub(crate) struct State {
     pub restoring: restore::Shared,
     /// Payments by hand are the operator's own, and booked as such.
     pub own: Own,
+    /// Absent where the wallet is somebody else's.
+    pub sweeper: Option<Arc<Sweeper>>,
     /// Our wallet for other apps.
     pub apps: Option<Arc<NwcService>>,
     pub app_relays: Vec<String>,
@@ -102,6 +106,7 @@ pub(crate) fn router(state: State, accounts: Arc<dyn Accounts>) -> Router {
         .route("/admin/v1/status", get(status))
         .merge(wallet::routes())
         .merge(apps::routes())
+        .merge(sweep::routes())
         .route("/admin/v1/sessions/{session}/close", post(close_session))
         .with_state(state.clone())
         .merge(admin_keys_router(accounts))

@@ -2,7 +2,9 @@
 
 mod wallet;
 
-pub(crate) use wallet::{AppCommand, OpenArgs, PayArgs, ReceiveArgs, RestoreArgs, SendArgs, WalletCommand};
+pub(crate) use wallet::{
+    AppCommand, ColdCommand, OpenArgs, PayArgs, ReceiveArgs, RestoreArgs, SendArgs, SweepArgs, WalletCommand,
+};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use satgrid_types::LayerRange;

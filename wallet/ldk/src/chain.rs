@@ -33,7 +33,8 @@ pub(crate) struct Spender {
     pub(crate) confirmed: bool,
 }
 
-pub(crate) struct Chain(ChainSource);
+/// The chain source, asked beside the node.
+pub struct Chain(ChainSource);
 
 type Answer<T> = Result<T, String>;
 
@@ -42,7 +43,7 @@ fn text(error: impl std::fmt::Display) -> String {
 }
 
 impl Chain {
-    pub(crate) fn of(source: &ChainSource) -> Chain {
+    pub fn of(source: &ChainSource) -> Chain {
         Chain(source.clone())
     }
 
@@ -83,7 +84,7 @@ impl Chain {
     }
 
     /// The estimate for a confirmation within an hour.
-    pub(crate) async fn sat_per_vb(&self) -> Answer<u64> {
+    pub async fn sat_per_vb(&self) -> Answer<u64> {
         let per_kvb = match &self.0 {
             ChainSource::Esplora { url } => {
                 let all = esplora(url)?.get_fee_estimates().await.map_err(text)?;

@@ -9,14 +9,20 @@ use crate::{
 use async_trait::async_trait;
 use ldk_node::{
     Node, NodeError,
-    bitcoin::{Address, FeeRate, Network as BitcoinNetwork, address::NetworkUnchecked, hashes::Hash},
-    lightning::ln::{channelmanager::PaymentId, msgs::SocketAddress},
+    bitcoin::{
+        Address, FeeRate, Network as BitcoinNetwork, address::NetworkUnchecked, constants::ChainHash, hashes::Hash,
+    },
+    lightning::{
+        ln::{channelmanager::PaymentId, msgs::SocketAddress},
+        offers::offer::Offer,
+        routing::router::RouteParametersConfig,
+    },
     lightning_invoice::{Bolt11Invoice, Bolt11InvoiceDescription, Description},
     payment::{ConfirmationStatus, PaymentDetails, PaymentDirection, PaymentKind, PaymentStatus},
 };
 use satgrid_types::{Digest, LightningKey, Msat, PaymentHash, Preimage};
 use satgrid_wallet::{
-    Invoice, InvoiceError, Lightning, Network, WalletError,
+    Invoice, InvoiceError, Lightning, Network, PayError, WalletError,
     embedded::{
         BackedUp, ChannelBackup, Embedded, FeesPaid, MAX_DESCRIPTION_BYTES, MAX_SAT_PER_VB, NodeFacts, OnchainRow,
         OnchainSend, Receive, Received, SendError,
@@ -239,6 +245,27 @@ impl Embedded for LdkWallet {
         .await
     }
 
+    async fn pay_offer(&self, offer: &str, amount: Msat, max_fee: Msat) -> Result<String, PayError> {
+        let bad = |reason: String| PayError::BadInvoice { reason };
+        let parsed: Offer = offer.parse().map_err(|e| bad(format!("{e:?}")))?;
+        if !parsed.supports_chain(ChainHash::using_genesis_block(bitcoin_network(self.network))) {
+            return Err(bad(format!("the offer is not for {}", self.network)));
+        }
+        let route = RouteParametersConfig { max_total_routing_fee_msat: Some(max_fee.0), ..Default::default() };
+        let sent = self
+            .blocking(move |node| node.bolt12_payment().send_using_amount(&parsed, amount.0, None, None, Some(route)))
+            .await;
+        match sent {
+            Ok(Ok(id)) => Ok(hex(&id.0)),
+            Ok(Err(NodeError::NotRunning)) | Err(WalletError::Stopped) => Err(PayError::Stopped),
+            Ok(Err(NodeError::InvalidOffer | NodeError::InvalidAmount | NodeError::UnsupportedCurrency)) => {
+                Err(bad(format!("the offer does not take {amount}")))
+            }
+            Ok(Err(error)) => Err(PayError::Uncertain { reason: error.to_string() }),
+            Err(WalletError::Node { reason }) => Err(PayError::Uncertain { reason }),
+        }
+    }
+
     async fn onchain_rows(&self) -> Result<Vec<OnchainRow>, WalletError> {
         self.blocking(|node| {
             let row = |payment: PaymentDetails| {
@@ -274,6 +301,10 @@ pub(crate) fn address(text: &str, network: Network) -> Result<Address, SendError
     let bad = |reason: String| SendError::BadAddress { address: text.to_owned(), reason };
     let parsed: Address<NetworkUnchecked> = text.parse().map_err(|e| bad(format!("{e}")))?;
     parsed.require_network(bitcoin_network(network)).map_err(|e| bad(e.to_string()))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 pub(crate) const fn bitcoin_network(network: Network) -> BitcoinNetwork {

@@ -21,6 +21,7 @@
 
 mod balance;
 mod chain;
+mod cold;
 mod config;
 mod embedded;
 mod log;
@@ -31,6 +32,8 @@ mod start;
 mod store;
 mod translate;
 
+pub use chain::Chain;
+pub use cold::{Cold, ColdAddress, ColdBalance, ColdDraft, ColdError, ColdKeys};
 pub use config::{ChainSource, LdkConfig, LogLevel, Lsp, LspService, MAINNET_CAP_SAT};
 pub use process::{Program, WalletProcess};
 pub use recover::{Rehearsed, node_id, rehearse};

@@ -42,6 +42,11 @@ pub(crate) enum WalletCommand {
     },
     /// Bring back what was in channels whose state is lost, from the words and the channel backup; node stopped
     Restore(RestoreArgs),
+    /// Money to where you keep it: shows what would be sent; --now sends it (wallet.sweep_to does so by itself)
+    Sweep(SweepArgs),
+    /// The cold account: its own addresses, apart from the node's coins
+    #[command(subcommand)]
+    Cold(ColdCommand),
     /// Other apps that may use this wallet (Nostr Wallet Connect)
     #[command(subcommand)]
     App(AppCommand),
@@ -68,6 +73,53 @@ pub(crate) enum AppCommand {
     List,
     /// Take the wallet away from an app, at once
     Revoke { name: String },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SweepArgs {
+    /// user@host, a BOLT 12 offer, an on-chain address, or `cold` [default: wallet.sweep_to]
+    #[arg(long)]
+    pub to: Option<String>,
+    /// What stays in the wallet, reserves aside [default: wallet.sweep_keep_sat]
+    #[arg(long)]
+    pub keep_sat: Option<u64>,
+    /// Sats per virtual byte, on chain [default: wallet.sweep_fee_rate, else the estimate]
+    #[arg(long)]
+    pub fee_rate: Option<u32>,
+    #[arg(long)]
+    pub label: Option<String>,
+    /// Send it
+    #[arg(long)]
+    pub now: bool,
+    /// Do not ask
+    #[arg(long, requires = "now")]
+    pub yes: bool,
+    /// Every sweep that was made
+    #[arg(long, conflicts_with_all = ["to", "keep_sat", "fee_rate", "label", "now"])]
+    pub list: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ColdCommand {
+    /// A fresh address
+    Address {
+        #[arg(long)]
+        label: Option<String>,
+    },
+    /// Every address that was given away
+    List,
+    /// What the account holds, by Esplora or Electrum
+    Balance,
+    /// Out of the account; shows what it costs first. Where the keys are elsewhere, prints a PSBT
+    Send {
+        address: String,
+        /// Sats, or `all`
+        amount: String,
+        #[arg(long)]
+        fee_rate: Option<u32>,
+        #[arg(long)]
+        yes: bool,
+    },
 }
 
 #[derive(Debug, Args)]

@@ -252,6 +252,23 @@ pub(super) const KEYS: &[Key] = &[
     ),
     key("wallet.backup", Path, Unset, "also write the channel backup here at every change; another disk is best"),
     key("wallet.reopen", Switch, Value("true"), "open a force-closed channel of ours again"),
+    key(
+        "wallet.sweep_to",
+        Text,
+        Unset,
+        "where spare money goes: user@host, a BOLT 12 offer, an on-chain address, or cold",
+    ),
+    key("wallet.sweep_above_sat", Number, Value("50000"), "sweep when more than this can be moved"),
+    key("wallet.sweep_keep_sat", Number, Value("20000"), "what a sweep leaves in the wallet, reserves aside"),
+    key("wallet.sweep_every_s", Number, Value("86400"), "least seconds between two sweeps"),
+    key("wallet.sweep_max_fee_permille", Number, Value("10"), "most that a sweep's route may cost, in thousandths"),
+    key("wallet.sweep_fee_rate", Number, Unset, "sat per virtual byte of sweeps on chain, instead of the estimate"),
+    key(
+        "wallet.cold_xpub",
+        Text,
+        Unset,
+        "the cold account's public key or descriptor; else it hangs on the node's words",
+    ),
     key("wallet.nwc", Secret, Unset, "a Nostr Wallet Connect address: pay and be paid with that wallet instead"),
     key("ledger.path", Path, Derived("ledger.sqlite in node.dir"), "the journal, an SQLite file"),
     key(

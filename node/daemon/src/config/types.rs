@@ -346,6 +346,15 @@ pub(crate) struct Wallet {
     pub lsp_serve_fee_ppm: Option<u32>,
     pub backup: Option<PathBuf>,
     pub reopen: bool,
+    /// `user@host`, a BOLT 12 offer, an address, or `cold`.
+    pub sweep_to: Option<String>,
+    pub sweep_above_sat: u64,
+    pub sweep_keep_sat: u64,
+    pub sweep_every_s: u64,
+    pub sweep_max_fee_permille: u32,
+    pub sweep_fee_rate: Option<u32>,
+    /// An xpub, or a descriptor with `<0;1>/*`.
+    pub cold_xpub: Option<String>,
     /// A `nostr+walletconnect:` address: that wallet is used instead of the embedded node.
     pub nwc: Option<Secret>,
 }

@@ -369,6 +369,15 @@ fn wallet(config: &Config, found: &mut Found) {
         format!("{} sat is a lot of money in a hot wallet", w.max_balance_sat),
         format!("choose at most {BALANCE_CEILING_SAT}"),
     );
+    if let Some(to) = &w.sweep_to {
+        let read = to.parse::<satgrid_wallet::sweep::Destination>();
+        found.check(
+            read.is_ok(),
+            "wallet.sweep_to",
+            read.err().map(|error| error.to_string()).unwrap_or_default(),
+            "`satgrid wallet sweep` shows what would be sent there",
+        );
+    }
     for id in &w.trusted_0conf {
         found.check(
             id.len() == 66 && (id.starts_with("02") || id.starts_with("03")) && hex::decode(id).is_ok(),
@@ -433,6 +442,7 @@ mod tests {
         check("wallet.chain", "bitcoind:rpc@127.0.0.1:1", "wallet.chain_password");
         check("wallet.trusted_0conf", "02ab", "wallet.trusted_0conf");
         check("wallet.lsp", "02ab@host", "wallet.lsp");
+        check("wallet.sweep_to", "somewhere", "wallet.sweep_to");
         check("log.level", "satgrid=loud", "log.level");
     }
 

@@ -71,6 +71,7 @@ async fn world() -> World {
         door: Some(desk.clone()),
         handled: handled_inbox,
         closed: mpsc::unbounded_channel().0,
+        own: crate::drive::bookkeeper::Own::default(),
         shutdown: shutdown.clone(),
     };
     tokio::spawn(pump.run());

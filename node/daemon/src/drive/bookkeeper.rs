@@ -12,6 +12,7 @@ use satgrid_ledger::{
     journal::{Journal, MAX_READ},
     own,
 };
+use satgrid_ledger_sqlite::KeyStore;
 use satgrid_types::{Digest, PaymentHash, UnixMs};
 use satgrid_wallet::{Direction, Embedded, Lightning, PaymentRecord, PaymentState, embedded::OnchainRow};
 use std::{
@@ -88,6 +89,7 @@ pub(crate) struct Bookkeeper {
     pub wallet: Arc<dyn Lightning>,
     pub embedded: Option<Arc<dyn Embedded>>,
     pub store: Store,
+    pub keys: KeyStore,
     pub journal: JournalWriter,
     pub own: Own,
     pub shutdown: CancellationToken,
@@ -124,7 +126,14 @@ impl Bookkeeper {
             }
             entries.iter().for_each(|entry| known.entry(entry));
         }
-        let mut drafts: Vec<Draft> = rows.iter().filter_map(|row| self.payment(began, known, row)).collect();
+        let mut drafts = Vec::new();
+        for row in &rows {
+            let Some(draft) = self.payment(began, known, row) else { continue };
+            // A stranger's money, which the front door books.
+            if self.keys.invoice(row.hash).await?.is_none() && self.keys.refund_of_payment(row.hash).await?.is_none() {
+                drafts.push(draft);
+            }
+        }
         drafts.extend(coins.iter().filter_map(|row| coin(known, row)));
         for drafts in drafts.chunks(AT_ONCE) {
             self.journal.append(drafts.to_vec()).await.map_err(anyhow::Error::msg)?;

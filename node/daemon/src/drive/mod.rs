@@ -7,6 +7,7 @@
 //! | [`desk`], [`ring`], [`hops`] | work on layers, sold and bought | QUIC hops from node to node |
 //! | [`links`] | frames in and out | QUIC streams |
 //! | [`payments`], [`wallet`] | `wallet::payment` | the Lightning wallet |
+//! | [`sweep`] | `wallet::sweep` | the embedded Lightning node, the cold account |
 //! | [`bookkeeper`] | `ledger::own` | the wallet's own list |
 //! | [`channels`], [`restore`] | `wallet::reopen`, `wallet::restore` | the embedded Lightning node |
 //! | [`market`] | `market::book` | Nostr relays |
@@ -37,6 +38,7 @@ pub(crate) mod restore;
 pub(crate) mod ring;
 pub(crate) mod rings;
 pub(crate) mod space;
+pub(crate) mod sweep;
 pub(crate) mod tokenizers;
 pub(crate) mod upstream;
 pub(crate) mod wallet;

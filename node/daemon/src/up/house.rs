@@ -7,6 +7,7 @@ use crate::accounts::recover::Costs;
 use crate::config::Config;
 use crate::door::HouseWallet;
 use crate::drive::{
+    bookkeeper::Own,
     consumer::{self, ConsumerDriver, ConsumerView},
     fresh_seed,
     journal::JournalWriter,
@@ -159,6 +160,8 @@ impl House {
             handled: handled_inbox,
             // It has no channels that could close.
             closed: mpsc::unbounded_channel().0,
+            // The house has no money of its own.
+            own: Own::default(),
             shutdown: shutdown.clone(),
         };
         tokio::spawn(pump.run());

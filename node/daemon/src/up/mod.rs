@@ -9,7 +9,7 @@ mod house;
 mod open;
 mod parts;
 
-pub(crate) use open::{backups, catalogue, chain_source, keys, wallet_network};
+pub(crate) use open::{backups, catalogue, chain_source, cold_keys, keys, wallet_network};
 
 use house::{Beside, House, HouseBooks};
 
@@ -26,6 +26,7 @@ use crate::drive::{
     metered::EngineFigures,
     now,
     restore::{self, Restorer},
+    sweep::Sweeper,
     tokenizers::Tokenizers,
     wallet::keep_connected,
 };
@@ -209,11 +210,21 @@ impl Opened {
             wallet: lightning.clone(),
             embedded: embedded.clone(),
             store: journal.clone(),
+            keys: key_store.clone(),
             journal: writer.clone(),
             own: own.clone(),
             shutdown: shutdown.clone(),
         };
         tokio::spawn(bookkeeper.run());
+        let sweeper = match &embedded {
+            Some(embedded) => {
+                let cold = cold_keys(&config, &keys.seed);
+                let sweeper = Arc::new(Sweeper::new(&config, embedded.clone(), own.clone(), cold)?);
+                tokio::spawn(sweeper.clone().run(shutdown.clone()));
+                Some(sweeper)
+            }
+            None => None,
+        };
         let node = Node {
             config: &config,
             keys: &keys,
@@ -243,6 +254,7 @@ impl Opened {
             wished: wished.clone(),
             restoring: restoring.clone(),
             own,
+            sweeper,
             apps: open::serve_apps(&config, &keys, &wallet).await?,
             app_relays: config.market.relays.clone(),
             wants: (sells(&config), buys(&config)),

@@ -21,7 +21,7 @@ use satgrid_wallet::{
     keys::{Phrase, Seed},
     restore::Restoring,
 };
-use satgrid_wallet_ldk::{LdkConfig, Lsp, LspService, Program, WalletProcess};
+use satgrid_wallet_ldk::{ColdKeys, LdkConfig, Lsp, LspService, Program, WalletProcess};
 use satgrid_wallet_nwc::{Connections, NwcConfig, NwcService, NwcWallet, ServiceConfig};
 use sha2::{Digest, Sha256};
 use std::{path::PathBuf, sync::Arc, time::Duration};
@@ -185,6 +185,12 @@ pub(super) async fn open_wallet(config: &Config, keys: &Keys, restored: Option<&
     tracing::info!(node = %wallet.node_id(), height, process = wallet.pid(), "wallet is up");
     let wallet = Arc::new(wallet);
     Ok(Wallet { lightning: wallet.clone(), embedded: Some(wallet) })
+}
+
+/// Whose keys the cold account has.
+pub(crate) fn cold_keys(config: &Config, seed: &Seed) -> (satgrid_wallet::Network, ColdKeys) {
+    let keys = config.wallet.cold_xpub.clone().map_or_else(|| ColdKeys::Words(seed.clone()), ColdKeys::WatchOnly);
+    (wallet_network(config.node.network), keys)
 }
 
 /// Where channel backups are written, and read by the guard.

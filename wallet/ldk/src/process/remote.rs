@@ -271,6 +271,13 @@ impl Embedded for WalletProcess {
     async fn channel_backup(&self) -> Result<ChannelBackup, WalletError> {
         self.ask::<Result<_, _>>(Call::ChannelBackup).await?
     }
+    async fn pay_offer(&self, offer: &str, amount: Msat, max_fee: Msat) -> Result<String, PayError> {
+        let call = Call::PayOffer { offer: offer.to_owned(), amount, max_fee };
+        match self.ask::<Result<String, PayError>>(call).await {
+            Ok(paid) => paid,
+            Err(error) => Err(PayError::Uncertain { reason: error.to_string() }),
+        }
+    }
     async fn onchain_rows(&self) -> Result<Vec<OnchainRow>, WalletError> {
         self.ask::<Result<_, _>>(Call::OnchainRows).await?
     }

@@ -54,6 +54,7 @@ pub(super) enum Call {
     Preimage(PaymentHash),
     ChannelBackup,
     OnchainRows,
+    PayOffer { offer: String, amount: Msat, max_fee: Msat },
     AskPeer { node: LightningKey, address: String },
     Recover(BackedUp),
 }

@@ -130,6 +130,7 @@ async fn answer(wallet: &LdkWallet, call: Call) -> serde_json::Result<Value> {
         Call::Preimage(hash) => to_value(wallet.preimage(hash).await),
         Call::FeesPaid => to_value(wallet.fees_paid().await),
         Call::ChannelBackup => to_value(wallet.channel_backup().await),
+        Call::PayOffer { offer, amount, max_fee } => to_value(wallet.pay_offer(&offer, amount, max_fee).await),
         Call::OnchainRows => to_value(wallet.onchain_rows().await),
         Call::AskPeer { node, address } => to_value(wallet.ask_peer(node, &address).await),
         Call::Recover(lost) => to_value(wallet.recover(&lost).await),

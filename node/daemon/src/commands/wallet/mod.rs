@@ -6,6 +6,7 @@ mod money;
 mod qr;
 mod restore;
 mod show;
+mod sweep;
 
 use super::admin_client::Admin;
 use crate::cli::{Globals, WalletCommand};
@@ -18,11 +19,14 @@ const POLL: Duration = Duration::from_millis(500);
 pub(super) fn run(globals: &Globals, command: &WalletCommand) -> anyhow::Result<()> {
     let config = globals.load()?.config;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    // The one command that works on a node that is stopped.
+    // These work on a node that is stopped, too.
     if let WalletCommand::Restore(args) = command
         && !args.status
     {
         return runtime.block_on(restore::restore(globals.format, &config, args));
+    }
+    if let WalletCommand::Cold(command) = command {
+        return runtime.block_on(sweep::cold(globals.format, &config, command));
     }
     let admin = Admin::of(&config)?;
     runtime.block_on(async {
@@ -42,6 +46,8 @@ pub(super) fn run(globals: &Globals, command: &WalletCommand) -> anyhow::Result<
             }
             WalletCommand::History { all } => show::history(format, &admin.get("wallet/payments").await?, *all),
             WalletCommand::Backup { file } => money::backup(&admin, file.as_deref()).await,
+            WalletCommand::Sweep(args) => sweep::sweep(format, &admin, args).await,
+            WalletCommand::Cold(command) => sweep::cold(format, &config, command).await,
             WalletCommand::Restore(_) => restore::status(format, &admin.get("wallet/restore").await?),
             WalletCommand::App(command) => apps::run(format, &admin, command).await,
             WalletCommand::Refund { session } => {

@@ -1,0 +1,262 @@
+//! Sweeps: by schedule as the configuration says, and by hand as the operator asks; one at a time.
+//!
+//! What is decided stands in `wallet::sweep`; here it is carried out. Every sweep is kept in `sweeps.json` below the
+//! node's folder, before anything is sent, so that a crash never makes a second one of the same moment. A payment's fate
+//! is the wallet's to tell, as of every payment; in the books a sweep is the operator's own money.
+
+use super::{bookkeeper::Own, channels::write, now};
+use crate::config::Config;
+use anyhow::{Context, bail, ensure};
+use satgrid_types::{Msat, UnixMs};
+use satgrid_wallet::{
+    Embedded, PayError,
+    embedded::{OnchainSend, SendError},
+    invoice,
+    sweep::{Destination, Rules, Sweep, Swept},
+};
+use satgrid_wallet_ldk::{Cold, ColdKeys};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::{path::PathBuf, sync::Arc, time::Duration};
+use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
+
+const FILE: &str = "sweeps.json";
+/// How often the purse is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(30);
+/// After a sweep that failed the next try waits so long.
+const AGAIN_MS: u64 = 10 * 60 * 1_000;
+/// Sweeps that are remembered.
+const REMEMBERED: usize = 1_000;
+const ANSWER_WITHIN: Duration = Duration::from_secs(15);
+const MAX_ANSWER_BYTES: usize = 32 << 10;
+
+/// What an operator may say beside the configuration.
+#[derive(Debug, Default, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Ask {
+    pub to: Option<String>,
+    pub keep_sat: Option<u64>,
+    pub sat_per_vb: Option<u32>,
+    pub label: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct Preview {
+    #[serde(flatten)]
+    pub sweep: Sweep,
+    pub holds_sat: u64,
+    pub keep_sat: u64,
+    pub anchor_reserve_sat: u64,
+    pub sat_per_vb: Option<u32>,
+}
+
+pub(crate) struct Sweeper {
+    wallet: Arc<dyn Embedded>,
+    own: Own,
+    rules: Option<Rules>,
+    defaults: Rules,
+    sat_per_vb: Option<u32>,
+    cold: (satgrid_wallet::Network, ColdKeys),
+    dir: PathBuf,
+    one: Mutex<()>,
+}
+
+/// What the configuration says of sweeps.
+pub(crate) fn rules(config: &Config, to: Destination) -> Rules {
+    let wallet = &config.wallet;
+    Rules {
+        to,
+        above_sat: wallet.sweep_above_sat,
+        keep_sat: wallet.sweep_keep_sat,
+        every_ms: wallet.sweep_every_s.saturating_mul(1_000),
+        max_fee_permille: wallet.sweep_max_fee_permille,
+    }
+}
+
+impl Sweeper {
+    pub(crate) fn new(
+        config: &Config,
+        wallet: Arc<dyn Embedded>,
+        own: Own,
+        cold: (satgrid_wallet::Network, ColdKeys),
+    ) -> anyhow::Result<Sweeper> {
+        let to = config.wallet.sweep_to.as_deref().map(str::parse::<Destination>).transpose();
+        let to = to.context("wallet.sweep_to")?;
+        Ok(Sweeper {
+            wallet,
+            own,
+            defaults: rules(config, to.clone().unwrap_or(Destination::Cold)),
+            rules: to.map(|to| rules(config, to)),
+            sat_per_vb: config.wallet.sweep_fee_rate,
+            cold,
+            dir: config.node.dir.clone(),
+            one: Mutex::new(()),
+        })
+    }
+
+    /// By schedule, until the node stops.
+    pub(crate) async fn run(self: Arc<Self>, shutdown: CancellationToken) {
+        let Some(rules) = self.rules.clone() else { return };
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        let mut failed: Option<UnixMs> = None;
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                _ = look.tick() => {}
+            }
+            let Ok(balance) = self.wallet.balance().await else { return };
+            let last = match self.list() {
+                Ok(list) => list.last().map(|swept| swept.at),
+                Err(error) => {
+                    tracing::error!(%error, "no sweep without knowing the last one");
+                    continue;
+                }
+            };
+            let rests = failed.is_some_and(|at| now().since(at) < AGAIN_MS);
+            let Some(sweep) = rules.due(now(), last, &balance).filter(|_| !rests) else { continue };
+            match self.carry_out(sweep, self.sat_per_vb, Some("by schedule".to_owned())).await {
+                Ok(swept) => tracing::info!(to = swept.to, sat = swept.amount_sat, by = swept.by, "swept"),
+                Err(error) => {
+                    failed = Some(now());
+                    tracing::warn!(error = format!("{error:#}"), "a sweep was not made");
+                }
+            }
+        }
+    }
+
+    fn asked(&self, ask: &Ask) -> anyhow::Result<Rules> {
+        let mut rules = match (&ask.to, &self.rules) {
+            (Some(to), _) => Rules { to: to.parse()?, ..self.defaults.clone() },
+            (None, Some(rules)) => rules.clone(),
+            (None, None) => bail!("no destination: name one with --to, or set wallet.sweep_to"),
+        };
+        rules.keep_sat = ask.keep_sat.unwrap_or(rules.keep_sat);
+        Ok(rules)
+    }
+
+    /// What a sweep would do now. Nothing is sent.
+    pub(crate) async fn preview(&self, ask: &Ask) -> anyhow::Result<Preview> {
+        let rules = self.asked(ask)?;
+        let balance = self.wallet.balance().await?;
+        Ok(Preview {
+            sweep: rules.plan(&balance)?,
+            holds_sat: rules.holds_sat(&balance),
+            keep_sat: rules.keep_sat,
+            anchor_reserve_sat: self.wallet.facts().await?.anchor_reserve_sat,
+            sat_per_vb: ask.sat_per_vb.or(self.sat_per_vb),
+        })
+    }
+
+    /// A sweep now, whatever the schedule says.
+    pub(crate) async fn now(&self, ask: &Ask) -> anyhow::Result<Swept> {
+        let sweep = self.asked(ask)?.plan(&self.wallet.balance().await?)?;
+        self.carry_out(sweep, ask.sat_per_vb.or(self.sat_per_vb), ask.label.clone()).await
+    }
+
+    async fn carry_out(&self, sweep: Sweep, sat_per_vb: Option<u32>, label: Option<String>) -> anyhow::Result<Swept> {
+        let _one = self.one.lock().await;
+        let mut list = self.list()?;
+        list.push(Swept {
+            at: now(),
+            to: sweep.to.to_string(),
+            amount_sat: sweep.amount_sat,
+            by: "begun".into(),
+            label,
+        });
+        self.save(&list)?;
+        let sent = self.send(&sweep, sat_per_vb).await;
+        let last = list.last_mut().context("a sweep was begun")?;
+        last.by = match &sent {
+            Ok(by) => by.clone(),
+            Err(error) => format!("failed: {error:#}"),
+        };
+        let swept = last.clone();
+        if sent.as_ref().is_err_and(sent_nothing) {
+            // It does not hold the next one back. What may be out does: the wallet tells what becomes of it.
+            list.pop();
+        }
+        self.save(&list)?;
+        sent.map(|_| swept)
+    }
+
+    async fn send(&self, sweep: &Sweep, sat_per_vb: Option<u32>) -> anyhow::Result<String> {
+        let amount = Msat::from_sat(sweep.amount_sat).context("that amount is not possible")?;
+        match &sweep.to {
+            Destination::LightningAddress { user, host } => {
+                let bolt11 = ask_address(user, host, amount).await?;
+                let facts = invoice::read(&bolt11).context("the address gave no invoice")?;
+                ensure!(facts.amount == Some(amount), "the address asks for {:?} instead of {amount}", facts.amount);
+                self.own.add(facts.payment_hash);
+                self.wallet.pay(&bolt11, sweep.max_fee).await?;
+                Ok(facts.payment_hash.to_string())
+            }
+            Destination::Offer(offer) => Ok(self.wallet.pay_offer(offer, amount, sweep.max_fee).await?),
+            Destination::OnChain(address) => self.send_coins(address.clone(), sweep, sat_per_vb).await,
+            Destination::Cold => {
+                let address = Cold::open(&self.dir, self.cold.0, &self.cold.1)?.next_address(Some("sweep"))?.address;
+                self.send_coins(address, sweep, sat_per_vb).await
+            }
+        }
+    }
+
+    async fn send_coins(&self, address: String, sweep: &Sweep, sat_per_vb: Option<u32>) -> anyhow::Result<String> {
+        let amount_sat = (!sweep.all).then_some(sweep.amount_sat);
+        Ok(self.wallet.send_onchain(OnchainSend { address, amount_sat, sat_per_vb }).await?)
+    }
+
+    /// Every sweep, oldest first.
+    pub(crate) fn list(&self) -> anyhow::Result<Vec<Swept>> {
+        let path = self.dir.join(FILE);
+        match std::fs::read_to_string(&path) {
+            Ok(text) => serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display())),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
+        }
+    }
+
+    fn save(&self, list: &[Swept]) -> anyhow::Result<()> {
+        let from = list.len().saturating_sub(REMEMBERED);
+        let path = self.dir.join(FILE);
+        write(&path, &serde_json::to_string_pretty(&list[from..])?)
+            .with_context(|| format!("cannot write {}", path.display()))
+    }
+}
+
+/// Whether a sweep that failed has certainly moved nothing.
+fn sent_nothing(error: &anyhow::Error) -> bool {
+    match (error.downcast_ref::<PayError>(), error.downcast_ref::<SendError>()) {
+        (Some(error), _) => error.sent_nothing(),
+        (None, Some(error)) => !matches!(error, SendError::Wallet(_)),
+        // Before the wallet was asked.
+        (None, None) => true,
+    }
+}
+
+/// LNURL-pay: the owner's own address is asked for an invoice. Plain HTTP to this machine only.
+async fn ask_address(user: &str, host: &str, amount: Msat) -> anyhow::Result<String> {
+    let here = host.rsplit_once(':').map_or(host, |(name, _)| name);
+    let scheme = if matches!(here, "localhost" | "127.0.0.1") { "http" } else { "https" };
+    let client =
+        reqwest::Client::builder().timeout(ANSWER_WITHIN).redirect(reqwest::redirect::Policy::none()).build()?;
+    let get = async |url: String| -> anyhow::Result<Value> {
+        ensure!(url.starts_with(scheme), "{url} is not asked over {scheme}");
+        let mut response = client.get(&url).send().await?.error_for_status()?;
+        let mut body = Vec::new();
+        while let Some(bytes) = response.chunk().await? {
+            body.extend_from_slice(&bytes);
+            ensure!(body.len() <= MAX_ANSWER_BYTES, "{url} answers at length");
+        }
+        Ok(serde_json::from_slice(&body)?)
+    };
+    let first = get(format!("{scheme}://{host}/.well-known/lnurlp/{user}")).await?;
+    ensure!(first["tag"] == "payRequest", "{user}@{host} takes no payments: {}", first["reason"]);
+    let bound = |name: &str, without: u64| first[name].as_u64().unwrap_or(without);
+    let (least, most) = (bound("minSendable", 1), bound("maxSendable", u64::MAX));
+    ensure!((least..=most).contains(&amount.0), "{user}@{host} takes {least} to {most} msat, not {amount}");
+    let callback = first["callback"].as_str().context("the address names no callback")?;
+    let join = if callback.contains('?') { '&' } else { '?' };
+    let second = get(format!("{callback}{join}amount={}", amount.0)).await?;
+    let bolt11 = second["pr"].as_str().with_context(|| format!("the address gave no invoice: {}", second["reason"]))?;
+    Ok(bolt11.to_ascii_lowercase())
+}
