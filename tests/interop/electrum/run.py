@@ -107,6 +107,7 @@ def usable(world):
 def interop(world: World):
     node = world.until("the satgrid node is up", lambda: world.wallet("balance")["node"])
     world.electrum("--offline", "create")
+    # Without gossip it speaks to trampolines only.
     settings = {"rpcport": free_port(), "rpcuser": "u", "rpcpassword": "p", "use_gossip": "true", "lightning_listen": f"127.0.0.1:{free_port()}"}
     for name, value in settings.items():
         world.electrum("--offline", "setconfig", name, str(value))
