@@ -98,7 +98,7 @@ struct AtWork {
     hop: HopId,
     header: RowsHeader,
     jobs: Vec<JobId>,
-    kinds: Vec<WorkKind>,
+    sequences: Vec<SequenceId>,
 }
 
 struct Running {
@@ -112,7 +112,8 @@ struct Running {
     next_work: u64,
     /// Hops of ours, by the lead they work for and the node they go to.
     out: BTreeMap<(NodeKey, NodeKey), Outgoing>,
-    sent_on: VecDeque<(u64, HopId)>,
+    /// By lead and its number of the work.
+    sent_on: VecDeque<(NodeKey, u64, HopId)>,
     /// How far each sequence was computed here: what is sent again is replay up to there.
     held: BTreeMap<SequenceId, u32>,
 }
@@ -226,7 +227,7 @@ impl Running {
         let to = (held.order.lead, route.next);
         let parts = &self.parts;
         let out = self.out.entry(to).or_insert_with(|| {
-            Outgoing::start(parts.endpoint.clone(), parts.key.clone(), route.next, &route.addresses, self.ear.clone())
+            Outgoing::start(parts.endpoint.clone(), parts.key.clone(), to, &route.addresses, self.ear.clone())
         });
         out.send(HopFrame::Ticket(TicketFrame { slot: route.slot, ticket: route.ticket }));
     }
@@ -256,9 +257,10 @@ impl Running {
             HopEvent::Ended { hop } => {
                 self.hops.remove(&hop);
             }
-            HopEvent::Back { frame: HopFrame::Lost(lost) } => {
+            HopEvent::Back { lead, frame: HopFrame::Lost(lost) } => {
                 // On its way to the lead.
-                let hop = self.sent_on.iter().find(|(work, _)| *work == lost.work).map(|(_, hop)| *hop);
+                let of = |sent: &&(NodeKey, u64, HopId)| (sent.0, sent.1) == (lead, lost.work);
+                let hop = self.sent_on.iter().rev().find(of).map(|(_, _, hop)| *hop);
                 if let Some(hop) = hop.and_then(|hop| self.hops.get(&hop)) {
                     let _ = hop.back.try_send(HopFrame::Lost(lost));
                 }
@@ -379,7 +381,7 @@ impl Running {
     fn begin(&mut self, hop: HopId, header: RowsHeader, rows: Vec<u8>, jobs: Vec<JobId>) {
         let count = u32::try_from(header.rows()).unwrap_or(u32::MAX);
         let row_bytes = rows.len() / count.max(1) as usize;
-        let (mut at, mut pieces, mut kinds) = (0, Vec::new(), Vec::new());
+        let (mut at, mut pieces, mut sequences) = (0, Vec::new(), Vec::new());
         for (piece, id) in header.pieces.iter().zip(&jobs) {
             let Some(job) = self.jobs.get_mut(id) else { return };
             let bytes = piece.rows as usize * row_bytes;
@@ -389,12 +391,8 @@ impl Running {
             job.begun = job.begun.saturating_add(piece.rows.into());
             job.at_work += 1;
             let sequence = SequenceId { owner: job.owner, number: piece.sequence };
-            let held = self.held.entry(sequence).or_default();
-            let again = header.again && piece.start < *held;
-            *held = piece.start.saturating_add(piece.rows);
-            let kind = if again { WorkKind::Replay } else { piece.kind };
-            kinds.push(kind);
-            pieces.push(Piece { sequence, start: piece.start, rows: piece.rows, purpose: kind });
+            sequences.push(sequence);
+            pieces.push(Piece { sequence, start: piece.start, rows: piece.rows, purpose: piece.kind });
         }
         let id = WorkId(self.next_work);
         self.next_work += 1;
@@ -405,7 +403,7 @@ impl Running {
             self.refuse(hop, &header, Lost::Worker, "the engine process is not running");
             return self.put_down(&jobs);
         }
-        self.at_work.insert(id, AtWork { hop, header, jobs, kinds });
+        self.at_work.insert(id, AtWork { hop, header, jobs, sequences });
     }
 
     fn put_down(&mut self, jobs: &[JobId]) {
@@ -439,6 +437,11 @@ impl Running {
                 };
                 self.refuse(hop, &header, why, &error.to_string());
                 self.put_down(&jobs);
+                for (piece, id) in header.pieces.iter().zip(&jobs) {
+                    if let Some(job) = self.jobs.get_mut(id) {
+                        job.begun = job.begun.saturating_sub(piece.rows.into());
+                    }
+                }
                 jobs.into_iter().flat_map(|job| self.settled(job)).collect()
             }
             StageEvent::Down { reason } => {
@@ -452,12 +455,19 @@ impl Running {
     }
 
     fn evaluated(&mut self, done: AtWork, rows: HiddenRows, busy_us: u64) -> Vec<ProviderEvent> {
-        let AtWork { hop, header, jobs, kinds } = done;
+        let AtWork { hop, header, jobs, sequences } = done;
         let total = header.rows().max(1);
         let row_bytes = if rows.count == 0 { 0 } else { rows.bytes.len() / rows.count as usize };
         let mut at = 0;
         let mut reports = Vec::new();
-        for ((piece, id), kind) in header.pieces.iter().zip(&jobs).zip(kinds) {
+        for ((piece, id), sequence) in header.pieces.iter().zip(&jobs).zip(sequences) {
+            // Judged as works were computed, not as they came: in between, the engine may have refused what was before.
+            let held = self.held.entry(sequence).or_default();
+            let again = header.again && piece.start < *held;
+            let end = piece.start.saturating_add(piece.rows);
+            // A replay goes over what was computed here already: what follows it is sent again too.
+            *held = if header.again || piece.kind == WorkKind::Replay { end.max(*held) } else { end };
+            let kind = if again { WorkKind::Replay } else { piece.kind };
             let Some(job) = self.jobs.get_mut(id) else { continue };
             let bytes = piece.rows as usize * row_bytes;
             if let Some(out) = rows.bytes.get(at..at + bytes).filter(|out| !out.is_empty()) {
@@ -490,12 +500,12 @@ impl Running {
 
     fn send_on(&mut self, hop: HopId, header: &RowsHeader, jobs: &[JobId], rows: Vec<u8>) {
         let to = jobs.first().and_then(|id| self.jobs.get(id)).and_then(|job| Some((job.order.lead, job.next?)));
-        let Some(out) = to.and_then(|to| self.out.get(&to)) else {
+        let Some((lead, out)) = to.and_then(|to| Some((to.0, self.out.get(&to)?))) else {
             return self.refuse(hop, header, Lost::Worker, "the next node is not connected");
         };
         let ends_after = header.ends_after.map(|left| left.saturating_sub(1));
         let header = RowsHeader { ends_after, ..header.clone() };
-        self.sent_on.push_back((header.work, hop));
+        self.sent_on.push_back((lead, header.work, hop));
         if self.sent_on.len() > MAX_SENT_ON {
             self.sent_on.pop_front();
         }

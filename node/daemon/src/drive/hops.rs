@@ -41,6 +41,8 @@ pub(crate) enum HopEvent {
     },
     /// From downstream, on a hop of ours: rows were refused there.
     Back {
+        /// The lead that the hop works for: leads number their works each for itself.
+        lead: NodeKey,
         frame: HopFrame,
     },
     /// A hop of ours is over, or never came to be.
@@ -143,7 +145,7 @@ impl Outgoing {
     pub(crate) fn start(
         endpoint: QuicEndpoint,
         key: Arc<SigningKey>,
-        to: NodeKey,
+        (lead, to): (NodeKey, NodeKey),
         addresses: &[String],
         ear: Ear,
     ) -> Outgoing {
@@ -151,7 +153,7 @@ impl Outgoing {
         let (frames, queue) = mpsc::unbounded_channel();
         let hints: Vec<AddressHint> = addresses.iter().filter_map(|text| text.parse().ok()).collect();
         tokio::spawn(async move {
-            let reason = match run(endpoint, &key, to, &hints, queue, &ear).await {
+            let reason = match run(endpoint, &key, (lead, to), &hints, queue, &ear).await {
                 Ok(()) => return,
                 Err(reason) => reason,
             };
@@ -168,7 +170,7 @@ impl Outgoing {
 async fn run(
     endpoint: QuicEndpoint,
     key: &SigningKey,
-    to: NodeKey,
+    (lead, to): (NodeKey, NodeKey),
     hints: &[AddressHint],
     mut queue: mpsc::UnboundedReceiver<HopFrame>,
     ear: &Ear,
@@ -179,7 +181,7 @@ async fn run(
     let reader = tokio::spawn(async move {
         while let Ok(Some(bytes)) = rx.recv().await {
             let Ok(frame) = HopFrame::decode(bytes) else { return };
-            if back.send(HopEvent::Back { frame }).await.is_err() {
+            if back.send(HopEvent::Back { lead, frame }).await.is_err() {
                 return;
             }
         }

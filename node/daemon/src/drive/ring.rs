@@ -24,14 +24,14 @@ use satgrid_engine::{
     stage::{
         codec::HiddenRows,
         port::WorkId,
-        ring::{Held, Ring, RingCommand, RingEvent, RingFacts, RingWork},
+        ring::{Ring, RingCommand, RingEvent, RingFacts, RingWork},
     },
 };
 use satgrid_ledger::statements::{Leg, PartOrder, RowsHash, Split};
 use satgrid_node::consumer::{CallId, ConsumerEvent, Emission, Submit};
 use satgrid_protocol::{
     frame::Resend,
-    hop::{Expected, HopFrame, Lost, RowsHeader, RowsPiece, Shown, TicketFrame, take_ticket},
+    hop::{Expected, HopFrame, RowsHeader, RowsPiece, Shown, TicketFrame, take_ticket},
 };
 use satgrid_protocol_quic::QuicEndpoint;
 use satgrid_types::{
@@ -124,6 +124,7 @@ impl PaidRing {
             events,
             jobs: BTreeMap::new(),
             works: BTreeMap::new(),
+            gaps: BTreeMap::new(),
             held_back: VecDeque::new(),
             first: None,
             back: BTreeMap::new(),
@@ -207,6 +208,9 @@ struct Running {
     jobs: BTreeMap<JobId, Job>,
     /// Works that were sent around and not answered.
     works: BTreeMap<u64, RingWork>,
+    /// Gaps that the engine was told of, by stage and sequence, and the first work that it sent because of each: those before
+    /// that are refused for the same reason.
+    gaps: BTreeMap<(u32, u32), Option<u64>>,
     /// Works that wait for their jobs' orders.
     held_back: VecDeque<RingWork>,
     /// The hop to the first worker.
@@ -250,6 +254,7 @@ impl Running {
             }
             Said::Command(RingCommand::Reset) => {
                 self.works.clear();
+                self.gaps.clear();
                 self.held_back.clear();
                 self.sequences.clear();
                 Vec::new()
@@ -370,7 +375,7 @@ impl Running {
                     None => Outgoing::start(
                         self.parts.endpoint.clone(),
                         self.parts.key.clone(),
-                        to,
+                        (self.ours, to),
                         &first.addresses,
                         self.ear.clone(),
                     ),
@@ -442,6 +447,10 @@ impl Running {
             let bytes = piece.rows as usize * row_bytes;
             let upto = self.sequences.entry(piece.sequence).or_default();
             *upto = piece.start.saturating_add(piece.rows);
+            if work.again || kind == WorkKind::Replay {
+                let told = self.gaps.iter_mut().filter(|((_, sequence), _)| *sequence == piece.sequence);
+                told.for_each(|(_, since)| *since = Some(since.unwrap_or(work.id.0)));
+            }
             if let Some(job) = self.jobs.get_mut(&piece.job) {
                 job.sent.push(work.rows.bytes.get(at..at + bytes).unwrap_or_default());
                 for (index, (worker, stage)) in job.workers.iter_mut().zip(&self.parts.plan).enumerate() {
@@ -496,24 +505,7 @@ impl Running {
                 self.back.remove(&hop);
                 Vec::new()
             }
-            HopEvent::Back { frame: HopFrame::Lost(lost) } => {
-                tracing::info!(worker = %lost.worker.short(), why = %lost.text, "a worker refused rows");
-                let Some(work) = self.works.remove(&lost.work) else { return Vec::new() };
-                match lost.why {
-                    Lost::Gap(sequence, held) => {
-                        let stage = self.stage_of(&lost.worker);
-                        let held = vec![Held { sequence, upto: held }];
-                        let _ = self.events.send(RingEvent::NeedsReplay { stage, held });
-                    }
-                    Lost::Sender | Lost::Worker => {
-                        self.held_back.clear();
-                        self.works.clear();
-                        let reason = format!("worker {}: {}", lost.worker.short(), lost.text);
-                        let _ = self.events.send(RingEvent::Failed { reason });
-                    }
-                }
-                work.pieces.iter().flat_map(|piece| self.wind_up(piece.job)).collect()
-            }
+            HopEvent::Back { frame: HopFrame::Lost(lost), .. } => self.refused(&lost),
             HopEvent::Back { .. } => Vec::new(),
             HopEvent::Lost { to, reason } => {
                 tracing::info!(worker = %to.short(), %reason, "the hop to the first worker is gone");
@@ -575,17 +567,9 @@ impl Running {
             if kind != WorkKind::Replay {
                 job.positions = job.positions.saturating_add(piece.rows.into());
             }
-            for (index, worker) in job.workers.iter_mut().enumerate() {
-                let layers = self.parts.plan.get(index).map_or(0, |stage| stage.range.layers());
-                let reached = work.ends_at.is_none_or(|last| index <= last as usize);
-                for kind in [Some(kind), work.again.then_some(WorkKind::Replay)].into_iter().flatten() {
-                    if reached && let Some(returned) = worker.returned.plus(kind, piece.rows.into(), layers) {
-                        worker.returned = returned;
-                    }
-                }
-            }
             touched.insert(piece.job);
         }
+        self.credit(&work, usize::MAX);
         let _ = self.events.send(RingEvent::Done { work: WorkId(header.work), rows });
         let mut orders: Vec<ConsumerMessage> = touched.iter().flat_map(|job| self.tell(*job)).collect();
         orders.extend(touched.into_iter().flat_map(|job| self.wind_up(job)));

@@ -4,14 +4,63 @@
 use super::{ConsumerMessage, MAX_LOSSES, Running};
 use satgrid_engine::{
     port::JobId,
-    stage::ring::{Held, RingEvent},
+    stage::ring::{Held, RingEvent, RingWork},
 };
 use satgrid_ledger::statements::{Split, stage_root};
 use satgrid_node::consumer::ConsumerEvent;
-use satgrid_types::NodeKey;
+use satgrid_protocol::hop::{Lost, LostFrame};
+use satgrid_types::{NodeKey, WorkKind};
 use std::collections::BTreeSet;
 
 impl Running {
+    /// A worker refused rows. Where it lacks positions before them, the engine is told once: works that were on their way by
+    /// then are refused for the same reason.
+    pub(super) fn refused(&mut self, lost: &LostFrame) -> Vec<ConsumerMessage> {
+        tracing::info!(worker = %lost.worker.short(), why = %lost.text, "a worker refused rows");
+        let Some(work) = self.works.remove(&lost.work) else { return Vec::new() };
+        let stage = self.stage_of(&lost.worker);
+        // Those before it did what was asked.
+        self.credit(&work, stage as usize);
+        match lost.why {
+            Lost::Gap(sequence, held) => {
+                let told = self.gaps.get(&(stage, sequence));
+                if told.is_none_or(|since| since.is_some_and(|since| since <= lost.work)) {
+                    self.gaps.insert((stage, sequence), None);
+                    let held = vec![Held { sequence, upto: held }];
+                    let _ = self.events.send(RingEvent::NeedsReplay { stage, held });
+                }
+            }
+            Lost::Sender | Lost::Worker => {
+                self.held_back.clear();
+                self.works.clear();
+                self.gaps.clear();
+                let reason = format!("worker {}: {}", lost.worker.short(), lost.text);
+                let _ = self.events.send(RingEvent::Failed { reason });
+            }
+        }
+        let jobs: BTreeSet<JobId> = work.pieces.iter().map(|piece| piece.job).collect();
+        let mut orders: Vec<ConsumerMessage> = jobs.iter().flat_map(|job| self.tell(*job)).collect();
+        orders.extend(jobs.into_iter().flat_map(|job| self.wind_up(job)));
+        orders
+    }
+
+    /// What the first `upto` workers computed of a work counts as returned: their statements are signed up to it.
+    pub(super) fn credit(&mut self, work: &RingWork, upto: usize) {
+        for piece in &work.pieces {
+            let Some(job) = self.jobs.get_mut(&piece.job) else { continue };
+            for (index, (worker, stage)) in job.workers.iter_mut().zip(&self.parts.plan).enumerate().take(upto) {
+                let reached = work.ends_at.is_none_or(|last| index <= last as usize);
+                // A worker may book as replay what was under way when another was lost: either is ordered.
+                for kind in [Some(piece.purpose), work.again.then_some(WorkKind::Replay)].into_iter().flatten() {
+                    let returned = worker.returned.plus(kind, piece.rows.into(), stage.range.layers());
+                    if reached && let Some(returned) = returned {
+                        worker.returned = returned;
+                    }
+                }
+            }
+        }
+    }
+
     /// A job that is over and has nothing under way asks its workers for their receipts.
     pub(super) fn wind_up(&mut self, job: JobId) -> Vec<ConsumerMessage> {
         let under_way = self.works.values().any(|work| work.pieces.iter().any(|piece| piece.job == job));
@@ -106,6 +155,7 @@ impl Running {
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let Some(stage) = job.lost.take() else { return };
         self.works.clear();
+        self.gaps.clear();
         self.held_back.clear();
         let held: Vec<Held> = self.sequences.keys().map(|sequence| Held { sequence: *sequence, upto: 0 }).collect();
         let stage = u32::try_from(stage).unwrap_or(0);
