@@ -36,6 +36,9 @@ pub struct LayerDemand {
     pub build: Option<(BuildId, String)>,
     /// The most that a million position-layers may cost.
     pub max_rate: Option<MsatPerMtok>,
+    /// Sequences that each worker has to hold at once, and positions of each.
+    pub slots: u32,
+    pub context: u32,
 }
 
 /// One worker of a plan.
@@ -77,8 +80,55 @@ pub fn refusal(listing: &VerifiedListing, demand: &LayerDemand) -> Option<&'stat
     match (listing.rates.position_layer, demand.max_rate) {
         (None, _) => Some("without a price for layers"),
         (Some(rate), Some(most)) if rate > most => Some("too dear"),
+        (Some(_), _) if listing.slots < demand.slots => Some("too small: holds fewer sequences than are wanted"),
+        (Some(_), _) if listing.context_length < demand.context => Some("too small: a shorter context than is wanted"),
         (Some(_), _) => None,
     }
+}
+
+/// What became of one listing of layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LayerVerdict {
+    /// In the plan, as the n-th worker from 1.
+    Planned {
+        place: usize,
+    },
+    /// It could be; the plan without it is faster, cheaper, or the only whole one.
+    Spare,
+    Refused(&'static str),
+}
+
+/// A listing of layers of the wanted model, and why it is or is not in the plan.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayersConsidered {
+    pub listing: Arc<VerifiedListing>,
+    pub range: LayerRange,
+    /// Time for a token through these layers and over one hop, as the plan reckons.
+    pub token_us: u64,
+    pub verdict: LayerVerdict,
+}
+
+/// The plan, or why there is none; and every live listing of the model's layers with its verdict, by first layer.
+pub fn explain_layers(
+    now: UnixMs,
+    book: &Book,
+    demand: &LayerDemand,
+) -> (Result<Vec<Planned>, NoLayers>, Vec<LayersConsidered>) {
+    let plan = plan_layers(now, book, demand);
+    let planned: &[Planned] = plan.as_deref().unwrap_or_default();
+    let mut considered = Vec::new();
+    for listing in book.live(now).filter(|listing| listing.model_root == demand.root) {
+        let Part::Layers(range) = &listing.part else { continue };
+        let verdict = match (planned.iter().position(|one| one.listing == *listing), refusal(listing, demand)) {
+            (Some(at), _) => LayerVerdict::Planned { place: at.saturating_add(1) },
+            (None, Some(why)) => LayerVerdict::Refused(why),
+            (None, None) => LayerVerdict::Spare,
+        };
+        let token_us = cost_us(listing, range);
+        considered.push(LayersConsidered { listing: Arc::clone(listing), range: *range, token_us, verdict });
+    }
+    considered.sort_by_key(|one| (one.range.start(), one.range.end(), one.listing.node_key));
+    (plan, considered)
 }
 
 /// Microseconds that a worker takes for a token through its layers, a hop included.
@@ -191,7 +241,7 @@ mod tests {
     }
     fn demand() -> LayerDemand {
         let (root, range) = (Offer::new(1).root(), LayerRange::new(2, 10).unwrap());
-        LayerDemand { root, range, not: BTreeSet::new(), build: None, max_rate: None }
+        LayerDemand { root, range, not: BTreeSet::new(), build: None, max_rate: None, slots: 1, context: 1 }
     }
     #[track_caller]
     fn check(rows: &[Row], bend: impl Fn(&mut LayerDemand), expect: Result<&[(u32, u32, u32)], &str>) {
@@ -221,6 +271,27 @@ mod tests {
         check(&[three[0], three[1], three[2], (4, 2, 10, 20_000, 90)], |_| (), Ok(&[(1, 2, 5), (2, 5, 8), (3, 8, 10)]));
         // Equally fast: the cheaper.
         check(&[(1, 2, 10, 50_000, 20), (2, 2, 10, 50_000, 19)], |_| (), Ok(&[(2, 2, 10)]));
+    }
+
+    #[test]
+    fn every_listing_has_its_verdict() {
+        let book =
+            book(&[(1, 2, 6, 100_000, 10), (2, 6, 10, 100_000, 10), (3, 6, 10, 100_000, 90), (4, 6, 10, 9_000, 20)]);
+        let demand = LayerDemand { max_rate: Some(MsatPerMtok(50)), ..demand() };
+        let (plan, considered) = explain_layers(now(), &book, &demand);
+        assert_eq!(plan.unwrap().len(), 2);
+        let told: Vec<(NodeKey, LayerVerdict)> = considered.iter().map(|c| (c.listing.node_key, c.verdict)).collect();
+        for (provider, verdict) in [
+            (1, LayerVerdict::Planned { place: 1 }),
+            (2, LayerVerdict::Planned { place: 2 }),
+            (3, LayerVerdict::Refused("too dear")),
+            (4, LayerVerdict::Spare),
+        ] {
+            assert!(told.contains(&(Offer::new(provider).node(), verdict)), "{provider}: {told:?}");
+        }
+        let (none, considered) = explain_layers(now(), &book, &LayerDemand { slots: u32::MAX, ..demand });
+        assert!(none.unwrap_err().to_string().contains("too small"), "nobody holds so many");
+        assert!(considered.iter().all(|c| matches!(c.verdict, LayerVerdict::Refused(_))));
     }
 
     #[test]

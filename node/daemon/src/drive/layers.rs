@@ -135,28 +135,40 @@ fn read_part(path: &Path) -> anyhow::Result<(Gguf, PartFile)> {
     open().with_context(|| format!("{} is no part of a model", path.display())).hint("satgrid models split MODEL A-B")
 }
 
-/// Plans the ring over the listings that are live, then starts the two ends. Waits until every layer is sold by somebody.
-pub(crate) async fn start_lead(lead: &LeadForSale, id: EngineId, with: LeadParts<'_>) -> anyhow::Result<LedForSale> {
-    let ((head_file, head), (tail_file, tail)) = (read_part(&lead.head)?, read_part(&lead.tail)?);
-    let name = lead.alias.clone();
+/// What a lead asks of the market, from its two ends and its configuration.
+fn demand(lead: &LeadForSale, head: &PartFile, tail: &PartFile, ours: NodeKey) -> anyhow::Result<LayerDemand> {
     if head.root != tail.root || !tail.is_tail() {
         anyhow::bail!("the head and the tail are not the two ends of one model");
     }
     let range = LayerRange::new(head.range.end(), tail.range.start())
         .context("the head and the tail leave no layers for anybody else: sell the whole model")?;
-    let wire = match lead.wire {
-        config::Wire::F32 => WireType::F32,
-        config::Wire::Bf16 => WireType::Bf16,
-        config::Wire::Q8 => WireType::Q8_0,
-    };
-    let ours = node_key(&with.key);
-    let demand = LayerDemand {
+    Ok(LayerDemand {
         root: ModelRoot(head.root),
         range,
         not: BTreeSet::from([ours]),
         build: None,
         max_rate: lead.max_price_msat_per_million_position_layers.map(MsatPerMtok),
+        slots: lead.slots,
+        context: lead.context.unwrap_or(0),
+    })
+}
+
+/// What a configured lead would ask of the market: for `satgrid market why`, which has no key to leave itself out by.
+pub(crate) fn demand_of(lead: &LeadForSale) -> anyhow::Result<LayerDemand> {
+    let ((_, head), (_, tail)) = (read_part(&lead.head)?, read_part(&lead.tail)?);
+    demand(lead, &head, &tail, NodeKey([0; 32]))
+}
+
+/// Plans the ring over the listings that are live, then starts the two ends. Waits until every layer is sold by somebody.
+pub(crate) async fn start_lead(lead: &LeadForSale, id: EngineId, with: LeadParts<'_>) -> anyhow::Result<LedForSale> {
+    let ((head_file, head), (tail_file, tail)) = (read_part(&lead.head)?, read_part(&lead.tail)?);
+    let name = lead.alias.clone();
+    let wire = match lead.wire {
+        config::Wire::F32 => WireType::F32,
+        config::Wire::Bf16 => WireType::Bf16,
+        config::Wire::Q8 => WireType::Q8_0,
     };
+    let demand = demand(lead, &head, &tail, node_key(&with.key))?;
     let plan = wait_for_plan(with.market, &demand, &name).await;
     let row = u32::try_from(tail_file.arch_uint("embedding_length").unwrap_or_default())?;
     let picture: Vec<String> = plan

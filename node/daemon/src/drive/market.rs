@@ -42,6 +42,12 @@ impl Market {
     pub(crate) fn plan_layers(&self, demand: &LayerDemand) -> Result<Vec<layers::Planned>, layers::NoLayers> {
         self.read(|state| layers::plan_layers(now(), &state.book, demand))
     }
+    pub(crate) fn explain_layers(
+        &self,
+        demand: &LayerDemand,
+    ) -> (Result<Vec<layers::Planned>, layers::NoLayers>, Vec<layers::LayersConsidered>) {
+        self.read(|state| layers::explain_layers(now(), &state.book, demand))
+    }
     pub(crate) fn explain(&self, demand: &Demand, name: &str) -> Vec<Considered> {
         self.read(|state| explain(now(), &state.book, demand, name, &state.reputation))
     }
