@@ -59,7 +59,8 @@ bench-api: build ## the API beside llama.cpp's own server in one run: 1, 8 and 1
 
 bench-ledger: ## the ledger's speed: verify a million receipts, ten million appends, proofs (RECEIPTS=100000 GROWTH=1000000 for a short run)
 	@$(ENV) SATGRID_BENCH_RECEIPTS="$(or $(RECEIPTS),1000000)" cargo test $$LOCKED -p satgrid-ledger-cli --test bench -- --ignored --nocapture
-	@$(ENV) SATGRID_BENCH_GROWTH="$(or $(GROWTH),10000000)" exec cargo test $$LOCKED -p satgrid-ledger-sqlite --test bench --test journal -- --ignored --nocapture --test-threads 1 proofs_from growth_of append_rate
+	@$(ENV) SATGRID_BENCH_GROWTH="$(or $(GROWTH),10000000)" cargo test $$LOCKED -p satgrid-ledger-sqlite --test bench --test journal -- --ignored --nocapture --test-threads 1 proofs_from growth_of append_rate
+	@$(ENV) BENCH_ONLY=journal exec cargo test $$LOCKED -p satgrid-tests --test bench -- --ignored --nocapture
 
 fuzz-ledger: ## every single flipped bit of bundles and claims (minutes); of given exports: FILES="a.bundle b.bundle" (STEP=97 for a slice)
 	@$(ENV) if [ -z "$(FILES)" ]; then exec cargo test $$LOCKED -p satgrid-ledger --lib whole_ -- --ignored --nocapture; fi; \
