@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build build-gpu demo demo-experts demo-split bench-split test test-fast lint deny bench bench-ledger fuzz-ledger sim fuzz clean-cache test-conformance bench-api test-wallet bench-wallet
+.PHONY: help build build-gpu demo demo-experts demo-split bench-split bench-experts test test-fast lint deny bench bench-ledger fuzz-ledger sim fuzz clean-cache test-conformance bench-api test-wallet bench-wallet
 
 ENV := . tests/scripts/env.sh;
 
@@ -25,8 +25,11 @@ demo-split: build ## one model over a lead and three paid workers as processes: 
 bench-split: build ## what a split by layers costs: rings of 1 to 3 workers at 0 to 50 ms beside one machine, llama.cpp's RPC and the peer's law (ARGS="--workers 2 --rtt 20")
 	@$(ENV) exec tests/scripts/bench-split.py --out .bench-split.json $(ARGS)
 
-demo-experts: build ## a tiny mixture of experts over a lead and three worker processes: the map, the bill, the proof that it is exact
-	@$(ENV) exec "$$SATGRID_BIN" devnet demo --experts $(if $(filter-out 0,$(KEEP)),--keep)
+bench-experts: build ## what a split by experts costs: a lead and three paid workers beside one machine, over links with a delay (ARGS="--rtt 0,1,5 --batch 1,8")
+	@$(ENV) exec tests/scripts/bench-experts.py --out .bench-experts.json $(ARGS)
+
+demo-experts: build ## a mixture of experts over a lead and three paid workers as processes: the map, the answer, its proof (KILL=1 kills a worker)
+	@$(ENV) exec tests/scripts/demo-experts.py $(if $(filter-out 0,$(KILL)),--kill)
 
 test: ## everything that must hold; what CI runs
 	@tests/scripts/test.sh

@@ -2,6 +2,8 @@
 //!
 //! - [`book`]: the verified listings that are live, and how a newer one replaces an older.
 //! - [`catalogue`]: which model root a name stands for.
+//! - [`experts`]: who sells the experts of a model.
+//! - [`layers`]: layers of a model, cut over those who sell them.
 //! - [`demand`]: what one request needs, and at what price.
 //! - [`planner`]: the choice, its failover order, and a reason for every listing that was not chosen.
 //! - [`reputation`]: what this node itself has settled with a provider, and what it holds against it.
@@ -14,6 +16,7 @@
 pub mod book;
 pub mod catalogue;
 pub mod demand;
+pub mod experts;
 pub mod layers;
 pub mod planner;
 pub mod reputation;

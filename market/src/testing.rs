@@ -2,8 +2,8 @@
 
 use ed25519_dalek::SigningKey;
 use satgrid_types::{
-    Bindings, BuildId, EngineProfile, LightningKey, Listing, ModelRoot, Msat, MsatPerMtok, NodeKey, Part, RateCard,
-    Speed, TokenizerHash, UnixMs, VerifiedListing, lightning_binding_message, node_key, nostr_key,
+    Bindings, BuildId, Digest, EngineProfile, LightningKey, Listing, ModelRoot, Msat, MsatPerMtok, NodeKey, Part,
+    RateCard, Speed, TokenizerHash, UnixMs, VerifiedListing, lightning_binding_message, node_key, nostr_key,
     sign_lightning_message, sign_node_binding, verify_listing,
 };
 use secp256k1::{Keypair, SECP256K1, SecretKey};
@@ -33,6 +33,8 @@ pub(crate) struct Offer {
     pub(crate) decode_mtok_s: u64,
     pub(crate) addresses: Vec<String>,
     pub(crate) layer_price: Option<u64>,
+    pub(crate) expert_price: Option<u64>,
+    pub(crate) experts: Option<Digest>,
 }
 
 impl Offer {
@@ -53,6 +55,8 @@ impl Offer {
             decode_mtok_s: 40_000,
             addresses: vec!["127.0.0.1:9338".into()],
             layer_price: None,
+            expert_price: None,
+            experts: None,
         }
     }
 
@@ -86,7 +90,7 @@ impl Offer {
                 output: MsatPerMtok(self.output),
                 per_request: Msat(0),
                 position_layer: self.layer_price.map(MsatPerMtok),
-                ..RateCard::default()
+                expert_row: self.expert_price.map(MsatPerMtok),
             },
             context_length: self.context_length,
             slots: self.slots,
@@ -102,6 +106,7 @@ impl Offer {
             expires_at: created_at + self.lifetime_s,
             lightning_address: None,
             lightning_unproven: false,
+            experts_hash: self.experts,
             bindings: Bindings::default(),
         };
         let message = lightning_binding_message(&listing.node_key);

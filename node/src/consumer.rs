@@ -238,7 +238,9 @@ impl Consumer {
         match event {
             ConsumerEvent::Submit(submit) => self.submit(now, *submit),
             ConsumerEvent::Cancel { call } => self.cancel(call),
-            ConsumerEvent::Ordered { call, sent, returned } => self.ordered(now, call, sent, returned),
+            ConsumerEvent::Ordered { call, sent, returned, experts } => {
+                self.ordered(now, call, parts::PartLive { sent, returned, experts });
+            }
             ConsumerEvent::Route { call, slot, downstream, next, addresses, resend } => {
                 self.route(now, call, downstream, parts::Way { slot, next, addresses, resend });
             }

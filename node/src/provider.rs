@@ -171,7 +171,9 @@ impl Provider {
             ProviderEvent::StreamClosed { link, stream } => self.stream_closed(now, link, stream),
             ProviderEvent::Engine { engine, event } => self.engine_event(now, engine, event),
             ProviderEvent::Worked { job, done, .. } => self.worked(now, job, done),
+            ProviderEvent::Counted { job, counts, .. } => self.counted(job, counts),
             ProviderEvent::Split { job, split, root, .. } => self.split_of(job, *split, root),
+            ProviderEvent::ExpertSplit { job, split, root, .. } => self.expert_split_of(job, *split, root),
             ProviderEvent::InvoiceMade { ticket, result } => self.invoice_made(ticket, result),
             ProviderEvent::PaymentReceived { hash, amount } => self.payment_received(now, hash, amount),
             ProviderEvent::RefundSettled { hash, preimage, fee, .. } => self.refund_settled(hash, preimage, fee),
@@ -211,6 +213,8 @@ impl Provider {
             | ProviderEvent::StreamClosed { .. }
             | ProviderEvent::Engine { .. }
             | ProviderEvent::Split { .. }
+            | ProviderEvent::Counted { .. }
+            | ProviderEvent::ExpertSplit { .. }
             | ProviderEvent::InvoiceMade { .. }
             | ProviderEvent::PaymentReceived { .. }
             | ProviderEvent::RefundSettled { .. }

@@ -2,11 +2,12 @@
 //! broke it is kept as evidence.
 
 use crate::session::{ReceiptFacts, SessionError, SessionState, SliceStatus};
-use satgrid_ledger::statements::{Ack, Receipt, RequestOpen, SliceDescriptor};
+use satgrid_ledger::statements::{Ack, ExpertCount, ExpertFault, Receipt, RequestOpen, SliceDescriptor, check_work};
 use satgrid_pricing::{charge, numerators};
 use satgrid_types::{
     Digest, Msat, NodeKey, Numerators, PartUsage, Quote, RequestId, TokenUsage, UnixMs, VerifiedListing,
 };
+use std::collections::BTreeMap;
 use thiserror::Error;
 
 /// Longest validity that a quote may claim, in ms.
@@ -130,6 +131,8 @@ pub enum CountFault {
     Prompt { claimed: u32, prompt: u32 },
     #[error("part work claimed that was not ordered: {claimed:?} of {ordered:?}")]
     Part { claimed: Option<PartUsage>, ordered: Option<PartUsage> },
+    #[error("expert rows: {why}")]
+    Experts { why: String },
     #[error("a count is smaller than before, or contradicts another")]
     Inconsistent,
     #[error("{claimed} claimed, {computed} computed at the quote's rates")]
@@ -150,6 +153,7 @@ impl CountFault {
             CountFault::Output { .. } => "overcount-output",
             CountFault::Prompt { .. } => "overcount-prompt",
             CountFault::Part { .. } => "overcount-part",
+            CountFault::Experts { .. } => "expert-counts",
             CountFault::Inconsistent => "count-inconsistent",
             CountFault::Cost { .. } => "overcharge",
             CountFault::RunningHash => "output-hash",
@@ -179,12 +183,14 @@ pub fn ack(state: &SessionState, id: &RequestId, offered: &Ack, counted: &Counte
 }
 
 /// Checks a receipt: everything that both sides know is computed again, and only the provider's account of the run
-/// (times, finish reason, engine name) is taken as given. Returns what the consumer may sign.
+/// (times, finish reason, engine name) is taken as given. Of a worker that evaluated experts, `returned` is what came back of
+/// each expert. Returns what the consumer may sign.
 pub fn receipt(
     state: &SessionState,
     id: &RequestId,
     offered: &Receipt,
     counted: &Counted,
+    returned: &[ExpertCount],
     private_hash: Digest,
 ) -> Result<(), CountFault> {
     let request = state.request_state(id).ok_or(SessionError::UnknownRequest(*id))?;
@@ -192,6 +198,7 @@ pub fn receipt(
     if offered.part.map(|work| work.order) != request.open().part {
         return Err(CountFault::Field { field: "part" });
     }
+    experts(offered, returned)?;
     for slice in &offered.slices {
         let known = state.slices().get(&slice.k).is_some_and(|s| {
             s.amount == slice.amount
@@ -218,10 +225,35 @@ pub fn receipt(
         slices: offered.slices.clone(),
         part: offered.part,
         split: offered.split.clone().zip(offered.stage_root),
+        expert_rows: offered.expert_rows.clone(),
+        expert_split: offered.expert_split.clone().zip(offered.expert_root),
     };
     let ours = state.receipt(id, facts)?;
     cost(offered.numerators, ours.numerators, offered.cost, ours.cost)?;
     first_difference(offered, &ours).map_or(Ok(()), |field| Err(CountFault::Field { field }))
+}
+
+/// A worker's counters add up to what it charges for, and leave out nothing that came back: together with the sum, which is
+/// bounded by what was ordered, so much that the lead's own account holds at every layer.
+fn experts(offered: &Receipt, returned: &[ExpertCount]) -> Result<(), CountFault> {
+    let counts = offered.expert_rows.as_deref();
+    let fault = |fault: ExpertFault| CountFault::Experts { why: fault.to_string() };
+    match &offered.part {
+        Some(work) => check_work(&work.order, &offered.usage.part.unwrap_or_default(), counts).map_err(fault)?,
+        None if counts.is_some() => return Err(CountFault::Field { field: "expert_rows" }),
+        None => {}
+    }
+    let stated: BTreeMap<(u32, u32), u64> =
+        counts.unwrap_or_default().iter().map(|count| ((count.layer, count.expert), count.rows)).collect();
+    for count in returned {
+        let rows = stated.get(&(count.layer, count.expert)).copied().unwrap_or(0);
+        if rows < count.rows {
+            let (layer, expert) = (count.layer, count.expert);
+            let why = format!("{rows} rows of expert {expert} of layer {layer} are stated, {} came back", count.rows);
+            return Err(CountFault::Experts { why });
+        }
+    }
+    Ok(())
 }
 
 fn usage(claimed: &TokenUsage, acked: &TokenUsage, open: &RequestOpen, counted: &Counted) -> Result<(), CountFault> {

@@ -12,9 +12,12 @@
 //! | 0 ticket | canonical CBOR of [`TicketFrame`]: from now on, rows of this slot are covered |
 //! | 1 rows | u16 big-endian length of the header, canonical CBOR of [`RowsHeader`], the rows as they are on the wire |
 //! | 2 lost | canonical CBOR of [`LostFrame`], from downstream to upstream: these rows were refused, and why |
+//! | 3 call | as rows, with a [`CallHeader`]: from a lead to a worker that holds experts |
+//! | 4 answer | as rows, with an [`AnswerHeader`]: back from it |
 //!
 //! Rows are not wrapped in CBOR and not copied for it; header and frame are some 40 bytes a batch.
 
+use crate::experts::{AnswerHeader, CallHeader, MAX_CALL_HEADER, encode};
 use crate::frame::MAX_FRAME;
 use minicbor::{Decode, Encode};
 use satgrid_types::{NodeKey, RequestId, SessionId, Signed, Statement, UnixMs, Verified, WireType, WorkKind, cbor};
@@ -214,6 +217,8 @@ pub enum HopFrame {
     Ticket(TicketFrame),
     Rows(RowsHeader, Vec<u8>),
     Lost(LostFrame),
+    Call(CallHeader, Vec<u8>),
+    Answer(AnswerHeader, Vec<u8>),
 }
 
 /// What is wrong with a frame. The fault is the sender's.
@@ -227,11 +232,15 @@ pub enum HopFault {
     Shape { bytes: usize, rows: u64, row_bytes: usize },
     #[error("no pieces, more than {MAX_PIECES}, or an empty one")]
     Pieces,
+    #[error("a call of {rows} rows and {pairs} pairs of row and expert")]
+    Call { rows: usize, pairs: usize },
 }
 
 const TICKET: u8 = 0;
 const ROWS: u8 = 1;
 const LOST: u8 = 2;
+const CALL: u8 = 3;
+const ANSWER: u8 = 4;
 const PREFIX: usize = 3;
 
 impl HopFrame {
@@ -240,6 +249,8 @@ impl HopFrame {
             HopFrame::Ticket(frame) => tagged(TICKET, frame),
             HopFrame::Lost(frame) => tagged(LOST, frame),
             HopFrame::Rows(header, rows) => rows_frame(header, rows),
+            HopFrame::Call(header, rows) => encode(CALL, header, rows),
+            HopFrame::Answer(header, rows) => encode(ANSWER, header, rows),
         }
     }
 
@@ -249,9 +260,7 @@ impl HopFrame {
             TICKET => Ok(HopFrame::Ticket(cbor::decode_limited(&bytes[1..], 2 * Ticket::MAX_LEN)?)),
             LOST => Ok(HopFrame::Lost(cbor::decode_limited(&bytes[1..], 2 * crate::frame::MAX_REASON)?)),
             ROWS => {
-                let length = bytes.get(1..PREFIX).ok_or(HopFault::Kind(kind))?;
-                let end = PREFIX + usize::from(u16::from_be_bytes([length[0], length[1]]));
-                let header = bytes.get(PREFIX..end).ok_or(HopFault::Kind(kind))?;
+                let (header, end) = header_of(&bytes)?;
                 let header: RowsHeader = cbor::decode_limited(header, MAX_HEADER)?;
                 let pieces = &header.pieces;
                 if pieces.is_empty() || pieces.len() > MAX_PIECES || pieces.iter().any(|piece| piece.rows == 0) {
@@ -259,20 +268,33 @@ impl HopFrame {
                 }
                 Ok(HopFrame::Rows(header, bytes.split_off(end)))
             }
+            CALL => {
+                let (header, end) = header_of(&bytes)?;
+                let header: CallHeader = cbor::decode_limited(header, MAX_CALL_HEADER)?;
+                header.check()?;
+                Ok(HopFrame::Call(header, bytes.split_off(end)))
+            }
+            ANSWER => {
+                let (header, end) = header_of(&bytes)?;
+                let header: AnswerHeader = cbor::decode_limited(header, MAX_HEADER)?;
+                Ok(HopFrame::Answer(header, bytes.split_off(end)))
+            }
             other => Err(HopFault::Kind(other)),
         }
     }
 }
 
+/// The header behind its length, and where it ends.
+fn header_of(bytes: &[u8]) -> Result<(&[u8], usize), HopFault> {
+    let kind = bytes.first().copied().unwrap_or(u8::MAX);
+    let length = bytes.get(1..PREFIX).ok_or(HopFault::Kind(kind))?;
+    let end = PREFIX + usize::from(u16::from_be_bytes([length[0], length[1]]));
+    Ok((bytes.get(PREFIX..end).ok_or(HopFault::Kind(kind))?, end))
+}
+
 /// A frame of rows, from borrowed bytes.
 pub fn rows_frame(header: &RowsHeader, rows: &[u8]) -> Vec<u8> {
-    let header = cbor::encode(header);
-    let mut out = Vec::with_capacity(PREFIX + header.len() + rows.len());
-    out.push(ROWS);
-    out.extend_from_slice(&u16::try_from(header.len()).unwrap_or(u16::MAX).to_be_bytes());
-    out.extend_from_slice(&header);
-    out.extend_from_slice(rows);
-    out
+    encode(ROWS, header, rows)
 }
 
 fn tagged<T: Encode<()>>(kind: u8, frame: &T) -> Vec<u8> {

@@ -2,6 +2,7 @@
 //!
 //! * [`frame`]: the messages of a session, one canonical encoding each, with a limit on everything;
 //! * [`hop`]: hidden rows between the nodes of a ring, and the tickets that allow them;
+//! * [`experts`]: expert rows between a lead and a worker that holds experts, on the same kind of stream;
 //! * [`session`]: the state of one session as a fold over its journal entries, the same on both sides;
 //! * [`metering`]: how far work may run ahead of acknowledgements and of money;
 //! * [`slices`]: when the next instalment is due and how large it is;
@@ -13,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 pub mod check;
+pub mod experts;
 pub mod exposure;
 pub mod frame;
 pub mod hop;

@@ -185,14 +185,25 @@ impl Meter {
 /// The terms of a worker whose window is given in msat: in units, rounded up, and never less than one batch of its engine.
 pub fn part_terms(terms: &Terms, order_layers: u32, rates: &RateCard, window: Msat, batch: u32) -> Terms {
     let unit = rates.position_layer.unwrap_or_default().0.saturating_mul(order_layers.into());
+    window_of(terms, unit, window, batch, MAX_PART_WINDOW)
+}
+
+/// The same where experts are sold: `batch` is in expert rows.
+pub fn expert_terms(terms: &Terms, rates: &RateCard, window: Msat, batch: u32) -> Terms {
+    window_of(terms, rates.expert_row.unwrap_or_default().0, window, batch, MAX_EXPERT_WINDOW)
+}
+
+fn window_of(terms: &Terms, unit: u64, window: Msat, batch: u32, most: u32) -> Terms {
     let units = window.0.saturating_mul(PER_MILLION).checked_div(unit).unwrap_or(u64::MAX);
-    let batch = batch.max(1);
-    let window_tokens = u32::try_from(units).unwrap_or(u32::MAX).clamp(batch.saturating_mul(2), MAX_PART_WINDOW);
+    let batch = batch.clamp(1, most / 2);
+    let window_tokens = u32::try_from(units).unwrap_or(u32::MAX).clamp(batch.saturating_mul(2), most);
     Terms { window_tokens, ack_tokens: batch.min(window_tokens), ..*terms }
 }
 
 /// Positions that may be unacknowledged, whatever they cost.
 pub const MAX_PART_WINDOW: u32 = 8_192;
+/// Expert rows that may be unacknowledged, whatever they cost.
+pub const MAX_EXPERT_WINDOW: u32 = 65_536;
 
 fn covers(p: &Progress, grant: Grant) -> bool {
     cost_alone(&grant.usage(), &p.rates).is_ok_and(|cost| cost <= p.funds)

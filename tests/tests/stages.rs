@@ -1,4 +1,4 @@
-//! A lead and its worker as pure roles: an order for layers is funded, metered, acknowledged up to what came back, and
+//! A lead and its worker as pure roles: an order for layers, or for experts, is funded, metered, acknowledged up to what came back, and
 //! receipted, and both ledgers are clean.
 #![allow(clippy::unwrap_used, clippy::wildcard_enum_match_arm)]
 
@@ -8,7 +8,7 @@ use satgrid_ledger::{
     audit::{Detail, Report, audit},
     bundle::{Filter, Opened, open},
     entry::Draft,
-    statements::{Leg, PartOrder},
+    statements::{ExpertCount, Leg, PartOrder},
     testing::{Party, bolt11, bundle_of, bytes32},
 };
 use satgrid_node::{
@@ -20,8 +20,8 @@ use satgrid_node::{
 };
 use satgrid_protocol::hop::{Expected, Shown, take_ticket};
 use satgrid_types::{
-    Bindings, BuildId, Digest, EngineProfile, LayerRange, Listing, ModelRoot, Msat, MsatPerMtok, NodeKey, Part,
-    PartUsage, PaymentHash, Preimage, RateCard, RequestId, Sampling, SessionId, Speed, TokenizerHash, UnixMs,
+    Bindings, BuildId, Digest, EngineProfile, ExpertSet, LayerRange, Listing, ModelRoot, Msat, MsatPerMtok, NodeKey,
+    Part, PartUsage, PaymentHash, Preimage, RateCard, RequestId, Sampling, SessionId, Speed, TokenizerHash, UnixMs,
     VerifiedListing, WireType, WorkKind, lightning_binding_message, node_key, nostr_key, sign_lightning_message,
     sign_node_binding, verify_listing,
 };
@@ -37,18 +37,18 @@ fn layers() -> LayerRange {
     LayerRange::new(LAYERS.0, LAYERS.1).unwrap()
 }
 
-fn listing(party: &Party) -> VerifiedListing {
+fn listing(party: &Party, part: Part, rates: RateCard) -> VerifiedListing {
     let mut listing = Listing {
         version: Listing::VERSION,
         lightning_address: None,
         lightning_unproven: false,
+        experts_hash: None,
         model: "tiny".into(),
         model_root: ModelRoot(bytes32("model")),
         tokenizer: TokenizerHash([0; 32]),
         quantisation: "part".into(),
-        part: Part::Layers(layers()),
-        // A position through all ten layers costs 10 msat.
-        rates: RateCard { position_layer: Some(MsatPerMtok(1_000_000)), ..RateCard::default() },
+        part,
+        rates,
         context_length: 4_096,
         slots: 4,
         speed: Speed::default(),
@@ -70,6 +70,10 @@ fn listing(party: &Party) -> VerifiedListing {
     verify_listing(listing.to_event(&party.nostr, START.as_secs(), &[0; 32]), START).unwrap()
 }
 
+fn counts(rows: &[(u32, u32, u64)]) -> Vec<ExpertCount> {
+    rows.iter().map(|&(layer, expert, rows)| ExpertCount { layer, expert, rows }).collect()
+}
+
 /// Both roles, joined by a perfect link, with a wallet that pays at once.
 struct Pair {
     now: UnixMs,
@@ -87,13 +91,26 @@ struct Pair {
 
 impl Pair {
     fn new() -> Pair {
+        // A position through all ten layers costs 10 msat.
+        let rates = RateCard { position_layer: Some(MsatPerMtok(1_000_000)), ..RateCard::default() };
+        Pair::of(Part::Layers(layers()), rates)
+    }
+
+    /// A worker that sells experts, at 2 msat a row.
+    fn of_experts() -> Pair {
+        let rates = RateCard { expert_row: Some(MsatPerMtok(2_000_000)), ..RateCard::default() };
+        Pair::of(Part::Experts(ExpertSet::new([(0, 1), (0, 3), (1, 0)])), rates)
+    }
+
+    fn of(part: Part, rates: RateCard) -> Pair {
         let (mut worker, mut lead) = (Party::new("worker"), Party::new("lead"));
         for party in [&mut worker, &mut lead] {
             let genesis = party.genesis();
             party.append(START, Draft::of(genesis));
         }
-        let listing = listing(&worker);
-        let config = ProviderConfig { part_window: Msat(100), part_batch: 32, ..ProviderConfig::default() };
+        let listing = listing(&worker, part, rates);
+        let config =
+            ProviderConfig { part_window: Msat(100), part_batch: 32, expert_batch: 50, ..ProviderConfig::default() };
         let mut provider = Provider::new(config, worker.node.clone(), [1; 32]);
         let (profile, build) = (EngineProfile::Exact, listing.build);
         let offering = Offering { listing: listing.clone(), engine: EngineId(0), rates: listing.rates, profile, build };
@@ -113,12 +130,12 @@ impl Pair {
         }
     }
 
-    fn order(&self, layers: LayerRange) -> PartOrder {
+    fn order(&self, layers: Option<LayerRange>) -> PartOrder {
         let (lead, request) = (node_key(&self.lead.node), RequestId(bytes32("customer's request")));
-        PartOrder { layers: Some(layers), lead, request, wire: WireType::F32, max_positions: 500 }
+        PartOrder { layers, lead, request, wire: WireType::F32, max_positions: 500 }
     }
 
-    fn submit(&mut self, layers: LayerRange) {
+    fn submit(&mut self, layers: Option<LayerRange>) {
         let submit = Submit {
             call: CALL,
             candidates: vec![self.listing.clone()],
@@ -261,10 +278,38 @@ impl Pair {
     /// The desk reports so many positions; the lead knows of `sent`, and has `returned` back.
     fn work(&mut self, done: u64, returned: u64, sent: u64) {
         let usage = |n| PartUsage::default().plus(WorkKind::Prefill, n, 10).unwrap();
-        self.buy(ConsumerEvent::Ordered { call: CALL, sent: usage(sent), returned: usage(returned) });
+        self.buy(ConsumerEvent::Ordered {
+            call: CALL,
+            sent: usage(sent),
+            returned: usage(returned),
+            experts: Vec::new(),
+        });
         let (input, output) = (Digest([1; 32]), Digest([2; 32]));
         let done = PartDone { usage: usage(done), input, output, bytes_in: 9, bytes_out: 9, busy_ms: 3 };
         self.sell(ProviderEvent::Worked { engine: EngineId(0), job: self.job(), done });
+    }
+    /// The desk reports rows of each expert; the lead knows of what it sent and of what came back.
+    fn evaluate(&mut self, done: u64, returned: &[(u32, u32, u64)], sent: u64) {
+        let usage = |expert_rows| PartUsage { expert_rows, ..PartUsage::default() };
+        let back = returned.iter().map(|(_, _, rows)| rows).sum();
+        let (sent, returned, experts) = (usage(sent), usage(back), counts(returned));
+        self.buy(ConsumerEvent::Ordered { call: CALL, sent, returned, experts });
+        let (input, output) = (Digest([1; 32]), Digest([2; 32]));
+        let done = PartDone { usage: usage(done), input, output, bytes_in: 9, bytes_out: 9, busy_ms: 3 };
+        self.sell(ProviderEvent::Worked { engine: EngineId(0), job: self.job(), done });
+    }
+    /// The lead asks for the receipt, and the desk ends the job with these counters.
+    fn receipt(&mut self, counted: &[(u32, u32, u64)]) {
+        self.buy(ConsumerEvent::PartDone { call: CALL });
+        assert!(self.desk.iter().any(|action| matches!(action, ProviderAction::Settle { .. })));
+        let (engine, job) = (EngineId(0), self.job());
+        self.sell(ProviderEvent::Counted { engine, job, counts: counts(counted) });
+        let event = EngineEvent::Finished { job, reason: FinishReason::Stop, evaluated: 0 };
+        self.sell(ProviderEvent::Engine { engine, event });
+    }
+    fn acked_rows(&self) -> u64 {
+        let state = self.consumer.session_states().next().unwrap();
+        state.requests().values().map(|r| r.acked().part.unwrap_or_default().expert_rows).sum()
     }
     fn acked(&self) -> u64 {
         let state = self.consumer.session_states().next().unwrap();
@@ -286,7 +331,7 @@ impl Pair {
 #[test]
 fn layers_are_bought_metered_acknowledged_and_receipted() {
     let mut pair = Pair::new();
-    pair.submit(layers());
+    pair.submit(Some(layers()));
     // 100 msat are 10 positions; the window is never less than two batches.
     assert_eq!(pair.granted(), 64);
     // The worker speaks of 32 positions, the lead has 20 of them back: it signs when it has them all.
@@ -309,15 +354,68 @@ fn layers_are_bought_metered_acknowledged_and_receipted() {
     assert_eq!(bill.cost(), Msat(500), "50 positions through 10 layers");
     let leg: Leg = bill.legs[0].part.unwrap();
     assert_eq!(leg.rows, Some((Digest([1; 32]), Digest([2; 32]))));
-    assert_eq!((leg.order, leg.usage.prefill), (pair.order(layers()), 50));
+    assert_eq!((leg.order, leg.usage.prefill), (pair.order(Some(layers())), 50));
     let [worker, lead] = pair.clean();
     assert_eq!((worker.as_provider.charged_msat, lead.as_consumer.charged_msat), (500, 500));
 }
 
 #[test]
+fn experts_are_bought_metered_acknowledged_and_receipted() {
+    let mut pair = Pair::of_experts();
+    pair.submit(None);
+    // 100 msat are 50 rows; the window is never less than two of the largest calls.
+    assert_eq!(pair.granted(), 100);
+    pair.evaluate(60, &[(0, 1, 40)], 60);
+    assert_eq!(pair.acked_rows(), 0, "20 of them are still on their way");
+    pair.evaluate(60, &[(0, 1, 40), (0, 3, 20)], 60);
+    assert_eq!((pair.acked_rows(), pair.granted()), (60, 160));
+    pair.evaluate(75, &[(0, 1, 40), (0, 3, 20), (1, 0, 15)], 75);
+    pair.receipt(&[(0, 1, 40), (0, 3, 20), (1, 0, 15)]);
+    let Some(Emission::Finished { bill, .. }) = pair.heard.last() else { panic!("{:?}", pair.heard) };
+    assert_eq!(bill.cost(), Msat(150));
+    assert_eq!(bill.legs[0].experts, counts(&[(0, 1, 40), (0, 3, 20), (1, 0, 15)]));
+    let [worker, lead] = pair.clean();
+    assert_eq!((worker.as_provider.charged_msat, lead.as_consumer.charged_msat), (150, 150));
+}
+
+#[test]
+fn a_worker_s_counters_leave_out_nothing_that_came_back() {
+    let check = |counted: &[(u32, u32, u64)], rule: &str| {
+        let mut pair = Pair::of_experts();
+        pair.submit(None);
+        pair.evaluate(60, &[(0, 1, 40), (0, 3, 20)], 60);
+        pair.receipt(counted);
+        assert_eq!(pair.penalised, [rule], "{counted:?}");
+        let [_, lead] = pair.clean();
+        assert_eq!(lead.misbehaviour, 1, "{counted:?}");
+        // Charged is what both had signed before.
+        assert_eq!(lead.as_consumer.charged_msat, 120);
+    };
+    // Another sum than is charged, rows at another expert, another layer, an expert twice, none at all.
+    check(&[(0, 1, 40), (0, 3, 21)], "expert-counts");
+    check(&[(0, 1, 41), (0, 3, 19)], "expert-counts");
+    check(&[(0, 1, 40), (1, 0, 20)], "expert-counts");
+    check(&[(0, 1, 40), (0, 1, 20)], "expert-counts");
+    check(&[], "expert-counts");
+}
+
+#[test]
+fn rows_that_were_not_ordered_are_not_paid() {
+    let mut pair = Pair::of_experts();
+    pair.submit(None);
+    pair.evaluate(80, &[(0, 1, 60)], 60);
+    assert_eq!(pair.penalised, ["overcount-part"]);
+    pair.clean();
+    let mut pair = Pair::of_experts();
+    pair.submit(Some(layers()));
+    let Some(Emission::Failed { error, .. }) = pair.heard.last() else { panic!("{:?}", pair.heard) };
+    assert!(error.to_string().contains("what is sold here is 3 experts"), "{error}");
+}
+
+#[test]
 fn a_worker_that_counts_more_than_was_ordered_is_left_with_a_proof() {
     let mut pair = Pair::new();
-    pair.submit(layers());
+    pair.submit(Some(layers()));
     pair.work(32, 32, 32);
     assert_eq!(pair.acked(), 32);
     // 64 positions claimed; 40 were ordered.
@@ -335,7 +433,7 @@ fn a_worker_that_counts_more_than_was_ordered_is_left_with_a_proof() {
 #[test]
 fn an_order_for_other_layers_is_refused() {
     let mut pair = Pair::new();
-    pair.submit(LayerRange::new(2, 11).unwrap());
+    pair.submit(LayerRange::new(2, 11));
     let Some(Emission::Failed { error, .. }) = pair.heard.last() else { panic!("{:?}", pair.heard) };
     assert!(error.to_string().contains("what is sold here is layers 2-12"), "{error}");
     assert!(pair.desk.is_empty());
@@ -345,7 +443,7 @@ fn an_order_for_other_layers_is_refused() {
 #[test]
 fn tickets_are_signed_with_the_session_s_key() {
     let mut pair = Pair::new();
-    pair.submit(layers());
+    pair.submit(Some(layers()));
     let (session, key, request) = pair.ordered();
     assert_eq!(key, node_key(&session_key(&MASTER, SessionIndex(0))));
     pair.buy(ConsumerEvent::WantTicket { call: CALL });

@@ -12,11 +12,12 @@ use core::ops::Deref;
 
 use secp256k1::Keypair;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 use thiserror::Error;
 
 use crate::{
-    BuildId, EngineProfile, LightningKey, ListingId, ModelRoot, NodeKey, NostrKey, Part, RateCard, TokenizerHash,
-    UnixMs,
+    BuildId, Digest, EngineProfile, LightningKey, ListingId, ModelRoot, NodeKey, NostrKey, Part, RateCard,
+    TokenizerHash, UnixMs,
 };
 pub use binding::*;
 pub use event::*;
@@ -79,12 +80,28 @@ pub struct Listing {
     /// invoices show that it is paid on behalf of the node key.
     #[serde(default, skip_serializing_if = "is_false")]
     pub lightning_unproven: bool,
+    /// Of experts: SHA-256 over each held (layer, expert) and the hash of its weights ([`experts_hash`]). Whoever knows the
+    /// model's own hashes sees from it alone that other weights are held.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub experts_hash: Option<Digest>,
     /// Signs quotes, acks and receipts, and is the QUIC identity.
     pub node_key: NodeKey,
     pub lightning_node: LightningKey,
     /// Unix seconds. Readers enforce it, since relays keep stale events.
     pub expires_at: u64,
     pub bindings: Bindings,
+}
+
+/// What [`Listing::experts_hash`] says of these experts, in rising order: of each its layer and number as 32-bit big-endian
+/// integers, then the 32 bytes that stand for its weights.
+pub fn experts_hash<'a>(held: impl IntoIterator<Item = (&'a (u32, u32), &'a [u8; 32])>) -> Digest {
+    let mut hash = Sha256::new();
+    for ((layer, expert), weights) in held {
+        hash.update(layer.to_be_bytes());
+        hash.update(expert.to_be_bytes());
+        hash.update(weights);
+    }
+    Digest(hash.finalize().into())
 }
 
 /// Why an event is not a listing that we use. Sorted: not ours to read, out of date, forged, contradictory.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use satgrid_engine::gguf::Gguf;
 use satgrid_engine::memory::{ContextShape, Needs};
-use satgrid_engine::port::Profile;
+use satgrid_engine::port::{JobId, Profile};
 
 use crate::crowd::{Governor, SAMPLE, time_in_run_queue};
 use crate::devices::{self, Device, PlaceError, Placement, place};
@@ -251,6 +251,10 @@ impl Backend for LlamaBackend {
 
     fn piece(&self, token: u32) -> Vec<u8> {
         self.context.model().piece(token, false).unwrap_or_default()
+    }
+
+    fn seated(&mut self, slot: u32, job: JobId, _prompt: u32) {
+        self.context.seated(slot, job);
     }
 }
 

@@ -138,6 +138,13 @@ fn name_instruction_set(arch: &str, info: &str) -> String {
 
 /// Measures one job's prefill and decode, briefly, and leaves slot 0 empty. `None` if the model fails.
 pub(crate) fn measure(backend: &mut LlamaBackend, shape: &Shape) -> Option<Speed> {
+    let speed = try_measure(backend, shape);
+    backend.truncate(0, 0);
+    speed
+}
+
+/// `None` where it cannot be computed: a trunk whose experts are bought has nobody to charge a measurement to.
+fn try_measure(backend: &mut LlamaBackend, shape: &Shape) -> Option<Speed> {
     let token = |position: u32| (position * 97 + 5) % shape.vocab.max(1);
     let row = |position, output| BatchRow { slot: 0, position, token: token(position), output };
     let longest = shape.context.saturating_sub(MEASURE_DECODE + 1).min(MEASURE_PREFILL);
@@ -163,7 +170,6 @@ pub(crate) fn measure(backend: &mut LlamaBackend, shape: &Shape) -> Option<Speed
         at += 1;
     }
     let decode_millitokens_per_s = per_second(at - from, begin.elapsed());
-    backend.truncate(0, 0);
     Some(Speed { prefill_millitokens_per_s, decode_millitokens_per_s })
 }
 

@@ -32,6 +32,7 @@ mod ffi;
 mod keeper;
 mod lead;
 mod model_file;
+mod owners;
 mod pack;
 mod plan;
 mod scheduler;

@@ -133,7 +133,7 @@ impl PackBackend {
         for row in 0..=MEASURE_ROWS {
             let expert = experts[row as usize % experts.len()];
             let work = vec![satgrid_engine::experts::call::Work { row: 0, expert }];
-            let call = ExpertCall { step: 0, layer, rows: rows.clone(), work };
+            let call = ExpertCall { layer, rows: rows.clone(), work, ..ExpertCall::default() };
             if self.compute(layer, &[&call]).is_err() {
                 return 0;
             }

@@ -13,15 +13,16 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Rlimit, setrlimit};
 use satgrid_engine::experts::{ExpertRows, ExpertStep};
-use satgrid_engine::port::{Command, EngineFacts, SpecialTokens, TokenizerError};
+use satgrid_engine::port::{Command, EngineFacts, JobId, SpecialTokens, TokenizerError};
 
 use crate::backend::LlamaBackend;
 use crate::bare;
 use crate::devices;
 use crate::facts;
-use crate::ffi::{self, ExpertHook, Model, ModelConfig};
+use crate::ffi::{self, BatchRow, ExpertHook, Model, ModelConfig};
 use crate::lead;
 use crate::model_file;
+use crate::owners::Owners;
 use crate::pack::{PackBackend, Waiting};
 use crate::scheduler::Scheduler;
 use crate::settings::{BATCH, EngineSettings, PackSettings, WorkerArgs};
@@ -196,14 +197,25 @@ struct NodeExperts {
     outputs: Receiver<Result<ExpertRows, String>>,
     step: u64,
     layer: u32,
+    owners: Owners,
 }
 
 impl ExpertHook for NodeExperts {
+    fn begin(&mut self, rows: &[BatchRow]) {
+        self.owners.begin(rows);
+    }
+
+    fn seated(&mut self, slot: u32, job: JobId) {
+        self.owners.seated(slot, job);
+    }
+
     fn chosen(&mut self, layer: u32, used: u32, ids: Vec<u32>, rows: Vec<f32>) -> Result<(), String> {
         // A batch goes up through the layers.
         self.step += u64::from(layer <= self.layer);
         self.layer = layer;
-        let step = ExpertStep { step: self.step, layer, used, ids, rows };
+        let count = ids.len() / used.max(1) as usize;
+        let jobs = self.owners.of(layer, count)?;
+        let step = ExpertStep { step: self.step, layer, used, ids, rows, jobs };
         wire::write(&mut self.writer, &FromWorker::ExpertStep(step)).map_err(|error| error.to_string())
     }
 
@@ -225,7 +237,10 @@ fn run_engine(settings: &EngineSettings, is_trunk: bool, link: &mut Link) -> Res
     let file = read.map_err(|reason| failed(&reason))?;
     let known_answer = facts::known_answer().map_err(|error| failed(&error))?;
     let hook: Option<Box<dyn ExpertHook>> = match link.outputs.take().filter(|_| is_trunk) {
-        Some(outputs) => Some(Box::new(NodeExperts { writer: link.writer.try_clone()?, outputs, step: 0, layer: 0 })),
+        Some(outputs) => {
+            let (writer, owners) = (link.writer.try_clone()?, Owners::new(file.facts.layers));
+            Some(Box::new(NodeExperts { writer, outputs, step: 0, layer: 0, owners }))
+        }
         None => None,
     };
     let opened = LlamaBackend::open_with(settings, hook, 0, |permille| link.tell_load(500 + permille / 2));

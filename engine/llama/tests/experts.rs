@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use common::{ALL, Heard, Listener, job, kill, program, settings};
+use satgrid_engine::experts::call::MAX_CALL_BYTES;
 use satgrid_engine::experts::group::{ExpertGroup, GroupConfig, GroupEvent, Observer, Spare};
 use satgrid_engine::experts::{ExpertCall, ExpertHost, ExpertRows, HostError, Manifest, map, pack, trunk};
 use satgrid_engine::gguf::{Gguf, TensorType};
@@ -18,7 +19,7 @@ use satgrid_engine::root::ModelRoot;
 use satgrid_engine::sampling::Sampling;
 use satgrid_engine::tiny_moe::TinyMoe;
 use satgrid_engine_llama::{EngineConfig, EngineSettings, LlamaEngine, LlamaExperts, PackSettings, SpawnError};
-use satgrid_types::ExpertSet;
+use satgrid_types::{ExpertSet, WireType};
 
 /// A model on disk, whole and in parts: `packs`, and one with everything for the lead's own use.
 struct Split {
@@ -70,6 +71,8 @@ impl Split {
             observer: told.clone(),
             witness_per_million,
             seed: [7; 32],
+            wire: WireType::F32,
+            call_bytes: MAX_CALL_BYTES,
         };
         (Arc::new(ExpertGroup::new(config)), told)
     }
@@ -175,8 +178,16 @@ async fn eight_sessions_over_three_workers_are_as_solo() {
     assert_eq!((facts.model, facts.build_id), (whole.model, whole.build_id));
     assert!(facts.speed.is_some());
 
+    jobs().iter().for_each(|job| group.open_account(job.id));
     assert_eq!(outputs(&mut lead, &jobs()).await, expect);
     assert_eq!(told.all(), []);
+    // Every row is its job's: each position but the last drawn one, and in the last layer what was drawn from.
+    for (job, output) in jobs().iter().zip(&expect) {
+        let rows = group.close_account(job.id).unwrap();
+        let (prompt, drawn) = (job.prompt.len() as u64, output.len() as u64);
+        assert_eq!((rows.chosen, rows.own.len()), (model.used, 0));
+        assert_eq!((rows.layers[&0], rows.layers[&2]), (prompt + drawn - 1, drawn), "job {:?}", job.id);
+    }
     // Conservation: at each layer the experts' rows are the layer's rows times the chosen experts; the last layer may
     // compute fewer rows, since only those that are drawn from go through it.
     let (routed, given) = (group.routed(), group.given());
@@ -185,6 +196,26 @@ async fn eight_sessions_over_three_workers_are_as_solo() {
     assert!(sum(0) % u64::from(model.used) == 0 && sum(2) < sum(0), "{} {}", sum(0), sum(2));
     let given: u64 = given.values().flat_map(|rows| rows.values()).sum();
     assert_eq!(given, routed.values().sum::<u64>());
+}
+
+/// Three families in three kinds of weights, over one to four workers: eight sessions at once.
+#[tokio::test]
+async fn families_and_weights_over_one_to_four_workers_are_as_solo() {
+    let kinds = [TensorType::F32, TensorType::Q8_0, TensorType::Q4_0];
+    let all = ["qwen3moe", "olmoe", "granitemoe"].into_iter().flat_map(|family| kinds.map(|kind| (family, kind)));
+    for ((architecture, kind), workers) in all.zip([1u32, 2, 3, 4].into_iter().cycle()) {
+        let model = TinyMoe { architecture, kind, ..TinyMoe::default() };
+        let split = Split::of(&model, &map::deal(model.layers, model.experts, workers));
+        let expect = solo(&split, &jobs()).await;
+        let (group, _) = split.group(0, None);
+        for pack in 0..workers as usize {
+            let host = split.host(pack, None).await;
+            let claims = host.claims();
+            group.admit(&format!("worker {pack}"), host, &claims, false).unwrap();
+        }
+        let mut lead = split.lead(group, 8).await;
+        assert_eq!(outputs(&mut lead, &jobs()).await, expect, "{architecture} {} over {workers}", kind.name);
+    }
 }
 
 #[tokio::test]
@@ -264,6 +295,7 @@ async fn what_does_not_fit_together_is_refused_in_words() {
         layer,
         rows: vec![0.5; 64],
         work: vec![satgrid_engine::experts::call::Work { row, expert }],
+        jobs: Vec::new(),
     };
     for (call, expect) in [
         (call(0, 1, 0), "expert 1 of layer 0 is not held"),

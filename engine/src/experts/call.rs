@@ -10,6 +10,8 @@ use std::collections::BTreeMap;
 
 use minicbor::{Decode, Encode};
 
+use crate::port::JobId;
+
 /// Most rows in one step or call: the most positions that an engine evaluates at once.
 pub const MAX_ROWS: usize = 512;
 /// Most bytes of rows in a call or in its answer. A step that needs more is asked in several calls.
@@ -33,10 +35,13 @@ pub struct ExpertStep {
     pub ids: Vec<u32>,
     #[cbor(n(4), with = "floats")]
     pub rows: Vec<f32>,
+    /// Whose each row is; empty where no job asks: an engine that measures itself.
+    #[n(5)]
+    pub jobs: Vec<JobId>,
 }
 
 /// What a lead asks one host.
-#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+#[derive(Debug, Clone, Default, PartialEq, Encode, Decode)]
 pub struct ExpertCall {
     #[n(0)]
     pub step: u64,
@@ -46,6 +51,9 @@ pub struct ExpertCall {
     pub rows: Vec<f32>,
     #[n(3)]
     pub work: Vec<Work>,
+    /// Whose each row is; empty where no job asks. Who is paid for rows charges them to these.
+    #[n(4)]
+    pub jobs: Vec<JobId>,
 }
 
 /// One row through one expert.
@@ -125,6 +133,14 @@ pub enum CallError {
         #[n(2)]
         used: u32,
     },
+    #[error("{given} jobs for {rows} rows")]
+    #[n(7)]
+    Jobs {
+        #[n(0)]
+        given: u64,
+        #[n(1)]
+        rows: u64,
+    },
 }
 
 /// What is wrong with an answer: the host's fault.
@@ -152,6 +168,9 @@ pub enum HostError {
     Gone { reason: String },
     #[error("it gave no answer within {ms} ms")]
     Late { ms: u64 },
+    /// Ours: no job asks, so nobody would pay it.
+    #[error("it is paid for its work, and no job asks for this")]
+    Unpaid,
 }
 
 /// Why a step came to nothing.
@@ -163,6 +182,8 @@ pub enum StepError {
     NoHost { layer: u32, experts: Vec<u32>, reason: Option<String> },
     #[error("{host} refused a call that it should serve: {error}")]
     Refused { host: String, error: CallError },
+    #[error("{host} is paid for its work, and no job asks for this")]
+    Unpaid { host: String },
 }
 
 fn because(reason: &Option<String>) -> String {
@@ -174,6 +195,14 @@ fn over(what: &str, given: usize, limit: usize) -> Result<(), CallError> {
         return Ok(());
     }
     Err(CallError::OverLimit { what: what.to_owned(), given: given as u64, limit: limit as u64 })
+}
+
+/// A job for each row, or none at all.
+fn check_jobs(jobs: &[JobId], rows: usize) -> Result<(), CallError> {
+    if jobs.is_empty() || jobs.len() == rows {
+        return Ok(());
+    }
+    Err(CallError::Jobs { given: jobs.len() as u64, rows: rows as u64 })
 }
 
 /// Rows of this width in these numbers, all of them finite.
@@ -199,6 +228,7 @@ impl ExpertStep {
         if self.used == 0 || self.ids.len() != rows * self.used as usize {
             return Err(CallError::Ids { given: self.ids.len() as u64, rows: rows as u64, used: self.used });
         }
+        check_jobs(&self.jobs, rows)?;
         match self.ids.iter().find(|expert| **expert >= experts) {
             Some(&expert) => Err(CallError::NotHeld { layer: self.layer, expert }),
             None => Ok(rows),
@@ -214,6 +244,7 @@ impl ExpertCall {
         over("bytes of answer", self.work.len().saturating_mul(width as usize * 4), MAX_CALL_BYTES)?;
         let rows = count_rows(&self.rows, width)?;
         over("rows", rows, MAX_ROWS)?;
+        check_jobs(&self.jobs, rows)?;
         if rows == 0 || self.work.is_empty() {
             return Err(CallError::Empty);
         }
@@ -283,7 +314,7 @@ mod tests {
 
     fn call(rows: usize, work: &[(u32, u32)]) -> ExpertCall {
         let work = work.iter().map(|&(row, expert)| Work { row, expert }).collect();
-        ExpertCall { step: 7, layer: 1, rows: vec![0.5; rows * 4], work }
+        ExpertCall { step: 7, layer: 1, rows: vec![0.5; rows * 4], work, jobs: Vec::new() }
     }
 
     #[test]
@@ -304,6 +335,7 @@ mod tests {
             (torn, "3 numbers are not whole rows of 4"),
             (nan, "row 1 holds a number that is not finite"),
             (call(MAX_ROWS + 1, &[(0, 2)]), "513 rows, at most 512"),
+            (ExpertCall { jobs: vec![JobId(1)], ..call(2, &[(0, 2)]) }, "1 jobs for 2 rows"),
             (call(1, &vec![(0, 2); MAX_WORK + 1]), "pairs of row and expert"),
             (ExpertCall { rows: vec![0.0; MAX_CALL_BYTES / 4 + 4], ..call(1, &[(0, 2)]) }, "bytes of rows"),
         ];
@@ -334,7 +366,8 @@ mod tests {
 
     #[test]
     fn a_trunk_asks_for_whole_rows_of_real_experts() {
-        let step = ExpertStep { step: 0, layer: 0, used: 2, ids: vec![0, 3, 1, 2], rows: vec![0.0; 8] };
+        let step =
+            ExpertStep { step: 0, layer: 0, used: 2, ids: vec![0, 3, 1, 2], rows: vec![0.0; 8], jobs: Vec::new() };
         assert_eq!(step.check(4, 4), Ok(2));
         assert_eq!(step.check(4, 3), Err(CallError::NotHeld { layer: 0, expert: 3 }));
         assert!(matches!(step.check(2, 4), Err(CallError::Ids { .. })));

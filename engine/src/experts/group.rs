@@ -17,13 +17,15 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use rand_chacha::ChaCha20Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
-use satgrid_types::ExpertSet;
+use satgrid_types::{ExpertSet, WireType};
 
-use super::call::{ExpertCall, ExpertRows, ExpertStep, HostError, StepError};
+use super::call::{CallError, ExpertCall, ExpertRows, ExpertStep, HostError, StepError, Work};
 use super::manifest::Manifest;
 use super::map::{Claims, ExpertMap, HostId, MapError, claims};
 use super::step::{Disagreement, InFlight, Outgoing};
 use super::{ExpertHost, Experts};
+use crate::port::JobId;
+use crate::stage::codec::HiddenRows;
 
 /// Hosts that one step may lose before it is given up: a fault of ours would else lose them all.
 const MAX_LOSSES: u32 = 16;
@@ -61,6 +63,22 @@ pub struct GroupConfig {
     pub witness_per_million: u32,
     /// Draws which rows these are.
     pub seed: [u8; 32],
+    /// How rows travel between nodes. All rows are rounded to it, whoever evaluates them: the answer is the same whether a
+    /// host is bought, the lead's own, or was replaced. Only f32 changes nothing.
+    pub wire: WireType,
+    /// No call holds more bytes of rows, as 32-bit numbers, nor does its answer.
+    pub call_bytes: usize,
+}
+
+/// What became of the rows of one job.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct JobRows {
+    /// Experts that the router chose for each row.
+    pub chosen: u32,
+    /// Rows of each layer with experts.
+    pub layers: BTreeMap<u32, u64>,
+    /// Rows that hosts of the lead's own evaluated, second evaluations included.
+    pub own: BTreeMap<(u32, u32), u64>,
 }
 
 /// A host and what the lead knows of it.
@@ -79,6 +97,8 @@ struct State {
     draw: ChaCha20Rng,
     /// Rows that the router sent to each expert.
     routed: BTreeMap<(u32, u32), u64>,
+    /// Jobs whose rows are accounted for.
+    accounts: BTreeMap<JobId, JobRows>,
 }
 
 /// The hosts of one model's experts. See the module.
@@ -97,6 +117,7 @@ impl ExpertGroup {
             next: 0,
             draw: ChaCha20Rng::from_seed(config.seed),
             routed: BTreeMap::new(),
+            accounts: BTreeMap::new(),
         };
         Self { config, state: Mutex::new(state), loading: futures::lock::Mutex::new(()) }
     }
@@ -136,6 +157,38 @@ impl ExpertGroup {
     /// Of each host that is in, by name: the rows that it gave and the lead used.
     pub fn given(&self) -> BTreeMap<String, BTreeMap<(u32, u32), u64>> {
         self.state().members.values().map(|member| (member.name.clone(), member.rows.clone())).collect()
+    }
+
+    /// Accounts for a job's rows from now on, until [`ExpertGroup::close_account`].
+    pub fn open_account(&self, job: JobId) {
+        self.state().accounts.entry(job).or_default();
+    }
+
+    /// What became of the job's rows. `None` where no account was opened.
+    pub fn close_account(&self, job: JobId) -> Option<JobRows> {
+        self.state().accounts.remove(&job)
+    }
+
+    /// The (layer, expert) that somebody holds.
+    pub fn held(&self) -> impl Iterator<Item = (u32, u32)> + use<> {
+        let state = self.state();
+        let all = self.config.manifest.all();
+        let held: Vec<(u32, u32)> =
+            all.filter(|&(layer, expert)| !state.map.holders(layer, expert).is_empty()).collect();
+        held.into_iter()
+    }
+
+    /// Who is in, by name.
+    pub fn hosts(&self) -> BTreeSet<String> {
+        self.state().members.values().map(|member| member.name.clone()).collect()
+    }
+
+    /// Takes a host out by its name; its rows of steps under way go elsewhere.
+    pub fn withdraw(&self, name: &str, reason: &str) {
+        let found = self.state().members.iter().find(|(_, member)| member.name == name).map(|(id, _)| *id);
+        if let Some(id) = found {
+            self.dismiss(id, reason.to_owned());
+        }
     }
 
     fn dismiss(&self, id: HostId, reason: String) {
@@ -195,9 +248,17 @@ impl ExpertGroup {
 
     async fn call(&self, outgoing: Outgoing) -> (u64, HostId, Result<ExpertRows, HostError>) {
         let Outgoing { id, host, call } = outgoing;
-        let member = self.state().members.get(&host).map(|member| Arc::clone(&member.host));
+        let member = self.state().members.get(&host).map(|member| (Arc::clone(&member.host), member.own));
         let answer = match member {
-            Some(member) => member.evaluate(call).await,
+            Some((_, false)) if call.jobs.is_empty() => Err(HostError::Unpaid),
+            Some((member, own)) => {
+                let (layer, work, jobs) = (call.layer, call.work.clone(), call.jobs.clone());
+                let answer = member.evaluate(call).await;
+                if own && answer.is_ok() {
+                    self.book_own(layer, &work, &jobs);
+                }
+                answer.and_then(|rows| self.rounded(rows))
+            }
             None => Err(HostError::Gone { reason: "dismissed meanwhile".to_owned() }),
         };
         (id, host, answer)
@@ -241,8 +302,42 @@ impl ExpertGroup {
         Some(answer.rows)
     }
 
-    fn book(&self, layer: u32, ids: &[u32], filled: &[Option<HostId>]) {
+    fn book_own(&self, layer: u32, work: &[Work], jobs: &[JobId]) {
         let mut state = self.state();
+        for work in work {
+            let job = usize::try_from(work.row).ok().and_then(|row| jobs.get(row));
+            if let Some(account) = job.and_then(|job| state.accounts.get_mut(job)) {
+                *account.own.entry((layer, work.expert)).or_default() += 1;
+            }
+        }
+    }
+
+    fn round(&self, rows: Vec<f32>) -> Result<Vec<f32>, crate::stage::codec::CodecError> {
+        match self.config.wire {
+            WireType::F32 => Ok(rows),
+            wire @ (WireType::Bf16 | WireType::Q8_0) => {
+                let width = self.config.manifest.n_embd;
+                HiddenRows::encode(&rows, width, wire)?.decode(width)
+            }
+        }
+    }
+
+    fn rounded(&self, answer: ExpertRows) -> Result<ExpertRows, HostError> {
+        let ExpertRows { step, layer, rows } = answer;
+        let rows = self.round(rows).map_err(|error| HostError::Gone { reason: error.to_string() })?;
+        Ok(ExpertRows { step, layer, rows })
+    }
+
+    fn book(&self, flight: &InFlight, filled: &[Option<HostId>]) {
+        let (layer, ids, jobs) = (flight.layer(), flight.ids(), flight.jobs());
+        let mut state = self.state();
+        let chosen = ids.len().checked_div(jobs.len()).unwrap_or(0);
+        for job in jobs {
+            if let Some(account) = state.accounts.get_mut(job) {
+                account.chosen = u32::try_from(chosen).unwrap_or(u32::MAX);
+                *account.layers.entry(layer).or_default() += 1;
+            }
+        }
         for (&expert, host) in ids.iter().zip(filled) {
             *state.routed.entry((layer, expert)).or_default() += 1;
             if let Some(member) = host.and_then(|host| state.members.get_mut(&host)) {
@@ -254,9 +349,14 @@ impl ExpertGroup {
 
 #[async_trait]
 impl Experts for ExpertGroup {
-    async fn evaluate(&self, step: ExpertStep) -> Result<Vec<f32>, StepError> {
+    async fn evaluate(&self, mut step: ExpertStep) -> Result<Vec<f32>, StepError> {
         let manifest = &self.config.manifest;
-        let mut flight = InFlight::new(step, manifest.n_embd, manifest.experts).map_err(StepError::BadStep)?;
+        let given = step.rows.len() as u64;
+        step.rows = self
+            .round(step.rows)
+            .map_err(|_| StepError::BadStep(CallError::Width { given, width: manifest.n_embd }))?;
+        let flight = InFlight::new(step, manifest.n_embd, manifest.experts).map_err(StepError::BadStep)?;
+        let mut flight = flight.with_calls_of(self.config.call_bytes);
         let mut losses = 0;
         let mut pending = FuturesUnordered::new();
         for outgoing in self.open(&mut flight).await? {
@@ -286,6 +386,7 @@ impl Experts for ExpertGroup {
                     Err(error) => Some(error.to_string()),
                 },
                 Err(HostError::Refused(error)) => return Err(StepError::Refused { host: self.name(host), error }),
+                Err(HostError::Unpaid) => return Err(StepError::Unpaid { host: self.name(host) }),
                 Err(error) => Some(error.to_string()),
             };
             let mut again = Vec::new();
@@ -313,9 +414,7 @@ impl Experts for ExpertGroup {
             pending.extend(again.into_iter().map(|outgoing| self.call(outgoing)));
         }
         drop(pending);
-        let (layer, ids) = (flight.layer(), flight.ids().to_vec());
-        let (rows, filled) = flight.finish();
-        self.book(layer, &ids, &filled);
-        Ok(rows)
+        self.book(&flight, flight.filled());
+        Ok(flight.finish().0)
     }
 }

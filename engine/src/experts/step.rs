@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 
 use super::call::{AnswerError, CallError, ExpertCall, ExpertRows, ExpertStep, MAX_CALL_BYTES, MAX_WORK, Work};
 use super::map::{ExpertMap, HostId};
+use crate::port::JobId;
 
 /// A call to make; `id` is what its answer is booked under.
 #[derive(Debug, Clone, PartialEq)]
@@ -40,6 +41,7 @@ pub struct InFlight {
     filled: Vec<Option<HostId>>,
     calls: BTreeMap<u64, Sent>,
     next_id: u64,
+    call_bytes: usize,
     /// Answers of witnesses whose slot was not filled yet.
     witnessed: Vec<(HostId, usize, Vec<f32>)>,
 }
@@ -60,7 +62,22 @@ impl InFlight {
         let slots = step.ids.len();
         let width = width as usize;
         let (out, filled) = (vec![0.0; slots * width], vec![None; slots]);
-        Ok(Self { step, width, out, filled, calls: BTreeMap::new(), next_id: 0, witnessed: Vec::new() })
+        Ok(Self {
+            step,
+            width,
+            out,
+            filled,
+            calls: BTreeMap::new(),
+            next_id: 0,
+            call_bytes: MAX_CALL_BYTES,
+            witnessed: Vec::new(),
+        })
+    }
+
+    /// No call and no answer holds more bytes of rows than this.
+    pub fn with_calls_of(mut self, bytes: usize) -> Self {
+        self.call_bytes = bytes.min(MAX_CALL_BYTES);
+        self
     }
 
     pub fn layer(&self) -> u32 {
@@ -158,6 +175,11 @@ impl InFlight {
         self.calls.is_empty() && self.filled.iter().all(Option::is_some)
     }
 
+    /// Who gave each slot's row.
+    pub fn filled(&self) -> &[Option<HostId>] {
+        &self.filled
+    }
+
     /// The rows in slot order, and who gave each.
     pub fn finish(self) -> (Vec<f32>, Vec<Option<HostId>>) {
         (self.out, self.filled)
@@ -167,11 +189,17 @@ impl InFlight {
         &self.step.ids
     }
 
+    /// The jobs of the step's rows, one each, or none.
+    pub fn jobs(&self) -> &[JobId] {
+        &self.step.jobs
+    }
+
     fn question(&self, slot: usize) -> ExpertCall {
         let row = slot / self.step.used.max(1) as usize;
         let rows = self.step.rows[row * self.width..(row + 1) * self.width].to_vec();
         let work = vec![Work { row: 0, expert: self.step.ids[slot] }];
-        ExpertCall { step: self.step.step, layer: self.step.layer, rows, work }
+        let jobs = self.step.jobs.get(row).copied().into_iter().collect();
+        ExpertCall { step: self.step.step, layer: self.step.layer, rows, work, jobs }
     }
 
     fn book(&mut self, sent: Sent) -> u64 {
@@ -195,7 +223,7 @@ impl InFlight {
                 by_host.entry(*host).or_default().push(slot);
             }
         }
-        let most = (MAX_CALL_BYTES / (4 * self.width.max(1))).clamp(1, MAX_WORK);
+        let most = (self.call_bytes / (4 * self.width.max(1))).clamp(1, MAX_WORK);
         let mut outgoing = Vec::new();
         for (host, slots) in by_host {
             for slots in slots.chunks(most) {
@@ -210,17 +238,19 @@ impl InFlight {
     fn call(&self, slots: &[usize]) -> ExpertCall {
         let used = self.step.used.max(1) as usize;
         let (mut rows, mut work, mut index, mut last) = (Vec::new(), Vec::with_capacity(slots.len()), 0, None);
+        let mut jobs = Vec::new();
         for &slot in slots {
             let row = slot / used;
             // Slots rise, so equal rows are neighbours.
             if last != Some(row) {
                 index += u32::from(last.is_some());
                 rows.extend_from_slice(&self.step.rows[row * self.width..(row + 1) * self.width]);
+                jobs.extend(self.step.jobs.get(row));
                 last = Some(row);
             }
             work.push(Work { row: index, expert: self.step.ids[slot] });
         }
-        ExpertCall { step: self.step.step, layer: self.step.layer, rows, work }
+        ExpertCall { step: self.step.step, layer: self.step.layer, rows, work, jobs }
     }
 }
 

@@ -10,9 +10,10 @@ use crate::{
 use satgrid_ledger::{
     bundle::Subjected,
     entry::{Entry, Evidence},
+    statements::PartOrder,
     transfer::TransferOp,
 };
-use satgrid_types::Digest;
+use satgrid_types::{Digest, TokenUsage};
 use serde::Serialize;
 
 /// One entry as `--format json` prints it.
@@ -112,13 +113,15 @@ fn what(evidence: &Evidence) -> String {
         }
         Evidence::PaymentFailed { payment_hash, reason } => format!("{}: {reason}", payment_hash.short()),
         Evidence::PaymentReceived { payment_hash, amount } => format!("{}: {amount}", payment_hash.short()),
-        Evidence::Request(request) => claim(request.peek(), |r| format!("{} prompt tokens", r.prompt_tokens)),
-        Evidence::Ack(ack) => {
-            claim(ack.peek(), |a| format!("{}: {} in, {} out, {}", a.seq, a.usage.prompt, a.usage.completion, a.cost))
-        }
+        Evidence::Request(request) => claim(request.peek(), |r| match r.part {
+            Some(PartOrder { layers: Some(range), request, .. }) => format!("layers {range} for {}", request.short()),
+            Some(PartOrder { layers: None, request, .. }) => format!("experts for {}", request.short()),
+            None => format!("{} prompt tokens", r.prompt_tokens),
+        }),
+        Evidence::Ack(ack) => claim(ack.peek(), |a| format!("{}: {}, {}", a.seq, work(&a.usage), a.cost)),
         Evidence::Receipt { receipt, .. } => claim(receipt.peek(), |r| {
             let id = hex::encode(&receipt.id()[..4]);
-            format!("{id}: {} in, {} out, {}", r.usage.prompt, r.usage.completion, r.cost)
+            format!("{id}: {}, {}", work(&r.usage), r.cost)
         }),
         Evidence::Abandoned { request, .. } => format!("request {}", request.short()),
         Evidence::Close(close) => claim(close.peek(), |c| format!("remainder {}", c.remainder)),
@@ -153,4 +156,13 @@ fn what(evidence: &Evidence) -> String {
 
 fn claim<T, E: core::fmt::Display>(peeked: Result<T, E>, show: impl FnOnce(T) -> String) -> String {
     peeked.map_or_else(|error| format!("unreadable: {error}"), show)
+}
+
+/// What was done, in the units that it is charged by.
+fn work(usage: &TokenUsage) -> String {
+    match usage.part {
+        Some(part) if part.expert_rows > 0 => format!("{} expert rows", part.expert_rows),
+        Some(part) => format!("{} position-layers", part.position_layers),
+        None => format!("{} in, {} out", usage.prompt, usage.completion),
+    }
 }

@@ -107,6 +107,7 @@ pub fn listing(party: &Party, rates: RateCard, at: UnixMs) -> VerifiedListing {
         expires_at: at.as_secs().saturating_add(1_800),
         lightning_address: None,
         lightning_unproven: false,
+        experts_hash: None,
         bindings: Bindings::default(),
     };
     let message = lightning_binding_message(&listing.node_key);

@@ -60,6 +60,7 @@ pub(crate) fn listing(model: u8, slots: u32) -> Listing {
         expires_at: 0,
         lightning_address: None,
         lightning_unproven: false,
+        experts_hash: None,
         bindings: Bindings::default(),
     };
     let message = lightning_binding_message(&listing.node_key);

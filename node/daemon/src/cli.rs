@@ -180,8 +180,34 @@ pub(crate) enum DevnetCommand {
     },
     /// Writes a tiny model of random weights with a chat template: what it says means nothing
     TinyModel { file: PathBuf },
+    /// Writes a tiny random mixture of experts: what it says means nothing, and every bit of it counts
+    TinyMoe {
+        out: PathBuf,
+        #[command(flatten)]
+        shape: TinyMoeArgs,
+    },
     /// A whole market as separate processes: two providers, a consumer, one paid answer and its bill to the msat
     Demo(DemoArgs),
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct TinyMoeArgs {
+    /// qwen3moe, qwen2moe, olmoe, llama or granitemoe
+    #[arg(long, default_value = "qwen3moe")]
+    pub architecture: String,
+    #[arg(long, default_value_t = 4)]
+    pub layers: u32,
+    /// Width of a hidden state
+    #[arg(long, default_value_t = 128)]
+    pub width: u32,
+    /// Width of an expert
+    #[arg(long, default_value_t = 64)]
+    pub expert_width: u32,
+    #[arg(long, default_value_t = 16)]
+    pub experts: u32,
+    /// Experts for each row
+    #[arg(long, default_value_t = 4)]
+    pub used: u32,
 }
 
 #[derive(Clone, Debug, Args)]

@@ -287,7 +287,7 @@ impl Consumer {
         let after = self.sessions.get(&index)?.state.as_ref()?.charged();
         let call = live?.call;
         let cost = after.saturating_sub(before);
-        let leg = Leg { provider, request, receipt: None, usage, rates, cost, part };
+        let leg = Leg { provider, request, receipt: None, usage, rates, cost, part, experts: Vec::new() };
         let held = self.calls.get_mut(&call)?;
         if part.is_some() || usage.prompt > 0 || usage.completion > 0 {
             held.bill.legs.push(leg);

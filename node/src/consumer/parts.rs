@@ -7,6 +7,7 @@
 use super::{CallId, Consumer, ConsumerAction, Emission, SessionIndex, calls::Place, streams::Live};
 use crate::StreamId;
 use rand_chacha::rand_core::RngCore;
+use satgrid_ledger::statements::ExpertCount;
 use satgrid_protocol::{
     frame::{ConsumerFrame, PartRoute, Resend},
     hop::{MAX_TICKET_MS, Ticket},
@@ -14,10 +15,12 @@ use satgrid_protocol::{
 use satgrid_types::{NodeKey, PartUsage, RequestId, Signed, TokenUsage, UnixMs};
 
 /// What was ordered of a worker, and what of it came back.
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default, Clone)]
 pub(super) struct PartLive {
     pub sent: PartUsage,
     pub returned: PartUsage,
+    /// `returned` by expert, where experts were bought.
+    pub experts: Vec<ExpertCount>,
 }
 
 /// Where a worker's rows go next.
@@ -45,11 +48,11 @@ impl Consumer {
         Some((index, request, live.stream))
     }
 
-    pub(super) fn ordered(&mut self, now: UnixMs, call: CallId, sent: PartUsage, returned: PartUsage) {
+    pub(super) fn ordered(&mut self, now: UnixMs, call: CallId, told: PartLive) {
         let Some((index, request, _)) = self.streaming(call) else { return };
         let live = self.sessions.get_mut(&index).and_then(|s| s.requests.get_mut(&request));
         if let Some(part) = live.and_then(|live| live.part.as_mut()) {
-            *part = PartLive { sent, returned };
+            *part = told;
         }
         self.release_held(now, index);
     }

@@ -326,7 +326,8 @@ impl Consumer {
             sampling: live.private.sampling.clone(),
         };
         let hash = private.commitment(&live.salt);
-        if let Err(fault) = check::receipt(state, &request, &offered, &live.counted(), hash) {
+        let returned = live.part.as_ref().map(|part| part.experts.as_slice()).unwrap_or_default();
+        if let Err(fault) = check::receipt(state, &request, &offered, &live.counted(), returned, hash) {
             return self.misbehaved(now, index, fault.rule(), &fault.to_string(), cbor::encode(signed));
         }
         if offered.finish != reason {
@@ -356,7 +357,8 @@ impl Consumer {
             rows: Some((work.input, work.output)),
         });
         let (usage, cost) = (offered.usage, offered.cost);
-        let leg = Leg { provider, request, receipt: Some(receipt), usage, rates, cost, part };
+        let experts = offered.expert_rows.clone().unwrap_or_default();
+        let leg = Leg { provider, request, receipt: Some(receipt), usage, rates, cost, part, experts };
         let error = offered.error.clone();
         self.counters.receipts += 1;
         self.await_promise(now, index, receipt);

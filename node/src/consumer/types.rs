@@ -2,7 +2,10 @@
 
 use super::SessionIndex;
 use crate::{Append, CloseCode, LinkId, StreamId, Ticket};
-use satgrid_ledger::{log::FraudProof, statements::PartOrder};
+use satgrid_ledger::{
+    log::FraudProof,
+    statements::{ExpertCount, PartOrder},
+};
 use satgrid_protocol::{
     frame::{ConsumerControl, ConsumerFrame, ProviderControl, ProviderFrame, Resend, TokenLogprobs},
     hop,
@@ -120,6 +123,8 @@ pub enum ConsumerEvent {
         call: CallId,
         sent: PartUsage,
         returned: PartUsage,
+        /// Of a worker that holds experts: `returned`, by expert.
+        experts: Vec<ExpertCount>,
     },
     /// Tells a worker where its rows go next: to the worker of another call, or back to the lead.
     Route {
@@ -347,6 +352,8 @@ pub struct Leg {
     pub cost: Msat,
     /// Of a worker: its part in the request of the lead's customer.
     pub part: Option<satgrid_ledger::statements::Leg>,
+    /// Of a worker that evaluated experts and gave a receipt: its counters.
+    pub experts: Vec<ExpertCount>,
 }
 
 impl Bill {

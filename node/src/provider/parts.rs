@@ -7,7 +7,7 @@
 use super::{EngineId, PartDone, Provider, ProviderAction, requests::Request};
 use crate::{LinkId, StreamId};
 use satgrid_engine::port::JobId;
-use satgrid_ledger::statements::{PartOrder, PartWork, RequestOpen};
+use satgrid_ledger::statements::{ExpertCount, ExpertSplit, PartOrder, PartWork, RequestOpen};
 use satgrid_protocol::{
     frame::{MAX_ADDRESSES, MAX_RESENDS, PartRoute, Refusal, StartRequest},
     metering,
@@ -15,10 +15,12 @@ use satgrid_protocol::{
 use satgrid_types::{Digest, Part, PartUsage, RequestId, SessionId, Terms, TokenUsage, UnixMs};
 
 /// What is alive of an order beside its counts.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct PartLive {
     order: PartOrder,
     done: PartDone,
+    /// Of experts: rows by each, once the desk has ended the work.
+    counts: Vec<ExpertCount>,
 }
 
 impl PartLive {
@@ -27,12 +29,16 @@ impl PartLive {
         let none = satgrid_ledger::statements::RowsHash::default().value();
         let done =
             PartDone { usage: PartUsage::default(), input: none, output: none, bytes_in: 0, bytes_out: 0, busy_ms: 0 };
-        PartLive { order, done }
+        PartLive { order, done, counts: Vec::new() }
     }
     /// What the receipt states.
     pub(super) fn work(&self) -> PartWork {
         let PartDone { input, output, bytes_in, bytes_out, busy_ms, .. } = self.done;
         PartWork { order: self.order, input, output, bytes_in, bytes_out, busy_ms }
+    }
+    /// The counters beside it, where experts evaluated rows.
+    pub(super) fn counts(&self) -> Option<Vec<ExpertCount>> {
+        (!self.counts.is_empty()).then(|| self.counts.clone())
     }
 }
 
@@ -47,7 +53,13 @@ impl Provider {
                 self.config.part_window,
                 self.config.part_batch,
             ),
-            Part::Whole | Part::Experts(_) => self.config.terms,
+            Part::Experts(_) => metering::expert_terms(
+                &self.config.terms,
+                &offering.rates,
+                self.config.part_window,
+                self.config.expert_batch,
+            ),
+            Part::Whole => self.config.terms,
         }
     }
 
@@ -91,6 +103,14 @@ impl Provider {
         self.offer_ack_if_due(now, id, request);
     }
 
+    /// What each expert evaluated: the desk's last word on a request.
+    pub(super) fn counted(&mut self, job: JobId, counts: Vec<ExpertCount>) {
+        let Some(&(id, request)) = self.jobs.get(&job) else { return };
+        if let Some(part) = self.live(id, &request).and_then(|live| live.part.as_mut()) {
+            part.counts = counts;
+        }
+    }
+
     /// Where the rows of a request go next.
     pub(super) fn route(&mut self, link: LinkId, stream: StreamId, id: SessionId, route: PartRoute) {
         let job = self.request_on(id, link, stream).and_then(|request| self.part_job(id, &request));
@@ -121,6 +141,14 @@ impl Provider {
         let Some(&(id, request)) = self.jobs.get(&job) else { return };
         if let Some(live) = self.live(id, &request) {
             live.split = Some((split, root));
+        }
+    }
+
+    /// How a lead that bought experts accounts for its rows, before its run is reported as over.
+    pub(super) fn expert_split_of(&mut self, job: JobId, split: ExpertSplit, root: Digest) {
+        let Some(&(id, request)) = self.jobs.get(&job) else { return };
+        if let Some(live) = self.live(id, &request) {
+            live.expert_split = Some((split, root));
         }
     }
 

@@ -3,7 +3,7 @@
 use super::{EngineId, Provider, ProviderAction, parts::PartLive};
 use crate::{LinkId, StreamId};
 use satgrid_engine::port::{Command, EngineEvent, FinishReason as EngineFinish, JobId};
-use satgrid_ledger::statements::{Ack, Receipt, ReceiptOpening, ReceiptPrivate, RunningHash, Split};
+use satgrid_ledger::statements::{Ack, ExpertSplit, Receipt, ReceiptOpening, ReceiptPrivate, RunningHash, Split};
 use satgrid_pricing::{charge, numerators};
 use satgrid_protocol::{
     frame::{ConsumerFrame, MAX_CHUNK_TOKENS, ProviderFrame, TokenLogprobs},
@@ -25,6 +25,8 @@ pub(super) struct Request {
     pub(super) part: Option<PartLive>,
     /// Of a lead: how the answer was put together, once it is.
     pub(super) split: Option<(Split, Digest)>,
+    /// The same where experts were bought.
+    pub(super) expert_split: Option<(ExpertSplit, Digest)>,
     pub(super) salt: Salt,
     pub(super) prompt_hash: Digest,
     pub(super) sampling: Sampling,
@@ -380,6 +382,8 @@ impl Provider {
             slices: session.state.unreceipted().into_iter().take(Receipt::MAX_SLICES).collect(),
             part: live.part.as_ref().map(PartLive::work),
             split: live.split.clone(),
+            expert_rows: live.part.as_ref().and_then(PartLive::counts),
+            expert_split: live.expert_split.clone(),
         };
         let (link, stream) = live.stream;
         let Ok(body) = session.state.receipt(&request, facts) else {

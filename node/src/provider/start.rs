@@ -131,6 +131,7 @@ impl Provider {
             meter,
             part: open.part.map(PartLive::new),
             split: None,
+            expert_split: None,
             salt: start.salt,
             prompt_hash: start.private.prompt_hash,
             sampling: start.private.sampling,

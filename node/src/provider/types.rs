@@ -4,7 +4,7 @@ use crate::{Append, CloseCode, LinkId, StreamId, Ticket};
 use satgrid_engine::port::{Command, EngineEvent, JobId};
 use satgrid_ledger::{
     Entry,
-    statements::{PartOrder, Split},
+    statements::{ExpertCount, ExpertSplit, PartOrder, Split},
 };
 use satgrid_protocol::frame::{
     ConsumerControl, ConsumerFrame, LogAsk, LogProof, PartRoute, ProviderControl, ProviderFrame,
@@ -41,6 +41,8 @@ pub struct ProviderConfig {
     pub part_window: Msat,
     /// Positions in one batch of an engine that holds a part.
     pub part_batch: u32,
+    /// The same where it holds experts, in expert rows: the largest call.
+    pub expert_batch: u32,
 }
 
 impl Default for ProviderConfig {
@@ -55,6 +57,7 @@ impl Default for ProviderConfig {
             engine_name: "unnamed".into(),
             part_window: Msat(2_000),
             part_batch: 512,
+            expert_batch: 4_096,
         }
     }
 }
@@ -131,6 +134,19 @@ pub enum ProviderEvent {
         engine: EngineId,
         job: JobId,
         done: PartDone,
+    },
+    /// What each expert evaluated for a request; comes before its end.
+    Counted {
+        engine: EngineId,
+        job: JobId,
+        counts: Vec<ExpertCount>,
+    },
+    /// As `Split`, of a lead that bought experts.
+    ExpertSplit {
+        engine: EngineId,
+        job: JobId,
+        split: Box<ExpertSplit>,
+        root: Digest,
     },
     /// A lead's run is about to be reported as over: these layers were its own, and this is the root over the workers'
     /// receipts.

@@ -5,7 +5,10 @@ use crate::frame::MAX_OPEN_REQUESTS;
 use super::{LastAck, MAX_ENDED, SessionError, SessionState, hold_expiry};
 use satgrid_ledger::{
     entry::{Draft, Evidence},
-    statements::{Ack, PartWork, Receipt, ReceiptOpening, RequestOpen, SlicePaid, Split, ack_id, receipt_id},
+    statements::{
+        Ack, ExpertCount, ExpertSplit, PartWork, Receipt, ReceiptOpening, RequestOpen, SlicePaid, Split, ack_id,
+        receipt_id,
+    },
     transfer::{Transfer, TransferKind, TransferOp, transfer_id},
 };
 use satgrid_pricing::{charge, marginal_charge, numerators};
@@ -41,6 +44,10 @@ pub struct ReceiptFacts {
     pub part: Option<PartWork>,
     /// Of a lead: how it put the answer together, and the root over its workers' receipts.
     pub split: Option<(Split, Digest)>,
+    /// Of a worker that evaluated experts: its counters.
+    pub expert_rows: Option<Vec<ExpertCount>>,
+    /// Of a lead that bought experts: the account of all rows, and the root over its workers' receipts.
+    pub expert_split: Option<(ExpertSplit, Digest)>,
 }
 
 impl RequestState {
@@ -167,12 +174,12 @@ impl SessionState {
             provider: self.open.provider,
             consumer: self.open.consumer,
             stage_root: facts.split.as_ref().map(|(_, root)| *root),
-            expert_root: None,
+            expert_root: facts.expert_split.as_ref().map(|(_, root)| *root),
             fingerprint_root: None,
             part: facts.part,
             split: facts.split.map(|(split, _)| split),
-            expert_rows: None,
-            expert_split: None,
+            expert_rows: facts.expert_rows,
+            expert_split: facts.expert_split.map(|(split, _)| split),
         })
     }
 

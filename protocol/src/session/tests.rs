@@ -159,6 +159,8 @@ impl Pair {
             slices: self.provider.state.unreceipted(),
             part: None,
             split: None,
+            expert_rows: None,
+            expert_split: None,
         };
         self.provider.state.receipt(&request, facts).unwrap()
     }
@@ -406,7 +408,8 @@ fn every_lie_in_a_receipt_has_its_name() {
         let mut receipt = good.clone();
         bend(&mut receipt);
         let private = Digest([4; 32]);
-        check::receipt(&pair.consumer.state, &request, &receipt, &counted(20, request), private).map_err(|f| f.rule())
+        check::receipt(&pair.consumer.state, &request, &receipt, &counted(20, request), &[], private)
+            .map_err(|f| f.rule())
     };
     assert_eq!(check(|_| {}), Ok(()));
     assert_eq!(check(|r| r.duration_ms += 1), Ok(()), "the provider's account of the run");

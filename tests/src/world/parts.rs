@@ -203,6 +203,7 @@ pub(super) fn listing_of(
         expires_at: now.as_secs() + 3_600,
         lightning_address: None,
         lightning_unproven: false,
+        experts_hash: None,
         bindings: Bindings::default(),
     };
     let message = lightning_binding_message(&listing.node_key);

@@ -49,6 +49,7 @@ fn listing() -> Listing {
         expires_at: NOW + 1_800,
         lightning_address: None,
         lightning_unproven: false,
+        experts_hash: None,
         bindings: Bindings::default(),
     };
     let message = lightning_binding_message(&listing.node_key);

@@ -4,6 +4,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use llama_cpp_sys_2 as sys;
+use satgrid_engine::port::JobId;
 
 use super::Model;
 use super::capture::Capture;
@@ -160,6 +161,13 @@ impl Context {
         unsafe { sys::llama_n_ctx_seq(self.context.as_ptr()) }
     }
 
+    /// Of a trunk: the slot's rows are this job's from now on.
+    pub(crate) fn seated(&mut self, slot: u32, job: JobId) {
+        if let Some(hook) = self.hook.as_deref_mut() {
+            hook.seated(slot, job);
+        }
+    }
+
     /// Computes with this many threads from the next batch on; no more than the context was made with.
     pub(crate) fn set_threads(&mut self, threads: u32) {
         let threads = i32::try_from(threads).unwrap_or(1);
@@ -194,6 +202,9 @@ impl Context {
 
     fn run(&mut self, rows: &[BatchRow], hidden: Option<&[f32]>) -> Result<(), DecodeError> {
         self.rows.fill(rows)?;
+        if let Some(hook) = self.hook.as_deref_mut() {
+            hook.begin(rows);
+        }
         if let Some(capture) = self.capture.as_deref_mut() {
             capture.clear();
         }

@@ -8,9 +8,16 @@
 use std::ffi::{CStr, c_void};
 
 use llama_cpp_sys_2 as sys;
+use satgrid_engine::port::JobId;
+
+use super::BatchRow;
 
 /// Who finds the experts' rows.
 pub(crate) trait ExpertHook: Send {
+    /// A batch begins: the slot of each of its rows, and whether it is drawn from.
+    fn begin(&mut self, _rows: &[BatchRow]) {}
+    /// The rows of a slot are this job's from now on.
+    fn seated(&mut self, _slot: u32, _job: JobId) {}
     /// The router chose: `used` experts for each of `rows`. Asks for their rows; need not wait for them.
     fn chosen(&mut self, layer: u32, used: u32, ids: Vec<u32>, rows: Vec<f32>) -> Result<(), String>;
     /// The rows for what was chosen last, one for each (row, slot).
@@ -35,6 +42,14 @@ enum Seen {
 impl HookState {
     pub(super) fn new(hook: Box<dyn ExpertHook>) -> Box<Self> {
         Box::new(Self { hook, rows: Vec::new(), failure: None })
+    }
+
+    pub(super) fn begin(&mut self, rows: &[BatchRow]) {
+        self.hook.begin(rows);
+    }
+
+    pub(super) fn seated(&mut self, slot: u32, job: JobId) {
+        self.hook.seated(slot, job);
     }
 
     /// Why the last batch was broken off.

@@ -90,7 +90,7 @@ struct Here {
 
 impl ExpertHook for Here {
     fn chosen(&mut self, layer: u32, used: u32, ids: Vec<u32>, rows: Vec<f32>) -> Result<(), String> {
-        self.step = Some(ExpertStep { step: 0, layer, used, ids, rows });
+        self.step = Some(ExpertStep { step: 0, layer, used, ids, rows, jobs: Vec::new() });
         Ok(())
     }
 

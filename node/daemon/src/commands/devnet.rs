@@ -2,7 +2,7 @@
 //! demo, which starts these and more. It also writes the tiny model that is sold where only a market's behaviour counts.
 
 use anyhow::Context;
-use satgrid_engine::tiny::TinyModel;
+use satgrid_engine::{experts::family::FAMILIES, tiny::TinyModel, tiny_moe::TinyMoe};
 use serde_json::json;
 use std::fs::File;
 use std::io::BufWriter;
@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use super::{demo, print};
-use crate::cli::{DevnetCommand, Format, Globals};
+use crate::cli::{DevnetCommand, Format, Globals, TinyMoeArgs};
 use crate::failure::HintExt;
 use crate::signals;
 
@@ -19,6 +19,7 @@ pub(crate) fn run(globals: &Globals, command: &DevnetCommand) -> anyhow::Result<
         DevnetCommand::Demo(args) => return demo::run(globals, args),
         DevnetCommand::TinyModel { file } => return tiny_model(file),
         DevnetCommand::Chain { listen, electrum, fee_rate } => Serve::Chain(*listen, *electrum, *fee_rate),
+        DevnetCommand::TinyMoe { out, shape } => return tiny_moe(out, shape),
         DevnetCommand::Relay { listen } => Serve::Relay(*listen),
     };
     globals.start_logging()?;
@@ -50,6 +51,23 @@ fn tiny_model(path: &Path) -> anyhow::Result<()> {
     let mut out = BufWriter::new(File::create(path).with_context(cannot)?);
     let model = TinyModel { chat_template: Some(TINY_TEMPLATE.to_owned()), ..TinyModel::default() };
     model.write(&mut out).with_context(cannot)
+}
+
+fn tiny_moe(out: &Path, shape: &TinyMoeArgs) -> anyhow::Result<()> {
+    let Some(family) = FAMILIES.iter().find(|family| family.architecture == shape.architecture) else {
+        let names: Vec<&str> = FAMILIES.iter().map(|family| family.architecture).collect();
+        return Err(anyhow::anyhow!("{:?} is not split by experts", shape.architecture)).hint(names.join(", "));
+    };
+    let model = TinyMoe {
+        architecture: family.architecture,
+        layers: shape.layers,
+        n_embd: shape.width,
+        n_ff: shape.expert_width,
+        experts: shape.experts,
+        used: shape.used,
+        ..TinyMoe::default()
+    };
+    std::fs::write(out, model.to_bytes()?).with_context(|| format!("cannot write {}", out.display()))
 }
 
 enum Serve {

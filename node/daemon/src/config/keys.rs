@@ -83,7 +83,14 @@ pub(super) const MODEL_KEYS: &[&str] = &[
     "experts",
     "spare_experts",
     "witness_per_million",
+    "buy_experts",
+    "max_price_msat_per_million_expert_rows",
+    "wire",
 ];
+
+/// Keys of one `[[provider.packs]]` table.
+pub(super) const PACK_KEYS: &[&str] =
+    &["path", "alias", "price_msat_per_million_expert_rows", "per_request_msat", "profile", "slots", "threads"];
 
 /// Keys of one `[[provider.stages]]` table.
 pub(super) const STAGE_KEYS: &[&str] = &[
@@ -196,6 +203,7 @@ pub(super) const KEYS: &[Key] = &[
     key("provider.requests_per_peer", Number, Value("16"), "open requests of one consumer"),
     key("provider.models", Tables(MODEL_KEYS), Value("[]"), "what is for sale"),
     key("provider.stages", Tables(STAGE_KEYS), Value("[]"), "layers for sale, to nodes that lead"),
+    key("provider.packs", Tables(PACK_KEYS), Value("[]"), "experts for sale, to nodes that lead"),
     key(
         "provider.leads",
         Tables(LEAD_KEYS),

@@ -42,7 +42,8 @@ const MODELS: &str = "\n# [[provider.models]]\n# name = \"gemma-3-270m\"\n# pric
 
 /// Layers for sale, and a model whose middle layers are bought: files made by `satgrid models split`.
 const PARTS: &str = "\n# [[provider.stages]]\n# path = \"middle.gguf\"\n\
-    # price_msat_per_million_position_layers = 2000000\n\n# [[provider.leads]]\n# head = \"head.gguf\"\n\
+    # price_msat_per_million_position_layers = 2000000\n\n# [[provider.packs]]\n\
+    # path = \"model.experts-1.gguf\"\n# price_msat_per_million_expert_rows = 500000\n\n# [[provider.leads]]\n# head = \"head.gguf\"\n\
     # tail = \"tail.gguf\"\n# alias = \"my-model\"\n# price_in_msat_per_mtok = 1000000\n\
     # price_out_msat_per_mtok = 4000000\n# max_price_msat_per_million_position_layers = 3000000\n# wire = \"f32\"\n";
 

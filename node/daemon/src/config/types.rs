@@ -1,5 +1,6 @@
 //! The configuration as types: what the drivers read. Filled by [`super::load`], which knows the defaults.
 
+use satgrid_types::WireType;
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -155,6 +156,7 @@ pub(crate) struct Provider {
     pub requests_per_peer: u32,
     pub models: Vec<ModelForSale>,
     pub stages: Vec<StageForSale>,
+    pub packs: Vec<PackForSale>,
     pub leads: Vec<LeadForSale>,
 }
 
@@ -211,6 +213,14 @@ pub(crate) struct ModelForSale {
     /// Of a trunk: expert rows of a million that a second holder evaluates too, to be compared to the bit.
     #[serde(default)]
     pub witness_per_million: u32,
+    /// Of a trunk: buys the experts that it does not hold of other nodes.
+    #[serde(default)]
+    pub buy_experts: bool,
+    /// What it pays for experts at the most; unset: whatever is asked.
+    pub max_price_msat_per_million_expert_rows: Option<u64>,
+    /// How rows travel to experts of other nodes.
+    #[serde(default)]
+    pub wire: Wire,
 }
 
 /// Layers that a provider sells: a part that `satgrid models split` wrote.
@@ -233,7 +243,25 @@ pub(crate) struct StageForSale {
     pub threads: Option<u32>,
 }
 
-/// How hidden rows travel in a ring. Only `f32` is exact.
+/// Experts that a provider sells: a pack that `satgrid models split --experts` wrote.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct PackForSale {
+    pub path: PathBuf,
+    /// The name in the listing.
+    pub alias: Option<String>,
+    pub price_msat_per_million_expert_rows: u64,
+    #[serde(default)]
+    pub per_request_msat: u64,
+    #[serde(default)]
+    pub profile: Profile,
+    /// Requests at once.
+    #[serde(default = "default_pack_slots")]
+    pub slots: u32,
+    pub threads: Option<u32>,
+}
+
+/// How hidden rows travel between nodes. Only `f32` is exact.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Default)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Wire {
@@ -242,6 +270,16 @@ pub(crate) enum Wire {
     Bf16,
     #[serde(rename = "q8_0")]
     Q8,
+}
+
+impl Wire {
+    pub(crate) fn wire_type(self) -> WireType {
+        match self {
+            Wire::F32 => WireType::F32,
+            Wire::Bf16 => WireType::Bf16,
+            Wire::Q8 => WireType::Q8_0,
+        }
+    }
 }
 
 /// A model that this node leads: it runs the two ends and buys the layers between.
@@ -273,6 +311,11 @@ pub(crate) struct LeadForSale {
 
 fn default_speculate() -> bool {
     true
+}
+
+/// A request at a pack is no more than its counters.
+fn default_pack_slots() -> u32 {
+    64
 }
 
 fn default_slots() -> u32 {

@@ -172,15 +172,15 @@ fn session(config: &Config, found: &mut Found) {
 fn provider(config: &Config, found: &mut Found) {
     let p = &config.provider;
     found.check(
-        !p.models.is_empty() || !p.stages.is_empty() || !p.leads.is_empty(),
+        !p.models.is_empty() || !p.stages.is_empty() || !p.packs.is_empty() || !p.leads.is_empty(),
         "provider.models",
         "a provider without a model has nothing to sell",
         "add [[provider.models]] with a name or a path and prices, or remove \"provider\" from node.roles",
     );
     found.check(
-        p.leads.is_empty() || config.is_consumer(),
+        (p.leads.is_empty() && !p.models.iter().any(|model| model.buy_experts)) || config.is_consumer(),
         "provider.leads",
-        "a node that leads buys layers, and this one does not buy",
+        "a node that leads buys layers or experts, and this one does not buy",
         "add \"consumer\" to node.roles",
     );
     for path in p.stages.iter().map(|stage| &stage.path).chain(p.leads.iter().flat_map(|lead| [&lead.head, &lead.tail]))
@@ -190,6 +190,14 @@ fn provider(config: &Config, found: &mut Found) {
             "provider.stages",
             format!("{} is no file", path.display()),
             "make it with: satgrid models split MODEL A-B OUT",
+        );
+    }
+    for path in p.packs.iter().map(|pack| &pack.path) {
+        found.check(
+            path.is_file(),
+            "provider.packs",
+            format!("{} is no file", path.display()),
+            "make it with: satgrid models split MODEL --experts",
         );
     }
     found.check(

@@ -6,7 +6,7 @@
 
 use super::{
     hops::{HopEvent, HopId, Outgoing, Switchboard},
-    now,
+    inlets::{Inlets, Ordered, Slot},
     provider::Message,
 };
 use ed25519_dalek::SigningKey;
@@ -20,8 +20,8 @@ use satgrid_engine::{
 use satgrid_ledger::statements::{PartOrder, RowsHash};
 use satgrid_node::provider::{EngineId, PartDone, ProviderEvent};
 use satgrid_protocol::{
-    frame::{PartRoute, reason},
-    hop::{Expected, HopFrame, Lost, LostFrame, RowsHeader, Shown, TicketFrame, take_ticket},
+    frame::PartRoute,
+    hop::{HopFrame, Lost, RowsHeader, TicketFrame},
 };
 use satgrid_protocol_quic::QuicEndpoint;
 use satgrid_types::{NodeKey, PartUsage, RequestId, SessionId, WorkKind, node_key};
@@ -33,8 +33,6 @@ use tokio::sync::mpsc;
 
 /// Messages that may wait.
 const INBOX: usize = 1_024;
-/// Frames of one hop that may wait for grants.
-const MAX_WAITING: usize = 1_024;
 /// Works that were sent on and may still be refused downstream.
 const MAX_SENT_ON: usize = 4_096;
 
@@ -51,6 +49,11 @@ pub(crate) enum Order {
 pub(crate) struct Desk(mpsc::UnboundedSender<Order>);
 
 impl Desk {
+    /// A handle, and what is told through it.
+    pub(super) fn new() -> (Desk, mpsc::UnboundedReceiver<Order>) {
+        let (orders, inbox) = mpsc::unbounded_channel();
+        (Desk(orders), inbox)
+    }
     pub(crate) fn tell(&self, order: Order) {
         let _ = self.0.send(order);
     }
@@ -86,14 +89,6 @@ struct Job {
     settling: bool,
 }
 
-struct Hop {
-    upstream: NodeKey,
-    back: mpsc::Sender<HopFrame>,
-    slots: BTreeMap<u64, JobId>,
-    waiting: VecDeque<(RowsHeader, Vec<u8>)>,
-    tickets: Vec<TicketFrame>,
-}
-
 struct AtWork {
     hop: HopId,
     header: RowsHeader,
@@ -103,11 +98,10 @@ struct AtWork {
 
 struct Running {
     parts: DeskParts,
-    ours: NodeKey,
     ear: mpsc::Sender<HopEvent>,
     jobs: BTreeMap<JobId, Job>,
-    owners: BTreeMap<SessionId, (u64, Shown)>,
-    hops: BTreeMap<HopId, Hop>,
+    owners: BTreeMap<SessionId, u64>,
+    inlets: Inlets<(RowsHeader, Vec<u8>)>,
     at_work: BTreeMap<WorkId, AtWork>,
     next_work: u64,
     /// Hops of ours, by the lead they work for and the node they go to.
@@ -120,24 +114,23 @@ struct Running {
 
 /// Starts a desk.
 pub(crate) fn start(parts: DeskParts) -> Desk {
-    let (orders, order_inbox) = mpsc::unbounded_channel();
+    let (desk, orders) = Desk::new();
     let (ear, hop_inbox) = mpsc::channel(INBOX);
     let ours = node_key(&parts.key);
     let running = Running {
         parts,
-        ours,
         ear,
         jobs: BTreeMap::new(),
         owners: BTreeMap::new(),
-        hops: BTreeMap::new(),
+        inlets: Inlets::new(ours),
         at_work: BTreeMap::new(),
         next_work: 0,
         out: BTreeMap::new(),
         sent_on: VecDeque::new(),
         held: BTreeMap::new(),
     };
-    tokio::spawn(running.run(order_inbox, hop_inbox));
-    Desk(orders)
+    tokio::spawn(running.run(orders, hop_inbox));
+    desk
 }
 
 impl Running {
@@ -171,7 +164,7 @@ impl Running {
         match order {
             Order::Admit { job, session, request, order, lead } => {
                 let fresh = u64::try_from(self.owners.len()).unwrap_or(u64::MAX);
-                let owner = self.owners.entry(session).or_insert_with(|| (fresh, Shown::default())).0;
+                let owner = *self.owners.entry(session).or_insert(fresh);
                 let admitted = Job {
                     session,
                     request,
@@ -205,7 +198,8 @@ impl Running {
                 return vec![self.engine(EngineEvent::Failed { job: job.id, error })];
             }
             Order::Engine(Command::ForgetSession { session }) => {
-                if let Some((owner, _)) = self.owners.remove(&SessionId(session)) {
+                self.inlets.forget(&SessionId(session));
+                if let Some(owner) = self.owners.remove(&SessionId(session)) {
                     let _ = self.parts.stage.send(StageCommand::ForgetOwner { owner });
                 }
             }
@@ -233,36 +227,26 @@ impl Running {
     }
 
     fn hop_event(&mut self, event: HopEvent) -> Vec<ProviderEvent> {
+        let Some(event) = self.inlets.hear(event) else {
+            self.take_tickets();
+            return self.advance();
+        };
         match event {
-            HopEvent::Begun { hop, upstream, back } => {
-                let (slots, waiting, tickets) = (BTreeMap::new(), VecDeque::new(), Vec::new());
-                self.hops.insert(hop, Hop { upstream, back, slots, waiting, tickets });
-            }
-            HopEvent::Frame { hop, frame: HopFrame::Ticket(ticket) } => {
-                if let Some(held) = self.hops.get_mut(&hop) {
-                    held.tickets.push(ticket);
-                }
-                self.take_tickets();
-            }
             HopEvent::Frame { hop, frame: HopFrame::Rows(header, rows) } => {
-                if let Some(held) = self.hops.get_mut(&hop) {
-                    if held.waiting.len() >= MAX_WAITING {
-                        self.refuse(hop, &header, Lost::Sender, "more rows wait than may");
-                    } else {
-                        held.waiting.push_back((header, rows));
-                    }
+                if let Some((header, _)) = self.inlets.push(hop, (header, rows)) {
+                    self.refuse(hop, &header, Lost::Sender, "more rows wait than may");
                 }
             }
-            HopEvent::Frame { frame: HopFrame::Lost(_), .. } => {}
-            HopEvent::Ended { hop } => {
-                self.hops.remove(&hop);
+            HopEvent::Frame { hop, frame: HopFrame::Call(header, _) } => {
+                self.inlets.refuse(hop, header.work, Lost::Sender, "layers are sold here, not experts");
             }
-            HopEvent::Back { lead, frame: HopFrame::Lost(lost) } => {
+            HopEvent::Begun { .. } | HopEvent::Frame { .. } | HopEvent::Ended { .. } => {}
+            HopEvent::Back { lead, frame: HopFrame::Lost(lost), .. } => {
                 // On its way to the lead.
                 let of = |sent: &&(NodeKey, u64, HopId)| (sent.0, sent.1) == (lead, lost.work);
                 let hop = self.sent_on.iter().rev().find(of).map(|(_, _, hop)| *hop);
-                if let Some(hop) = hop.and_then(|hop| self.hops.get(&hop)) {
-                    let _ = hop.back.try_send(HopFrame::Lost(lost));
+                if let Some(back) = hop.and_then(|hop| self.inlets.back(hop)) {
+                    let _ = back.try_send(HopFrame::Lost(lost));
                 }
             }
             HopEvent::Back { .. } => {}
@@ -275,56 +259,23 @@ impl Running {
     }
 
     fn take_tickets(&mut self) {
-        let (ours, time) = (self.ours, now());
-        for (id, hop) in &mut self.hops {
-            let mut later = Vec::new();
-            for frame in core::mem::take(&mut hop.tickets) {
-                let Ok(said) = frame.ticket.peek() else { continue };
-                let named =
-                    self.jobs.iter().find(|(_, job)| job.session == said.session && job.request == said.request);
-                let Some((job_id, job)) = named else {
-                    later.push(frame);
-                    continue;
-                };
-                let expected = Expected {
-                    lead: job.lead,
-                    upstream: hop.upstream,
-                    downstream: ours,
-                    session: job.session,
-                    request: job.request,
-                };
-                let Some((_, shown)) = self.owners.get_mut(&job.session) else { continue };
-                match take_ticket(&frame.ticket, &expected, shown, time) {
-                    Ok(_) => {
-                        hop.slots.insert(frame.slot, *job_id);
-                    }
-                    Err(fault) => {
-                        tracing::warn!(hop = id.0, upstream = %hop.upstream.short(), %fault, "a ticket was refused");
-                    }
-                }
-            }
-            later.truncate(MAX_WAITING);
-            hop.tickets = later;
-        }
+        let jobs = &self.jobs;
+        self.inlets.take_tickets(|session, request| {
+            let (id, job) = jobs.iter().find(|(_, job)| job.session == *session && job.request == *request)?;
+            Some((*id, Ordered { session: *session, request: *request, lead: job.lead }))
+        });
     }
 
     fn refuse(&self, hop: HopId, header: &RowsHeader, why: Lost, text: &str) {
-        tracing::debug!(work = header.work, %text, "rows refused");
-        if let Some(hop) = self.hops.get(&hop) {
-            let lost = LostFrame { work: header.work, worker: self.ours, why, text: reason(text) };
-            let _ = hop.back.try_send(HopFrame::Lost(lost));
-        }
+        self.inlets.refuse(hop, header.work, why, text);
     }
 
     /// Gives the engine whatever is granted now.
     fn advance(&mut self) -> Vec<ProviderEvent> {
-        let hops: Vec<HopId> = self.hops.keys().copied().collect();
-        for id in hops {
-            while let Some(next) = self.hops.get(&id).and_then(|hop| hop.waiting.front()) {
-                let Some(verdict) = self.judge(id, &next.0, next.1.len()) else { break };
-                let Some((header, rows)) = self.hops.get_mut(&id).and_then(|hop| hop.waiting.pop_front()) else {
-                    break;
-                };
+        for id in self.inlets.ids() {
+            while let Some((header, rows)) = self.inlets.first(id) {
+                let Some(verdict) = self.judge(id, header, rows.len()) else { break };
+                let Some((header, rows)) = self.inlets.pop(id) else { break };
                 match verdict {
                     Ok(jobs) if rows.is_empty() => self.send_on(id, &header, &jobs, Vec::new()),
                     Ok(jobs) => self.begin(id, header, rows, jobs),
@@ -337,14 +288,13 @@ impl Running {
 
     /// Whether rows may be computed now: none where they have to wait, else the jobs of the pieces, or what is wrong.
     fn judge(&self, hop: HopId, header: &RowsHeader, bytes: usize) -> Option<Result<Vec<JobId>, String>> {
-        let held = self.hops.get(&hop)?;
         let mut jobs = Vec::with_capacity(header.pieces.len());
         for piece in &header.pieces {
-            match held.slots.get(&piece.slot) {
-                Some(job) if self.jobs.contains_key(job) => jobs.push(*job),
-                Some(_) => return Some(Err("the request is over".into())),
-                None if !held.tickets.is_empty() => return None,
-                None => return Some(Err(format!("no ticket covers slot {}", piece.slot))),
+            match self.inlets.slot(hop, piece.slot) {
+                Slot::Job(job) if self.jobs.contains_key(&job) => jobs.push(job),
+                Slot::Job(_) => return Some(Err("the request is over".into())),
+                Slot::NotYet => return None,
+                Slot::Uncovered => return Some(Err(format!("no ticket covers slot {}", piece.slot))),
             }
         }
         if bytes == 0 {
@@ -523,9 +473,7 @@ impl Running {
     fn end(&mut self, id: JobId, reason: FinishReason) -> Vec<ProviderEvent> {
         let Some(job) = self.jobs.remove(&id) else { return Vec::new() };
         self.parts.switchboard.forget(job.session, job.request);
-        for hop in self.hops.values_mut() {
-            hop.slots.retain(|_, held| *held != id);
-        }
+        self.inlets.over(id);
         let evaluated = u32::try_from(job.begun).unwrap_or(u32::MAX);
         vec![self.engine(EngineEvent::Finished { job: id, reason, evaluated })]
     }

@@ -1,6 +1,9 @@
 //! The engines of a provider, and the listings that say what they run.
 
 use super::experts;
+use super::layers::LeadParts;
+use super::rings::Buys;
+use super::trunks;
 use super::upstream::{self, RunningEngine};
 use crate::config::{self, Config};
 use crate::failure::HintExt;
@@ -19,12 +22,14 @@ use satgrid_types::{
     TokenizerHash, lightning_binding_message, node_key, sign_node_binding,
 };
 use satgrid_wallet::Lightning;
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
 /// One model that is for sale, with its running engine.
 pub(crate) struct ForSale {
     pub id: EngineId,
     pub engine: RunningEngine,
+    /// Of a trunk that buys experts.
+    pub buys: Option<Arc<dyn Buys>>,
     pub name: String,
     pub rates: RateCard,
     pub tokenizer: Bytes,
@@ -46,16 +51,31 @@ pub(crate) fn worker_program() -> anyhow::Result<WorkerProgram> {
 /// Starts an engine for every model in the configuration, one after the other: each load takes all the cores.
 pub(crate) async fn start(config: &Config) -> anyhow::Result<Vec<ForSale>> {
     let mut all = Vec::new();
-    for (index, model) in config.provider.models.iter().enumerate() {
+    // Those that buy wait for the market.
+    for (index, model) in config.provider.models.iter().enumerate().filter(|(_, model)| !model.buy_experts) {
         let id = EngineId(u32::try_from(index)?);
-        let name = model.listed_name();
-        let one = start_one(config, model, id).await.with_context(|| format!("model {name} cannot be sold"))?;
-        all.push(one);
+        all.push(start_one(config, model, id, None).await?);
     }
     Ok(all)
 }
 
-async fn start_one(config: &Config, model: &config::ModelForSale, id: EngineId) -> anyhow::Result<ForSale> {
+/// Starts one model; one that buys experts, with what it buys by.
+pub(crate) async fn start_one(
+    config: &Config,
+    model: &config::ModelForSale,
+    id: EngineId,
+    with: Option<LeadParts<'_>>,
+) -> anyhow::Result<ForSale> {
+    let name = model.listed_name();
+    load(config, model, id, with).await.with_context(|| format!("model {name} cannot be sold"))
+}
+
+async fn load(
+    config: &Config,
+    model: &config::ModelForSale,
+    id: EngineId,
+    with: Option<LeadParts<'_>>,
+) -> anyhow::Result<ForSale> {
     let name = model.listed_name();
     let store = Store::new(&config.models.dir);
     let path = file_of(&store, model)?;
@@ -79,7 +99,7 @@ async fn start_one(config: &Config, model: &config::ModelForSale, id: EngineId) 
         let engine = upstream::start(model, &upstream, path, inspected, identified.root).await?;
         let memory_bytes = inspected.facts.tensor_bytes;
         let tokenizer = Bytes::from(identified.inspected.tokenizer.bytes);
-        return Ok(ForSale { id, engine, name, rates, memory_bytes, tokenizer });
+        return Ok(ForSale { id, engine, buys: None, name, rates, memory_bytes, tokenizer });
     }
     let settings = EngineSettings {
         model: path,
@@ -94,10 +114,16 @@ async fn start_one(config: &Config, model: &config::ModelForSale, id: EngineId) 
     };
     tracing::info!(model = %name, profile = settings.profile.name(), slots = settings.slots, "loading");
     let engine_config = EngineConfig { program: worker_program()?, settings };
+    let mut buys = None;
     let engine = if identified.inspected.is_trunk {
-        let group = experts::group(model, &engine_config.settings, identified.inspected.manifest()?).await?;
-        LlamaEngine::spawn_trunk(engine_config, group, |_| {}).await?
-    } else if !model.experts.is_empty() {
+        let manifest = identified.inspected.manifest()?;
+        let (group, heard) = experts::group(model, &engine_config.settings, manifest).await?;
+        let engine = LlamaEngine::spawn_trunk(engine_config, group.clone(), |_| {}).await?;
+        if let Some(with) = with {
+            buys = Some(trunks::buy(model, id, trunks::Trunk { group, heard, facts: engine.facts() }, with).await);
+        }
+        engine
+    } else if !model.experts.is_empty() || model.buy_experts {
         return Err(anyhow::anyhow!(
             "experts are named, but {} is a whole model",
             engine_config.settings.model.display()
@@ -119,6 +145,7 @@ async fn start_one(config: &Config, model: &config::ModelForSale, id: EngineId) 
     Ok(ForSale {
         id,
         engine: RunningEngine::Llama(engine),
+        buys,
         name,
         rates,
         memory_bytes: identified.inspected.facts.tensor_bytes,
@@ -165,6 +192,8 @@ pub(crate) struct OnSale {
     pub profile: Profile,
     pub build_id: [u8; 32],
     pub instruction_set: String,
+    /// Of experts: what they are.
+    pub experts_hash: Option<Digest>,
 }
 
 impl OnSale {
@@ -184,6 +213,7 @@ impl OnSale {
             profile: facts.profile,
             build_id: facts.build_id,
             instruction_set: facts.instruction_set,
+            experts_hash: None,
         }
     }
 
@@ -215,6 +245,7 @@ impl OnSale {
             expires_at: 0,
             lightning_address: by.lightning_address.clone(),
             lightning_unproven: lightning.is_none(),
+            experts_hash: self.experts_hash,
             bindings: Bindings::default(),
         };
         let node = sign_node_binding(by.node, &by.nostr, &listing.d());

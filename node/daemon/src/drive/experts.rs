@@ -11,6 +11,7 @@ use crate::config::ModelForSale;
 use crate::failure::HintExt;
 use anyhow::Context;
 use async_trait::async_trait;
+use satgrid_engine::experts::call::MAX_CALL_BYTES;
 use satgrid_engine::experts::group::{ExpertGroup, GroupConfig, GroupEvent, Observer, Spare};
 use satgrid_engine::experts::{ExpertHost, Manifest, map};
 use satgrid_engine_llama::{EngineSettings, LlamaExperts, PackSettings};
@@ -20,12 +21,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use tokio::sync::mpsc;
 
-/// Starts the packs of a trunk and gives the group that finds the rows of its experts.
+/// Starts the packs of a trunk and gives the group that finds the rows of its experts, and what happens in it beside these
+/// packs. Where no experts are bought it is complete, or an error that lists what is missing.
 pub(crate) async fn group(
     model: &ModelForSale,
     settings: &EngineSettings,
     manifest: Manifest,
-) -> anyhow::Result<Arc<ExpertGroup>> {
+) -> anyhow::Result<(Arc<ExpertGroup>, mpsc::UnboundedReceiver<GroupEvent>)> {
     // All packs compute at the same time: threads that have no core of their own only hold up the others.
     let packs = u32::try_from(model.experts.len()).unwrap_or(u32::MAX).max(1);
     let threads = (settings.threads / packs).max(1);
@@ -41,6 +43,8 @@ pub(crate) async fn group(
         observer: Arc::new(Tell(events)),
         witness_per_million: model.witness_per_million,
         seed: super::fresh_seed(),
+        wire: model.wire.wire_type(),
+        call_bytes: if model.buy_experts { satgrid_protocol::experts::MAX_CALL_BYTES } else { MAX_CALL_BYTES },
     }));
     let mut packs = BTreeMap::new();
     for path in &model.experts {
@@ -58,9 +62,14 @@ pub(crate) async fn group(
         );
         packs.insert(name, host);
     }
-    group.ready().hint("name packs with these experts in `experts`, or a pack with all of them in `spare_experts`")?;
-    tokio::spawn(mind(Arc::downgrade(&group), packs, heard));
-    Ok(group)
+    if !model.buy_experts {
+        group
+            .ready()
+            .hint("name packs with these experts in `experts`, or a pack with all of them in `spare_experts`")?;
+    }
+    let (others, elsewhere) = mpsc::unbounded_channel();
+    tokio::spawn(mind(Arc::downgrade(&group), packs, heard, others));
+    Ok((group, elsewhere))
 }
 
 /// Loads experts from a pack on this machine, in a process of their own.
@@ -94,9 +103,12 @@ async fn mind(
     group: std::sync::Weak<ExpertGroup>,
     packs: BTreeMap<String, Arc<LlamaExperts>>,
     mut heard: mpsc::UnboundedReceiver<GroupEvent>,
+    others: mpsc::UnboundedSender<GroupEvent>,
 ) {
     let mut liars = BTreeSet::new();
     while let Some(event) = heard.recv().await {
+        // Nobody listens where no experts are bought.
+        let _ = others.send(event.clone());
         match event {
             GroupEvent::Lied { host, layer, expert } => {
                 tracing::error!(%host, layer, expert, "returned wrong rows: a witness computed others");

@@ -39,10 +39,11 @@ pub(crate) enum HopEvent {
     Ended {
         hop: HopId,
     },
-    /// From downstream, on a hop of ours: rows were refused there.
+    /// From downstream, on a hop of ours: rows were refused there, or expert rows are back.
     Back {
         /// The lead that the hop works for: leads number their works each for itself.
         lead: NodeKey,
+        from: NodeKey,
         frame: HopFrame,
     },
     /// A hop of ours is over, or never came to be.
@@ -181,7 +182,7 @@ async fn run(
     let reader = tokio::spawn(async move {
         while let Ok(Some(bytes)) = rx.recv().await {
             let Ok(frame) = HopFrame::decode(bytes) else { return };
-            if back.send(HopEvent::Back { lead, frame }).await.is_err() {
+            if back.send(HopEvent::Back { lead, from: to, frame }).await.is_err() {
                 return;
             }
         }

@@ -26,7 +26,7 @@ use satgrid_market::layers::{self, LayerDemand};
 use satgrid_node::provider::EngineId;
 use satgrid_protocol_quic::QuicEndpoint;
 use satgrid_types::{
-    LayerRange, Listing, ModelRoot, Msat, MsatPerMtok, NodeKey, Part, RateCard, TokenizerHash, WireType, node_key,
+    LayerRange, Listing, ModelRoot, Msat, MsatPerMtok, NodeKey, Part, RateCard, TokenizerHash, node_key,
 };
 use std::{
     collections::BTreeSet,
@@ -61,7 +61,7 @@ pub(crate) struct LedForSale {
     pub memory_bytes: u64,
 }
 
-fn profile_of(profile: config::Profile) -> Profile {
+pub(super) fn profile_of(profile: config::Profile) -> Profile {
     match profile {
         config::Profile::Exact => Profile::Exact,
         config::Profile::Fast => Profile::Fast,
@@ -107,6 +107,7 @@ pub(crate) fn stage_listing(layers: &LayersForSale, by: &Identity<'_>) -> Listin
         profile: facts.profile,
         build_id: facts.build_id,
         instruction_set: facts.instruction_set,
+        experts_hash: None,
     };
     on_sale.listing(by)
 }
@@ -163,11 +164,7 @@ pub(crate) fn demand_of(lead: &LeadForSale) -> anyhow::Result<LayerDemand> {
 pub(crate) async fn start_lead(lead: &LeadForSale, id: EngineId, with: LeadParts<'_>) -> anyhow::Result<LedForSale> {
     let ((head_file, head), (tail_file, tail)) = (read_part(&lead.head)?, read_part(&lead.tail)?);
     let name = lead.alias.clone();
-    let wire = match lead.wire {
-        config::Wire::F32 => WireType::F32,
-        config::Wire::Bf16 => WireType::Bf16,
-        config::Wire::Q8 => WireType::Q8_0,
-    };
+    let wire = lead.wire.wire_type();
     let demand = demand(lead, &head, &tail, node_key(&with.key))?;
     let plan = wait_for_plan(with.market, &demand, &name).await;
     let row = u32::try_from(tail_file.arch_uint("embedding_length").unwrap_or_default())?;

@@ -1,6 +1,7 @@
 //! The market as this node sees it: the book that a subscription fills, the catalogue, and what it knows of providers.
 
 use super::now;
+use satgrid_market::experts::{self, ExpertDemand};
 use satgrid_market::layers::{self, LayerDemand};
 use satgrid_market::{
     Book, BookLimits, Catalogue, Choice, Considered, Demand, Fault, NoPlan, Reputation, explain, plan,
@@ -47,6 +48,13 @@ impl Market {
         demand: &LayerDemand,
     ) -> (Result<Vec<layers::Planned>, layers::NoLayers>, Vec<layers::LayersConsidered>) {
         self.read(|state| layers::explain_layers(now(), &state.book, demand))
+    }
+    /// Who sells experts that fit now, cheapest first, and why others do not.
+    pub(crate) fn sellers_of_experts(
+        &self,
+        demand: &ExpertDemand,
+    ) -> (Vec<Arc<VerifiedListing>>, BTreeMap<&'static str, usize>) {
+        self.read(|state| experts::sellers(now(), &state.book, demand))
     }
     pub(crate) fn explain(&self, demand: &Demand, name: &str) -> Vec<Considered> {
         self.read(|state| explain(now(), &state.book, demand, name, &state.reputation))

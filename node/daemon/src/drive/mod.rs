@@ -4,7 +4,8 @@
 //! |---|---|---|
 //! | [`journal`] | `ledger::books`, the journal port | SQLite |
 //! | [`provider`], [`consumer`] | the two roles | QUIC links, engines, wallet, journal |
-//! | [`desk`], [`ring`], [`hops`] | work on layers, sold and bought | QUIC hops from node to node |
+//! | [`desk`], [`ring`], [`hops`], [`inlets`] | work on layers, sold and bought | QUIC hops from node to node |
+//! | [`expert_desk`], [`bought`] | work on experts, sold and bought | the same hops |
 //! | [`links`] | frames in and out | QUIC streams |
 //! | [`payments`], [`wallet`] | `wallet::payment` | the Lightning wallet |
 //! | [`sweep`] | `wallet::sweep` | the embedded Lightning node, the cold account |
@@ -13,20 +14,23 @@
 //! | [`market`] | `market::book` | Nostr relays |
 //! | [`engines`], [`layers`], [`tokenizers`] | the engine's ports | llama.cpp in child processes |
 //! | [`upstream`] | the engine's port | a server that runs the model already |
-//! | [`experts`] | the experts' port of a trunk | packs in child processes |
+//! | [`experts`], [`trunks`] | the experts' port of a trunk | packs in child processes, and of other nodes |
 //!
 //! Every driver is one task with a bounded or naturally bounded inbox; they talk by messages and share no locks but
 //! the book's. All end with one shutdown token.
 
 pub(crate) mod bookkeeper;
+pub(crate) mod bought;
 pub(crate) mod channels;
 pub(crate) mod checkpoints;
 pub(crate) mod consumer;
 pub(crate) mod desk;
 pub(crate) mod engines;
+pub(crate) mod expert_desk;
 pub(crate) mod experts;
 pub(crate) mod figures;
 pub(crate) mod hops;
+pub(crate) mod inlets;
 pub(crate) mod journal;
 pub(crate) mod layers;
 pub(crate) mod links;
@@ -40,6 +44,7 @@ pub(crate) mod rings;
 pub(crate) mod space;
 pub(crate) mod sweep;
 pub(crate) mod tokenizers;
+pub(crate) mod trunks;
 pub(crate) mod upstream;
 pub(crate) mod wallet;
 

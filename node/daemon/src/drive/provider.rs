@@ -2,12 +2,13 @@
 
 use super::{
     desk::{self, Desk, DeskParts, Order},
+    expert_desk::{self, ExpertDeskParts},
     hops::Switchboard,
     journal::JournalWriter,
     links::{self, Outbound},
     now, payments,
-    ring::PaidRing,
-    rings, until,
+    rings::{self, Buys},
+    until,
 };
 use crate::store::Store;
 use ed25519_dalek::SigningKey;
@@ -15,6 +16,7 @@ use satgrid_engine::{
     port::{Command, Engine, EngineEvent, JobError},
     stage::port::Stage,
 };
+use satgrid_engine_llama::LlamaExperts;
 use satgrid_node::{
     LinkId, StreamId,
     provider::{EngineId, Provider, ProviderAction, ProviderEvent},
@@ -24,7 +26,7 @@ use satgrid_protocol_quic::{
     FrameSender, FrameStream, Link, QuicEndpoint, StreamKind,
     artefact::{ArtefactServer, ConnectionArtefacts},
 };
-use satgrid_types::{Msat, PaymentHash};
+use satgrid_types::{Msat, PaymentHash, node_key};
 use satgrid_wallet::{Invoice, InvoiceRequest, Lightning};
 use std::{
     collections::BTreeMap,
@@ -74,8 +76,10 @@ pub(crate) struct ProviderDriver {
     pub engines: BTreeMap<EngineId, Arc<dyn Engine>>,
     /// Engines that hold layers.
     pub stages: BTreeMap<EngineId, Arc<dyn Stage>>,
-    /// The rings of engines that lead; those stand among the engines too.
-    pub rings: BTreeMap<EngineId, Arc<PaidRing>>,
+    /// Packs of experts.
+    pub packs: BTreeMap<EngineId, Arc<LlamaExperts>>,
+    /// Who buys for engines that lead; those stand among the engines too.
+    pub buys: BTreeMap<EngineId, Arc<dyn Buys>>,
     pub switchboard: Switchboard,
     pub key: Arc<SigningKey>,
     pub artefacts: ArtefactServer,
@@ -99,8 +103,8 @@ struct Running {
 pub(crate) fn start(driver: ProviderDriver, endpoint: QuicEndpoint) -> mpsc::Sender<Message> {
     let (inbox, messages) = mpsc::channel(INBOX);
     for (id, engine) in &driver.engines {
-        match driver.rings.get(id) {
-            Some(ring) => tokio::spawn(rings::pump(*id, engine.clone(), ring.clone(), inbox.clone())),
+        match driver.buys.get(id) {
+            Some(buys) => tokio::spawn(rings::pump(*id, engine.clone(), buys.clone(), inbox.clone())),
             None => tokio::spawn(pump_engine(*id, engine.clone(), inbox.clone())),
         };
     }
@@ -115,6 +119,17 @@ pub(crate) fn start(driver: ProviderDriver, endpoint: QuicEndpoint) -> mpsc::Sen
             role: inbox.clone(),
         };
         desks.insert(*engine, desk::start(parts));
+    }
+    for (engine, pack) in &driver.packs {
+        let parts = ExpertDeskParts {
+            engine: *engine,
+            host: pack.clone(),
+            facts: pack.facts().clone(),
+            ours: node_key(&driver.key),
+            switchboard: driver.switchboard.clone(),
+            role: inbox.clone(),
+        };
+        desks.insert(*engine, expert_desk::start(parts));
     }
     tokio::spawn(accept(endpoint, inbox.clone()));
     let (links, summed_at, sums_stale) = (BTreeMap::new(), Instant::now(), true);
@@ -270,10 +285,10 @@ impl Running {
         if self.desks.contains_key(&engine) {
             return self.tell_desk(engine, Order::Engine(command));
         }
-        if let (Some(ring), Command::Start(job)) = (self.driver.rings.get(&engine), &command)
+        if let (Some(buys), Command::Start(job)) = (self.driver.buys.get(&engine), &command)
             && let Some((_, request)) = self.driver.role.request_of(job.id)
         {
-            ring.begin(job.id, request);
+            buys.begin(job.id, request);
         }
         let started = match &command {
             Command::Start(job) => Some(job.id),

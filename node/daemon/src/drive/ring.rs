@@ -16,6 +16,7 @@ use super::{
     consumer::Message as ConsumerMessage,
     hops::{HopEvent, HopId, Outgoing, Switchboard},
     now,
+    rings::{Buys, Settled},
 };
 use async_trait::async_trait;
 use ed25519_dalek::SigningKey;
@@ -27,7 +28,7 @@ use satgrid_engine::{
         ring::{Ring, RingCommand, RingEvent, RingFacts, RingWork},
     },
 };
-use satgrid_ledger::statements::{Leg, PartOrder, RowsHash, Split};
+use satgrid_ledger::statements::{Leg, PartOrder, RowsHash};
 use satgrid_node::consumer::{CallId, ConsumerEvent, Emission, Submit};
 use satgrid_protocol::{
     frame::Resend,
@@ -35,8 +36,7 @@ use satgrid_protocol::{
 };
 use satgrid_protocol_quic::QuicEndpoint;
 use satgrid_types::{
-    Digest, LayerRange, NodeKey, PartUsage, RequestId, Sampling, SessionId, VerifiedListing, WireType, WorkKind,
-    node_key,
+    LayerRange, NodeKey, PartUsage, RequestId, Sampling, SessionId, VerifiedListing, WireType, WorkKind, node_key,
 };
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -53,9 +53,6 @@ const BATCH: u32 = 256;
 const FIRST_CALL: u64 = 1 << 62;
 /// Times that one job may lose a worker.
 const MAX_LOSSES: u32 = 4;
-
-/// How an answer was put together: for the receipt of the customer's request.
-pub(crate) type Settled = (Split, Digest);
 
 /// Finds another seller of a stage, none of those.
 pub(crate) type Replace = dyn Fn(&Planned, &BTreeSet<NodeKey>) -> Option<Arc<VerifiedListing>> + Send + Sync;
@@ -136,14 +133,15 @@ impl PaidRing {
         tokio::spawn(running.run(inbox, hops));
         Arc::new(PaidRing { facts, said, events: Mutex::new(event_inbox) })
     }
+}
 
-    /// Orders the job's layers, before its first rows are there.
-    pub(crate) fn begin(&self, job: JobId, request: RequestId) {
+#[async_trait]
+impl Buys for PaidRing {
+    fn begin(&self, job: JobId, request: RequestId) {
         let _ = self.said.send(Said::Begin(job, request));
     }
 
-    /// Jobs that are not settled.
-    pub(crate) async fn jobs(&self) -> Vec<JobId> {
+    async fn jobs(&self) -> Vec<JobId> {
         let (answer, jobs) = oneshot::channel();
         if self.said.send(Said::Jobs(answer)).is_err() {
             return Vec::new();
@@ -151,8 +149,7 @@ impl PaidRing {
         jobs.await.unwrap_or_default()
     }
 
-    /// How the job was put together, once its workers have given their receipts. `None` where it never began.
-    pub(crate) async fn settled(&self, job: JobId) -> Option<Settled> {
+    async fn settled(&self, job: JobId) -> Option<Settled> {
         let (answer, settled) = oneshot::channel();
         self.said.send(Said::Settle(job, answer)).ok()?;
         settled.await.ok().flatten()
@@ -484,7 +481,7 @@ impl Running {
         let Some(held) = self.jobs.get(&job) else { return Vec::new() };
         let tell = |worker: &Worker| {
             let Worker { call, sent, returned, .. } = *worker;
-            ConsumerMessage::Event(ConsumerEvent::Ordered { call, sent, returned })
+            ConsumerMessage::Event(ConsumerEvent::Ordered { call, sent, returned, experts: Vec::new() })
         };
         held.workers.iter().filter(|worker| !worker.over).map(tell).collect()
     }
@@ -500,7 +497,7 @@ impl Running {
                 Vec::new()
             }
             HopEvent::Frame { hop, frame: HopFrame::Rows(header, rows) } => self.came_back(hop, &header, rows),
-            HopEvent::Frame { frame: HopFrame::Lost(_), .. } => Vec::new(),
+            HopEvent::Frame { frame: HopFrame::Lost(_) | HopFrame::Call(..) | HopFrame::Answer(..), .. } => Vec::new(),
             HopEvent::Ended { hop } => {
                 self.back.remove(&hop);
                 Vec::new()

@@ -1,27 +1,49 @@
-//! Between a lead's engine, its ring and the provider role: before a run is reported as over, its workers give receipts.
+//! Between an engine that buys parts of its work, those that buy for it, and the provider role: before a run is reported as
+//! over, its workers give receipts.
 
-use super::{provider::Message, ring::PaidRing};
+use super::provider::Message;
+use async_trait::async_trait;
 use satgrid_engine::port::{Engine, EngineEvent, JobId};
+use satgrid_ledger::statements::{ExpertSplit, Split};
 use satgrid_node::provider::{EngineId, ProviderEvent};
+use satgrid_types::{Digest, RequestId};
 use std::sync::Arc;
 use tokio::sync::mpsc;
 
+/// How an answer was put together, and the root over the workers' receipts: for the receipt of the customer's request.
+#[derive(Debug, Clone)]
+pub(crate) enum Settled {
+    Layers(Box<Split>, Digest),
+    Experts(Box<ExpertSplit>, Digest),
+}
+
+/// Who buys parts of an engine's work: a ring of layers, or a group of experts.
+#[async_trait]
+pub(crate) trait Buys: Send + Sync {
+    /// The job works for this request of this node's customer: workers are ordered before its first rows are there.
+    fn begin(&self, job: JobId, request: RequestId);
+    /// Jobs that are not settled.
+    async fn jobs(&self) -> Vec<JobId>;
+    /// How the job was put together, once its workers have given their receipts. `None` where nobody was bought of.
+    async fn settled(&self, job: JobId) -> Option<Settled>;
+}
+
 /// Hands the events of an engine that leads to the role, until the engine is gone for good.
-pub(crate) async fn pump(engine: EngineId, source: Arc<dyn Engine>, ring: Arc<PaidRing>, inbox: mpsc::Sender<Message>) {
+pub(crate) async fn pump(engine: EngineId, source: Arc<dyn Engine>, buys: Arc<dyn Buys>, inbox: mpsc::Sender<Message>) {
     while let Some(event) = source.next_event().await {
         match &event {
             EngineEvent::Finished { job, .. } | EngineEvent::Failed { job, .. } => {
-                let (job, ring, inbox) = (*job, ring.clone(), inbox.clone());
+                let (job, buys, inbox) = (*job, buys.clone(), inbox.clone());
                 tokio::spawn(async move {
-                    tell_split(engine, job, &ring, &inbox).await;
+                    tell_split(engine, job, buys.as_ref(), &inbox).await;
                     let _ = inbox.send(Message::Event(ProviderEvent::Engine { engine, event })).await;
                 });
                 continue;
             }
             EngineEvent::Down { reason } => {
                 tracing::warn!(%reason, "the engine is down; requests in hand end at what was acknowledged");
-                for job in ring.jobs().await {
-                    tell_split(engine, job, &ring, &inbox).await;
+                for job in buys.jobs().await {
+                    tell_split(engine, job, buys.as_ref(), &inbox).await;
                 }
             }
             EngineEvent::Prefilled { .. }
@@ -35,9 +57,11 @@ pub(crate) async fn pump(engine: EngineId, source: Arc<dyn Engine>, ring: Arc<Pa
     }
 }
 
-async fn tell_split(engine: EngineId, job: JobId, ring: &PaidRing, inbox: &mpsc::Sender<Message>) {
-    if let Some((split, root)) = ring.settled(job).await {
-        let split = Box::new(split);
-        let _ = inbox.send(Message::Event(ProviderEvent::Split { engine, job, split, root })).await;
-    }
+async fn tell_split(engine: EngineId, job: JobId, buys: &dyn Buys, inbox: &mpsc::Sender<Message>) {
+    let event = match buys.settled(job).await {
+        Some(Settled::Layers(split, root)) => ProviderEvent::Split { engine, job, split, root },
+        Some(Settled::Experts(split, root)) => ProviderEvent::ExpertSplit { engine, job, split, root },
+        None => return,
+    };
+    let _ = inbox.send(Message::Event(event)).await;
 }

@@ -17,7 +17,9 @@ use crate::drive::{
     metered::Metered,
     now, payments,
     provider::{self, ProviderDriver, ProviderView},
+    rings::Buys,
     space::Space,
+    trunks::{self, PackOnSale},
     upstream::RunningEngine,
     wallet::WalletPump,
 };
@@ -90,13 +92,18 @@ impl Node<'_> {
         let (handled, handled_inbox) = mpsc::unbounded_channel();
         let (ended, ended_inbox) = mpsc::unbounded_channel();
         let payments = payments::start(self.wallet.clone(), ended, handled.clone());
-        let for_sale = if self.config.is_provider() { engines::start(self.config).await? } else { Vec::new() };
-        let mut metered: Vec<Metered> = for_sale.iter().map(|m| Metered::new(m.engine.port(), &m.name)).collect();
-        let first = u32::try_from(for_sale.len())?;
+        let mut for_sale = if self.config.is_provider() { engines::start(self.config).await? } else { Vec::new() };
+        let first = u32::try_from(self.config.provider.models.len())?;
         let mut stages = Vec::new();
         for (stage, id) in self.config.provider.stages.iter().zip(first..) {
             let started = layers::start_stage(stage, EngineId(id)).await;
             stages.push(started.with_context(|| format!("layers in {} cannot be sold", stage.path.display()))?);
+        }
+        let first = first.saturating_add(u32::try_from(stages.len())?);
+        let mut packs = Vec::new();
+        for (pack, id) in self.config.provider.packs.iter().zip(first..) {
+            let started = trunks::start_pack(pack, EngineId(id)).await;
+            packs.push(started.with_context(|| format!("experts in {} cannot be sold", pack.path.display()))?);
         }
         let endpoint = self.endpoint()?;
         let key = Arc::new(self.keys.identity.clone());
@@ -134,21 +141,29 @@ impl Node<'_> {
         } else {
             None
         };
-        let first = first.saturating_add(u32::try_from(stages.len())?);
+        let first = first.saturating_add(u32::try_from(packs.len())?);
         let mut leads = Vec::new();
-        for (lead, id) in self.config.provider.leads.iter().zip(first..) {
-            let consumer = consumer.clone().context("a node that leads buys layers: add \"consumer\" to node.roles")?;
-            let with = LeadParts {
+        let with = || -> anyhow::Result<LeadParts<'_>> {
+            let consumer = consumer.clone().context("a node that leads buys: add \"consumer\" to node.roles")?;
+            Ok(LeadParts {
                 market,
                 key: key.clone(),
                 addresses: self.addresses(&endpoint)?,
                 endpoint: endpoint.clone(),
                 switchboard: switchboard.clone(),
                 consumer,
-            };
+            })
+        };
+        let models = self.config.provider.models.iter().zip(0..).filter(|(model, _)| model.buy_experts);
+        for (model, id) in models.filter(|_| self.config.is_provider()) {
+            for_sale.push(engines::start_one(self.config, model, EngineId(id), Some(with()?)).await?);
+        }
+        for (lead, id) in self.config.provider.leads.iter().zip(first..) {
+            let with = with()?;
             let started = layers::start_lead(lead, EngineId(id), with).await;
             leads.push(started.with_context(|| format!("{} cannot be led", lead.alias))?);
         }
+        let mut metered: Vec<Metered> = for_sale.iter().map(|m| Metered::new(m.engine.port(), &m.name)).collect();
         metered.extend(leads.iter().map(|m| Metered::new(m.engine.clone(), &m.name)));
         let provider_view = self.config.is_provider().then(Arc::default);
         let provider = provider_view.clone().map(|view| {
@@ -158,6 +173,8 @@ impl Node<'_> {
             let led = leads.iter().map(|m| (Digest(m.engine.facts().tokenizer_hash), m.tokenizer.clone()));
             let artefacts = artefacts.chain(led);
             let ids = for_sale.iter().map(|m| m.id).chain(leads.iter().map(|m| m.id));
+            let rings = leads.iter().map(|m| (m.id, m.ring.clone() as Arc<dyn Buys>));
+            let trunks = for_sale.iter().filter_map(|m| Some((m.id, m.buys.clone()?)));
             let served = Arc::new(TokenizersForSale(artefacts.collect()));
             let driver = ProviderDriver {
                 role,
@@ -167,7 +184,8 @@ impl Node<'_> {
                 handled: handled.clone(),
                 engines: ids.into_iter().zip(metered.iter().map(|m| Arc::new(m.clone()) as Arc<dyn Engine>)).collect(),
                 stages: stages.iter().map(|s| (s.id, s.stage.clone() as Arc<dyn Stage>)).collect(),
-                rings: leads.iter().map(|m| (m.id, m.ring.clone())).collect(),
+                packs: packs.iter().map(|p| (p.id, p.host.clone())).collect(),
+                buys: rings.chain(trunks).collect(),
                 switchboard: switchboard.clone(),
                 key: key.clone(),
                 artefacts: ArtefactServer::new(served, ServeLimits::default()),
@@ -211,7 +229,9 @@ impl Node<'_> {
         tokio::spawn(pump.run());
 
         let publisher = match &provider {
-            Some(provider) => Some(Arc::new(self.publish(&for_sale, &stages, &leads, &endpoint, provider).await?)),
+            Some(provider) => {
+                Some(Arc::new(self.publish((&for_sale, &stages, &packs, &leads), &endpoint, provider).await?))
+            }
             None => None,
         };
         let health = match (&heard, &publisher) {
@@ -261,9 +281,7 @@ impl Node<'_> {
     /// Lists what is for sale, and tells the role every version before anyone can ask for it.
     async fn publish(
         &self,
-        for_sale: &[ForSale],
-        stages: &[LayersForSale],
-        leads: &[LedForSale],
+        (for_sale, stages, packs, leads): (&[ForSale], &[LayersForSale], &[PackOnSale], &[LedForSale]),
         endpoint: &QuicEndpoint,
         provider: &mpsc::Sender<provider::Message>,
     ) -> anyhow::Result<Publisher> {
@@ -279,7 +297,8 @@ impl Node<'_> {
         let whole = for_sale.iter().map(|model| (model.listing(&by), model.id));
         let layers = stages.iter().map(|stage| (layers::stage_listing(stage, &by), stage.id));
         let led = leads.iter().map(|led| (layers::led_listing(led, &by), led.id));
-        let (listings, ids): (Vec<Listing>, Vec<EngineId>) = whole.chain(layers).chain(led).unzip();
+        let experts = packs.iter().map(|pack| (trunks::pack_listing(pack, &by), pack.id));
+        let (listings, ids): (Vec<Listing>, Vec<EngineId>) = whole.chain(layers).chain(experts).chain(led).unzip();
         let sold: Vec<(String, EngineId, RateCard, EngineProfile)> = listings
             .iter()
             .zip(ids)
@@ -329,7 +348,8 @@ impl Node<'_> {
         let small = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
         let models = provider.models.iter().map(|model| model.slots);
         let (stages, leads) = (provider.stages.iter().map(|s| s.slots), provider.leads.iter().map(|l| l.slots));
-        let slots: u32 = models.chain(stages).chain(leads).sum();
+        let packs = provider.packs.iter().map(|pack| pack.slots);
+        let slots: u32 = models.chain(stages).chain(packs).chain(leads).sum();
         ProviderConfig {
             terms: Terms {
                 min_slice: sat(provider.slice_min_sat),

@@ -1,7 +1,7 @@
 //! How a job of the ring ends or goes on without a worker: receipts asked for, the split put together, a replacement found
 //! and the engine told what to send again. Like the rest of the ring it decides nothing about money: the consumer role does.
 
-use super::{ConsumerMessage, MAX_LOSSES, Running};
+use super::{ConsumerMessage, MAX_LOSSES, Running, Settled};
 use satgrid_engine::{
     port::JobId,
     stage::ring::{Held, RingEvent, RingWork},
@@ -105,7 +105,7 @@ impl Running {
         };
         let root = stage_root(&job.legs);
         let worked = job.legs.iter().any(|leg| leg.id.is_some());
-        let _ = answer.send(worked.then_some((split, root)));
+        let _ = answer.send(worked.then(|| Settled::Layers(Box::new(split), root)));
     }
 
     /// The place of a worker in the plan.

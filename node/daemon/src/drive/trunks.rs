@@ -1,0 +1,157 @@
+//! Selling experts, and selling a model whose experts are bought: what starts each, and how it is listed.
+
+use super::{
+    bought::{Bought, BoughtParts},
+    engines::{Identity, OnSale, worker_program},
+    layers::{LeadParts, profile_of},
+    rings::Buys,
+};
+use crate::config::{ModelForSale, PackForSale};
+use crate::failure::HintExt;
+use satgrid_engine::{
+    experts::group::{ExpertGroup, GroupEvent},
+    port::EngineFacts,
+};
+use satgrid_engine_llama::{LlamaExperts, PackSettings, default_threads};
+use satgrid_ledger::statements::MAX_EXPERT_COUNTS;
+use satgrid_market::experts::{ExpertDemand, Weights, complete, hash_of};
+use satgrid_node::provider::EngineId;
+use satgrid_types::{BuildId, Listing, ModelRoot, Msat, MsatPerMtok, Part, RateCard, TokenizerHash, node_key};
+use std::{
+    collections::BTreeSet,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tokio::sync::mpsc;
+
+/// How long a lead waits for workers to list the experts that it lacks, before it says what is missing; it goes on waiting.
+const PATIENCE: Duration = Duration::from_secs(30);
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// What a listing of experts says of its context: experts know no positions.
+const ANY_CONTEXT: u32 = 1 << 20;
+/// An order covers so many times what its longest answer takes: rows that are lost are evaluated again.
+const ORDER_MARGIN: u64 = 4;
+
+/// Experts that are for sale, with the process that holds them.
+pub(crate) struct PackOnSale {
+    pub id: EngineId,
+    pub host: Arc<LlamaExperts>,
+    name: String,
+    rates: RateCard,
+    slots: u32,
+}
+
+/// Starts the process of one pack.
+pub(crate) async fn start_pack(pack: &PackForSale, id: EngineId) -> anyhow::Result<PackOnSale> {
+    let settings = PackSettings {
+        pack: pack.path.clone(),
+        only: None,
+        profile: profile_of(pack.profile),
+        threads: pack.threads.unwrap_or_else(default_threads),
+    };
+    let host = LlamaExperts::spawn(worker_program()?, settings, |_| {}).await?;
+    let facts = host.facts();
+    if facts.experts.len() > MAX_EXPERT_COUNTS {
+        let held = facts.experts.len();
+        return Err(anyhow::anyhow!("a pack of {held} experts: a receipt counts at most {MAX_EXPERT_COUNTS}"))
+            .hint("cut it into more packs, and sell them from more nodes: satgrid models split --experts --packs N");
+    }
+    let name = pack.alias.clone().unwrap_or_else(|| "experts".to_owned());
+    tracing::info!(
+        model = %name, root = %hex::encode(&facts.model_root[..8]), experts = facts.experts.len(), bytes = facts.bytes,
+        rows_per_s = facts.millirows_per_s / 1_000, "experts for sale are up"
+    );
+    let rates = RateCard {
+        expert_row: Some(MsatPerMtok(pack.price_msat_per_million_expert_rows)),
+        per_request: Msat(pack.per_request_msat),
+        ..RateCard::default()
+    };
+    Ok(PackOnSale { id, host, name, rates, slots: pack.slots })
+}
+
+/// The listing of some experts. Its decode speed is in expert rows.
+pub(crate) fn pack_listing(pack: &PackOnSale, by: &Identity<'_>) -> Listing {
+    let facts = pack.host.facts();
+    let (set, weights) = (pack.host.set(), pack.host.claims());
+    let speed = satgrid_engine::port::Speed {
+        prefill_millitokens_per_s: facts.millirows_per_s,
+        decode_millitokens_per_s: facts.millirows_per_s,
+    };
+    let on_sale = OnSale {
+        model: pack.name.clone(),
+        root: facts.model_root,
+        // Experts have no vocabulary.
+        tokenizer: TokenizerHash([0; 32]),
+        quantisation: "part".into(),
+        experts_hash: Some(hash_of(&set, &weights)),
+        part: Part::Experts(set),
+        rates: pack.rates,
+        context: ANY_CONTEXT,
+        slots: pack.slots,
+        speed: Some(speed),
+        memory_bytes: facts.bytes,
+        profile: facts.profile,
+        build_id: facts.build_id,
+        instruction_set: facts.instruction_set.clone(),
+    };
+    on_sale.listing(by)
+}
+
+/// A trunk that runs and lacks experts.
+pub(crate) struct Trunk {
+    pub group: Arc<ExpertGroup>,
+    pub heard: mpsc::UnboundedReceiver<GroupEvent>,
+    pub facts: EngineFacts,
+}
+
+/// Buys the experts that a trunk lacks, of whoever sells them. Waits until every expert is held by somebody.
+pub(crate) async fn buy(model: &ModelForSale, id: EngineId, trunk: Trunk, with: LeadParts<'_>) -> Arc<dyn Buys> {
+    let Trunk { group, heard, facts } = trunk;
+    let manifest = group.manifest();
+    let weights: Weights = manifest
+        .all()
+        .filter_map(|(layer, expert)| Some(((layer, expert), manifest.expert_hash(layer, expert)?)))
+        .collect();
+    let demand = ExpertDemand {
+        root: ModelRoot(facts.model_root),
+        weights: Arc::new(weights),
+        not: BTreeSet::from([node_key(&with.key)]),
+        build: (BuildId(facts.build_id), facts.instruction_set.clone()),
+        max_rate: model.max_price_msat_per_million_expert_rows.map(MsatPerMtok),
+    };
+    let rows = u64::from(facts.context) * u64::from(manifest.used) * u64::from(manifest.layers);
+    let most_rows = rows.saturating_mul(ORDER_MARGIN).min(u64::from(u32::MAX));
+    let own: BTreeSet<(u32, u32)> = group.held().collect();
+    let name = model.listed_name();
+    let bought = Bought::start(BoughtParts {
+        engine: id,
+        group: group.clone(),
+        heard,
+        demand: demand.clone(),
+        wire: model.wire.wire_type(),
+        most_rows,
+        market: with.market.clone(),
+        key: with.key,
+        endpoint: with.endpoint,
+        consumer: with.consumer,
+    });
+    let (began, mut told) = (Instant::now(), false);
+    loop {
+        let (sellers, refused) = with.market.sellers_of_experts(&demand);
+        // A spare holds what nobody sells.
+        let complete = if model.spare_experts.is_some() { Ok(()) } else { complete(&demand, &own, &sellers, refused) };
+        match complete {
+            Ok(()) if group.ready().is_ok() => break,
+            Ok(()) => {}
+            Err(why) if !told && began.elapsed() >= PATIENCE => {
+                told = true;
+                let missing = group.ready().err().map_or_else(String::new, |error| error.to_string());
+                tracing::warn!(model = %name, %why, missing, "experts are missing: waiting for workers");
+            }
+            Err(_) => {}
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+    tracing::info!(model = %name, hosts = ?group.hosts(), "every expert has a holder");
+    bought
+}

@@ -1,0 +1,85 @@
+"""A market whose mixture of experts runs over several machines: workers that sell packs, a lead that has the trunk, buys the
+experts and sells answers, a node that sells the whole model, a consumer. Each is a process of its own.
+"""
+
+import json
+import os
+import re
+import sys
+
+from ring_market import NOBODY, Market, Node, run, say, serve
+
+SHAPE = "slots = {slots}\ncontext = {context}\nthreads = {threads}\n"
+ASKS = "price_in_msat_per_mtok = 100000000\nprice_out_msat_per_mtok = 400000000\n"
+
+
+class Packs:
+    """A model cut into a trunk and so many packs."""
+
+    def __init__(self, model, dir, workers):
+        self.model = os.path.abspath(model)
+        self.shown = json.loads(run("--format", "json", "models", "show", model))
+        out = os.path.join(dir, "parts")
+        split = json.loads(run("--format", "json", "models", "split", model, "--experts", "--packs", workers, "--out", out))
+        self.root, (self.trunk, *self.files) = split["root"], split["files"]
+        say(f"model {self.root[:16]} is cut: a trunk for the lead, {len(self.files)} packs for workers")
+
+
+class ExpertMarket(Market):
+    def __init__(self, dir, parts, prices, spare=None, wire="f32", slots=4, context=1024, threads=1, door=None):
+        self.dir, self.parts, self.prices = dir, parts, list(prices)
+        self.name = os.path.splitext(os.path.basename(parts.model))[0].lower()
+        world = {"models": os.path.join(dir, "models")} | ({"door": door} if door else {})
+        world["chain"] = serve(dir, "chain", "devnet", "chain")
+        world["relay"] = serve(dir, "relay", "devnet", "relay")
+        self.chain = world["chain"]
+        self.rpc("generatetoaddress", 1, NOBODY)
+        shape = SHAPE.format(slots=slots, context=context, threads=threads)
+
+        def worker(name, pack, price):
+            return Node(dir, name, world, ["provider"], tables=(
+                f'[[provider.packs]]\npath = "{pack["path"]}"\nalias = "{name}"\n'
+                f"price_msat_per_million_expert_rows = {price}\nslots = {slots}\nthreads = {threads}\n"))
+
+        self.held = list(parts.files)
+        self.workers = [worker(f"worker-{n + 1}", pack, price) for n, (pack, price) in enumerate(zip(parts.files, prices))]
+        if spare is not None:
+            # The same experts as another worker's: who takes over.
+            self.workers.append(worker("worker-spare", parts.files[spare], prices[spare]))
+            self.held.append(parts.files[spare])
+            self.prices.append(prices[spare])
+        self.leads = [Node(dir, "lead", world, ["provider", "consumer"], tables=(
+            f'[[provider.models]]\npath = "{parts.trunk["path"]}"\nalias = "{self.name}"\nbuy_experts = true\n'
+            f'wire = "{wire}"\nmax_price_msat_per_million_expert_rows = {2 * max(prices)}\n{ASKS}{shape}'))]
+        self.solo = Node(dir, "solo", world, ["provider"], tables=(
+            f'[[provider.models]]\npath = "{parts.model}"\nalias = "{self.name}"\n{ASKS}{shape}'))
+        catalogue = os.path.join(dir, "catalogue.toml")
+        with open(catalogue, "w") as out:
+            out.write(f'[[model]]\nname = "{self.name}"\nquantisation = "{parts.shown["quantisation"]}"\nroot = "{parts.root}"\ntokenizer = "{parts.shown["tokenizer"]}"\n')
+        self.consumer = Node(dir, "consumer", world, ["consumer"], extra=f'catalogue = "{catalogue}"')
+
+    def show_map(self):
+        """Who holds what, and for how much."""
+        print(f"\n    THE MAP OF EXPERTS, model root {self.parts.root[:16]}\n", file=sys.stderr)
+        trunk = self.parts.trunk
+        print(f"    {'lead':<13} {trunk['bytes'] // 1000:>6} kB  {trunk['holds']}", file=sys.stderr)
+        for node, pack, price in zip(self.workers, self.held, self.prices):
+            print(f"    {node.name:<13} {pack['bytes'] // 1000:>6} kB  {price} msat per million expert rows", file=sys.stderr)
+            for line in pack["holds"].removeprefix("experts ").split("; "):
+                print(f"    {'':<24}{line}", file=sys.stderr)
+        print(file=sys.stderr)
+
+    def earned(self):
+        """What each worker's own ledger says it did and was paid for."""
+        earned = {}
+        print(file=sys.stderr)
+        for node in self.workers:
+            ledger = os.path.join(node.dir, "ledger.sqlite")
+            shown = json.loads(run("ledger", "show", "--format", "json", "--db", ledger))
+            found = [re.search(r"(\d+) expert rows, (\d+) msat", entry["what"]) for entry in shown if entry["kind"] == "receipt"]
+            found = [(int(one[1]), int(one[2])) for one in found if one]
+            rows, cost = sum(rows for rows, _ in found), sum(cost for _, cost in found)
+            earned[node.name] = {"receipts": len(found), "expert_rows": rows, "msat": cost}
+            print(f"    {node.name:<13} {len(found)} receipts, {rows:>7} expert rows, {cost:>7} msat", file=sys.stderr)
+        print(file=sys.stderr)
+        return earned
