@@ -26,12 +26,12 @@ def measure(args, market, links, shape, results):
     lead, solo = market.leads[0], market.solo
     for node in (solo, lead):
         Stream(market, node, split.body(1, 8))  # sessions, slices, tokenizer, hops
-    for r in args.rtt:
+    for turn, r in enumerate(args.rtt):
         links.rtt(r)
         for batch in args.batch:
             rows = {"solo": [], "lead": [], "bytes": [], "load": []}
             for n in range(args.rounds):
-                asked = [split.body(1_000 * batch + 100 * n + at, args.tokens) for at in range(batch)]
+                asked = [split.body(100_000 * turn + 1_000 * batch + 100 * n + at, args.tokens) for at in range(batch)]
                 rows["load"].append(split.load())
                 before = links.sent()
                 alone, solo_streams = split.many(market, solo, asked)
