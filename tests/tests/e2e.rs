@@ -9,6 +9,7 @@
 //! | `budgets_hold` | keys on a running node: twenty at once on the balance of one, refusals, a crash |
 //! | `a_model_over_paid_workers_one_of_them_killed` | `make demo-split KILL=1`: layers bought from processes, the text of one machine |
 //! | `strangers_at_the_front_door` | a provider with its door open: L402, a prepaid key, refunds, a kill, its house's ledger |
+//! | `two_leads_take_each_others_places_at_their_workers` | workers too small for both: rows are sent again, the text of one machine, clean ledgers |
 //! | `ports_that_are_taken` | told at once, by number |
 //!
 //! Nothing here looks inside the program: files, ports, exit codes and the auditor's verdict are all there is.
@@ -183,7 +184,16 @@ fn budgets_hold() {
 #[ignore = "needs the built binary: tests/scripts/e2e.sh"]
 fn a_model_over_paid_workers_one_of_them_killed() {
     let dir = tempfile::tempdir().unwrap();
-    split::holds(&split::demo_split(dir.path(), &real_model(), true), true);
+    split::holds(&split::run("demo-split.py", dir.path(), &real_model(), &["--kill"]), true);
+}
+
+#[test]
+#[ignore = "needs the built binary: tests/scripts/e2e.sh"]
+fn two_leads_take_each_others_places_at_their_workers() {
+    let dir = tempfile::tempdir().unwrap();
+    let found = split::run("crowd-split.py", dir.path(), &real_model(), &[]);
+    assert!(found["same"] == true && found["clean"] == true, "{found:#}");
+    assert!(found["gaps"].as_u64().unwrap() > 0, "nobody lost a place: {found:#}");
 }
 
 #[test]

@@ -8,13 +8,13 @@ use std::process::Command;
 /// A dead worker is noticed within 2 s; what a busy machine adds to that.
 const NOTICED_WITHIN_S: f64 = 2.0 + 1.0;
 
-/// Runs the demo, with a worker killed where asked; what it found comes back.
+/// Runs one of the scripts on this model; what it found comes back.
 #[track_caller]
-pub(crate) fn demo_split(dir: &Path, model: &Path, kill: bool) -> Value {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/demo-split.py");
+pub(crate) fn run(script: &str, dir: &Path, model: &Path, more: &[&str]) -> Value {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts").join(script);
     let mut command = Command::new("python3");
     command.arg(script).arg("--model").arg(model).arg("--dir").arg(dir.join("split"));
-    command.env("SATGRID_BIN", super::market::satgrid().get_program()).args(kill.then_some("--kill"));
+    command.env("SATGRID_BIN", super::market::satgrid().get_program()).args(more);
     let output = command.output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{}\n{said}\n{}", output.status, String::from_utf8_lossy(&output.stdout));
