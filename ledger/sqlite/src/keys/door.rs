@@ -341,6 +341,18 @@ impl KeyStore {
         Ok(())
     }
 
+    /// Whether a refund has made this payment, or is making it.
+    pub async fn has_refund(&self, hash: PaymentHash) -> Result<bool, KeyError> {
+        let mut connection = self.connection.lock().await;
+        let (found,): (bool,) = sqlx::query_as(
+            "SELECT EXISTS (SELECT 1 FROM door_refunds WHERE hash = ? AND state IN ('attempted', 'settled'))",
+        )
+        .bind(hash.0.as_slice())
+        .fetch_one(&mut *connection)
+        .await?;
+        Ok(found)
+    }
+
     /// The refund whose payment this is, while it has no end.
     pub async fn refund_of_payment(&self, hash: PaymentHash) -> Result<Option<RefundRow>, KeyError> {
         let mut connection = self.connection.lock().await;

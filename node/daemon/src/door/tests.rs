@@ -215,6 +215,8 @@ async fn one_invoice_is_paid_by_one_refund() {
     let mut states: Vec<String> = ended.await.into_iter().map(|refund| refund.state).collect();
     states.sort();
     assert_eq!(states, ["failed", "settled"], "the second was not paid");
+    assert_eq!(world.keys.has_refund(back.payment_hash).await, Ok(true), "none of the operator's own payments");
+    assert_eq!(world.keys.has_refund(made.payment_hash).await, Ok(false));
     until("returned", || async { (world.balance(key).await == Msat::sat(80)).then_some(()) }).await;
     until("booked", || async { (world.booked().await == (80_000, 80_000)).then_some(()) }).await;
     world.shutdown.cancel();

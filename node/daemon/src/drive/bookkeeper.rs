@@ -130,7 +130,7 @@ impl Bookkeeper {
         for row in &rows {
             let Some(draft) = self.payment(began, known, row) else { continue };
             // A stranger's money, which the front door books.
-            if self.keys.invoice(row.hash).await?.is_none() && self.keys.refund_of_payment(row.hash).await?.is_none() {
+            if self.keys.invoice(row.hash).await?.is_none() && !self.keys.has_refund(row.hash).await? {
                 drafts.push(draft);
             }
         }
