@@ -250,7 +250,6 @@ impl ExpertGroup {
         let Outgoing { id, host, call } = outgoing;
         let member = self.state().members.get(&host).map(|member| (Arc::clone(&member.host), member.own));
         let answer = match member {
-            Some((_, false)) if call.jobs.is_empty() => Err(HostError::Unpaid),
             Some((member, own)) => {
                 let (layer, work, jobs) = (call.layer, call.work.clone(), call.jobs.clone());
                 let answer = member.evaluate(call).await;

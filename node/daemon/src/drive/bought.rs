@@ -131,6 +131,9 @@ struct PaidHost {
 #[async_trait]
 impl ExpertHost for PaidHost {
     async fn evaluate(&self, call: ExpertCall) -> Result<ExpertRows, HostError> {
+        if call.jobs.is_empty() {
+            return Err(HostError::Unpaid);
+        }
         let gone = || HostError::Gone { reason: "this node is stopping".to_owned() };
         let (answer, rows) = oneshot::channel();
         let said = self.said.send(Said::Call { worker: self.worker, call, answer });
