@@ -422,7 +422,7 @@ pub enum ServiceError {
     /// The edge gave up waiting; what was charged by then is in the ledger, not known here.
     #[error("The request took longer than the {seconds} s that this node allows.")]
     DeadlineExceeded { seconds: u64 },
-    #[error("This node has no room for another request now; try again in {} s.", .retry_after.as_secs())]
+    #[error("There is no room for another request now, here or at the providers; try again in {} s.", .retry_after.as_secs())]
     Busy { retry_after: Duration },
     #[error("This node is not ready: {}", .reasons.join("; "))]
     NotReady { reasons: Vec<String> },

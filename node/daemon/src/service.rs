@@ -339,6 +339,7 @@ impl Gateway {
             CallError::NoProvider { why } => ServiceError::NoProvider { model: name.to_owned(), why: vec![why] },
             error @ (CallError::ProvidersFailed { .. }
             | CallError::Cancelled
+            | CallError::Full { .. }
             | CallError::Busy
             | CallError::Paused { .. }
             | CallError::Journal { .. }) => ended(error, bill, 0, 0),
@@ -532,7 +533,7 @@ fn ended(error: CallError, bill: &Bill, prompt: u32, completion: u32) -> Service
             ServiceError::ProviderFailed { reason, bill: charged }
         }
         CallError::Cancelled => ServiceError::ProviderFailed { reason: "the call was cancelled".into(), bill: charged },
-        CallError::Busy => ServiceError::Busy { retry_after: BUSY_RETRY },
+        CallError::Busy | CallError::Full { .. } => ServiceError::Busy { retry_after: BUSY_RETRY },
         CallError::Journal { reason } | CallError::Paused { reason } => {
             ServiceError::NotReady { reasons: vec![reason] }
         }

@@ -20,6 +20,8 @@ pub(super) struct Call {
     pub bill: Bill,
     attempts: usize,
     last_failure: String,
+    /// The last provider that was asked had no place for it.
+    full: bool,
     pub cancelled: bool,
     /// Times that its provider said the balance does not cover it, in a row.
     pub short: u32,
@@ -97,6 +99,7 @@ impl Consumer {
             bill: Bill::default(),
             attempts: 0,
             last_failure: String::new(),
+            full: false,
             cancelled: false,
             short: 0,
             waiting_since: now,
@@ -124,6 +127,8 @@ impl Consumer {
             let Some(listing) = next else {
                 let error = if call.last_failure.is_empty() {
                     CallError::NoProvider { why: "no listing is left to try".into() }
+                } else if call.full && call.received.is_empty() {
+                    CallError::Full { reason: call.last_failure.clone() }
                 } else {
                     CallError::ProvidersFailed { reason: call.last_failure.clone() }
                 };
@@ -193,8 +198,23 @@ impl Consumer {
         }
     }
 
+    /// A provider had no place for it: the next one is asked, and where there is none, the client may try again soon.
+    pub(super) fn turned_away(&mut self, now: UnixMs, id: CallId, why: &str) {
+        if let Some(call) = self.calls.get_mut(&id) {
+            call.full = true;
+        }
+        self.move_on(now, id, why);
+    }
+
     /// A call lost its provider: the next one goes on from what was received.
     pub(super) fn reassign(&mut self, now: UnixMs, id: CallId, why: &str) {
+        if let Some(call) = self.calls.get_mut(&id) {
+            call.full = false;
+        }
+        self.move_on(now, id, why);
+    }
+
+    fn move_on(&mut self, now: UnixMs, id: CallId, why: &str) {
         let Some(call) = self.calls.get_mut(&id) else { return };
         call.place = Place::Nowhere;
         call.last_failure = why.to_owned();

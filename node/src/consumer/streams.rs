@@ -442,8 +442,10 @@ impl Consumer {
             | Refusal::Unavailable
             | Refusal::Unknown => {}
         }
-        if let Some(call) = call {
-            self.reassign(now, call, &text);
+        match call {
+            Some(call) if refusal == Refusal::Busy => self.turned_away(now, call, &text),
+            Some(call) => self.reassign(now, call, &text),
+            None => {}
         }
     }
 

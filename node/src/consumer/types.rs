@@ -371,6 +371,8 @@ pub enum CallError {
     Funds { required: Msat, available: Msat, limit: FundsLimit },
     #[error("every provider that was tried failed; the last one: {reason}")]
     ProvidersFailed { reason: String },
+    #[error("every provider that could serve this is busy; the last one: {reason}")]
+    Full { reason: String },
     #[error("the call was cancelled")]
     Cancelled,
     #[error("too many calls wait already")]

@@ -167,3 +167,26 @@ fn a_finish_reason_is_the_receipts() {
     assert!(matches!(world.call(0, call).end, Some(Ok((FinishReason::Length, _)))));
     world.assert_quiet();
 }
+
+/// Nobody failed: the client is told to come again, not that its provider broke.
+#[test]
+fn a_call_that_every_provider_turns_away_is_told_so() {
+    // A provider takes 32 requests of one session.
+    let mut world = World::new(Options::default(), 1, 1);
+    let calls: Vec<_> = (0..40).map(|i| world.submit(0, Ask::tokens(10 + i, 60))).collect();
+    world.finish_calls(300_000);
+    let (mut served, mut full) = (0, 0);
+    for call in calls {
+        let log = world.call(0, call);
+        if log.is_ok() {
+            assert_undisturbed(&world, log);
+            served += 1;
+        } else {
+            assert!(matches!(log.error(), CallError::Full { .. }), "{:?}", log.end);
+            full += 1;
+        }
+    }
+    assert!(served >= 32 && full > 0, "{served} served, {full} turned away");
+    world.assert_quiet();
+    world.assert_agree(0, 0);
+}
