@@ -70,7 +70,7 @@ impl Parts {
                 sys::ggml_backend_free(self.backend);
             }
             if !self.pool.is_null() {
-                sys::ggml_threadpool_free(self.pool);
+                super::pool::free(self.pool);
             }
         }
     }
@@ -85,7 +85,7 @@ impl ExpertWeights {
         // by `Parts::free` if a later step fails, else owned by `Self`.
         unsafe {
             let mut parts = Parts {
-                backend: sys::ggml_backend_cpu_init(),
+                backend: super::pool::backend(),
                 pool: std::ptr::null_mut(),
                 context: std::ptr::null_mut(),
                 buffer: std::ptr::null_mut(),
@@ -93,7 +93,7 @@ impl ExpertWeights {
             };
             let mut params = sys::ggml_threadpool_params_default(threads);
             params.poll = 0;
-            parts.pool = sys::ggml_threadpool_new(&raw mut params);
+            parts.pool = super::pool::new(&raw mut params);
             parts.context = sys::ggml_init(sys::ggml_init_params {
                 mem_size: sys::ggml_tensor_overhead() * (plans.len() + 1),
                 mem_buffer: std::ptr::null_mut(),
@@ -111,6 +111,10 @@ impl ExpertWeights {
             let tensors: Vec<_> = plans.iter().map(tensor).collect();
             parts.buffer = sys::ggml_backend_alloc_ctx_tensors(parts.context, parts.backend);
             parts.allocator = sys::ggml_gallocr_new(sys::ggml_backend_get_default_buffer_type(parts.backend));
+            if !super::pool::attach(parts.backend, parts.pool, threads) {
+                parts.free();
+                return Err(WeightsError::NoMemory);
+            }
             match (
                 NonNull::new(parts.backend),
                 NonNull::new(parts.pool),
@@ -119,8 +123,6 @@ impl ExpertWeights {
                 NonNull::new(parts.allocator),
             ) {
                 (Some(backend), Some(pool), Some(context), Some(buffer), Some(allocator)) => {
-                    sys::ggml_backend_cpu_set_n_threads(backend.as_ptr(), threads);
-                    sys::ggml_backend_cpu_set_threadpool(backend.as_ptr(), pool.as_ptr());
                     Ok(Self { backend, pool, context, buffer, allocator, tensors })
                 }
                 _ => {

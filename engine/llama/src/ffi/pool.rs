@@ -1,5 +1,6 @@
-//! llama.cpp's thread pool. It is a part of the processor's backend: linked in, or, where backends are loaded at run time,
-//! asked for by name.
+//! The processor's backend and its thread pool, asked for by name: linked in or loaded at run time, it is the same to us.
+
+use std::ffi::{CStr, c_int, c_void};
 
 use llama_cpp_sys_2 as sys;
 
@@ -7,48 +8,48 @@ use llama_cpp_sys_2 as sys;
 ///
 /// # Safety
 /// `params` points at parameters that the library made.
-#[cfg(not(feature = "gpu"))]
-pub(super) unsafe fn new(params: *mut sys::ggml_threadpool_params) -> *mut sys::ggml_threadpool {
-    // SAFETY: as the caller vouches.
-    unsafe { sys::ggml_threadpool_new(params) }
-}
-
-/// # Safety
-/// `pool` came from [`new`] and nothing uses it any more.
-#[cfg(not(feature = "gpu"))]
-pub(super) unsafe fn free(pool: *mut sys::ggml_threadpool) {
-    // SAFETY: as the caller vouches.
-    unsafe { sys::ggml_threadpool_free(pool) }
-}
-
-/// As above.
-///
-/// # Safety
-/// As above.
-#[cfg(feature = "gpu")]
 pub(super) unsafe fn new(params: *mut sys::ggml_threadpool_params) -> *mut sys::ggml_threadpool {
     type New = unsafe extern "C" fn(*mut sys::ggml_threadpool_params) -> *mut sys::ggml_threadpool;
     let Some(address) = named(c"ggml_threadpool_new") else { return std::ptr::null_mut() };
     // SAFETY: the library vouches for the function's type by its name; the parameters are as the caller vouches.
-    unsafe { std::mem::transmute::<*mut std::ffi::c_void, New>(address)(params) }
+    unsafe { std::mem::transmute::<*mut c_void, New>(address)(params) }
 }
 
-/// As above.
-///
 /// # Safety
-/// As above.
-#[cfg(feature = "gpu")]
+/// `pool` came from [`new`] and nothing uses it any more.
 pub(super) unsafe fn free(pool: *mut sys::ggml_threadpool) {
     type Free = unsafe extern "C" fn(*mut sys::ggml_threadpool);
     let Some(address) = named(c"ggml_threadpool_free") else { return };
     // SAFETY: as above.
-    unsafe { std::mem::transmute::<*mut std::ffi::c_void, Free>(address)(pool) }
+    unsafe { std::mem::transmute::<*mut c_void, Free>(address)(pool) }
+}
+
+/// A backend on the processor; null if there is none to be had.
+pub(super) fn backend() -> sys::ggml_backend_t {
+    // SAFETY: no parameters is allowed, and a null answer is the caller's to look for.
+    unsafe { sys::ggml_backend_init_by_type(sys::GGML_BACKEND_DEVICE_TYPE_CPU, std::ptr::null()) }
+}
+
+/// Has a backend compute on a pool with so many threads. Whether it does now.
+///
+/// # Safety
+/// `backend` came from [`backend`] and `pool` from [`new`]; the pool outlives the backend's work.
+pub(super) unsafe fn attach(backend: sys::ggml_backend_t, pool: *mut sys::ggml_threadpool, threads: c_int) -> bool {
+    type SetThreads = unsafe extern "C" fn(sys::ggml_backend_t, c_int);
+    type SetPool = unsafe extern "C" fn(sys::ggml_backend_t, *mut sys::ggml_threadpool);
+    let (set_threads, set_pool) = (named(c"ggml_backend_set_n_threads"), named(c"ggml_backend_cpu_set_threadpool"));
+    let (Some(set_threads), Some(set_pool)) = (set_threads, set_pool) else { return false };
+    // SAFETY: as above.
+    unsafe {
+        std::mem::transmute::<*mut c_void, SetThreads>(set_threads)(backend, threads);
+        std::mem::transmute::<*mut c_void, SetPool>(set_pool)(backend, pool);
+    }
+    true
 }
 
 /// A function of the processor's backend.
-#[cfg(feature = "gpu")]
-fn named(name: &std::ffi::CStr) -> Option<*mut std::ffi::c_void> {
-    // SAFETY: the backends are loaded by now and stay; the name is ended by NUL; null answers are looked for.
+fn named(name: &CStr) -> Option<*mut c_void> {
+    // SAFETY: the backends are there by now and stay; the name is ended by NUL; null answers are looked for.
     let address = unsafe {
         let device = sys::ggml_backend_dev_by_type(sys::GGML_BACKEND_DEVICE_TYPE_CPU);
         if device.is_null() {
