@@ -71,7 +71,13 @@ impl World {
             self.fund_address(&wallet.new_address().await.unwrap());
         }
         for wallet in wallets {
-            wallet.sync().await.unwrap();
+            // A look at the chain that was under way already may have begun before the reward.
+            let until = tokio::time::Instant::now() + LIMIT;
+            while wallet.balance().await.unwrap().onchain_confirmed_sat == 0 {
+                assert!(tokio::time::Instant::now() < until, "the reward was not seen");
+                wallet.sync().await.unwrap();
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
         }
     }
 
