@@ -7,7 +7,7 @@ SHELL := /bin/bash
 ENV := . tests/scripts/env.sh;
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## build the shipped binaries, satgrid and satgrid-ledger
 	@tests/scripts/build.sh

@@ -80,7 +80,8 @@ impl Default for ConsumerConfig {
             log_ms: 2 * 60 * 1_000,
             idle_ms: 5 * 60 * 1_000,
             refund_idle: false,
-            max_calls: 256,
+            // As many as the API admits at once.
+            max_calls: 1_024,
             max_attempts: 4,
         }
     }
