@@ -75,7 +75,10 @@ pub(super) struct Balances {
     pub(super) lightning: i128,
     pub(super) income: i128,
     pub(super) expense: i128,
+    /// Of Lightning payments alone.
     pub(super) routing_fees: i128,
+    /// What opening channels and moving coins cost.
+    pub(super) miner_fees: i128,
     /// What consumers paid in and did not use (provider).
     pub(super) prepaid: i128,
     /// What was paid in and not used (consumer).
@@ -210,6 +213,8 @@ fn read(name: &'static str, node: NodeKey, file: &Path) -> anyhow::Result<Ledger
             Account::WorkerPayable(_) | Account::External | Account::Clients => {}
         }
     }
+    // One account holds both; each entry of a transaction says what its miners got.
+    ledger.balances.routing_fees -= ledger.balances.miner_fees;
     Ok(ledger)
 }
 
@@ -219,6 +224,9 @@ fn note(ledger: &mut Ledger, attempted: &mut Attempted, evidence: &Evidence) -> 
     match evidence {
         Evidence::PaymentAttempted { session, k, payment_hash, .. } => {
             attempted.insert(*payment_hash, (*session, *k));
+        }
+        Evidence::OnChain { inbound, fee, .. } => {
+            ledger.balances.miner_fees += if *inbound { 0 } else { i128::from(fee.0) };
         }
         Evidence::PaymentSettled { payment_hash, amount, fee, .. } => {
             let place = attempted.get(payment_hash).copied();
@@ -253,7 +261,6 @@ fn note(ledger: &mut Ledger, attempted: &mut Attempted, evidence: &Evidence) -> 
         | Evidence::RefundAttempted { .. }
         | Evidence::ChannelClosed { .. }
         | Evidence::WalletPayment { .. }
-        | Evidence::OnChain { .. }
         | Evidence::Misbehaviour { .. }
         | Evidence::WalletSnapshot { .. }
         | Evidence::Checkpoint { .. }
