@@ -13,6 +13,7 @@ mod config;
 mod door;
 mod drive;
 mod failure;
+mod lnurl;
 mod models;
 mod progress;
 mod service;

@@ -10,13 +10,11 @@
 //! | `books` | transfers in the journal |
 //! | `house` | the consumer that buys this provider's own models |
 //! | `l402` | tokens |
-//! | `lnurl` | where a refund goes |
 //! | `refunds` | the task that pays them, and what becomes of each payment |
 
 mod books;
 mod house;
 mod l402;
-mod lnurl;
 mod refunds;
 
 pub(crate) use books::{Charged, Till};
@@ -24,6 +22,7 @@ pub(crate) use house::HouseWallet;
 
 use crate::config;
 use crate::drive::{journal::JournalWriter, now, payments};
+use crate::lnurl::Destination;
 use async_trait::async_trait;
 use satgrid_api::{Door, DoorError, DoorInvoice, InvoiceState, Order, Refund};
 use satgrid_ledger::keys::{KeyId, KeyRefusal};
@@ -204,11 +203,11 @@ impl Door for DoorDesk {
     async fn refund(&self, key: &str, destination: &str, amount: Option<Msat>) -> Result<Refund, DoorError> {
         let id = key_id(key)?;
         let invalid = |message: String| DoorError::Invalid { param: "destination", message };
-        let place: lnurl::Destination = destination.parse().map_err(|why: &str| invalid(why.to_owned()))?;
+        let place: Destination = destination.parse().map_err(|why: &str| invalid(why.to_owned()))?;
         let chain = self.keys.chain(id, now()).await.map_err(internal)?;
         let balance = chain.first().map(satgrid_ledger::keys::KeyRecord::balance).unwrap_or_default();
         let asked = match &place {
-            lnurl::Destination::Bolt11(bolt11) => {
+            Destination::Bolt11(bolt11) => {
                 let facts = invoice::read(bolt11).map_err(|error| invalid(error.to_string()))?;
                 if facts.network != Some(self.network) {
                     return Err(invalid("The invoice is of another network.".to_owned()));
@@ -222,7 +221,7 @@ impl Door for DoorDesk {
                 }
                 sum
             }
-            lnurl::Destination::Address { .. } => amount.unwrap_or_else(|| most_refund(balance)),
+            Destination::Address { .. } => amount.unwrap_or_else(|| most_refund(balance)),
         };
         if asked.is_zero() {
             return Err(DoorError::Balance { required: Msat(2 * MSAT_PER_SAT), available: balance });

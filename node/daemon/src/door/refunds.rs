@@ -8,11 +8,11 @@
 //! | attempted | amount and fee limit pending, before the wallet is asked | both are written again, and the payment is resolved by its hash |
 //! | settled, failed | posted, or voided, before the row is | the payment's end is told again and changes nothing |
 
-use super::{
-    DoorDesk, books,
-    lnurl::{self, Destination},
+use super::{DoorDesk, books};
+use crate::{
+    drive::{now, payments},
+    lnurl::{self, Destination, Named},
 };
-use crate::drive::{now, payments};
 use satgrid_ledger_sqlite::{KeyError, RefundRow};
 use satgrid_types::{Msat, PaymentHash, UnixMs};
 use satgrid_wallet::{invoice, payment::Outcome};
@@ -55,8 +55,8 @@ impl DoorDesk {
         let bolt11 = match row.destination.parse::<Destination>() {
             Ok(Destination::Bolt11(bolt11)) => Ok(bolt11),
             Ok(Destination::Address { user, host }) => {
-                let local = self.network == satgrid_wallet::Network::Regtest;
-                lnurl::invoice(&user, &host, row.amount, local).await.map_err(|error| format!("{error:#}"))
+                let named = Named::ByStranger { local: self.network == satgrid_wallet::Network::Regtest };
+                lnurl::invoice(&user, &host, row.amount, named).await.map_err(|error| format!("{error:#}"))
             }
             Err(why) => Err(why.to_owned()),
         };

@@ -5,7 +5,10 @@
 //! is the wallet's to tell, as of every payment; in the books a sweep is the operator's own money.
 
 use super::{bookkeeper::Own, channels::write, now};
-use crate::config::Config;
+use crate::{
+    config::Config,
+    lnurl::{self, Named},
+};
 use anyhow::{Context, bail, ensure};
 use satgrid_types::{Msat, UnixMs};
 use satgrid_wallet::{
@@ -16,7 +19,6 @@ use satgrid_wallet::{
 };
 use satgrid_wallet_ldk::{Cold, ColdKeys};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use std::{path::PathBuf, sync::Arc, time::Duration};
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
@@ -28,8 +30,6 @@ const LOOK_EVERY: Duration = Duration::from_secs(30);
 const AGAIN_MS: u64 = 10 * 60 * 1_000;
 /// Sweeps that are remembered.
 const REMEMBERED: usize = 1_000;
-const ANSWER_WITHIN: Duration = Duration::from_secs(15);
-const MAX_ANSWER_BYTES: usize = 32 << 10;
 
 /// What an operator may say beside the configuration.
 #[derive(Debug, Default, Clone, Deserialize)]
@@ -184,7 +184,7 @@ impl Sweeper {
         let amount = Msat::from_sat(sweep.amount_sat).context("that amount is not possible")?;
         match &sweep.to {
             Destination::LightningAddress { user, host } => {
-                let bolt11 = ask_address(user, host, amount).await?;
+                let bolt11 = lnurl::invoice(user, host, amount, Named::ByOwner).await?;
                 let facts = invoice::read(&bolt11).context("the address gave no invoice")?;
                 ensure!(facts.amount == Some(amount), "the address asks for {:?} instead of {amount}", facts.amount);
                 self.own.add(facts.payment_hash);
@@ -231,32 +231,4 @@ fn sent_nothing(error: &anyhow::Error) -> bool {
         // Before the wallet was asked.
         (None, None) => true,
     }
-}
-
-/// LNURL-pay: the owner's own address is asked for an invoice. Plain HTTP to this machine only.
-async fn ask_address(user: &str, host: &str, amount: Msat) -> anyhow::Result<String> {
-    let here = host.rsplit_once(':').map_or(host, |(name, _)| name);
-    let scheme = if matches!(here, "localhost" | "127.0.0.1") { "http" } else { "https" };
-    let client =
-        reqwest::Client::builder().timeout(ANSWER_WITHIN).redirect(reqwest::redirect::Policy::none()).build()?;
-    let get = async |url: String| -> anyhow::Result<Value> {
-        ensure!(url.starts_with(scheme), "{url} is not asked over {scheme}");
-        let mut response = client.get(&url).send().await?.error_for_status()?;
-        let mut body = Vec::new();
-        while let Some(bytes) = response.chunk().await? {
-            body.extend_from_slice(&bytes);
-            ensure!(body.len() <= MAX_ANSWER_BYTES, "{url} answers at length");
-        }
-        Ok(serde_json::from_slice(&body)?)
-    };
-    let first = get(format!("{scheme}://{host}/.well-known/lnurlp/{user}")).await?;
-    ensure!(first["tag"] == "payRequest", "{user}@{host} takes no payments: {}", first["reason"]);
-    let bound = |name: &str, without: u64| first[name].as_u64().unwrap_or(without);
-    let (least, most) = (bound("minSendable", 1), bound("maxSendable", u64::MAX));
-    ensure!((least..=most).contains(&amount.0), "{user}@{host} takes {least} to {most} msat, not {amount}");
-    let callback = first["callback"].as_str().context("the address names no callback")?;
-    let join = if callback.contains('?') { '&' } else { '?' };
-    let second = get(format!("{callback}{join}amount={}", amount.0)).await?;
-    let bolt11 = second["pr"].as_str().with_context(|| format!("the address gave no invoice: {}", second["reason"]))?;
-    Ok(bolt11.to_ascii_lowercase())
 }

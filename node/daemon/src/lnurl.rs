@@ -1,7 +1,7 @@
-//! Where a refund goes: a BOLT 11 invoice, or a Lightning address that is asked for one (LNURL-pay).
+//! Where money goes that leaves by Lightning: a BOLT 11 invoice, or a Lightning address that is asked for one (LNURL-pay).
 //!
-//! The address is a stranger's word, and this node asks the host that it names: over HTTPS only, without redirects, small
-//! answers only, and never an address of a private network. On regtest also plain HTTP to this machine.
+//! This node asks the host that the address names: over HTTPS only, or plain HTTP to this machine where that is allowed,
+//! without redirects, small answers only. A stranger's word never leads it into a private network.
 
 use anyhow::{Context, bail, ensure};
 use satgrid_types::Msat;
@@ -50,17 +50,37 @@ impl std::str::FromStr for Destination {
     }
 }
 
+/// Who named the address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Named {
+    /// The owner of this node: it may lead anywhere.
+    ByOwner,
+    /// Anybody. `local`: this machine is allowed, as on regtest.
+    ByStranger { local: bool },
+}
+
+impl Named {
+    /// Whether the host is this machine, and may be.
+    fn is_here(self, host: &str) -> bool {
+        let allowed = match self {
+            Named::ByOwner => true,
+            Named::ByStranger { local } => local,
+        };
+        allowed && is_this_machine(host)
+    }
+}
+
 /// Asks a Lightning address for an invoice over exactly `amount`.
-pub(crate) async fn invoice(user: &str, host: &str, amount: Msat, local: bool) -> anyhow::Result<String> {
-    let scheme = if local && is_this_machine(host) { "http" } else { "https" };
-    let first = get(&format!("{scheme}://{host}/.well-known/lnurlp/{user}"), local).await?;
+pub(crate) async fn invoice(user: &str, host: &str, amount: Msat, named: Named) -> anyhow::Result<String> {
+    let scheme = if named.is_here(host) { "http" } else { "https" };
+    let first = get(&format!("{scheme}://{host}/.well-known/lnurlp/{user}"), named).await?;
     let range = |name: &str| first[name].as_u64();
     ensure!(first["tag"] == "payRequest", "the address takes no payments: {}", said(&first));
     let (least, most) = (range("minSendable").unwrap_or(1), range("maxSendable").unwrap_or(u64::MAX));
     ensure!((least..=most).contains(&amount.0), "the address takes {least} to {most} msat, not {amount}");
     let callback = first["callback"].as_str().context("the address names no callback")?;
     let join = if callback.contains('?') { '&' } else { '?' };
-    let second = get(&format!("{callback}{join}amount={}", amount.0), local).await?;
+    let second = get(&format!("{callback}{join}amount={}", amount.0), named).await?;
     let bolt11 = second["pr"].as_str().with_context(|| format!("the address gave no invoice: {}", said(&second)))?;
     Ok(bolt11.to_ascii_lowercase())
 }
@@ -74,25 +94,23 @@ fn is_this_machine(host: &str) -> bool {
     host == "localhost" || host == "127.0.0.1"
 }
 
-async fn get(url: &str, local: bool) -> anyhow::Result<Value> {
+async fn get(url: &str, named: Named) -> anyhow::Result<Value> {
     let parsed = reqwest::Url::parse(url).context("the address leads to no URL")?;
     let host = parsed.host_str().context("the address leads to no host")?.to_owned();
-    let here = local && is_this_machine(&host);
+    let here = named.is_here(&host);
     ensure!(here || parsed.scheme() == "https", "the address is not reached over HTTPS");
-    let port = parsed.port_or_known_default().unwrap_or(443);
-    let found: Vec<std::net::SocketAddr> =
-        tokio::net::lookup_host((host.as_str(), port)).await.context("the address has no host")?.collect();
-    // What was looked up is what is connected to: a name cannot change its mind in between.
-    let Some(at) = found.into_iter().find(|at| here || is_public(at.ip())) else {
-        bail!("the address leads into a private network")
-    };
-    let client = reqwest::Client::builder()
-        .timeout(ANSWER_WITHIN)
-        .redirect(reqwest::redirect::Policy::none())
-        .no_proxy()
-        .resolve(&host, at)
-        .build()?;
-    let mut response = client.get(parsed).send().await?.error_for_status()?;
+    let mut client = reqwest::Client::builder().timeout(ANSWER_WITHIN).redirect(reqwest::redirect::Policy::none());
+    if let Named::ByStranger { .. } = named {
+        let port = parsed.port_or_known_default().unwrap_or(443);
+        let found: Vec<std::net::SocketAddr> =
+            tokio::net::lookup_host((host.as_str(), port)).await.context("the address has no host")?.collect();
+        // What was looked up is what is connected to: a name cannot change its mind in between.
+        let Some(at) = found.into_iter().find(|at| here || is_public(at.ip())) else {
+            bail!("the address leads into a private network")
+        };
+        client = client.no_proxy().resolve(&host, at);
+    }
+    let mut response = client.build()?.get(parsed).send().await?.error_for_status()?;
     let mut body = Vec::new();
     while let Some(bytes) = response.chunk().await? {
         body.extend_from_slice(&bytes);
@@ -181,8 +199,12 @@ mod tests {
                 }),
             );
         tokio::spawn(async move { axum::serve(listener, app).await });
-        assert_eq!(invoice("alice", &host, Msat(5_000), true).await.unwrap(), "lnbcrt5000");
-        assert!(invoice("alice", &host, Msat(500), true).await.unwrap_err().to_string().contains("1000 to 9000000"));
-        assert!(invoice("alice", &host, Msat(5_000), false).await.is_err(), "not over plain HTTP");
+        for named in [Named::ByOwner, Named::ByStranger { local: true }] {
+            assert_eq!(invoice("alice", &host, Msat(5_000), named).await.unwrap(), "lnbcrt5000");
+            let little = invoice("alice", &host, Msat(500), named).await.unwrap_err();
+            assert!(little.to_string().contains("1000 to 9000000"), "{named:?}: {little}");
+        }
+        let stranger = Named::ByStranger { local: false };
+        assert!(invoice("alice", &host, Msat(5_000), stranger).await.is_err(), "not over plain HTTP");
     }
 }
