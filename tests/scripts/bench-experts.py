@@ -16,7 +16,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from expert_market import ExpertMarket, Packs
-from ring_market import Stream, fail, folder, run, say, stop_all
+from ring_market import Stream, fail, folder, run, run_script, say
 
 split = importlib.import_module("bench-split")
 WORKERS = 3
@@ -100,9 +100,4 @@ def main():
 
 
 if __name__ == "__main__":
-    code = 1
-    try:
-        code = main()
-    finally:
-        stop_all()
-    sys.exit(code)
+    run_script(main)

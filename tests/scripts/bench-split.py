@@ -22,7 +22,7 @@ import threading
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from ring_market import CHILDREN, SAT, Market, Parts, Stream, fail, folder, free_port, run, say, stop_all
+from ring_market import CHILDREN, SAT, Market, Parts, Stream, fail, folder, free_port, run, run_script, say, stop_all
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PEER_P_MS = 5.0
@@ -291,9 +291,4 @@ def main():
 
 
 if __name__ == "__main__":
-    code = 1
-    try:
-        code = main()
-    finally:
-        stop_all()
-    sys.exit(code)
+    run_script(main)

@@ -15,7 +15,7 @@ import threading
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from ring_market import Market, Parts, Stream, folder, say, stop_all
+from ring_market import Market, Parts, Stream, folder, run_script, say
 
 SAID = ["Gold was heavy, so people wrote notes.", "And then the notes were trusted more.", "Who keeps the books?", "Go on."]
 
@@ -70,9 +70,4 @@ def main():
 
 
 if __name__ == "__main__":
-    code = 1
-    try:
-        code = main()
-    finally:
-        stop_all()
-    sys.exit(code)
+    run_script(main)

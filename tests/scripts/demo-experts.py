@@ -18,7 +18,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from expert_market import ExpertMarket, Packs
-from ring_market import Stream, fail, folder, run, say, stop_all
+from ring_market import Stream, fail, folder, run, run_script, say
 
 PROMPT = "The history of money is a history of trust. At first people traded goods for goods. Later they"
 # In msat per million expert rows.
@@ -78,9 +78,4 @@ def main():
 
 
 if __name__ == "__main__":
-    code = 1
-    try:
-        code = main()
-    finally:
-        stop_all()
-    sys.exit(code)
+    run_script(main)

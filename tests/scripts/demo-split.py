@@ -15,7 +15,7 @@ import sys
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from ring_market import Market, Parts, Stream, folder, say, stop_all
+from ring_market import Market, Parts, Stream, folder, run_script, say
 
 PROMPT = "The history of money is a history of trust. At first people traded goods for goods. Later they"
 
@@ -84,9 +84,4 @@ def plan(lead, workers, ranges, prices, layers):
 
 
 if __name__ == "__main__":
-    code = 1
-    try:
-        code = main()
-    finally:
-        stop_all()
-    sys.exit(code)
+    run_script(main)

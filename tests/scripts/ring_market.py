@@ -335,3 +335,13 @@ def stop_all():
             child.kill()
     CHILDREN.clear()
     NODES.clear()
+
+
+def run_script(main):
+    """Runs a script's `main` to its exit status, and leaves no process behind however it ends."""
+    code = 1
+    try:
+        code = main()
+    finally:
+        stop_all()
+    sys.exit(code)
