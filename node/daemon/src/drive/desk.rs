@@ -5,8 +5,9 @@
 //! their order: where the first of them waits for a grant, those behind it wait too.
 
 use super::{
+    account::Account,
     hops::{HopEvent, HopId, Outgoing, Switchboard},
-    inlets::{Inlets, Ordered, Slot},
+    inlets::Inlets,
     provider::Message,
 };
 use ed25519_dalek::SigningKey;
@@ -17,17 +18,18 @@ use satgrid_engine::{
         port::{Piece, SequenceId, Stage, StageCommand, StageError, StageEvent, StageWork, WorkId},
     },
 };
-use satgrid_ledger::statements::{PartOrder, RowsHash};
-use satgrid_node::provider::{EngineId, PartDone, ProviderEvent};
+use satgrid_ledger::statements::PartOrder;
+use satgrid_node::provider::{EngineId, ProviderEvent};
 use satgrid_protocol::{
     frame::PartRoute,
     hop::{HopFrame, Lost, RowsHeader, TicketFrame},
 };
 use satgrid_protocol_quic::QuicEndpoint;
-use satgrid_types::{NodeKey, PartUsage, RequestId, SessionId, WorkKind, node_key};
+use satgrid_types::{NodeKey, RequestId, SessionId, WorkKind, node_key};
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::Arc,
+    time::Duration,
 };
 use tokio::sync::mpsc;
 
@@ -70,23 +72,9 @@ pub(crate) struct DeskParts {
 }
 
 struct Job {
-    session: SessionId,
-    request: RequestId,
-    order: PartOrder,
-    lead: NodeKey,
+    account: Account,
     owner: u64,
-    granted: u64,
-    /// Positions that were given to the engine.
-    begun: u64,
-    done: PartUsage,
-    input: RowsHash,
-    output: RowsHash,
-    bytes_in: u64,
-    bytes_out: u64,
-    busy_us: u64,
-    at_work: u32,
     next: Option<NodeKey>,
-    settling: bool,
 }
 
 struct AtWork {
@@ -165,31 +153,14 @@ impl Running {
             Order::Admit { job, session, request, order, lead } => {
                 let fresh = u64::try_from(self.owners.len()).unwrap_or(u64::MAX);
                 let owner = *self.owners.entry(session).or_insert(fresh);
-                let admitted = Job {
-                    session,
-                    request,
-                    order,
-                    lead,
-                    owner,
-                    granted: 0,
-                    begun: 0,
-                    done: PartUsage::default(),
-                    input: RowsHash::default(),
-                    output: RowsHash::default(),
-                    bytes_in: 0,
-                    bytes_out: 0,
-                    busy_us: 0,
-                    at_work: 0,
-                    next: None,
-                    settling: false,
-                };
-                self.jobs.insert(job, admitted);
+                let account = Account::new(session, request, order, lead);
+                self.jobs.insert(job, Job { account, owner, next: None });
                 self.parts.switchboard.expect(session, request, self.ear.clone());
                 self.take_tickets();
             }
             Order::Engine(Command::Grant { job, output_upto, .. }) => {
                 if let Some(job) = self.jobs.get_mut(&job) {
-                    job.granted = job.granted.max(output_upto.into());
+                    job.account.grant(output_upto.into());
                 }
             }
             Order::Engine(Command::Cancel { job }) => return self.end(job, FinishReason::Cancelled),
@@ -206,7 +177,7 @@ impl Running {
             Order::Route { job, route } => self.route(job, *route),
             Order::Settle { job } => {
                 if let Some(held) = self.jobs.get_mut(&job) {
-                    held.settling = true;
+                    held.account.settle();
                 }
                 return self.settled(job);
             }
@@ -218,7 +189,7 @@ impl Running {
     fn route(&mut self, job: JobId, route: PartRoute) {
         let Some(held) = self.jobs.get_mut(&job) else { return };
         held.next = Some(route.next);
-        let to = (held.order.lead, route.next);
+        let to = (held.account.order.lead, route.next);
         let parts = &self.parts;
         let out = self.out.entry(to).or_insert_with(|| {
             Outgoing::start(parts.endpoint.clone(), parts.key.clone(), to, &route.addresses, self.ear.clone())
@@ -261,8 +232,7 @@ impl Running {
     fn take_tickets(&mut self) {
         let jobs = &self.jobs;
         self.inlets.take_tickets(|session, request| {
-            let (id, job) = jobs.iter().find(|(_, job)| job.session == *session && job.request == *request)?;
-            Some((*id, Ordered { session: *session, request: *request, lead: job.lead }))
+            jobs.iter().find_map(|(id, job)| job.account.ordered(*id, session, request))
         });
     }
 
@@ -290,11 +260,9 @@ impl Running {
     fn judge(&self, hop: HopId, header: &RowsHeader, bytes: usize) -> Option<Result<Vec<JobId>, String>> {
         let mut jobs = Vec::with_capacity(header.pieces.len());
         for piece in &header.pieces {
-            match self.inlets.slot(hop, piece.slot) {
-                Slot::Job(job) if self.jobs.contains_key(&job) => jobs.push(job),
-                Slot::Job(_) => return Some(Err("the request is over".into())),
-                Slot::NotYet => return None,
-                Slot::Uncovered => return Some(Err(format!("no ticket covers slot {}", piece.slot))),
+            match self.inlets.job(hop, piece.slot, |job| self.jobs.contains_key(job))? {
+                Ok(job) => jobs.push(job),
+                Err(text) => return Some(Err(text)),
             }
         }
         if bytes == 0 {
@@ -314,16 +282,10 @@ impl Running {
         }
         for (id, rows) in wanted {
             let job = self.jobs.get(&id)?;
-            if job.order.wire != header.wire {
-                return Some(Err(format!("rows as {}, ordered as {}", header.wire, job.order.wire)));
+            if let Err(text) = job.account.may_begin(rows, header.wire, "positions")? {
+                return Some(Err(text));
             }
-            let upto = job.begun.saturating_add(rows);
-            if upto > job.order.max_positions {
-                return Some(Err(format!("{upto} positions, {} were ordered", job.order.max_positions)));
-            }
-            if upto > job.granted || job.next.is_none() {
-                return None;
-            }
+            job.next?;
         }
         Some(Ok(jobs))
     }
@@ -335,11 +297,8 @@ impl Running {
         for (piece, id) in header.pieces.iter().zip(&jobs) {
             let Some(job) = self.jobs.get_mut(id) else { return };
             let bytes = piece.rows as usize * row_bytes;
-            job.input.push(&rows[at..at + bytes]);
-            job.bytes_in = job.bytes_in.saturating_add(bytes as u64);
+            job.account.begin(&rows[at..at + bytes], piece.rows.into());
             at += bytes;
-            job.begun = job.begun.saturating_add(piece.rows.into());
-            job.at_work += 1;
             let sequence = SequenceId { owner: job.owner, number: piece.sequence };
             sequences.push(sequence);
             pieces.push(Piece { sequence, start: piece.start, rows: piece.rows, purpose: piece.kind });
@@ -359,7 +318,7 @@ impl Running {
     fn put_down(&mut self, jobs: &[JobId]) {
         for id in jobs {
             if let Some(job) = self.jobs.get_mut(id) {
-                job.at_work = job.at_work.saturating_sub(1);
+                job.account.put_down();
             }
         }
     }
@@ -389,7 +348,7 @@ impl Running {
                 self.put_down(&jobs);
                 for (piece, id) in header.pieces.iter().zip(&jobs) {
                     if let Some(job) = self.jobs.get_mut(id) {
-                        job.begun = job.begun.saturating_sub(piece.rows.into());
+                        job.account.give_back(piece.rows.into());
                     }
                 }
                 jobs.into_iter().flat_map(|job| self.settled(job)).collect()
@@ -397,7 +356,7 @@ impl Running {
             StageEvent::Down { reason } => {
                 self.at_work.clear();
                 self.held.clear();
-                self.jobs.values_mut().for_each(|job| job.at_work = 0);
+                self.jobs.values_mut().for_each(|job| job.account.drop_work());
                 vec![self.engine(EngineEvent::Down { reason })]
             }
             StageEvent::Up => vec![self.engine(EngineEvent::Up)],
@@ -420,26 +379,16 @@ impl Running {
             let kind = if again { WorkKind::Replay } else { piece.kind };
             let Some(job) = self.jobs.get_mut(id) else { continue };
             let bytes = piece.rows as usize * row_bytes;
-            if let Some(out) = rows.bytes.get(at..at + bytes).filter(|out| !out.is_empty()) {
-                job.output.push(out);
-                job.bytes_out = job.bytes_out.saturating_add(out.len() as u64);
-            }
+            let account = &mut job.account;
+            let share = Duration::from_micros(busy_us.saturating_mul(piece.rows.into()) / total);
+            account.came_out(rows.bytes.get(at..at + bytes).unwrap_or_default(), share);
             at += bytes;
-            job.at_work = job.at_work.saturating_sub(1);
-            job.busy_us = job.busy_us.saturating_add(busy_us.saturating_mul(piece.rows.into()) / total);
-            let layers = job.order.layers.map_or(0, |range| range.layers());
-            if let Some(usage) = job.done.plus(kind, piece.rows.into(), layers) {
-                job.done = usage;
+            account.put_down();
+            let layers = account.order.layers.map_or(0, |range| range.layers());
+            if let Some(usage) = account.usage.plus(kind, piece.rows.into(), layers) {
+                account.usage = usage;
             }
-            let done = PartDone {
-                usage: job.done,
-                input: job.input.value(),
-                output: job.output.value(),
-                bytes_in: job.bytes_in,
-                bytes_out: job.bytes_out,
-                busy_ms: job.busy_us / 1_000,
-            };
-            reports.push(ProviderEvent::Worked { engine: self.parts.engine, job: *id, done });
+            reports.push(ProviderEvent::Worked { engine: self.parts.engine, job: *id, done: account.done() });
         }
         // Rows first: whoever waits for them is not kept waiting for the books.
         self.send_on(hop, &header, &jobs, rows.bytes);
@@ -449,7 +398,8 @@ impl Running {
     }
 
     fn send_on(&mut self, hop: HopId, header: &RowsHeader, jobs: &[JobId], rows: Vec<u8>) {
-        let to = jobs.first().and_then(|id| self.jobs.get(id)).and_then(|job| Some((job.order.lead, job.next?)));
+        let to =
+            jobs.first().and_then(|id| self.jobs.get(id)).and_then(|job| Some((job.account.order.lead, job.next?)));
         let Some((lead, out)) = to.and_then(|to| Some((to.0, self.out.get(&to)?))) else {
             return self.refuse(hop, header, Lost::Worker, "the next node is not connected");
         };
@@ -465,16 +415,16 @@ impl Running {
     /// Ends a job that is to be settled, once nothing of it is at work.
     fn settled(&mut self, id: JobId) -> Vec<ProviderEvent> {
         match self.jobs.get(&id) {
-            Some(job) if job.settling && job.at_work == 0 => self.end(id, FinishReason::Stop),
+            Some(job) if job.account.is_over() => self.end(id, FinishReason::Stop),
             Some(_) | None => Vec::new(),
         }
     }
 
     fn end(&mut self, id: JobId, reason: FinishReason) -> Vec<ProviderEvent> {
         let Some(job) = self.jobs.remove(&id) else { return Vec::new() };
-        self.parts.switchboard.forget(job.session, job.request);
+        self.parts.switchboard.forget(job.account.session, job.account.request);
         self.inlets.over(id);
-        let evaluated = u32::try_from(job.begun).unwrap_or(u32::MAX);
+        let evaluated = job.account.evaluated();
         vec![self.engine(EngineEvent::Finished { job: id, reason, evaluated })]
     }
 }

@@ -6,9 +6,10 @@
 //! whichever lead they are of.
 
 use super::{
+    account::Account,
     desk::{Desk, Order},
     hops::{HopEvent, HopId, Switchboard},
-    inlets::{Inlets, Ordered, Slot},
+    inlets::Inlets,
     provider::Message,
 };
 use satgrid_engine::{
@@ -17,13 +18,13 @@ use satgrid_engine::{
     stage::codec::HiddenRows,
 };
 use satgrid_engine_llama::PackFacts;
-use satgrid_ledger::statements::{ExpertCount, PartOrder, RowsHash};
-use satgrid_node::provider::{EngineId, PartDone, ProviderEvent};
+use satgrid_ledger::statements::ExpertCount;
+use satgrid_node::provider::{EngineId, ProviderEvent};
 use satgrid_protocol::{
     experts::{AnswerHeader, CallHeader},
     hop::{HopFrame, Lost},
 };
-use satgrid_types::{NodeKey, PartUsage, RequestId, SessionId};
+use satgrid_types::{NodeKey, SessionId};
 use std::{
     collections::BTreeMap,
     sync::Arc,
@@ -45,22 +46,9 @@ pub(crate) struct ExpertDeskParts {
 }
 
 struct Job {
-    session: SessionId,
-    request: RequestId,
-    order: PartOrder,
-    lead: NodeKey,
-    granted: u64,
-    /// Rows that were given to the pack.
-    begun: u64,
+    account: Account,
+    /// Rows by layer and expert.
     counts: BTreeMap<(u32, u32), u64>,
-    usage: PartUsage,
-    input: RowsHash,
-    output: RowsHash,
-    bytes_in: u64,
-    bytes_out: u64,
-    busy: Duration,
-    at_work: u32,
-    settling: bool,
 }
 
 /// The jobs of a call's rows and the rows, or what is wrong with it.
@@ -127,30 +115,14 @@ impl Running {
     fn order(&mut self, order: Order) -> Vec<ProviderEvent> {
         match order {
             Order::Admit { job, session, request, order, lead } => {
-                let admitted = Job {
-                    session,
-                    request,
-                    order,
-                    lead,
-                    granted: 0,
-                    begun: 0,
-                    counts: BTreeMap::new(),
-                    usage: PartUsage::default(),
-                    input: RowsHash::default(),
-                    output: RowsHash::default(),
-                    bytes_in: 0,
-                    bytes_out: 0,
-                    busy: Duration::ZERO,
-                    at_work: 0,
-                    settling: false,
-                };
-                self.jobs.insert(job, admitted);
+                let account = Account::new(session, request, order, lead);
+                self.jobs.insert(job, Job { account, counts: BTreeMap::new() });
                 self.parts.switchboard.expect(session, request, self.ear.clone());
                 self.take_tickets();
             }
             Order::Engine(Command::Grant { job, output_upto, .. }) => {
                 if let Some(job) = self.jobs.get_mut(&job) {
-                    job.granted = job.granted.max(output_upto.into());
+                    job.account.grant(output_upto.into());
                 }
             }
             Order::Engine(Command::Cancel { job }) => return self.end(job, FinishReason::Cancelled),
@@ -163,7 +135,7 @@ impl Running {
             Order::Route { .. } => {}
             Order::Settle { job } => {
                 if let Some(held) = self.jobs.get_mut(&job) {
-                    held.settling = true;
+                    held.account.settle();
                 }
                 return self.settled(job);
             }
@@ -199,8 +171,7 @@ impl Running {
     fn take_tickets(&mut self) {
         let jobs = &self.jobs;
         self.inlets.take_tickets(|session, request| {
-            let (id, job) = jobs.iter().find(|(_, job)| job.session == *session && job.request == *request)?;
-            Some((*id, Ordered { session: *session, request: *request, lead: job.lead }))
+            jobs.iter().find_map(|(id, job)| job.account.ordered(*id, session, request))
         });
     }
 
@@ -223,26 +194,17 @@ impl Running {
         let mut jobs = Vec::with_capacity(header.rows.len());
         let mut wanted: BTreeMap<JobId, u64> = BTreeMap::new();
         for row in &header.rows {
-            let job = match self.inlets.slot(hop, row.slot) {
-                Slot::Job(job) if self.jobs.contains_key(&job) => job,
-                Slot::Job(_) => return Some(Err("the request is over".into())),
-                Slot::NotYet => return None,
-                Slot::Uncovered => return Some(Err(format!("no ticket covers slot {}", row.slot))),
+            let job = match self.inlets.job(hop, row.slot, |job| self.jobs.contains_key(job))? {
+                Ok(job) => job,
+                Err(text) => return Some(Err(text)),
             };
             jobs.push(job);
             *wanted.entry(job).or_default() += row.experts.len() as u64;
         }
         for (id, more) in wanted {
             let job = self.jobs.get(&id)?;
-            if job.order.wire != header.wire {
-                return Some(Err(format!("rows as {}, ordered as {}", header.wire, job.order.wire)));
-            }
-            let upto = job.begun.saturating_add(more);
-            if upto > job.order.max_positions {
-                return Some(Err(format!("{upto} expert rows, {} were ordered", job.order.max_positions)));
-            }
-            if upto > job.granted {
-                return None;
+            if let Err(text) = job.account.may_begin(more, header.wire, "expert rows")? {
+                return Some(Err(text));
             }
         }
         let width = self.parts.facts.n_embd;
@@ -258,10 +220,7 @@ impl Running {
             work.extend(row.experts.iter().map(|expert| Work { row: number, expert: *expert }));
             let Some(job) = self.jobs.get_mut(id) else { continue };
             let at = number as usize * row_bytes;
-            job.input.push(bytes.get(at..at + row_bytes).unwrap_or_default());
-            job.bytes_in = job.bytes_in.saturating_add(row_bytes as u64);
-            job.begun = job.begun.saturating_add(row.experts.len() as u64);
-            job.at_work += 1;
+            job.account.begin(bytes.get(at..at + row_bytes).unwrap_or_default(), row.experts.len() as u64);
         }
         let (host, done, width) = (self.parts.host.clone(), self.done.clone(), self.parts.facts.n_embd);
         let back = self.inlets.back(hop).cloned();
@@ -286,20 +245,18 @@ impl Running {
         let (mut at, pairs) = (0, header.pairs().max(1));
         for (row, id) in header.rows.iter().zip(&jobs) {
             let Some(job) = self.jobs.get_mut(id) else { continue };
-            job.at_work = job.at_work.saturating_sub(1);
+            job.account.put_down();
             let Ok(rows) = &result else { continue };
             let bytes = row.experts.len() * (rows.bytes.len() / pairs);
             let out = rows.bytes.get(at..at + bytes).unwrap_or_default();
             at += bytes;
-            job.output.push(out);
-            job.bytes_out = job.bytes_out.saturating_add(out.len() as u64);
             let share = u32::try_from(row.experts.len()).unwrap_or(u32::MAX);
-            job.busy += took * share / u32::try_from(pairs).unwrap_or(u32::MAX);
+            job.account.came_out(out, took * share / u32::try_from(pairs).unwrap_or(u32::MAX));
             for expert in &row.experts {
                 *job.counts.entry((header.layer, *expert)).or_default() += 1;
             }
             let more = row.experts.len() as u64;
-            job.usage.expert_rows = job.usage.expert_rows.saturating_add(more);
+            job.account.usage.expert_rows = job.account.usage.expert_rows.saturating_add(more);
             if !touched.contains(id) {
                 touched.push(*id);
             }
@@ -308,15 +265,7 @@ impl Running {
             self.inlets.refuse(hop, header.work, why.clone(), text);
         }
         let worked = touched.iter().filter_map(|id| {
-            let job = self.jobs.get(id)?;
-            let done = PartDone {
-                usage: job.usage,
-                input: job.input.value(),
-                output: job.output.value(),
-                bytes_in: job.bytes_in,
-                bytes_out: job.bytes_out,
-                busy_ms: u64::try_from(job.busy.as_millis()).unwrap_or(u64::MAX),
-            };
+            let done = self.jobs.get(id)?.account.done();
             Some(ProviderEvent::Worked { engine: self.parts.engine, job: *id, done })
         });
         let mut reports: Vec<ProviderEvent> = worked.collect();
@@ -329,17 +278,17 @@ impl Running {
     /// Ends a job that is to be settled, once nothing of it is at work.
     fn settled(&mut self, id: JobId) -> Vec<ProviderEvent> {
         match self.jobs.get(&id) {
-            Some(job) if job.settling && job.at_work == 0 => self.end(id, FinishReason::Stop),
+            Some(job) if job.account.is_over() => self.end(id, FinishReason::Stop),
             Some(_) | None => Vec::new(),
         }
     }
 
     fn end(&mut self, id: JobId, reason: FinishReason) -> Vec<ProviderEvent> {
         let Some(job) = self.jobs.remove(&id) else { return Vec::new() };
-        self.parts.switchboard.forget(job.session, job.request);
+        self.parts.switchboard.forget(job.account.session, job.account.request);
         self.inlets.over(id);
         let counts = job.counts.iter().map(|(&(layer, expert), &rows)| ExpertCount { layer, expert, rows }).collect();
-        let evaluated = u32::try_from(job.begun).unwrap_or(u32::MAX);
+        let evaluated = job.account.evaluated();
         let counted = ProviderEvent::Counted { engine: self.parts.engine, job: id, counts };
         vec![counted, self.engine(EngineEvent::Finished { job: id, reason, evaluated })]
     }

@@ -42,15 +42,6 @@ pub(super) struct Inlets<F> {
     shown: BTreeMap<SessionId, Shown>,
 }
 
-/// Whose the rows of a slot are.
-pub(super) enum Slot {
-    Job(JobId),
-    /// A ticket came whose order is not known yet.
-    NotYet,
-    /// Nobody's: no ticket was shown for it.
-    Uncovered,
-}
-
 impl<F> Inlets<F> {
     pub(super) fn new(ours: NodeKey) -> Self {
         Inlets { ours, hops: BTreeMap::new(), shown: BTreeMap::new() }
@@ -124,12 +115,15 @@ impl<F> Inlets<F> {
         self.hops.get_mut(&hop)?.waiting.pop_front()
     }
 
-    pub(super) fn slot(&self, hop: HopId, slot: u64) -> Slot {
-        let Some(held) = self.hops.get(&hop) else { return Slot::Uncovered };
-        match held.slots.get(&slot) {
-            Some(job) => Slot::Job(*job),
-            None if !held.tickets.is_empty() => Slot::NotYet,
-            None => Slot::Uncovered,
+    /// Whose the rows of a slot are: `None` where a ticket came whose order is not known yet, else a job that still `runs`
+    /// or what is wrong.
+    pub(super) fn job(&self, hop: HopId, slot: u64, runs: impl Fn(&JobId) -> bool) -> Option<Result<JobId, String>> {
+        let held = self.hops.get(&hop);
+        match held.and_then(|held| held.slots.get(&slot)) {
+            Some(job) if runs(job) => Some(Ok(*job)),
+            Some(_) => Some(Err("the request is over".into())),
+            None if held.is_some_and(|held| !held.tickets.is_empty()) => None,
+            None => Some(Err(format!("no ticket covers slot {slot}"))),
         }
     }
 

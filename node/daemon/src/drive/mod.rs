@@ -6,6 +6,7 @@
 //! | [`provider`], [`consumer`] | the two roles | QUIC links, engines, wallet, journal |
 //! | [`desk`], [`ring`], [`hops`], [`inlets`] | work on layers, sold and bought | QUIC hops from node to node |
 //! | [`expert_desk`], [`bought`] | work on experts, sold and bought | the same hops |
+//! | [`account`] | what both desks keep of a job | |
 //! | [`links`] | frames in and out | QUIC streams |
 //! | [`payments`], [`wallet`] | `wallet::payment` | the Lightning wallet |
 //! | [`sweep`] | `wallet::sweep` | the embedded Lightning node, the cold account |
@@ -19,6 +20,7 @@
 //! Every driver is one task with a bounded or naturally bounded inbox; they talk by messages and share no locks but
 //! the book's. All end with one shutdown token.
 
+mod account;
 pub(crate) mod bookkeeper;
 pub(crate) mod bought;
 pub(crate) mod channels;
