@@ -18,7 +18,7 @@ use super::{
     consumer::Message as ConsumerMessage,
     hops::HopEvent,
     market::Market,
-    rings::{Buys, Settled},
+    rings::{Asked, Buys, Settled},
 };
 use async_trait::async_trait;
 use ed25519_dalek::SigningKey;
@@ -35,7 +35,7 @@ use satgrid_node::{
     provider::EngineId,
 };
 use satgrid_protocol_quic::QuicEndpoint;
-use satgrid_types::{NodeKey, RequestId, WireType};
+use satgrid_types::{NodeKey, WireType};
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 use tokio::sync::{mpsc, oneshot};
 
@@ -72,17 +72,10 @@ pub(crate) struct BoughtParts {
 type Answer = oneshot::Sender<Result<ExpertRows, HostError>>;
 
 enum Said {
-    /// The job works for this request of this node's customer.
-    Begin(JobId, RequestId),
-    Call {
-        worker: NodeKey,
-        call: ExpertCall,
-        answer: Answer,
-    },
+    Asked(Asked),
+    Call { worker: NodeKey, call: ExpertCall, answer: Answer },
     Emission(JobId, NodeKey, CallId, Emission),
-    Settle(JobId, oneshot::Sender<Option<Settled>>),
     Late(JobId),
-    Jobs(oneshot::Sender<Vec<JobId>>),
 }
 
 /// The handle of the task that buys.
@@ -103,22 +96,8 @@ impl Bought {
 
 #[async_trait]
 impl Buys for Bought {
-    fn begin(&self, job: JobId, request: RequestId) {
-        let _ = self.said.send(Said::Begin(job, request));
-    }
-
-    async fn jobs(&self) -> Vec<JobId> {
-        let (answer, jobs) = oneshot::channel();
-        if self.said.send(Said::Jobs(answer)).is_err() {
-            return Vec::new();
-        }
-        jobs.await.unwrap_or_default()
-    }
-
-    async fn settled(&self, job: JobId) -> Option<Settled> {
-        let (answer, settled) = oneshot::channel();
-        self.said.send(Said::Settle(job, answer)).ok()?;
-        settled.await.ok().flatten()
+    fn tell(&self, asked: Asked) -> bool {
+        self.said.send(Said::Asked(asked)).is_ok()
     }
 }
 

@@ -16,7 +16,7 @@ use super::{
     consumer::Message as ConsumerMessage,
     hops::{HopEvent, HopId, Outgoing, Switchboard},
     now,
-    rings::{Buys, Settled},
+    rings::{Asked, Buys, Settled},
 };
 use async_trait::async_trait;
 use ed25519_dalek::SigningKey;
@@ -82,12 +82,9 @@ pub(crate) struct RingParts {
 
 enum Said {
     Command(RingCommand),
-    /// The job works for this request of this node's customer.
-    Begin(JobId, RequestId),
-    Settle(JobId, oneshot::Sender<Option<Settled>>),
+    Asked(Asked),
     Emission(JobId, CallId, Emission),
     Late(JobId),
-    Jobs(oneshot::Sender<Vec<JobId>>),
 }
 
 /// The ring's handle: the port of the engine, and the ear of the provider's driver.
@@ -137,22 +134,8 @@ impl PaidRing {
 
 #[async_trait]
 impl Buys for PaidRing {
-    fn begin(&self, job: JobId, request: RequestId) {
-        let _ = self.said.send(Said::Begin(job, request));
-    }
-
-    async fn jobs(&self) -> Vec<JobId> {
-        let (answer, jobs) = oneshot::channel();
-        if self.said.send(Said::Jobs(answer)).is_err() {
-            return Vec::new();
-        }
-        jobs.await.unwrap_or_default()
-    }
-
-    async fn settled(&self, job: JobId) -> Option<Settled> {
-        let (answer, settled) = oneshot::channel();
-        self.said.send(Said::Settle(job, answer)).ok()?;
-        settled.await.ok().flatten()
+    fn tell(&self, asked: Asked) -> bool {
+        self.said.send(Said::Asked(asked)).is_ok()
     }
 }
 
@@ -263,8 +246,8 @@ impl Running {
                 }
                 self.wind_up(job)
             }
-            Said::Begin(job, request) => self.begin(job, request),
-            Said::Settle(job, answer) => match self.jobs.get_mut(&job) {
+            Said::Asked(Asked::Begin(job, request)) => self.begin(job, request),
+            Said::Asked(Asked::Settle(job, answer)) => match self.jobs.get_mut(&job) {
                 Some(held) => {
                     held.answer = Some(answer);
                     held.over = true;
@@ -283,7 +266,7 @@ impl Running {
                 }
             },
             Said::Emission(job, call, emission) => self.emission(job, call, emission),
-            Said::Jobs(answer) => {
+            Said::Asked(Asked::Jobs(answer)) => {
                 let _ = answer.send(self.jobs.keys().copied().collect());
                 Vec::new()
             }

@@ -8,7 +8,7 @@ use satgrid_ledger::statements::{ExpertSplit, Split};
 use satgrid_node::provider::{EngineId, ProviderEvent};
 use satgrid_types::{Digest, RequestId};
 use std::sync::Arc;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 /// How an answer was put together, and the root over the workers' receipts: for the receipt of the customer's request.
 #[derive(Debug, Clone)]
@@ -20,12 +20,39 @@ pub(crate) enum Settled {
 /// Who buys parts of an engine's work: a ring of layers, or a group of experts.
 #[async_trait]
 pub(crate) trait Buys: Send + Sync {
+    /// Tells the task that buys. Whether it still runs.
+    fn tell(&self, asked: Asked) -> bool;
+
     /// The job works for this request of this node's customer: workers are ordered before its first rows are there.
-    fn begin(&self, job: JobId, request: RequestId);
+    fn begin(&self, job: JobId, request: RequestId) {
+        self.tell(Asked::Begin(job, request));
+    }
+
     /// Jobs that are not settled.
-    async fn jobs(&self) -> Vec<JobId>;
+    async fn jobs(&self) -> Vec<JobId> {
+        let (answer, jobs) = oneshot::channel();
+        if !self.tell(Asked::Jobs(answer)) {
+            return Vec::new();
+        }
+        jobs.await.unwrap_or_default()
+    }
+
     /// How the job was put together, once its workers have given their receipts. `None` where nobody was bought of.
-    async fn settled(&self, job: JobId) -> Option<Settled>;
+    async fn settled(&self, job: JobId) -> Option<Settled> {
+        let (answer, settled) = oneshot::channel();
+        if !self.tell(Asked::Settle(job, answer)) {
+            return None;
+        }
+        settled.await.ok().flatten()
+    }
+}
+
+/// What the provider's driver asks of a task that buys.
+pub(crate) enum Asked {
+    /// The job works for this request of this node's customer.
+    Begin(JobId, RequestId),
+    Jobs(oneshot::Sender<Vec<JobId>>),
+    Settle(JobId, oneshot::Sender<Option<Settled>>),
 }
 
 /// Hands the events of an engine that leads to the role, until the engine is gone for good.

@@ -7,6 +7,7 @@ use super::{
 use crate::drive::{
     hops::{HopEvent, Outgoing},
     now,
+    rings::Asked,
 };
 use satgrid_engine::{
     experts::{AnswerError, ExpertCall, ExpertRows, HostError, group::GroupEvent, map},
@@ -129,7 +130,7 @@ impl Running {
 
     fn said(&mut self, said: Said) -> Vec<ConsumerMessage> {
         match said {
-            Said::Begin(job, request) => {
+            Said::Asked(Asked::Begin(job, request)) => {
                 self.parts.group.open_account(job);
                 let (orders, legs) = (BTreeMap::new(), Vec::new());
                 self.jobs.insert(job, Job { request, orders, legs, over: false, answer: None });
@@ -140,9 +141,9 @@ impl Running {
             }
             Said::Call { worker, call, answer } => self.called(worker, call, answer),
             Said::Emission(job, worker, call, emission) => self.emission(job, worker, call, emission),
-            Said::Settle(job, answer) => self.settle(job, answer),
+            Said::Asked(Asked::Settle(job, answer)) => self.settle(job, answer),
             Said::Late(job) => self.late(job),
-            Said::Jobs(answer) => {
+            Said::Asked(Asked::Jobs(answer)) => {
                 let _ = answer.send(self.jobs.keys().copied().collect());
                 Vec::new()
             }
