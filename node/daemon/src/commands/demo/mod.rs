@@ -163,33 +163,42 @@ fn free_port(port: u16) -> anyhow::Result<()> {
 
 /// The model, in the store and known by its root.
 fn for_sale(config: &crate::config::Models, args: &DemoArgs, file: Option<&Path>) -> anyhow::Result<ForSale> {
-    let (slots, profile, short_acks) = (args.slots, args.profile.clone(), !args.default_acks);
-    let (prices, threads) = (Prices::new(args.input_price, args.output_price), args.threads);
     let store = Store::new(&config.dir);
-    let models_dir = config.dir.clone();
-    let Some(file) = file else {
-        let Some(entry) = CATALOGUE.first() else { bail!("this build knows no model; name one with --model") };
-        let hub = HubOptions { chunk_bytes: CHUNK_BYTES, endpoint: None, token: None };
-        let pulled = pull(&store, &Reference::Catalogue(entry), None, &hub, Bytes::new);
-        let pulled = pulled.hint("--model FILE uses a GGUF file of yours instead")?;
-        let has_template = inspect(&pulled.path)?.has_template;
-        let (name, path, catalogue) = (pulled.record.name, pulled.path, None);
-        return Ok(ForSale {
-            name,
-            path,
-            has_template,
-            catalogue,
-            slots,
-            short_acks,
-            profile,
-            prices,
-            threads,
-            models_dir,
-            parts: None,
-        });
+    let (name, path, has_template, catalogue) = match file {
+        Some(file) => own_model(&store, file)?,
+        None => known_model(&store)?,
     };
+    Ok(ForSale {
+        name,
+        path,
+        has_template,
+        catalogue,
+        slots: args.slots,
+        short_acks: !args.default_acks,
+        profile: args.profile.clone(),
+        prices: Prices::new(args.input_price, args.output_price),
+        threads: args.threads,
+        models_dir: config.dir.clone(),
+        parts: None,
+    })
+}
+
+/// Name, file, whether it has a chat template, and what the consumer's catalogue says of it.
+type Model = (String, PathBuf, bool, Option<String>);
+
+/// The first model that this build knows, fetched where it is not in the store.
+fn known_model(store: &Store) -> anyhow::Result<Model> {
+    let Some(entry) = CATALOGUE.first() else { bail!("this build knows no model; name one with --model") };
+    let hub = HubOptions { chunk_bytes: CHUNK_BYTES, endpoint: None, token: None };
+    let pulled = pull(store, &Reference::Catalogue(entry), None, &hub, Bytes::new);
+    let pulled = pulled.hint("--model FILE uses a GGUF file of yours instead")?;
+    let has_template = inspect(&pulled.path)?.has_template;
+    Ok((pulled.record.name, pulled.path, has_template, None))
+}
+
+fn own_model(store: &Store, file: &Path) -> anyhow::Result<Model> {
     let path = std::path::absolute(file)?;
-    let identified = match identify(&store, &path, Bytes::new) {
+    let identified = match identify(store, &path, Bytes::new) {
         Ok(identified) => identified,
         Err(fault) => {
             let hint = fault.hint();
@@ -205,19 +214,5 @@ fn for_sale(config: &crate::config::Models, args: &DemoArgs, file: Option<&Path>
         hex::encode(identified.root),
         hex::encode(identified.inspected.tokenizer.hash),
     );
-    let has_template = identified.inspected.has_template;
-    let catalogue = Some(catalogue);
-    Ok(ForSale {
-        name: stem,
-        path,
-        has_template,
-        catalogue,
-        slots,
-        short_acks,
-        profile,
-        prices,
-        threads,
-        models_dir,
-        parts: None,
-    })
+    Ok((stem, path, identified.inspected.has_template, Some(catalogue)))
 }
