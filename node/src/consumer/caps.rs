@@ -24,6 +24,12 @@ impl Lack {
     }
 }
 
+/// What becomes of a call that starved.
+pub(super) enum Starved {
+    GoesOnAfresh,
+    Ends(CallError),
+}
+
 impl Call {
     /// What it has cost so far, and at least so much more, stays within what one session may cost.
     pub(super) fn may_spend(&self, more: Msat, cap: Msat) -> bool {
@@ -58,17 +64,22 @@ impl Consumer {
         true
     }
 
-    /// The call's session reached its cap in mid-stream, and the call may go on in a fresh one.
-    pub(super) fn outlives_session(&self, id: CallId, index: SessionIndex) -> bool {
-        let Some(session) = self.sessions.get(&index) else { return false };
-        let (Some(state), Some(call)) = (&session.state, self.calls.get(&id)) else { return false };
-        let capped = session.unfunded.is_some_and(|lack| lack.limit == FundsLimit::SessionCap);
+    /// A call whose request ended for want of money: at a session's cap it may go on in a fresh one.
+    pub(super) fn starved(&self, id: CallId, index: SessionIndex) -> Starved {
+        let nothing = Lack { required: Msat::ZERO, available: Msat::ZERO, limit: FundsLimit::Wallet };
+        let session = self.sessions.get(&index);
+        let lack = session.and_then(|s| s.unfunded).unwrap_or(nothing);
+        let retired = session.filter(|s| s.closing && lack.limit == FundsLimit::SessionCap);
+        let least = retired.and_then(|s| s.state.as_ref()).map(|state| state.quote().terms.min_slice);
         // A worker's state of a request ends with its session: its lead takes another worker, or this one anew.
-        let whole = call.part().is_none();
-        whole && capped && session.closing && call.may_spend(state.quote().terms.min_slice, self.config.session_cap)
+        let whole = self.calls.get(&id).filter(|call| call.part().is_none());
+        match least.zip(whole) {
+            Some((least, call)) if call.may_spend(least, self.config.session_cap) => Starved::GoesOnAfresh,
+            Some(_) | None => Starved::Ends(lack.error()),
+        }
     }
 
-    /// See [`Consumer::outlives_session`].
+    /// See [`Starved::GoesOnAfresh`].
     pub(super) fn go_on_afresh(&mut self, now: UnixMs, id: CallId, index: SessionIndex) {
         if let Some(call) = self.calls.get_mut(&id) {
             call.place = Place::Nowhere;

@@ -2,7 +2,7 @@
 
 use super::{
     CallError, CallId, Consumer, ConsumerAction, ConsumerConfig, Emission, FundsLimit, Leg, SessionIndex, calls::Place,
-    caps::Lack, links::Session, parts::PartLive,
+    caps::Starved, links::Session, parts::PartLive,
 };
 use crate::{LinkId, StreamId};
 use satgrid_ledger::statements::{
@@ -377,18 +377,21 @@ impl Consumer {
         if let Some(call) = self.calls.get_mut(&id) {
             call.bill.legs.push(leg);
         }
-        let outlives = self.outlives_session(id, index);
-        let nothing = Lack { required: Msat::ZERO, available: Msat::ZERO, limit: FundsLimit::Wallet };
-        let lack = self.sessions.get(&index).and_then(|s| s.unfunded).unwrap_or(nothing);
+        let starved = (ended == Some(Ended::Unfunded)).then(|| self.starved(id, index));
         let (mut go_on, mut afresh) = (false, false);
         if let Some(call) = self.calls.get_mut(&id) {
             call.place = Place::Nowhere;
             let done = matches!(reason, FinishReason::Stop | FinishReason::Length);
             let emission = if done {
                 Some(Emission::Finished { reason, bill: call.bill.clone() })
-            } else if ended == Some(Ended::Unfunded) && !call.cancelled {
-                afresh = outlives;
-                (!outlives).then(|| Emission::Failed { error: lack.error(), bill: call.bill.clone() })
+            } else if let (Some(starved), false) = (starved, call.cancelled) {
+                match starved {
+                    Starved::Ends(error) => Some(Emission::Failed { error, bill: call.bill.clone() }),
+                    Starved::GoesOnAfresh => {
+                        afresh = true;
+                        None
+                    }
+                }
             } else if call.cancelled || (reason == FinishReason::Cancelled && ended.is_none()) {
                 Some(Emission::Failed { error: CallError::Cancelled, bill: call.bill.clone() })
             } else {
