@@ -1,10 +1,9 @@
 //! Credit notes spent in later sessions: before new money, once, and over deaths on either side.
 
-use super::assert_undisturbed;
+use super::{assert_undisturbed, strike};
 use satgrid_ledger::Account;
 use satgrid_tests::world::{Ask, Options, World};
 use satgrid_types::Msat;
-use satgrid_wallet::fake::Crash;
 
 /// A world in which a session was closed and its remainder could not be paid back: it stands in a note.
 fn owed(seed: u64) -> World {
@@ -78,19 +77,7 @@ fn a_note_is_spent_once_whoever_dies_when() {
         world.submit(0, Ask::tokens(30, 60));
         world.run_ms(ms);
         spent_unheard += usize::from(transfers(&world) == (1, 0));
-        match ms / 4 % 3 {
-            0 => {
-                world.crash_consumer(0, Crash::default());
-                world.run_ms(100);
-                world.restart_consumer(0);
-            }
-            1 => {
-                world.crash_provider(0, Crash::default());
-                world.run_ms(100);
-                world.restart_provider(0);
-            }
-            _ => world.break_links(0, 0),
-        }
+        strike(&mut world, ms / 4);
         world.finish_calls(120_000);
         // A provider whose connection was lost is left alone for a quarter of a minute.
         world.run_ms(20_000);

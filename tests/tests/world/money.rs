@@ -1,6 +1,6 @@
 //! Wallets that are empty, slow or refuse; caps; closes.
 
-use super::assert_undisturbed;
+use super::{assert_undisturbed, strike};
 use satgrid_ledger::Account;
 use satgrid_node::consumer::{CallError, FundsLimit};
 use satgrid_tests::world::{Ask, Options, World};
@@ -320,19 +320,7 @@ fn a_close_survives_deaths_on_both_sides() {
         world.finish_calls(60_000);
         world.close_all(0);
         world.run_ms(ms);
-        match ms % 3 {
-            0 => {
-                world.crash_consumer(0, Crash::default());
-                world.run_ms(100);
-                world.restart_consumer(0);
-            }
-            1 => {
-                world.crash_provider(0, Crash::default());
-                world.run_ms(100);
-                world.restart_provider(0);
-            }
-            _ => world.break_links(0, 0),
-        }
+        strike(&mut world, ms);
         for _ in 0..4 {
             world.run_ms(60_000);
             world.close_all(0);
