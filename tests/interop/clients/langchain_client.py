@@ -10,10 +10,9 @@ from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
-from checks import Checks
+from checks import NO_END, Checks
 
 check = Checks(f"langchain-openai {version('langchain-openai')}")
-NO_END = {"2": -100}
 
 
 class Lamp(BaseModel):

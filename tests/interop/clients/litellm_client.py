@@ -12,12 +12,11 @@ os.environ["LITELLM_TELEMETRY"] = "False"
 import litellm  # noqa: E402
 from pydantic import BaseModel  # noqa: E402
 
-from checks import Checks  # noqa: E402
+from checks import NO_END, Checks  # noqa: E402
 
 litellm.suppress_debug_info = True
 check = Checks(f"litellm {version('litellm')}")
 SAID = [{"role": "user", "content": "the light of the river"}]
-NO_END = {"2": -100}
 
 
 class Lamp(BaseModel):

@@ -6,8 +6,8 @@ const { default: OpenAI } = await load('openai');
 const [api, model] = process.argv.slice(2);
 const client = new OpenAI({ baseURL: api, apiKey: 'unused', maxRetries: 0 });
 const messages = [{ role: 'user', content: 'the light of the river' }];
-// The tiny model's end-of-text token.
-const logit_bias = { 2: -100 };
+// The tiny model draws any token, and these have no text: unknown, the begin and the end.
+const logit_bias = { 0: -100, 1: -100, 2: -100 };
 const lamp = {
   type: 'function',
   function: {

@@ -10,12 +10,10 @@ import openai
 from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 from pydantic import BaseModel
 
-from checks import Checks
+from checks import NO_END, Checks
 
 check = Checks(f"openai {openai.__version__} (Python)")
 SAID = [{"role": "user", "content": "the light of the river"}]
-# The tiny model's end-of-text token: with this, length is what ends a reply.
-NO_END = {"2": -100}
 LAMP = {
     "type": "function",
     "function": {
