@@ -6,6 +6,10 @@
 //! the run queue, computes with fewer while that is long, and tries more again later. In the exact profile the number of
 //! threads changes no bit.
 //!
+//! Long is what costs more than the threads that would go: of `n` threads that stand still together for the part `q` of the
+//! time, `n (1 - q)` work, and `n - step` do without the wait. A node beside the engine, which takes a core for a millisecond
+//! or two at each token, is no crowd.
+//!
 //! | threads | leaves with                                                                             |
 //! |---------|-----------------------------------------------------------------------------------------|
 //! | all     | two crowded samples in a row: fewer                                                     |
@@ -15,8 +19,11 @@ use std::time::Duration;
 
 /// Batch time between two looks.
 pub(crate) const SAMPLE: Duration = Duration::from_millis(50);
-/// Time in the run queue, of all threads together, that makes a sample crowded: this part of the sample.
-const CROWDED_PART: u32 = 8;
+/// Time in the run queue, of all threads together, that makes a sample crowded: so many quarters of the part of the threads
+/// that would go. Below all four, since those that stay work better alone.
+const CROWDED_QUARTERS: u32 = 3;
+/// And what is calm: no more than this part of the sample.
+const CALM_PART: u32 = 8;
 /// Crowded samples in a row that take threads away; a batch of so many samples' length counts for all of them.
 const CROWDED_IN_ROW: u32 = 2;
 const LONG_BATCH: u32 = 4;
@@ -52,12 +59,14 @@ impl Governor {
         self.since += batch_time;
         // A long batch is many samples' worth: it decides alone.
         let weight = if batch_time >= SAMPLE * LONG_BATCH { CROWDED_IN_ROW } else { 1 };
-        self.crowded_in_row = if queued > batch_time / CROWDED_PART { self.crowded_in_row + weight } else { 0 };
+        let crowded = queued * self.threads * 4 > batch_time * step(self.threads) * CROWDED_QUARTERS;
+        let calm = queued <= batch_time / CALM_PART;
+        self.crowded_in_row = if crowded { self.crowded_in_row + weight } else { 0 };
         if self.crowded_in_row >= CROWDED_IN_ROW && self.threads > 1 {
             // A raise that fails at once makes the next one wait; one that went well does not.
             self.calm_wanted = if self.since < PROVED { (self.calm_wanted * 2).min(LONGEST_CALM) } else { FIRST_CALM };
             self.change(self.threads - step(self.threads));
-        } else if self.threads < self.most && self.crowded_in_row == 0 && self.since >= self.calm_wanted {
+        } else if self.threads < self.most && calm && self.since >= self.calm_wanted {
             self.change((self.threads + step(self.threads + 1)).min(self.most));
         }
     }
@@ -110,8 +119,27 @@ mod tests {
         check(1, "cccc", &[1, 1, 1, 1]);
         check(8, "cccccc", &[8, 6, 6, 5, 5, 4]);
         let mut governor = Governor::new(2);
-        governor.sample(SAMPLE * LONG_BATCH, SAMPLE);
+        governor.sample(SAMPLE * LONG_BATCH, SAMPLE * 2);
         assert_eq!(governor.threads(), 1, "one long batch is enough");
+    }
+
+    #[test]
+    fn a_wait_that_costs_less_than_a_thread_takes_none_away() {
+        #[track_caller]
+        fn check(threads: u32, queued_percent: u32, stay: bool) {
+            let mut governor = Governor::new(threads);
+            for _ in 0..10 {
+                governor.sample(SAMPLE, SAMPLE * queued_percent / 100);
+            }
+            assert_eq!(governor.threads() == threads, stay, "{threads} threads, {queued_percent} % in the queue");
+        }
+        // One of two threads is half of the work, a quarter of many is a quarter.
+        check(2, 30, true);
+        check(2, 45, false);
+        check(16, 15, true);
+        check(16, 25, false);
+        // One busy process beside two threads on two cores: each of three waits a third of the time.
+        check(2, 67, false);
     }
 
     #[test]
