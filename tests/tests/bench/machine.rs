@@ -71,11 +71,26 @@ pub(crate) fn resident(pid: u32) -> Option<Resident> {
 }
 
 /// Processes that this one started and that still run.
-pub(crate) fn children(pid: u32) -> Vec<u32> {
+fn children(pid: u32) -> Vec<u32> {
     let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
     let of = |task: std::fs::DirEntry| read_to_string(task.path().join("children")).unwrap_or_default();
     let lists: Vec<String> = tasks.flatten().map(of).collect();
     lists.iter().flat_map(|list| list.split_whitespace()).filter_map(|pid| pid.parse().ok()).collect()
+}
+
+/// Engines and tokenizers that this node started and that still run; its wallet's process is none.
+pub(crate) fn engines(pid: u32) -> Vec<u32> {
+    children(pid).into_iter().filter(is_engine).collect()
+}
+
+/// The processes of a node's wallet.
+pub(crate) fn wallets(pid: u32) -> Vec<u32> {
+    children(pid).into_iter().filter(|pid| !is_engine(pid)).collect()
+}
+
+fn is_engine(pid: &u32) -> bool {
+    let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    words.split(|byte| *byte == 0).any(|word| word == b"engine-worker")
 }
 
 /// Processor time of a process, its threads and the children that it waited for, in seconds.

@@ -4,7 +4,7 @@
 //! side is `satgrid engine-worker --bare-...`: a process that loads the model, starts equal jobs and counts.
 
 use crate::Size;
-use crate::machine::{children, processor_seconds};
+use crate::machine::{engines, processor_seconds, wallets};
 use crate::market::{CONTEXT, MODEL, Market, SLOTS};
 use crate::report::{Goal, Report, median};
 use serde_json::{Value, json};
@@ -170,13 +170,12 @@ async fn slices_and_receipts(market: &Market) -> (u64, u64) {
     (counters["slices"].as_u64().unwrap_or(0), counters["receipts"].as_u64().unwrap_or(0))
 }
 
-/// Processor seconds so far of: the gateway with its tokenizer, the provider's node, its engine.
+/// Processor seconds so far of: the gateway with its tokenizer and its wallet, the provider's node with its wallet, its engine.
 fn processor_times(market: &Market) -> [f64; 3] {
-    let with_children =
-        |pid| processor_seconds(pid) + children(pid).iter().map(|pid| processor_seconds(*pid)).sum::<f64>();
-    let provider = market.provider.pid();
-    let engine = children(provider).iter().map(|pid| processor_seconds(*pid)).sum::<f64>();
-    [with_children(market.consumer.pid()), processor_seconds(provider), engine]
+    let all = |pids: Vec<u32>| pids.into_iter().map(processor_seconds).sum::<f64>();
+    let (gateway, provider) = (market.consumer.pid(), market.provider.pid());
+    let gateway = processor_seconds(gateway) + all(engines(gateway)) + all(wallets(gateway));
+    [gateway, processor_seconds(provider) + all(wallets(provider)), all(engines(provider))]
 }
 
 /// One stream at a time.
