@@ -32,6 +32,8 @@ pub struct LayerDemand {
     pub range: LayerRange,
     /// Nodes that are not asked: the lead itself, and workers that were lost.
     pub not: BTreeSet<NodeKey>,
+    /// The lead's own: a worker on another promises it other bits, or fewer.
+    pub profile: EngineProfile,
     /// The engine that the others run, where there are others.
     pub build: Option<(BuildId, String)>,
     /// The most that a million position-layers may cost.
@@ -76,6 +78,9 @@ pub fn refusal(listing: &VerifiedListing, demand: &LayerDemand) -> Option<&'stat
     }
     if demand.build.as_ref().is_some_and(|(build, set)| listing.build != *build || listing.instruction_set != *set) {
         return Some("another engine build or instruction set");
+    }
+    if !listing.profiles.contains(&demand.profile) {
+        return Some("another profile than the lead's");
     }
     match (listing.rates.position_layer, demand.max_rate) {
         (None, _) => Some("without a price for layers"),
@@ -241,7 +246,8 @@ mod tests {
     }
     fn demand() -> LayerDemand {
         let (root, range) = (Offer::new(1).root(), LayerRange::new(2, 10).unwrap());
-        LayerDemand { root, range, not: BTreeSet::new(), build: None, max_rate: None, slots: 1, context: 1 }
+        let (not, profile) = (BTreeSet::new(), EngineProfile::Exact);
+        LayerDemand { root, range, not, profile, build: None, max_rate: None, slots: 1, context: 1 }
     }
     #[track_caller]
     fn check(rows: &[Row], bend: impl Fn(&mut LayerDemand), expect: Result<&[(u32, u32, u32)], &str>) {
@@ -303,6 +309,7 @@ mod tests {
         check(&[(1, 2, 10, 1_000, 50)], |d| d.not = BTreeSet::from([Offer::new(1).node()]), Err("1 left out"));
         let other = Some((BuildId([9; 32]), "avx2".to_owned()));
         check(&[(1, 2, 10, 1_000, 50)], |d| d.build = other.clone(), Err("1 another engine build"));
+        check(&[(1, 2, 10, 1_000, 50)], |d| d.profile = EngineProfile::Fast, Err("1 another profile"));
         // Two parts of one node are two hops to one machine: it sells them as one.
         check(&[(1, 2, 5, 1_000, 1), (1, 5, 10, 1_000, 1)], |_| (), Err("layers 5 to 10"));
     }

@@ -26,7 +26,8 @@ class Packs:
 
 
 class ExpertMarket(Market):
-    def __init__(self, dir, parts, prices, spare=None, wire="f32", slots=4, context=1024, threads=1, door=None):
+    def __init__(self, dir, parts, prices, spare=None, wire="f32", slots=4, context=1024, threads=1, door=None, asks=ASKS, place=lambda worker: ""):
+        """`place` as of a `Market`."""
         self.dir, self.parts, self.prices = dir, parts, list(prices)
         self.name = os.path.splitext(os.path.basename(parts.model))[0].lower()
         world = {"models": os.path.join(dir, "models")} | ({"door": door} if door else {})
@@ -36,13 +37,13 @@ class ExpertMarket(Market):
         self.rpc("generatetoaddress", 1, NOBODY)
         shape = SHAPE.format(slots=slots, context=context, threads=threads)
 
-        def worker(name, pack, price):
+        def worker(name, pack, price, more=""):
             return Node(dir, name, world, ["provider"], tables=(
                 f'[[provider.packs]]\npath = "{pack["path"]}"\nalias = "{name}"\n'
-                f"price_msat_per_million_expert_rows = {price}\nslots = {slots}\nthreads = {threads}\n"))
+                f"price_msat_per_million_expert_rows = {price}\nslots = {slots}\nthreads = {threads}\n{more}"))
 
         self.held = list(parts.files)
-        self.workers = [worker(f"worker-{n + 1}", pack, price) for n, (pack, price) in enumerate(zip(parts.files, prices))]
+        self.workers = [worker(f"worker-{n + 1}", pack, price, place(n)) for n, (pack, price) in enumerate(zip(parts.files, prices))]
         if spare is not None:
             # The same experts as another worker's: who takes over.
             self.workers.append(worker("worker-spare", parts.files[spare], prices[spare]))
@@ -50,9 +51,9 @@ class ExpertMarket(Market):
             self.prices.append(prices[spare])
         self.leads = [Node(dir, "lead", world, ["provider", "consumer"], tables=(
             f'[[provider.models]]\npath = "{parts.trunk["path"]}"\nalias = "{self.name}"\nbuy_experts = true\n'
-            f'wire = "{wire}"\nmax_price_msat_per_million_expert_rows = {2 * max(prices)}\n{ASKS}{shape}'))]
+            f'wire = "{wire}"\nmax_price_msat_per_million_expert_rows = {2 * max(prices)}\n{asks}{shape}{place(None)}'))]
         self.solo = Node(dir, "solo", world, ["provider"], tables=(
-            f'[[provider.models]]\npath = "{parts.model}"\nalias = "{self.name}"\n{ASKS}{shape}'))
+            f'[[provider.models]]\npath = "{parts.model}"\nalias = "{self.name}"\n{asks}{shape}{place(None)}'))
         catalogue = os.path.join(dir, "catalogue.toml")
         with open(catalogue, "w") as out:
             out.write(f'[[model]]\nname = "{self.name}"\nquantisation = "{parts.shown["quantisation"]}"\nroot = "{parts.root}"\ntokenizer = "{parts.shown["tokenizer"]}"\n')

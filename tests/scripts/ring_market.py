@@ -197,7 +197,8 @@ class Parts:
 class Market:
     """Chain, relay, workers, leads, the whole model's seller and a consumer, up and with channels."""
 
-    def __init__(self, dir, parts, prices, spare=None, leads=None, slots=4, context=1024, threads=1, asks=(100_000_000, 400_000_000), door=None):
+    def __init__(self, dir, parts, prices, spare=None, leads=None, slots=4, context=1024, threads=1, asks=(100_000_000, 400_000_000), door=None, place=lambda worker: ""):
+        """`place` gives more lines of configuration for the n-th worker's layers, or with None for those of lead and solo."""
         self.dir, self.parts = dir, parts
         self.name = os.path.splitext(os.path.basename(parts.model))[0].lower()
         world = {"models": os.path.join(dir, "models")} | ({"door": door} if door else {})
@@ -208,20 +209,20 @@ class Market:
         shape = f"slots = {slots}\ncontext = {context}\nthreads = {threads}\n"
         sells = f"price_in_msat_per_mtok = {asks[0]}\nprice_out_msat_per_mtok = {asks[1]}\n"
 
-        def worker(name, part, price):
-            tables = f'[[provider.stages]]\npath = "{part}"\nalias = "{name}"\nprice_msat_per_million_position_layers = {price}\n{shape}'
+        def worker(name, part, price, more=""):
+            tables = f'[[provider.stages]]\npath = "{part}"\nalias = "{name}"\nprice_msat_per_million_position_layers = {price}\n{shape}{more}'
             return Node(dir, name, world, ["provider"], tables=tables)
 
-        self.workers = [worker(f"worker-{n + 1}", part, price) for n, (part, price) in enumerate(zip(parts.files, prices))]
+        self.workers = [worker(f"worker-{n + 1}", part, price, place(n)) for n, (part, price) in enumerate(zip(parts.files, prices))]
         if spare is not None:
             # The same layers as another worker's, dearer: who takes over.
             self.workers.append(worker("worker-spare", parts.files[spare], 2 * prices[spare]))
         self.leads = []
         for name, extra in (leads or {"lead": ""}).items():
             self.leads.append(Node(dir, name, world, ["provider", "consumer"], tables=(
-                f'[[provider.leads]]\nhead = "{dir}/head.gguf"\ntail = "{dir}/tail.gguf"\nalias = "{self.name}"\n{sells}{shape}{extra}')))
+                f'[[provider.leads]]\nhead = "{dir}/head.gguf"\ntail = "{dir}/tail.gguf"\nalias = "{self.name}"\n{sells}{shape}{place(None)}{extra}')))
         self.solo = Node(dir, "solo", world, ["provider"], tables=(
-            f'[[provider.models]]\npath = "{parts.model}"\nalias = "{self.name}"\n{sells}{shape}'))
+            f'[[provider.models]]\npath = "{parts.model}"\nalias = "{self.name}"\n{sells}{shape}{place(None)}'))
         catalogue = os.path.join(dir, "catalogue.toml")
         with open(catalogue, "w") as out:
             out.write(f'[[model]]\nname = "{self.name}"\nquantisation = "{parts.shown["quantisation"]}"\nroot = "{parts.root}"\ntokenizer = "{parts.shown["tokenizer"]}"\n')

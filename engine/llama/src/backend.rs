@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use satgrid_engine::gguf::Gguf;
-use satgrid_engine::memory::{ContextShape, Needs};
+use satgrid_engine::memory::ContextShape;
 use satgrid_engine::port::{JobId, Profile};
 
 use crate::crowd::{Governor, SAMPLE, time_in_run_queue};
-use crate::devices::{self, Device, PlaceError, Placement, place};
+use crate::devices::{Device, PlaceError, needs_trial};
 use crate::facts::is_exact;
-use crate::ffi::{self, BatchRow, Context, ContextConfig, DecodeError, ExpertHook, LoadError, Model, ModelConfig};
+use crate::ffi::{BatchRow, Context, ContextConfig, DecodeError, ExpertHook, LoadError, Model, ModelConfig};
+use crate::placed::Placed;
 use crate::scheduler::{Backend, Shape};
 use crate::settings::{BATCH, DEFAULT_CONTEXT, EngineSettings, MAX_SLOTS, TILED_PRODUCT};
 
@@ -78,16 +79,9 @@ impl LlamaBackend {
         }
         let exact = settings.profile == Profile::Exact;
         let mut told = None;
-        let all = ffi::devices();
-        // Experts elsewhere compute on processors: on a card the bits would be others than the whole model's there.
-        let placement = if hook.is_some() { Placement::Processor } else { Self::place(settings, &all)? };
-        let offload = match &placement {
-            Placement::Processor => None,
-            Placement::Device { device, layers, .. } => {
-                all.iter().find(|(_, one)| one.name == device.name).map(|(handle, _)| (*handle, *layers))
-            }
-        };
-        let config = ModelConfig { path: &settings.model, vocab_only: false, repack: !exact, offload };
+        // A trunk's trial would have to be paid for, so in the exact profile it is the processor's, which needs none.
+        let placed = if hook.is_some() && exact { Placed::on_processor() } else { Self::place(settings)? };
+        let config = ModelConfig { path: &settings.model, vocab_only: false, repack: !exact, offload: placed.offload };
         let model = Model::load(&config, |fraction| {
             let permille = (fraction.clamp(0.0, 1.0) * 1000.0) as u32;
             if told.is_none_or(|told| permille >= told + 10) {
@@ -114,10 +108,9 @@ impl LlamaBackend {
         // Each sequence ends a batch with one row at most whose logits are drawn from.
         let outputs = outputs.max(shape.slots);
         let mut backend = Self::new(Arc::new(model), &shape, outputs, settings.threads, hook)?;
-        if let Placement::Device { device, layers, whole } = &placement {
-            tracing::info!(device = %device.name, card = %device.description, layers, whole, "the model is on the device");
-            if devices::needs_trial(&placement, settings.profile) && !matches!(is_exact(&mut backend, &shape), Ok(true))
-            {
+        placed.tell("the model is");
+        if let Some(device) = placed.card() {
+            if needs_trial(&placed.placement, settings.profile) && !matches!(is_exact(&mut backend, &shape), Ok(true)) {
                 return Err(OpenError::NotExact { device: device.name.clone() });
             }
             backend.card = Some(device.clone());
@@ -126,10 +119,10 @@ impl LlamaBackend {
     }
 
     /// Where the model goes, by its file's table. A file without one is the loader's to refuse.
-    fn place(settings: &EngineSettings, all: &[(ffi::Handle, Device)]) -> Result<Placement, PlaceError> {
+    fn place(settings: &EngineSettings) -> Result<Placed, PlaceError> {
         let file = std::fs::File::open(&settings.model).ok();
         let Some(gguf) = file.and_then(|file| Gguf::read(&mut BufReader::new(file)).ok()) else {
-            return Ok(Placement::Processor);
+            return Ok(Placed::on_processor());
         };
         let trained = gguf.arch_uint("context_length").and_then(|n| u32::try_from(n).ok()).unwrap_or(DEFAULT_CONTEXT);
         let shape = ContextShape {
@@ -139,8 +132,7 @@ impl LlamaBackend {
             outputs: settings.slots,
             flash: settings.profile == Profile::Fast,
         };
-        let known: Vec<Device> = all.iter().map(|(_, device)| device.clone()).collect();
-        place(&settings.offload, &known, &Needs::of(&gguf, &shape), devices::host_memory())
+        Placed::of(&gguf, &settings.offload, &shape)
     }
 
     /// The card that the model is on, if it is on one.
@@ -166,6 +158,7 @@ impl LlamaBackend {
             unified: !exact,
             flash: !exact,
             capture: false,
+            card: None,
         };
         let no_memory = OpenError::NoMemory { slots: shape.slots, context: shape.context };
         let eog = (0..model.vocab_size()).filter(|&token| model.is_eog(token)).collect();

@@ -18,8 +18,8 @@ const BINDING: &str = "llama-cpp-sys-2 0.1.161";
 /// Positions of the known answer.
 const ANSWER_ROWS: u32 = 24;
 /// Positions of the trial of the exact profile, and of its chunks.
-const TRIAL_ROWS: u32 = 96;
-const TRIAL_CHUNK: u32 = 20;
+pub(crate) const TRIAL_ROWS: u32 = 96;
+pub(crate) const TRIAL_CHUNK: u32 = 20;
 /// Bounds of the measurement at start: whichever comes first.
 const MEASURE_FOR: Duration = Duration::from_millis(300);
 const MEASURE_PREFILL: u32 = 128;

@@ -34,6 +34,7 @@ mod lead;
 mod model_file;
 mod owners;
 mod pack;
+mod placed;
 mod plan;
 mod scheduler;
 mod settings;

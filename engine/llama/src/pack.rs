@@ -15,8 +15,10 @@ use satgrid_engine::gguf::Gguf;
 use satgrid_engine::port::Profile;
 
 use crate::backend::{OpenError, check_processor};
+use crate::devices::{Device, Offload};
 use crate::facts;
-use crate::ffi::{ExpertWeights, TensorPlan, WeightsError};
+use crate::ffi::{ExpertWeights, Handle, TensorPlan, WeightsError};
+use crate::placed::card_for;
 use crate::settings::{PackSettings, TILED_PRODUCT};
 use crate::wire::{CallFailure, HeldExpert, PackFacts};
 
@@ -72,8 +74,9 @@ impl PackBackend {
             }
             tensors.insert(layer, [first, first + 1, first + 2]);
         }
-        let mut weights = ExpertWeights::new(&plans, settings.threads)?;
         let (bytes, mut done, mut told) = (pack.bytes(), 0_u64, 0);
+        let card = Self::card(settings, bytes)?;
+        let mut weights = ExpertWeights::new(&plans, settings.threads, card.as_ref().map(|(handle, _)| *handle))?;
         for (&layer, experts) in &pack.held {
             for (part, tensor) in Part::ALL.into_iter().zip(tensors[&layer]) {
                 let mut offset = 0;
@@ -96,14 +99,29 @@ impl PackBackend {
         }
         let n_embd = pack.manifest.n_embd;
         let mut backend = Self { weights, held: pack.held.clone(), tensors, n_embd };
-        let facts = backend.facts(&pack, settings.profile, bytes).map_err(|error| match error {
+        let card = card.map(|(_, device)| device);
+        let facts = backend.facts(&pack, settings.profile, card.as_ref()).map_err(|error| match error {
             FactsError::Part(error) => named(&error),
             FactsError::Open(error) => error.into(),
         })?;
         Ok((backend, facts))
     }
 
-    fn facts(&mut self, pack: &Pack, profile: Profile, bytes: u64) -> Result<PackFacts, FactsError> {
+    /// The card that evaluates the experts, if one does. A card promises no more than the fast profile does: whether it gives
+    /// a row the same bits in any company is not tried.
+    fn card(settings: &PackSettings, bytes: u64) -> Result<Option<(Handle, Device)>, OpenError> {
+        let offload = Offload { device: settings.device.clone(), layers: None };
+        match (settings.profile, &settings.device) {
+            (Profile::Exact, None) => Ok(None),
+            (Profile::Exact, Some(_)) => match card_for(&offload, bytes)? {
+                Some((_, device)) => Err(OpenError::NotExact { device: device.name }),
+                None => Ok(None),
+            },
+            (Profile::Fast, _) => Ok(card_for(&offload, bytes)?),
+        }
+    }
+
+    fn facts(&mut self, pack: &Pack, profile: Profile, card: Option<&Device>) -> Result<PackFacts, FactsError> {
         let mut experts = Vec::new();
         for &(layer, expert) in pack.set().pairs() {
             let hash = pack.manifest.expert_hash(layer, expert);
@@ -117,10 +135,10 @@ impl PackBackend {
             layers: pack.manifest.layers,
             experts_per_layer: pack.manifest.experts,
             used: pack.manifest.used,
-            bytes,
+            bytes: pack.bytes(),
             profile,
             build_id: facts::build_id(&known_answer),
-            instruction_set: facts::instruction_set(None),
+            instruction_set: facts::instruction_set(card),
             millirows_per_s: self.measure(),
         })
     }

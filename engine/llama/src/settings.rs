@@ -43,6 +43,8 @@ pub struct StageSettings {
     /// Positions of each; memory is taken for `sequences` times this. 0 means the model's own context, but no more than
     /// [`DEFAULT_CONTEXT`].
     pub context: u32,
+    /// The device that the layers run on.
+    pub offload: Offload,
 }
 
 /// The two ends of a model whose middle is elsewhere.
@@ -70,6 +72,8 @@ pub struct PackSettings {
     pub only: Option<ExpertSet>,
     pub profile: Profile,
     pub threads: u32,
+    /// The device that the experts are evaluated on; unset: the card with the most free memory, if there is one.
+    pub device: Option<String>,
 }
 
 /// What the child process is to do.
@@ -126,6 +130,9 @@ impl WorkerArgs {
                 add("--threads", stage.threads.to_string().into());
                 add("--slots", stage.sequences.to_string().into());
                 add("--context", stage.context.to_string().into());
+                for (name, value) in offload_args(&stage.offload) {
+                    add(name, value);
+                }
                 return args;
             }
             Self::Lead(lead) => {
@@ -146,6 +153,9 @@ impl WorkerArgs {
                 if let Some(only) = &pack.only {
                     add("--only", pairs_to_text(only).into());
                 }
+                if let Some(device) = &pack.device {
+                    add("--device", device.into());
+                }
                 return args;
             }
             Self::Engine(engine) => engine,
@@ -165,11 +175,8 @@ impl WorkerArgs {
         add("--threads", engine.threads.to_string().into());
         add("--slots", engine.slots.to_string().into());
         add("--context", engine.context.to_string().into());
-        if let Some(device) = &engine.offload.device {
-            add("--device", device.into());
-        }
-        if let Some(layers) = engine.offload.layers {
-            add("--gpu-layers", layers.to_string().into());
+        for (name, value) in offload_args(&engine.offload) {
+            add(name, value);
         }
         args
     }
@@ -226,11 +233,12 @@ impl WorkerArgs {
             }
         }
         if let Some(part) = stage {
-            let EngineSettings { profile, threads, slots: sequences, context, .. } = engine;
-            return Ok(Self::Stage(StageSettings { part, profile, threads, sequences, context }));
+            let EngineSettings { profile, threads, slots: sequences, context, offload, .. } = engine;
+            return Ok(Self::Stage(StageSettings { part, profile, threads, sequences, context, offload }));
         }
         if let Some(pack) = pack {
-            return Ok(Self::Pack(PackSettings { pack, only, profile: engine.profile, threads: engine.threads }));
+            let EngineSettings { profile, threads, offload, .. } = engine;
+            return Ok(Self::Pack(PackSettings { pack, only, profile, threads, device: offload.device }));
         }
         match artefact {
             Some(artefact) => Ok(Self::Tokenizer { artefact }),
@@ -243,6 +251,12 @@ impl WorkerArgs {
             None => Ok(Self::Engine(engine)),
         }
     }
+}
+
+fn offload_args(offload: &Offload) -> impl Iterator<Item = (&'static str, OsString)> {
+    let device = offload.device.as_ref().map(|device| ("--device", device.into()));
+    let layers = offload.layers.map(|layers| ("--gpu-layers", layers.to_string().into()));
+    device.into_iter().chain(layers)
 }
 
 /// `2-5,5-9`; nothing where there are no stages.
@@ -328,10 +342,11 @@ mod tests {
             threads: 2,
             sequences: 8,
             context: 1024,
+            offload: Offload { device: Some("CUDA1".into()), layers: None },
         };
         let alone = RingFacts { stages: Vec::new(), ..ring.clone() };
         let only = Some(ExpertSet::new([(0, 3), (1, 0)]));
-        let pack = PackSettings { pack: "p.gguf".into(), only, profile: Profile::Exact, threads: 2 };
+        let pack = PackSettings { pack: "p.gguf".into(), only, profile: Profile::Exact, threads: 2, device: None };
         for args in [
             WorkerArgs::Stage(stage),
             WorkerArgs::Lead(LeadSettings { head: "head.gguf".into(), tail: engine.clone(), ring, guess: true }),
@@ -344,7 +359,7 @@ mod tests {
             WorkerArgs::Engine(engine.clone()),
             WorkerArgs::Trunk(engine.clone()),
             WorkerArgs::Pack(pack.clone()),
-            WorkerArgs::Pack(PackSettings { only: None, ..pack }),
+            WorkerArgs::Pack(PackSettings { only: None, device: Some("CUDA0".into()), ..pack }),
             WorkerArgs::Tokenizer { artefact: "t.gguf".into() },
             WorkerArgs::Bare(engine, load),
             WorkerArgs::Devices,

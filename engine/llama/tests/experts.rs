@@ -59,7 +59,7 @@ impl Split {
 
     async fn host(&self, pack: usize, only: Option<ExpertSet>) -> Arc<LlamaExperts> {
         let pack = self.packs[pack].clone();
-        let settings = PackSettings { pack, only, profile: Profile::Exact, threads: 1 };
+        let settings = PackSettings { pack, only, profile: Profile::Exact, threads: 1, device: None };
         LlamaExperts::spawn(program(), settings, |_| {}).await.unwrap()
     }
 

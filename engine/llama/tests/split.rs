@@ -69,7 +69,8 @@ impl Parts {
 
     fn stage_settings(&self, part: LayerRange, base: &EngineSettings) -> StageSettings {
         let (threads, sequences, context) = (base.threads, base.slots, base.context);
-        StageSettings { part: self.path(part), profile: base.profile, threads, sequences, context }
+        let offload = base.offload.clone();
+        StageSettings { part: self.path(part), profile: base.profile, threads, sequences, context, offload }
     }
 
     /// The middle stages, a ring over them, and the lead.

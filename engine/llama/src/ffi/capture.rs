@@ -5,17 +5,22 @@ use std::ffi::{CStr, CString, c_void};
 
 use llama_cpp_sys_2 as sys;
 
+use super::Handle;
+use super::host::HostNumbers;
+
 /// Where the callback puts the rows.
 pub(super) struct Capture {
     /// The last tensor of the last layer, as every architecture of the allow-list calls it.
     name: CString,
-    numbers: Vec<f32>,
+    numbers: HostNumbers,
 }
 
 impl Capture {
-    pub(super) fn of_layer(layer: u32) -> Self {
+    /// Of a layer that `card` computes, if one does; `most` numbers come out of one batch.
+    pub(super) fn of_layer(layer: u32, card: Option<Handle>, most: usize) -> Self {
         // A number holds no NUL.
-        Self { name: CString::new(format!("l_out-{layer}")).unwrap_or_default(), numbers: Vec::new() }
+        let name = CString::new(format!("l_out-{layer}")).unwrap_or_default();
+        Self { name, numbers: HostNumbers::new(card, most) }
     }
 
     pub(super) fn clear(&mut self) {
@@ -23,7 +28,7 @@ impl Capture {
     }
 
     pub(super) fn numbers(&self) -> &[f32] {
-        &self.numbers
+        self.numbers.as_slice()
     }
 
     /// llama.cpp asks for each tensor whether it is wanted, and shows those that are once they are computed. A batch over
@@ -48,10 +53,8 @@ impl Capture {
         unsafe {
             if (*tensor).type_ == sys::GGML_TYPE_F32 && sys::ggml_is_contiguous(tensor) {
                 let bytes = sys::ggml_nbytes(tensor);
-                let from = capture.numbers.len();
-                capture.numbers.resize(from + bytes / size_of::<f32>(), 0.0);
-                let to = capture.numbers[from..].as_mut_ptr();
-                sys::ggml_backend_tensor_get(tensor, to.cast(), 0, bytes);
+                let to = capture.numbers.more(bytes / size_of::<f32>());
+                sys::ggml_backend_tensor_get(tensor, to.as_mut_ptr().cast(), 0, bytes);
             }
         }
         // The norm and the head are somebody else's.

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use llama_cpp_sys_2 as sys;
 use satgrid_engine::port::JobId;
 
-use super::Model;
 use super::capture::Capture;
 use super::hook::{ExpertHook, HookState, on_tensor};
+use super::{Handle, Model};
 
 /// How a context is laid out.
 #[derive(Debug, Clone, Copy)]
@@ -28,6 +28,8 @@ pub(crate) struct ContextConfig {
     pub(crate) flash: bool,
     /// Take the last layer's rows out and leave the norm and the head uncomputed: a stage of layers.
     pub(crate) capture: bool,
+    /// The card that computes the last layer, if one does: the rows that are taken out go straight from it to the host.
+    pub(crate) card: Option<Handle>,
 }
 
 /// One position to compute.
@@ -97,7 +99,10 @@ impl Context {
     pub(crate) fn new(model: Arc<Model>, config: &ContextConfig, hook: Option<Box<dyn ExpertHook>>) -> Option<Self> {
         let threads = i32::try_from(config.threads).ok()?.max(1);
         let mut capture = match config.capture {
-            true => Some(Box::new(Capture::of_layer(model.layers().checked_sub(1)?))),
+            true => {
+                let rows = usize::try_from(model.width()).ok()?.checked_mul(usize::try_from(config.batch).ok()?)?;
+                Some(Box::new(Capture::of_layer(model.layers().checked_sub(1)?, config.card, rows)))
+            }
             false => None,
         };
         let mut hook = hook.map(HookState::new);

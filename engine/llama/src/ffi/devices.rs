@@ -7,7 +7,7 @@ use llama_cpp_sys_2 as sys;
 use crate::devices::{Device, DeviceKind};
 
 /// A device as the library names it; valid for the life of the process.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Handle(pub(super) sys::ggml_backend_dev_t);
 
 /// All devices, in the library's order.

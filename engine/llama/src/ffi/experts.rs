@@ -5,6 +5,8 @@ use std::ptr::NonNull;
 
 use llama_cpp_sys_2 as sys;
 
+use super::Handle;
+
 /// Tensors and nodes of one graph: two inputs, four products, and room.
 const GRAPH_TENSORS: usize = 16;
 
@@ -32,7 +34,8 @@ pub(crate) enum WeightsError {
 /// The weights of one pack. Used by one thread; may move to it.
 pub(crate) struct ExpertWeights {
     backend: NonNull<sys::ggml_backend>,
-    pool: NonNull<sys::ggml_threadpool>,
+    /// The processor's threads; none where a card computes.
+    pool: Option<NonNull<sys::ggml_threadpool>>,
     context: NonNull<sys::ggml_context>,
     buffer: NonNull<sys::ggml_backend_buffer>,
     allocator: NonNull<sys::ggml_gallocr>,
@@ -77,29 +80,35 @@ impl Parts {
 }
 
 impl ExpertWeights {
-    /// Takes the memory for these tensors; their data follows by [`ExpertWeights::place`].
-    pub(crate) fn new(plans: &[TensorPlan], threads: u32) -> Result<Self, WeightsError> {
+    /// Takes the memory for these tensors, on a card or in the host; their data follows by [`ExpertWeights::place`].
+    pub(crate) fn new(plans: &[TensorPlan], threads: u32, card: Option<Handle>) -> Result<Self, WeightsError> {
         super::start_backend();
         let threads = i32::try_from(threads).unwrap_or(1).max(1);
         // SAFETY: every call gets parameters that the library made or pointers checked for null before; what was made is freed
         // by `Parts::free` if a later step fails, else owned by `Self`.
         unsafe {
             let mut parts = Parts {
-                backend: super::pool::backend(),
+                backend: match card {
+                    Some(card) => sys::ggml_backend_dev_init(card.0, std::ptr::null()),
+                    None => super::pool::backend(),
+                },
                 pool: std::ptr::null_mut(),
                 context: std::ptr::null_mut(),
                 buffer: std::ptr::null_mut(),
                 allocator: std::ptr::null_mut(),
             };
-            let mut params = sys::ggml_threadpool_params_default(threads);
-            params.poll = 0;
-            parts.pool = super::pool::new(&raw mut params);
+            if card.is_none() {
+                let mut params = sys::ggml_threadpool_params_default(threads);
+                params.poll = 0;
+                parts.pool = super::pool::new(&raw mut params);
+            }
             parts.context = sys::ggml_init(sys::ggml_init_params {
                 mem_size: sys::ggml_tensor_overhead() * (plans.len() + 1),
                 mem_buffer: std::ptr::null_mut(),
                 no_alloc: true,
             });
-            if parts.backend.is_null() || parts.pool.is_null() || parts.context.is_null() {
+            let no_threads = card.is_none() && parts.pool.is_null();
+            if parts.backend.is_null() || no_threads || parts.context.is_null() {
                 parts.free();
                 return Err(WeightsError::NoMemory);
             }
@@ -111,19 +120,18 @@ impl ExpertWeights {
             let tensors: Vec<_> = plans.iter().map(tensor).collect();
             parts.buffer = sys::ggml_backend_alloc_ctx_tensors(parts.context, parts.backend);
             parts.allocator = sys::ggml_gallocr_new(sys::ggml_backend_get_default_buffer_type(parts.backend));
-            if !super::pool::attach(parts.backend, parts.pool, threads) {
+            if card.is_none() && !super::pool::attach(parts.backend, parts.pool, threads) {
                 parts.free();
                 return Err(WeightsError::NoMemory);
             }
             match (
                 NonNull::new(parts.backend),
-                NonNull::new(parts.pool),
                 NonNull::new(parts.context),
                 NonNull::new(parts.buffer),
                 NonNull::new(parts.allocator),
             ) {
-                (Some(backend), Some(pool), Some(context), Some(buffer), Some(allocator)) => {
-                    Ok(Self { backend, pool, context, buffer, allocator, tensors })
+                (Some(backend), Some(context), Some(buffer), Some(allocator)) => {
+                    Ok(Self { backend, pool: NonNull::new(parts.pool), context, buffer, allocator, tensors })
                 }
                 _ => {
                     parts.free();
@@ -210,7 +218,7 @@ impl Drop for ExpertWeights {
     fn drop(&mut self) {
         let parts = Parts {
             backend: self.backend.as_ptr(),
-            pool: self.pool.as_ptr(),
+            pool: self.pool.map_or(std::ptr::null_mut(), NonNull::as_ptr),
             context: self.context.as_ptr(),
             buffer: self.buffer.as_ptr(),
             allocator: self.allocator.as_ptr(),

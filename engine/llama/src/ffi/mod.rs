@@ -11,6 +11,7 @@ mod context;
 mod devices;
 mod experts;
 mod hook;
+mod host;
 mod log;
 mod model;
 mod pool;

@@ -37,7 +37,7 @@ pub(crate) fn run(settings: &LeadSettings, link: &mut Link) -> Result<(), Stop> 
         tokenizer_hash,
         profile: settings.tail.profile,
         build_id: facts::build_id(&known_answer),
-        instruction_set: facts::instruction_set(None),
+        instruction_set: facts::instruction_set(ends.tail.card()),
         slots: shape.slots,
         context: shape.context,
         batch: shape.batch,
@@ -87,8 +87,6 @@ fn open(settings: &LeadSettings, link: &mut Link) -> Result<Opened, String> {
         return Err(format!("the stages hold {} sequences, {} are wanted", ring.sequences, settings.tail.slots));
     }
     let mut tail_settings = settings.tail.clone();
-    // Both ends and the stages are the processor's for now: a card rounds differently.
-    tail_settings.offload = Offload { device: Some("cpu".to_owned()), layers: None };
     if !ring.stages.is_empty() {
         let asked = if tail_settings.context == 0 { crate::settings::DEFAULT_CONTEXT } else { tail_settings.context };
         tail_settings.context = asked.min(ring.context);
@@ -102,13 +100,16 @@ fn open(settings: &LeadSettings, link: &mut Link) -> Result<Opened, String> {
         // Other batches give other bits in the fast profile, and without stages a trip costs nothing.
         shape.guess = settings.guess && settings.tail.profile == Profile::Exact;
     }
+    // Both ends on one device, so that they compute alike; what the tail left free there decides whether the head fits.
+    let device = backend.card().map_or_else(|| "cpu".to_owned(), |card| card.name.clone());
     let config = LayersConfig {
         profile: settings.tail.profile,
         threads: settings.tail.threads,
         sequences: shape.slots,
         context: shape.context,
+        offload: Offload { device: Some(device), layers: None },
     };
-    let layers = LlamaLayers::open(head_path, &config).map_err(|error| error.to_string())?;
+    let layers = LlamaLayers::open(head_path, &head.gguf, &config).map_err(|error| error.to_string())?;
     let embedding = Embedding::open(tail_path, &tail.gguf)?;
     let model = ModelFacts::from_gguf(&tail.file.whole).map_err(|error| error.to_string())?;
     let tokenizer_hash =

@@ -58,7 +58,7 @@ impl Split {
 
     fn open_pack(&self, part: usize) -> Result<(PackBackend, PackFacts), PackError> {
         let pack = self.path(&format!("pack-{part}"));
-        PackBackend::open(&PackSettings { pack, only: None, profile: Profile::Fast, threads: 1 }, |_| {})
+        PackBackend::open(&PackSettings { pack, only: None, profile: Profile::Fast, threads: 1, device: None }, |_| {})
     }
 
     fn backend(&self, name: &str, hook: Option<Box<dyn ExpertHook>>) -> LlamaBackend {

@@ -7,12 +7,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use satgrid_engine::gguf::Gguf;
+use satgrid_engine::memory::ContextShape;
 use satgrid_engine::part::{PartError, PartFile};
 use satgrid_engine::port::{Profile, Speed};
 
 use crate::backend::{OpenError, check_start};
-use crate::facts::per_second;
+use crate::devices::{Device, Offload, needs_trial};
+use crate::facts::{TRIAL_CHUNK, TRIAL_ROWS, per_second};
 use crate::ffi::{BatchRow, Context, ContextConfig, DecodeError, Model, ModelConfig};
+use crate::placed::Placed;
 use crate::settings::BATCH;
 use crate::stage::queue::Layers;
 
@@ -54,69 +57,106 @@ pub(crate) fn tensor_bytes(gguf: &Gguf) -> u64 {
 }
 
 /// What a context over a part is to be.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct LayersConfig {
     pub(crate) profile: Profile,
     pub(crate) threads: u32,
     pub(crate) sequences: u32,
     pub(crate) context: u32,
+    pub(crate) offload: Offload,
 }
 
 /// The layers of a part that is no tail.
 pub(crate) struct LlamaLayers {
     context: Context,
+    card: Option<Device>,
 }
 
 impl LlamaLayers {
-    pub(crate) fn open(path: &Path, config: &LayersConfig) -> Result<Self, OpenError> {
+    /// Loads the part whose table is `gguf`, on the device that has room for it. In the exact profile a card is tried first.
+    pub(crate) fn open(path: &Path, gguf: &Gguf, config: &LayersConfig) -> Result<Self, OpenError> {
         check_start(config.profile)?;
         let exact = config.profile == Profile::Exact;
-        let config_of_model = ModelConfig { path, vocab_only: false, repack: !exact, offload: None };
+        let (slots, context) = (config.sequences, config.context);
+        let shape = ContextShape { slots, context, batch: BATCH, outputs: BATCH, flash: !exact };
+        let placed = Placed::of(gguf, &config.offload, &shape)?;
+        let config_of_model = ModelConfig { path, vocab_only: false, repack: !exact, offload: placed.offload };
         let model = Model::load(&config_of_model, |_| true)?;
-        let context = ContextConfig {
-            slots: config.sequences,
-            context: config.context,
+        let wanted = ContextConfig {
+            slots,
+            context,
             batch: BATCH,
             outputs: BATCH,
             threads: config.threads,
             unified: !exact,
             flash: !exact,
             capture: true,
+            card: placed.offload.map(|(card, _)| card),
         };
-        let no_memory = OpenError::NoMemory { slots: config.sequences, context: config.context };
-        match Context::new(Arc::new(model), &context, None) {
-            Some(context) if context.positions_per_slot() >= config.context => Ok(Self { context }),
-            Some(_) | None => Err(no_memory),
+        let made = Context::new(Arc::new(model), &wanted, None).filter(|made| made.positions_per_slot() >= context);
+        let context = made.ok_or(OpenError::NoMemory { slots, context })?;
+        let mut layers = Self { context, card: placed.card().cloned() };
+        placed.tell("the layers are");
+        if needs_trial(&placed.placement, config.profile) && !matches!(layers.is_exact(config.context), Ok(true)) {
+            return Err(OpenError::NotExact {
+                device: placed.card().map(|card| card.name.clone()).unwrap_or_default(),
+            });
         }
+        Ok(layers)
+    }
+
+    /// The card that the layers are on, if they are on one.
+    pub(crate) fn card(&self) -> Option<&Device> {
+        self.card.as_ref()
     }
 
     pub(crate) fn width(&self) -> u32 {
         self.context.model().width()
     }
 
+    /// Whether these layers keep the exact profile's promise where they are: the same rows give the same bits in one batch, in
+    /// chunks, and one by one. Leaves slot 0 empty.
+    fn is_exact(&mut self, context: u32) -> Result<bool, DecodeError> {
+        let length = context.min(TRIAL_ROWS).min(BATCH);
+        let mut run = |chunk: u32| -> Result<Vec<u32>, DecodeError> {
+            self.truncate(0, 0);
+            let mut bits = Vec::new();
+            for from in (0..length).step_by(chunk.max(1) as usize) {
+                let rows = self.positions(from, (from + chunk).min(length))?;
+                bits.extend(rows.iter().map(|number| number.to_bits()));
+            }
+            Ok(bits)
+        };
+        let (whole, chunked, single) = (run(length)?, run(TRIAL_CHUNK)?, run(1)?);
+        self.truncate(0, 0);
+        Ok(!whole.is_empty() && whole == chunked && whole == single)
+    }
+
+    /// Evaluates some positions of slot 0 over made-up rows, which depend on the position alone.
+    fn positions(&mut self, from: u32, upto: u32) -> Result<Vec<f32>, DecodeError> {
+        let width = self.width() as usize;
+        let rows: Vec<BatchRow> =
+            (from..upto).map(|position| BatchRow { slot: 0, position, token: 0, output: true }).collect();
+        let numbers = from as usize * width..upto as usize * width;
+        // Any numbers of a usual size do.
+        let hidden: Vec<f32> = numbers.map(|at| ((at * 37 % 101) as f32 - 50.0) / 50.0).collect();
+        self.evaluate(&rows, &hidden)
+    }
+
     /// Measures one sequence's prefill and decode, briefly, and leaves slot 0 empty. `None` if the model fails.
     pub(crate) fn measure(&mut self, context: u32) -> Option<Speed> {
-        let width = self.width() as usize;
-        let row = |position| BatchRow { slot: 0, position, token: 0, output: true };
-        // Any numbers of a usual size do: the time does not depend on them.
-        let hidden = |rows: u32| (0..rows as usize * width).map(|at| ((at * 37 % 101) as f32 - 50.0) / 50.0).collect();
-        let run = |layers: &mut Self, from: u32, upto: u32| {
-            let rows: Vec<BatchRow> = (from..upto).map(row).collect();
-            let numbers: Vec<f32> = hidden(upto - from);
-            layers.evaluate(&rows, &numbers).ok()
-        };
         let prefill = MEASURE_PREFILL.min(context.saturating_sub(MEASURE_DECODE));
         if prefill == 0 {
             return None;
         }
-        run(self, 0, 1)?;
+        self.positions(0, 1).ok()?;
         self.truncate(0, 0);
         let begin = Instant::now();
-        run(self, 0, prefill)?;
+        self.positions(0, prefill).ok()?;
         let prefill_millitokens_per_s = per_second(prefill, begin.elapsed());
         let begin = Instant::now();
         for at in prefill..prefill + MEASURE_DECODE {
-            run(self, at, at + 1)?;
+            self.positions(at, at + 1).ok()?;
         }
         let decode_millitokens_per_s = per_second(MEASURE_DECODE, begin.elapsed());
         self.truncate(0, 0);

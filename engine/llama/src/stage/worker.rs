@@ -33,9 +33,14 @@ pub(crate) fn run(settings: &StageSettings, link: &mut Link) -> Result<(), Stop>
         asked => asked,
     };
     let known_answer = facts::known_answer().map_err(|error| failed(&error))?;
-    let config =
-        LayersConfig { profile: settings.profile, threads: settings.threads, sequences: settings.sequences, context };
-    let mut layers = LlamaLayers::open(&settings.part, &config).map_err(|error| failed(&error))?;
+    let config = LayersConfig {
+        profile: settings.profile,
+        threads: settings.threads,
+        sequences: settings.sequences,
+        context,
+        offload: settings.offload.clone(),
+    };
+    let mut layers = LlamaLayers::open(&settings.part, &gguf, &config).map_err(|error| failed(&error))?;
     let facts = StageFacts {
         model_root: file.root,
         architecture: gguf.architecture().unwrap_or_default().to_owned(),
@@ -44,7 +49,7 @@ pub(crate) fn run(settings: &StageSettings, link: &mut Link) -> Result<(), Stop>
         n_embd: layers.width(),
         profile: settings.profile,
         build_id: facts::build_id(&known_answer),
-        instruction_set: facts::instruction_set(None),
+        instruction_set: facts::instruction_set(layers.card()),
         sequences: settings.sequences,
         context,
         batch: BATCH,

@@ -89,8 +89,16 @@ pub(super) const MODEL_KEYS: &[&str] = &[
 ];
 
 /// Keys of one `[[provider.packs]]` table.
-pub(super) const PACK_KEYS: &[&str] =
-    &["path", "alias", "price_msat_per_million_expert_rows", "per_request_msat", "profile", "slots", "threads"];
+pub(super) const PACK_KEYS: &[&str] = &[
+    "path",
+    "alias",
+    "price_msat_per_million_expert_rows",
+    "per_request_msat",
+    "profile",
+    "slots",
+    "threads",
+    "device",
+];
 
 /// Keys of one `[[provider.stages]]` table.
 pub(super) const STAGE_KEYS: &[&str] = &[
@@ -102,6 +110,8 @@ pub(super) const STAGE_KEYS: &[&str] = &[
     "slots",
     "context",
     "threads",
+    "device",
+    "gpu_layers",
 ];
 
 /// Keys of one `[[provider.leads]]` table.
@@ -118,6 +128,7 @@ pub(super) const LEAD_KEYS: &[&str] = &[
     "slots",
     "context",
     "threads",
+    "device",
 ];
 
 /// Keys of one `[[api.keys]]` table.

@@ -241,6 +241,9 @@ pub(crate) struct StageForSale {
     pub slots: u32,
     pub context: Option<u32>,
     pub threads: Option<u32>,
+    /// As for whole models.
+    pub device: Option<String>,
+    pub gpu_layers: Option<u32>,
 }
 
 /// Experts that a provider sells: a pack that `satgrid models split --experts` wrote.
@@ -259,6 +262,8 @@ pub(crate) struct PackForSale {
     #[serde(default = "default_pack_slots")]
     pub slots: u32,
     pub threads: Option<u32>,
+    /// As for whole models; a card serves the profile `fast` alone.
+    pub device: Option<String>,
 }
 
 /// How hidden rows travel between nodes. Only `f32` is exact.
@@ -307,6 +312,8 @@ pub(crate) struct LeadForSale {
     pub slots: u32,
     pub context: Option<u32>,
     pub threads: Option<u32>,
+    /// As for whole models: of both ends.
+    pub device: Option<String>,
 }
 
 fn default_speculate() -> bool {

@@ -31,8 +31,13 @@ pub(crate) async fn group(
     // All packs compute at the same time: threads that have no core of their own only hold up the others.
     let packs = u32::try_from(model.experts.len()).unwrap_or(u32::MAX).max(1);
     let threads = (settings.threads / packs).max(1);
-    let pack_settings =
-        |pack: &PathBuf, only| PackSettings { pack: pack.clone(), only, profile: settings.profile, threads };
+    let pack_settings = |pack: &PathBuf, only| PackSettings {
+        pack: pack.clone(),
+        only,
+        profile: settings.profile,
+        threads,
+        device: settings.offload.device.clone(),
+    };
     let from_disk = |pack| Arc::new(FromDisk { settings: pack_settings(pack, None) }) as Arc<dyn Spare>;
     let spare = model.spare_experts.as_ref().map(from_disk);
     let (events, heard) = mpsc::unbounded_channel();

@@ -76,6 +76,7 @@ pub(crate) async fn start_stage(stage: &StageForSale, id: EngineId) -> anyhow::R
         threads: stage.threads.unwrap_or_else(default_threads),
         sequences: stage.slots,
         context: stage.context.unwrap_or(0),
+        offload: Offload { device: stage.device.clone(), layers: stage.gpu_layers },
     };
     let name = stage.alias.clone().unwrap_or_else(|| "layers".to_owned());
     let engine = LlamaStage::spawn(StageConfig { program: worker_program()?, settings }, |_| {}).await?;
@@ -147,6 +148,7 @@ fn demand(lead: &LeadForSale, head: &PartFile, tail: &PartFile, ours: NodeKey) -
         root: ModelRoot(head.root),
         range,
         not: BTreeSet::from([ours]),
+        profile: super::engines::profile(profile_of(lead.profile)),
         build: None,
         max_rate: lead.max_price_msat_per_million_position_layers.map(MsatPerMtok),
         slots: lead.slots,
@@ -217,7 +219,7 @@ pub(crate) async fn start_lead(lead: &LeadForSale, id: EngineId, with: LeadParts
         threads: lead.threads.unwrap_or_else(default_threads),
         slots: lead.slots,
         context: lead.context.unwrap_or(0),
-        offload: Offload::default(),
+        offload: Offload { device: lead.device.clone(), layers: None },
     };
     let facts = satgrid_engine::stage::ring::Ring::facts(ring.as_ref());
     let settings = LeadSettings { head: lead.head.clone(), tail, ring: facts, guess: lead.speculate };

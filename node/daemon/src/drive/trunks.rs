@@ -48,6 +48,7 @@ pub(crate) async fn start_pack(pack: &PackForSale, id: EngineId) -> anyhow::Resu
         only: None,
         profile: profile_of(pack.profile),
         threads: pack.threads.unwrap_or_else(default_threads),
+        device: pack.device.clone(),
     };
     let host = LlamaExperts::spawn(worker_program()?, settings, |_| {}).await?;
     let facts = host.facts();

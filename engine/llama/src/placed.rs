@@ -1,0 +1,64 @@
+//! Where the layers of a file go on this very machine: what the file's table needs, held against what the devices have free.
+
+use satgrid_engine::gguf::Gguf;
+use satgrid_engine::memory::{ContextShape, Needs};
+
+use crate::devices::{Device, Offload, PlaceError, Placement, host_memory, place};
+use crate::ffi::{self, Handle};
+
+/// A decision, with the device's handle for the loader.
+pub(crate) struct Placed {
+    pub(crate) placement: Placement,
+    /// The device that holds the last layers, and how many.
+    pub(crate) offload: Option<(Handle, u32)>,
+}
+
+impl Placed {
+    pub(crate) fn on_processor() -> Self {
+        Self { placement: Placement::Processor, offload: None }
+    }
+
+    /// Decides for a file with this table and a context of this shape.
+    pub(crate) fn of(gguf: &Gguf, offload: &Offload, shape: &ContextShape) -> Result<Self, PlaceError> {
+        let all = ffi::devices();
+        let known: Vec<Device> = all.iter().map(|(_, device)| device.clone()).collect();
+        let placement = place(offload, &known, &Needs::of(gguf, shape), host_memory())?;
+        let offload = match &placement {
+            Placement::Processor => None,
+            Placement::Device { device, layers, .. } => {
+                all.iter().find(|(_, one)| one.name == device.name).map(|(handle, _)| (*handle, *layers))
+            }
+        };
+        Ok(Self { placement, offload })
+    }
+
+    /// The card that takes part, if one does.
+    pub(crate) fn card(&self) -> Option<&Device> {
+        match &self.placement {
+            Placement::Processor => None,
+            Placement::Device { device, .. } => Some(device),
+        }
+    }
+
+    /// Says in the log what went to a card.
+    pub(crate) fn tell(&self, what: &str) {
+        if let Placement::Device { device, layers, whole } = &self.placement {
+            tracing::info!(device = %device.name, card = %device.description, layers, whole, "{what} on the device");
+        }
+    }
+}
+
+/// The card that a pack of experts goes to: the one that is named, else the one with the most free memory; `None` for the
+/// processor, also where no card has room for `bytes`.
+pub(crate) fn card_for(offload: &Offload, bytes: u64) -> Result<Option<(Handle, Device)>, PlaceError> {
+    let all = ffi::devices();
+    let known: Vec<Device> = all.iter().map(|(_, device)| device.clone()).collect();
+    // Experts have no layers of their own to divide: all of them, or none.
+    let needs = Needs { layers: vec![bytes], embedding: 0, head: 0, kv_layer: 0, compute: 0 };
+    match place(offload, &known, &needs, host_memory())? {
+        Placement::Processor => Ok(None),
+        Placement::Device { device, .. } => {
+            Ok(all.into_iter().find(|(_, one)| one.name == device.name).map(|(handle, _)| (handle, device)))
+        }
+    }
+}
