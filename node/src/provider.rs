@@ -18,6 +18,7 @@ mod jobs;
 mod links;
 mod log;
 mod parts;
+mod peers;
 mod refunds;
 mod requests;
 mod resume;
@@ -150,8 +151,8 @@ impl Provider {
         self.now = now;
         if self.gate.is_broken() {
             // Nothing more is promised, signed or paid; whoever comes is told.
-            if let ProviderEvent::LinkUp { link, peer } = event {
-                self.link_up(link, peer);
+            if let ProviderEvent::LinkUp { link, peer, host } = event {
+                self.link_up(link, peer, host);
             }
             return;
         }
@@ -164,7 +165,7 @@ impl Provider {
                 });
                 self.offerings.insert(offering.listing.id(), *offering);
             }
-            ProviderEvent::LinkUp { link, peer } => self.link_up(link, peer),
+            ProviderEvent::LinkUp { link, peer, host } => self.link_up(link, peer, host),
             ProviderEvent::LinkDown { link } => self.link_down(now, link),
             ProviderEvent::Control { link, frame } => self.control(now, link, frame),
             ProviderEvent::Request { link, stream, frame } => self.request_frame(now, link, stream, frame),

@@ -189,6 +189,7 @@ impl World {
             halted: None,
             penalised: Vec::new(),
             endowment,
+            host: std::net::IpAddr::from([192, 0, 2, u8::try_from(c).expect("few consumers")]),
         });
     }
 

@@ -225,7 +225,7 @@ impl Pair {
             }
             ConsumerAction::Connect { link, session, .. } => {
                 let peer = node_key(&session_key(&MASTER, session));
-                self.provider.handle(now, ProviderEvent::LinkUp { link, peer });
+                self.provider.handle(now, ProviderEvent::LinkUp { link, peer, host: None });
                 self.consumer.handle(now, ConsumerEvent::LinkUp { link });
             }
             ConsumerAction::Control { link, frame } => {

@@ -1,6 +1,6 @@
 //! The control stream: hello, quote, open, invoices.
 
-use super::{EngineId, InvoiceTicket, Provider, ProviderAction, sessions::Session};
+use super::{EngineId, InvoiceTicket, Provider, ProviderAction, peers::Peer, sessions::Session};
 use crate::LinkId;
 use satgrid_ledger::{
     entry::{Draft, Evidence},
@@ -13,6 +13,7 @@ use satgrid_protocol::{
 use satgrid_types::{
     ListingId, ModelRoot, Msat, NodeKey, PaymentHash, Quote, SessionId, Signed, UnixMs, Verified, node_key,
 };
+use std::net::IpAddr;
 
 /// Invoices that a session may have issued and unpaid.
 const MAX_UNPAID_INVOICES: usize = 2;
@@ -24,6 +25,7 @@ const QUOTE_GRACE_MS: u64 = 30_000;
 /// One connection: its peer, whether it has said hello, and the session that it carries.
 pub(super) struct Link {
     pub peer: NodeKey,
+    pub host: Option<IpAddr>,
     greeted: bool,
     quote: Option<(Verified<Quote>, EngineId, String)>,
     pub session: Option<SessionId>,
@@ -43,7 +45,7 @@ pub(super) struct WantedInvoice {
 }
 
 impl Provider {
-    pub(super) fn link_up(&mut self, link: LinkId, peer: NodeKey) {
+    pub(super) fn link_up(&mut self, link: LinkId, peer: NodeKey, host: Option<IpAddr>) {
         if self.links.len() >= self.config.max_links || self.gate.is_broken() {
             let (code, reason) = (crate::CloseCode::Unavailable, "no room for another connection".into());
             self.actions.push_back(ProviderAction::CloseLink { link, code, reason });
@@ -51,7 +53,7 @@ impl Provider {
         }
         self.links.insert(
             link,
-            Link { peer, greeted: false, quote: None, session: None, log: false, credit: false, asks: 0 },
+            Link { peer, host, greeted: false, quote: None, session: None, log: false, credit: false, asks: 0 },
         );
     }
 
@@ -166,7 +168,8 @@ impl Provider {
         let state = SessionState::new(Side::Provider, &quote, &open);
         let id = state.id();
         held.session = Some(id);
-        self.sessions.insert(id, Session::new(state, Some(link), Some(engine)));
+        let peer = Peer::of(held.host, held.peer);
+        self.sessions.insert(id, Session::new(state, peer, Some(link), Some(engine)));
         let mut drafts = vec![Draft::of(Evidence::Listing { event_json })];
         drafts.extend(SessionState::open_drafts(&quote, &open));
         let opened = ProviderAction::Control { link, frame: ProviderControl::Opened(id) };

@@ -13,6 +13,7 @@
 
 use super::{
     EngineId, Provider, ProviderAction,
+    peers::Peer,
     requests::{Phase, Request},
     sessions::Session,
 };
@@ -60,10 +61,11 @@ impl Provider {
         open: Vec<OpenRequest>,
         last_receipt: Option<BothSigned<Receipt>>,
     ) {
-        let Some(peer) = self.links.get(&link).map(|l| l.peer) else { return };
+        let Some((peer, host)) = self.links.get(&link).map(|l| (l.peer, l.host)) else { return };
         let Some(session) = self.sessions.get_mut(&id).filter(|s| s.state.consumer() == peer) else {
             return self.refuse(link, Refusal::Unknown, "no such session here for this key");
         };
+        session.peer = Peer::of(host, peer);
         let old = session.link.replace(link).filter(|old| *old != link);
         if let Some(old) = old {
             // The same key on two links: the newer one holds the session, the older one learns it.

@@ -1,6 +1,6 @@
 //! Live sessions: their requests, the receipt chain's queue, and the deadlines.
 
-use super::{EngineId, Provider, ProviderAction, requests::Request};
+use super::{EngineId, Provider, ProviderAction, peers::Peer, requests::Request};
 use crate::LinkId;
 use satgrid_engine::port::Command;
 use satgrid_ledger::statements::SessionClose;
@@ -15,6 +15,8 @@ use std::collections::{BTreeMap, VecDeque};
 /// One session and what is alive of it.
 pub(super) struct Session {
     pub state: SessionState,
+    /// Who it is among consumers.
+    pub peer: Peer,
     pub engine: Option<EngineId>,
     pub link: Option<LinkId>,
     pub requests: BTreeMap<RequestId, Request>,
@@ -33,9 +35,10 @@ pub(super) struct Session {
 }
 
 impl Session {
-    pub(super) fn new(state: SessionState, link: Option<LinkId>, engine: Option<EngineId>) -> Session {
+    pub(super) fn new(state: SessionState, peer: Peer, link: Option<LinkId>, engine: Option<EngineId>) -> Session {
         Session {
             state,
+            peer,
             engine,
             link,
             requests: BTreeMap::new(),
@@ -83,7 +86,8 @@ impl Provider {
             }
         }
         let open = !state.requests().is_empty();
-        let mut session = Session::new(state, None, None);
+        let peer = Peer::of(None, state.consumer());
+        let mut session = Session::new(state, peer, None, None);
         session.detached_at = open.then_some(now);
         self.sessions.insert(id, session);
         self.refresh(&id);

@@ -74,8 +74,11 @@ impl Provider {
         let Some(engine) = engine.filter(|engine| !self.down.contains(engine)) else {
             return self.refuse_request(link, stream, Refusal::Unavailable, "the engine for this model is not running");
         };
-        if session.requests.len() >= self.config.max_requests_per_session || self.jobs.len() >= self.config.max_requests
-        {
+        if self.peer_is_full(id) {
+            let text = "as many requests of this consumer are open as one may have";
+            return self.refuse_request(link, stream, Refusal::Busy, text);
+        }
+        if self.jobs.len() >= self.config.max_requests {
             return self.refuse_request(link, stream, Refusal::Busy, "all slots and places in the queue are taken");
         }
         if let Some(text) = self.order_refused(engine, &open) {

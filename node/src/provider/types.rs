@@ -13,6 +13,7 @@ use satgrid_types::{
     BuildId, Digest, EngineProfile, Msat, NodeKey, PartUsage, PaymentHash, Preimage, RateCard, RequestId, SessionId,
     Terms, UnixMs, VerifiedListing,
 };
+use std::net::IpAddr;
 
 /// Names one engine of this node; a node with several models runs several.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -29,8 +30,8 @@ pub struct ProviderConfig {
     pub quote_validity_ms: u64,
     /// Sessions with a live connection.
     pub max_links: usize,
-    /// Requests that one session may have open.
-    pub max_requests_per_session: usize,
+    /// Requests that one peer may have open, over all its sessions.
+    pub max_requests_per_peer: usize,
     /// Requests open over all sessions; further ones are refused as busy.
     pub max_requests: usize,
     /// How long an acknowledgement or receipt may stay unsigned before the link is given up, in ms.
@@ -51,7 +52,7 @@ impl Default for ProviderConfig {
             terms: Terms::default(),
             quote_validity_ms: satgrid_types::Quote::VALIDITY_MS,
             max_links: 256,
-            max_requests_per_session: 32,
+            max_requests_per_peer: 32,
             max_requests: 64,
             signature_timeout_ms: 20_000,
             engine_name: "unnamed".into(),
@@ -108,6 +109,8 @@ pub enum ProviderEvent {
     LinkUp {
         link: LinkId,
         peer: NodeKey,
+        /// Where it connects from, where that is known.
+        host: Option<IpAddr>,
     },
     LinkDown {
         link: LinkId,

@@ -36,10 +36,12 @@ impl World {
         let latency_ms = self.between(range);
         let id = self.next_link;
         self.next_link += 1;
+        let peer = node_key(&session_key(&self.consumers[c].master, index));
         let link = Link {
             consumer: c,
             consumer_end: end,
             consumer_epoch: epoch,
+            session_key: peer,
             provider: p,
             provider_end: LinkId(1_000_000 + id),
             provider_epoch: self.providers[p].epoch,
@@ -50,9 +52,9 @@ impl World {
         let provider_end = link.provider_end;
         self.links.insert(id, link);
         // The handshake is over: the provider hears of it first, the consumer a trip later.
-        let peer = node_key(&session_key(&self.consumers[c].master, index));
         let provider_epoch = self.providers[p].epoch;
-        self.tell_provider(p, provider_epoch, ProviderEvent::LinkUp { link: provider_end, peer });
+        let host = Some(self.consumers[c].host);
+        self.tell_provider(p, provider_epoch, ProviderEvent::LinkUp { link: provider_end, peer, host });
         self.send(id, false, None, Payload::Up);
     }
 
@@ -86,6 +88,11 @@ impl World {
         if let Some(id) = self.by_end(Some(c), None, end) {
             self.send(id, true, stream, Payload::Frame(frame));
         }
+    }
+    /// The key of the session that a consumer's link carries, and its provider.
+    pub(super) fn carried(&self, c: usize, end: LinkId) -> Option<(NodeKey, usize)> {
+        let link = self.links.get(&self.by_end(Some(c), None, end)?)?;
+        Some((link.session_key, link.provider))
     }
     pub(super) fn send_to_consumer(&mut self, p: usize, end: LinkId, stream: Option<StreamId>, frame: Vec<u8>) {
         if let Some(id) = self.by_end(None, Some(p), end) {

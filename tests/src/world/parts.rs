@@ -19,7 +19,10 @@ use satgrid_types::{
 use satgrid_wallet::{fake::FakeNetwork, payment::Slices};
 use secp256k1::{Keypair, SECP256K1};
 use sha2::{Digest as _, Sha256};
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 /// Names a node of a world.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -135,6 +138,8 @@ pub struct ConsumerNode {
     pub penalised: Vec<(NodeKey, String)>,
     /// What its wallet held when the world began.
     pub endowment: Msat,
+    /// Where it connects from.
+    pub host: IpAddr,
 }
 
 /// A connection: which ends it has, and how far each direction of each stream is.
@@ -142,6 +147,8 @@ pub(super) struct Link {
     pub consumer: usize,
     pub consumer_end: LinkId,
     pub consumer_epoch: u64,
+    /// The key of the consumer's session.
+    pub session_key: NodeKey,
     pub provider: usize,
     pub provider_end: LinkId,
     pub provider_epoch: u64,

@@ -190,3 +190,29 @@ fn a_call_that_every_provider_turns_away_is_told_so() {
     world.assert_quiet();
     world.assert_agree(0, 0);
 }
+
+/// Keys cost nothing: two sessions from one address share what one consumer may have open.
+#[test]
+fn one_peer_has_its_places_once_over_all_its_sessions() {
+    for (same_host, turned_away) in [(true, 1), (false, 0)] {
+        let mut options = Options::default();
+        options.provider.max_requests_per_peer = 3;
+        let mut world = World::new(options, 1, 2);
+        if same_host {
+            world.consumers[1].host = world.consumers[0].host;
+        }
+        let mut calls = Vec::new();
+        for turn in 0..2 {
+            for c in 0..2 {
+                calls.push((c, world.submit(c, Ask::tokens(30, 1_400 + turn))));
+                world.run_ms(600);
+            }
+        }
+        world.finish_calls(120_000);
+        let full =
+            |(c, call): &&(usize, _)| matches!(world.call(*c, *call).end, Some(Err((CallError::Full { .. }, _))));
+        assert_eq!(calls.iter().filter(full).count(), turned_away, "from one address: {same_host}");
+        assert_eq!(calls.iter().filter(|(c, call)| world.call(*c, *call).is_ok()).count(), 4 - turned_away);
+        world.assert_quiet();
+    }
+}

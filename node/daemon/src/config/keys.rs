@@ -211,7 +211,7 @@ pub(super) const KEYS: &[Key] = &[
     key("provider.listing_expiry_s", Number, Value("1800"), "life of a listing; it is published anew at half of it"),
     key("provider.slice_min_sat", Number, Value("10"), "smallest slice that it accepts"),
     key("provider.slice_max_sat", Number, Value("5000"), "largest slice that it accepts"),
-    key("provider.requests_per_peer", Number, Value("16"), "open requests of one consumer"),
+    key("provider.requests_per_peer", Number, Value("16"), "open requests of one consumer, over all its sessions"),
     key("provider.models", Tables(MODEL_KEYS), Value("[]"), "what is for sale"),
     key("provider.stages", Tables(STAGE_KEYS), Value("[]"), "layers for sale, to nodes that lead"),
     key("provider.packs", Tables(PACK_KEYS), Value("[]"), "experts for sale, to nodes that lead"),

@@ -174,11 +174,11 @@ impl Running {
             Message::Link(quic) => {
                 let link = LinkId(self.next_link);
                 self.next_link += 1;
-                let peer = quic.peer();
+                let (peer, host) = (quic.peer(), Some(quic.remote().ip()));
                 self.links.insert(link, Outbound::new(quic.clone()));
                 let (artefacts, hops) = (self.driver.artefacts.connection(), self.driver.switchboard.clone());
                 tokio::spawn(serve_link(link, quic, artefacts, hops, self.inbox.clone()));
-                Some(ProviderEvent::LinkUp { link, peer })
+                Some(ProviderEvent::LinkUp { link, peer, host })
             }
             Message::Control { link, sender } => {
                 if let Some(outbound) = self.links.get_mut(&link) {

@@ -366,7 +366,7 @@ impl Node<'_> {
                 ..Terms::default()
             },
             quote_validity_ms: session.quote_validity_s.saturating_mul(1_000),
-            max_requests_per_session: provider.requests_per_peer as usize,
+            max_requests_per_peer: provider.requests_per_peer as usize,
             // As many again may wait as run.
             max_requests: (slots as usize).saturating_mul(2).max(1),
             engine_name: ENGINE_NAME.to_owned(),
