@@ -23,12 +23,14 @@
 mod calls;
 mod caps;
 mod credit;
+mod flow;
 mod hold;
 mod links;
 mod log;
 mod money;
 mod owed;
 mod parts;
+mod receipts;
 mod streams;
 mod types;
 
@@ -46,6 +48,7 @@ use satgrid_ledger::{
 };
 use satgrid_protocol::{
     frame::{ConsumerControl, ProviderFrame, reason},
+    pace::PaymentTimes,
     session::SessionState,
 };
 use satgrid_types::{
@@ -74,6 +77,8 @@ pub struct Consumer {
     by_payment: BTreeMap<PaymentHash, SessionIndex>,
     /// Value settled by receipts that this node checked itself, by provider.
     settled_with: BTreeMap<NodeKey, Msat>,
+    /// How long slices take with each provider.
+    payment_times: BTreeMap<NodeKey, PaymentTimes>,
     /// Providers that are not asked again before this time.
     shunned: BTreeMap<NodeKey, (UnixMs, String)>,
     payable: Option<Msat>,
@@ -122,6 +127,7 @@ impl Consumer {
             calls: BTreeMap::new(),
             by_payment: BTreeMap::new(),
             settled_with: BTreeMap::new(),
+            payment_times: BTreeMap::new(),
             shunned: BTreeMap::new(),
             payable: None,
             paused: None,

@@ -5,7 +5,7 @@
 //! * [`experts`]: expert rows between a lead and a worker that holds experts, on the same kind of stream;
 //! * [`session`]: the state of one session as a fold over its journal entries, the same on both sides;
 //! * [`metering`]: how far work may run ahead of acknowledgements and of money;
-//! * [`slices`]: when the next instalment is due and how large it is;
+//! * [`slices`]: when the next instalment is due and how large it is; [`pace`]: what that is reckoned from;
 //! * [`exposure`]: the most that either side can lose at this moment;
 //! * [`check`]: what a consumer verifies in a quote, an invoice, an acknowledgement and a receipt before it signs or pays.
 //!
@@ -19,6 +19,7 @@ pub mod exposure;
 pub mod frame;
 pub mod hop;
 pub mod metering;
+pub mod pace;
 pub mod session;
 pub mod slices;
 

@@ -120,6 +120,12 @@ impl Meter {
         }
     }
 
+    /// What the first grant reserves where money does not limit it.
+    pub fn first_reserve(&self, rates: &RateCard, terms: &Terms) -> Msat {
+        let grant = self.grant(&TokenUsage::default(), Msat::MAX, rates, terms);
+        self.cost(grant, rates).unwrap_or(Msat::MAX)
+    }
+
     /// What must be free beside a running request's reservation so that it does not wait for a payment: `low` water, or the
     /// next two prompt pieces, and never more than the rest of it can cost.
     pub fn ahead(&self, acked: &TokenUsage, reserved: Msat, low: Msat, rates: &RateCard, terms: &Terms) -> Msat {

@@ -237,9 +237,14 @@ impl SessionState {
         self.paid.saturating_add(self.credited).saturating_sub(gone)
     }
 
+    /// What open requests cost by their last acknowledgements.
+    pub fn acked_open(&self) -> Msat {
+        self.requests.values().fold(Msat::ZERO, |sum, r| sum.saturating_add(r.acked_cost()))
+    }
+
     /// "Most you can lose now", consumer's side.
     pub fn consumer_exposure(&self) -> ConsumerExposure {
-        let acked = self.requests.values().fold(Msat::ZERO, |sum, r| sum.saturating_add(r.acked_cost()));
+        let acked = self.acked_open();
         ConsumerExposure {
             paid: self
                 .paid
@@ -252,7 +257,7 @@ impl SessionState {
 
     /// "Most you can lose now", provider's side; `done` is the cost of the work done in open requests.
     pub fn provider_exposure(&self, done: Msat) -> ProviderExposure {
-        let acked = self.requests.values().fold(Msat::ZERO, |sum, r| sum.saturating_add(r.acked_cost()));
+        let acked = self.acked_open();
         let owed = self.charged.saturating_add(acked);
         ProviderExposure { done, acked, credit: owed.saturating_sub(self.paid.saturating_add(self.credited)) }
     }

@@ -17,6 +17,8 @@ mod failover;
 mod log;
 #[path = "world/money.rs"]
 mod money;
+#[path = "world/pace.rs"]
+mod pace;
 
 use satgrid_tests::world::{CallLog, World, oracle::undisturbed};
 use satgrid_wallet::fake::Crash;

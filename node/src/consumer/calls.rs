@@ -188,11 +188,18 @@ impl Consumer {
         }
     }
 
+    /// Back to the head of its session's queue, with all its patience.
+    fn requeue(&mut self, now: UnixMs, id: CallId, index: SessionIndex) {
+        if let Some(call) = self.calls.get_mut(&id) {
+            call.waiting_since = now;
+        }
+        self.wait_on(id, index);
+    }
+
     /// Back to the head of its session's queue: its request was not taken up, and may be later.
-    pub(super) fn requeue(&mut self, now: UnixMs, id: CallId, index: SessionIndex) {
+    pub(super) fn wait_on(&mut self, id: CallId, index: SessionIndex) {
         if let (Some(call), Some(session)) = (self.calls.get_mut(&id), self.sessions.get_mut(&index)) {
             call.place = Place::Waiting(index);
-            call.waiting_since = now;
             session.waiting.push_front(id);
             self.live.insert(index);
         }

@@ -1,8 +1,8 @@
 //! A session's connection: hello, quote, open, resume.
 
 use super::{
-    CallId, Consumer, ConsumerAction, ConsumerConfig, SessionIndex, caps::Lack, hold::Hold, owed::Owed, session_key,
-    streams::Live,
+    CallId, Consumer, ConsumerAction, ConsumerConfig, SessionIndex, caps::Lack, flow::Flow, hold::Hold, owed::Owed,
+    session_key, streams::Live,
 };
 use crate::{CloseCode, LinkId, StreamId};
 use ed25519_dalek::SigningKey;
@@ -59,6 +59,8 @@ pub(super) struct Session {
     pub credited: Msat,
     /// The invoice that was asked for, and when.
     pub wanted_invoice: Option<(u32, Msat, UnixMs)>,
+    /// What it spends, and since when its slice is awaited.
+    pub flow: Flow,
     quote_wanted: Option<UnixMs>,
     /// Since when a paid slice is not credited.
     pub uncredited_since: Option<UnixMs>,
@@ -106,6 +108,7 @@ impl Session {
             link: None,
             credited: Msat::ZERO,
             wanted_invoice: None,
+            flow: Flow::default(),
             quote_wanted: None,
             uncredited_since: None,
             failed_payments: 0,
@@ -291,6 +294,7 @@ impl Consumer {
         let Some(session) = self.sessions.get_mut(&index).filter(|s| s.link == Some(link)) else { return };
         session.link = None;
         session.wanted_invoice = None;
+        session.flow.unlinked();
         session.quote_wanted = None;
         session.uncredited_since = None;
         session.close_asked = false;
@@ -348,7 +352,7 @@ impl Consumer {
             (Phase::Ready, ProviderControl::Invoice(descriptor, bolt11)) => {
                 self.invoiced(now, index, descriptor, bolt11);
             }
-            (Phase::Ready, ProviderControl::Credited(_, total)) => self.credited(index, total),
+            (Phase::Ready, ProviderControl::Credited(_, total)) => self.credited(now, index, total),
             (Phase::Ready, ProviderControl::Refunding(..)) => {}
             (_, ProviderControl::Owed(note)) => self.owed(now, index, &note),
             (_, ProviderControl::CreditSpent(both)) => self.credit_spent(now, index, &both),

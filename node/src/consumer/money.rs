@@ -2,6 +2,7 @@
 
 use super::{
     Consumer, ConsumerAction, ConsumerConfig, FundsLimit, SessionIndex,
+    calls::Call,
     caps::Lack,
     links::{Phase, Session},
 };
@@ -12,7 +13,7 @@ use satgrid_ledger::{
 use satgrid_protocol::{
     check,
     frame::ConsumerControl,
-    session::{SliceStatus, invoice_hash},
+    session::{SessionState, SliceStatus, invoice_hash},
     slices::{self, SliceDemand, SlicePolicy},
 };
 use satgrid_types::{Msat, PaymentHash, Preimage, SessionId, Signed, UnixMs};
@@ -22,8 +23,9 @@ use satgrid_wallet::invoice::{self, Expected, InvoiceMismatch};
 const MAX_FAILED_PAYMENTS: u32 = 3;
 
 impl Consumer {
-    /// Asks for the next slice's invoice where the balance falls under what waits and runs.
+    /// Asks for the next slice's invoice where the free balance falls under its mark.
     pub(super) fn top_up(&mut self, now: UnixMs, index: SessionIndex) {
+        self.measure(now, index);
         let Some(session) = self.sessions.get(&index).filter(|s| s.is_ready() && !s.closing) else { return };
         let (Some(state), Some(link)) = (&session.state, session.link) else { return };
         let idle = session.waiting.is_empty() && session.requests.is_empty();
@@ -37,30 +39,13 @@ impl Consumer {
         {
             return;
         }
-        let quote = state.quote();
-        let direct = self.direct_peers.contains(&quote.lightning_node);
-        let first_slice = if direct { self.config.slices.first } else { self.config.first_routed };
-        let policy = SlicePolicy { first: first_slice, ..self.config.slices };
-        let low = slices::low_water(&policy, &quote.rates, &quote.terms);
-        let ahead = session.requests.keys().map(|id| session.ahead(id, low));
-        let low = ahead.fold(if session.requests.is_empty() { low } else { Msat::ZERO }, Msat::saturating_add);
-        let waiting = session.waiting.iter().filter_map(|call| self.start_need(index, *call));
-        let needs = waiting.fold(Msat::ZERO, Msat::saturating_add);
-        // The need of the first in line alone decides whether nothing can be done without money.
-        let first = session.waiting.front().and_then(|call| self.start_need(index, *call)).unwrap_or_default();
-        let balance = if session.short { Msat::ZERO } else { session.usable_balance() };
-        let shortfall = needs.saturating_add(low).saturating_sub(balance);
-        if shortfall.is_zero() {
+        let (terms, k) = (state.quote().terms, state.next_k());
+        let (policy, demand) = self.slice_demand(now, session, state);
+        if !demand.is_due(&policy) {
             return;
         }
-        let demand = SliceDemand {
-            last: state.last_paid(),
-            settled_clean: self.settled_with(&session.provider()),
-            shortfall,
-            committed: state.paid().saturating_sub(state.refunded()),
-            spend_cap: self.config.session_cap,
-        };
-        let (terms, k) = (quote.terms, state.next_k());
+        // The need of the first in line alone decides whether nothing can be done without money.
+        let first = session.waiting.front().and_then(|call| self.start_need(index, *call)).unwrap_or_default();
         let amount = slices::next_slice(&policy, &terms, &demand);
         // What was asked for elsewhere and is not attempted yet will be exposed too, and so will this slice's fee.
         let live = self.live.iter().filter_map(|index| self.sessions.get(index));
@@ -71,7 +56,7 @@ impl Consumer {
         let room = self.config.exposure_cap.saturating_sub(exposed);
         let room = room.saturating_sub(fee_limit(&self.config, room));
         let payable = self.payable.unwrap_or(Msat::MAX);
-        let lacking = first.saturating_sub(balance).max(terms.min_slice);
+        let lacking = first.saturating_sub(demand.balance).max(terms.min_slice);
         let (amount, limit) = match amount {
             None => (None, FundsLimit::SessionCap),
             Some(amount) if room < amount => ((room >= lacking).then_some(room), FundsLimit::ExposureCap),
@@ -79,6 +64,10 @@ impl Consumer {
             Some(amount) => (Some(amount), FundsLimit::Wallet),
         };
         let Some(amount) = amount else {
+            if !demand.is_short() {
+                // What was wanted was a lead over payments. There is none to be had, and work goes on without.
+                return;
+            }
             let available = match limit {
                 FundsLimit::Wallet => payable,
                 FundsLimit::SessionCap => demand.spend_cap.saturating_sub(demand.committed),
@@ -91,9 +80,39 @@ impl Consumer {
         }
         if let Some(session) = self.sessions.get_mut(&index) {
             session.wanted_invoice = Some((k, amount, now));
+            session.flow.asked(now, k);
             session.unfunded = None;
         }
         self.say(link, ConsumerControl::WantInvoice(k, amount));
+    }
+
+    /// What the next slice of a session depends on, and the policy for its provider.
+    fn slice_demand(&self, now: UnixMs, session: &Session, state: &SessionState) -> (SlicePolicy, SliceDemand) {
+        let (quote, provider) = (state.quote(), session.provider());
+        let direct = self.direct_peers.contains(&quote.lightning_node);
+        let first = if direct { self.config.slices.first } else { self.config.first_routed };
+        let policy = SlicePolicy { first, ..self.config.slices };
+        let floor = slices::floor(&quote.rates, &quote.terms);
+        let sum = |amounts: &mut dyn Iterator<Item = Msat>| amounts.fold(Msat::ZERO, Msat::saturating_add);
+        let running = match session.requests.is_empty() {
+            true => floor,
+            false => sum(&mut session.requests.keys().map(|id| session.ahead(id, floor))),
+        };
+        let waiting = || session.waiting.iter().filter_map(|call| self.calls.get(call)).map(Call::meter);
+        let starts = sum(&mut waiting().filter_map(|meter| meter.start_cost(&quote.rates, &quote.terms)));
+        let reserves = sum(&mut waiting().map(|meter| meter.first_reserve(&quote.rates, &quote.terms)));
+        let rest = || sum(&mut session.requests.keys().map(|id| session.ahead(id, Msat::MAX)));
+        let payment_ms = self.payment_times.get(&provider).cloned().unwrap_or_default().p95_ms();
+        let demand = SliceDemand {
+            balance: if session.short { Msat::ZERO } else { session.usable_balance() },
+            at_hand: starts.saturating_add(running),
+            ahead: reserves.saturating_add(session.flow.ahead(now, payment_ms, rest)),
+            last: state.last_paid(),
+            proven: self.settled_with(&provider).saturating_add(state.acked_open()),
+            committed: state.paid().saturating_sub(state.refunded()),
+            spend_cap: self.config.session_cap,
+        };
+        (policy, demand)
     }
 
     /// No money for it: what waits is told at once, what runs goes on with what is prepaid.
@@ -197,6 +216,7 @@ impl Consumer {
             session.failed_payments = 0;
         }
         self.record(index, vec![draft], vec![handled]);
+        self.slice_over(now, index);
         self.release_held(now, index);
     }
 
@@ -222,13 +242,14 @@ impl Consumer {
         }
     }
 
-    pub(super) fn credited(&mut self, index: SessionIndex, total: Msat) {
+    pub(super) fn credited(&mut self, now: UnixMs, index: SessionIndex, total: Msat) {
         if let Some(session) = self.sessions.get_mut(&index)
             && session.credited < total
         {
             session.credited = total;
             session.short = false;
         }
+        self.slice_over(now, index);
     }
 
     /// A refund arrived, on the invoice that the close named.

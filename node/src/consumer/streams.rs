@@ -1,26 +1,22 @@
-//! Running requests: started when covered, counted token by token, countersigned, finished.
+//! Running requests: started when covered, counted token by token, countersigned. Their ends are in `receipts`.
 
 use super::{
-    CallError, CallId, Consumer, ConsumerAction, ConsumerConfig, Emission, FundsLimit, Leg, SessionIndex, calls::Place,
-    caps::Starved, links::Session, parts::PartLive,
+    CallId, Consumer, ConsumerAction, ConsumerConfig, Emission, FundsLimit, SessionIndex, calls::Place, links::Session,
+    parts::PartLive,
 };
 use crate::{LinkId, StreamId};
-use satgrid_ledger::statements::{
-    Ack, Leg as PartLeg, Receipt, ReceiptOpening, ReceiptPrivate, RequestOpen, RequestPrivate, RunningHash, receipt_id,
-};
+use satgrid_ledger::statements::{Ack, Receipt, RequestOpen, RequestPrivate, RunningHash};
 use satgrid_protocol::{
     check::{self, Counted},
     frame::{ConsumerFrame, MAX_CHUNK_TOKENS, ProviderFrame, Refusal, StartRequest, TokenLogprobs},
     metering::{Grant, Meter},
     session::RequestState,
 };
-use satgrid_types::{
-    BothSigned, Digest, FinishReason, Msat, RequestId, Salt, Signed, Terms, TokenUsage, UnixMs, cbor, sign_body,
-};
+use satgrid_types::{BothSigned, FinishReason, Msat, RequestId, Salt, Signed, Terms, TokenUsage, UnixMs, cbor};
 
 /// Times in a row that a call may be refused for want of funds before its provider is left.
 const MAX_SHORT: u32 = 4;
-const SILENT: &str = "the provider went silent";
+pub(super) const SILENT: &str = "the provider went silent";
 /// Without money for it, silence of this many ms ends a request.
 const UNFUNDED_STALL_MS: u64 = 2_000;
 
@@ -28,21 +24,21 @@ const UNFUNDED_STALL_MS: u64 = 2_000;
 pub(super) struct Live {
     pub call: CallId,
     pub stream: StreamId,
-    salt: Salt,
-    private: RequestPrivate,
+    pub(super) salt: Salt,
+    pub(super) private: RequestPrivate,
     pub received: u32,
-    running: RunningHash,
+    pub(super) running: RunningHash,
     pub last_frame_at: UnixMs,
     /// Of a worker.
     pub(super) part: Option<PartLive>,
     /// A statement that is right, and beyond what our own books show as paid: signed once the payment is booked.
-    held: Option<Held>,
+    pub(super) held: Option<Held>,
     /// Why this side asked for the end of it, where the client did not.
     pub ended: Option<Ended>,
 }
 
 /// See [`Live::held`].
-enum Held {
+pub(super) enum Held {
     Ack(Box<Ack>, BothSigned<Ack>),
     Receipt(FinishReason, Signed<Receipt>),
 }
@@ -74,7 +70,7 @@ impl Live {
         };
         self.last_frame_at.plus_ms(patience)
     }
-    fn counted(&self) -> Counted {
+    pub(super) fn counted(&self) -> Counted {
         let ordered = self.part.as_ref().map(|part| part.sent);
         Counted { received: self.received, running_hash: self.running.value(), ordered }
     }
@@ -158,6 +154,7 @@ impl Consumer {
         let signed = Signed::sign(&open, &session.key);
         let quote = state.quote();
         let meter = call.meter();
+        let need = meter.start_cost(&quote.rates, &quote.terms).unwrap_or_default();
         let grant = meter.grant(&TokenUsage::default(), session.usable_balance(), &quote.rates, &quote.terms);
         let reserve = meter.cost(grant, &quote.rates).unwrap_or(Msat::ZERO);
         let draft = state.request(now, &signed, request, reserve);
@@ -177,6 +174,7 @@ impl Consumer {
         let start = StartRequest { open: signed, salt, prompt, private };
         let ordered = call.part().map(|_| Emission::Ordered { session: state.id(), key: state.consumer(), request });
         if let Some(session) = self.sessions.get_mut(&index) {
+            session.flow.started(now, need, session.requests.is_empty());
             session.streams.insert(stream, request);
             session.requests.insert(request, live);
             session.unfunded = None;
@@ -306,116 +304,6 @@ impl Consumer {
         self.record(index, vec![draft], vec![ConsumerAction::Send { link, stream, frame }]);
     }
 
-    fn receipt(
-        &mut self,
-        now: UnixMs,
-        index: SessionIndex,
-        request: RequestId,
-        reason: FinishReason,
-        signed: &Signed<Receipt>,
-    ) {
-        let Some(session) = self.sessions.get(&index) else { return };
-        let (Some(state), Some(link)) = (&session.state, session.link) else { return };
-        let Some(live) = session.requests.get(&request) else { return };
-        let Ok(offered) = signed.verify(&session.provider()) else {
-            return self.drop_link(now, index, crate::CloseCode::Violation, "a receipt that its provider did not sign");
-        };
-        let private = ReceiptPrivate {
-            prompt_hash: live.private.prompt_hash,
-            running_hash: live.running.value(),
-            sampling: live.private.sampling.clone(),
-        };
-        let hash = private.commitment(&live.salt);
-        let returned = live.part.as_ref().map(|part| part.experts.as_slice()).unwrap_or_default();
-        if let Err(fault) = check::receipt(state, &request, &offered, &live.counted(), returned, hash) {
-            return self.misbehaved(now, index, fault.rule(), &fault.to_string(), cbor::encode(signed));
-        }
-        if offered.finish != reason {
-            let text = "the receipt's finish reason is not that of its frame";
-            return self.misbehaved(now, index, "receipt-field", text, cbor::encode(signed));
-        }
-        let reserved = state.request_state(&request).map_or(Msat::ZERO, RequestState::reserved);
-        if offered.cost > reserved.saturating_add(state.available()) {
-            let held = Held::Receipt(reason, signed.clone());
-            if let Some(live) = self.sessions.get_mut(&index).and_then(|s| s.requests.get_mut(&request)) {
-                live.held = Some(held);
-            }
-            return;
-        }
-        let ended = live.ended;
-        let signature = sign_body::<Receipt>(signed.body(), &session.key);
-        let both = BothSigned::from_parts(signed.body().to_vec(), *signed.signature(), signature);
-        let opening = ReceiptOpening { salt: live.salt, private };
-        let Ok(draft) = state.finished(&both, &offered, Some(opening)) else { return };
-        let (stream, id, provider) = (live.stream, live.call, session.provider());
-        let (receipt, rates) = (receipt_id(&both), offered.rates);
-        let part = offered.part.map(|work| PartLeg {
-            worker: provider,
-            order: work.order,
-            usage: offered.usage.part.unwrap_or_default(),
-            id: Some(Digest(receipt.0)),
-            rows: Some((work.input, work.output)),
-        });
-        let (usage, cost) = (offered.usage, offered.cost);
-        let experts = offered.expert_rows.clone().unwrap_or_default();
-        let leg = Leg { provider, request, receipt: Some(receipt), usage, rates, cost, part, experts };
-        let error = offered.error.clone();
-        self.counters.receipts += 1;
-        self.await_promise(now, index, receipt);
-        let settled = self.settled_with.entry(provider).or_default();
-        *settled = settled.saturating_add(cost);
-        if let Some(session) = self.sessions.get_mut(&index) {
-            session.requests.remove(&request);
-            session.idle_since = now;
-            session.short = false;
-        }
-        let mut then = vec![
-            ConsumerAction::Send { link, stream, frame: ConsumerFrame::Receipt(signature) },
-            ConsumerAction::FinishStream { link, stream },
-            ConsumerAction::Settled { provider, amount: cost },
-        ];
-        if let Some(call) = self.calls.get_mut(&id) {
-            call.bill.legs.push(leg);
-        }
-        let starved = (ended == Some(Ended::Unfunded)).then(|| self.starved(id, index));
-        let (mut go_on, mut afresh) = (false, false);
-        if let Some(call) = self.calls.get_mut(&id) {
-            call.place = Place::Nowhere;
-            let done = matches!(reason, FinishReason::Stop | FinishReason::Length);
-            let emission = if done {
-                Some(Emission::Finished { reason, bill: call.bill.clone() })
-            } else if let (Some(starved), false) = (starved, call.cancelled) {
-                match starved {
-                    Starved::Ends(error) => Some(Emission::Failed { error, bill: call.bill.clone() }),
-                    Starved::GoesOnAfresh => {
-                        afresh = true;
-                        None
-                    }
-                }
-            } else if call.cancelled || (reason == FinishReason::Cancelled && ended.is_none()) {
-                Some(Emission::Failed { error: CallError::Cancelled, bill: call.bill.clone() })
-            } else {
-                go_on = true;
-                None
-            };
-            if let Some(emission) = emission {
-                self.counters.finished += u64::from(done);
-                self.counters.failed += u64::from(!done);
-                self.calls.remove(&id);
-                then.push(ConsumerAction::Emit { call: id, emission });
-            }
-        }
-        self.record(index, vec![draft], then);
-        if afresh {
-            self.go_on_afresh(now, id, index);
-        }
-        if go_on {
-            let silent = ended == Some(Ended::Silent);
-            let text = error.unwrap_or_else(|| if silent { SILENT } else { "the provider's engine failed" }.into());
-            self.reassign(now, id, &text);
-        }
-    }
-
     fn request_refused(&mut self, now: UnixMs, index: SessionIndex, request: RequestId, refusal: Refusal, text: &str) {
         let Some(session) = self.sessions.get(&index) else { return };
         let (provider, link) = (session.provider(), session.link);
@@ -429,12 +317,13 @@ impl Consumer {
             && let Some(id) = call
             && let Some(held) = self.calls.get_mut(&id).filter(|call| call.short < MAX_SHORT && !call.cancelled)
         {
-            // Both sides reserve by what they know at the time. Ours was the rosier view: wait for the next slice or receipt.
-            held.short += 1;
+            // Both sides reserve by what they know at the time, and ours was the rosier view: the provider fills the windows of
+            // what runs first. Wait for the next slice or receipt. Where nothing runs, both must see the same.
             if let Some(session) = self.sessions.get_mut(&index) {
+                held.short += u32::from(session.requests.is_empty());
                 session.short = true;
             }
-            return self.requeue(now, id, index);
+            return self.wait_on(id, index);
         }
         match refusal {
             Refusal::Protocol | Refusal::Funds => self.leave(now, index, provider, &text),

@@ -6,7 +6,7 @@ use satgrid_node::{
     consumer::{CallId, Consumer, ConsumerAction, ConsumerEvent, Emission, Submit},
     recover::Fold,
 };
-use satgrid_protocol::frame::{self, ConsumerFrame};
+use satgrid_protocol::frame::{self, ConsumerControl, ConsumerFrame};
 use satgrid_types::{Digest, Msat, Sampling, node_key};
 use satgrid_wallet::{fake::Crash, port::InvoiceRequest};
 
@@ -175,7 +175,12 @@ impl World {
         match action {
             ConsumerAction::Append(append) => self.append(who, append),
             ConsumerAction::Connect { link, provider, session, .. } => self.connect(c, link, provider, session),
-            ConsumerAction::Control { link, frame } => self.send_to_provider(c, link, None, frame::encode(&frame)),
+            ConsumerAction::Control { link, frame } => {
+                if let ConsumerControl::WantInvoice(_, amount) = &frame {
+                    self.check_slice(c, link, *amount);
+                }
+                self.send_to_provider(c, link, None, frame::encode(&frame));
+            }
             ConsumerAction::OpenStream { link, stream, frame } | ConsumerAction::Send { link, stream, frame } => {
                 let signs = matches!(frame, ConsumerFrame::Ack(..) | ConsumerFrame::Receipt(_));
                 if !(signs && self.consumers[c].never_signs) {

@@ -9,8 +9,10 @@ use satgrid_ledger::{
     Account, Entry,
     audit::{Detail, Report, Rule, audit, cross_check},
     bundle::{Filter, Opened, open},
+    entry::Evidence,
     testing::bundle_of,
 };
+use satgrid_node::LinkId;
 use satgrid_pricing::cost_alone;
 use satgrid_types::{Msat, TokenUsage, node_key};
 use std::collections::BTreeSet;
@@ -106,6 +108,43 @@ impl World {
             assert!(all <= paid || halted, "provider {p} did work for {all} on {paid}");
         }
         assert_eq!(self.net.total(), self.net.minted(), "money neither appears nor vanishes");
+    }
+
+    /// When a slice is asked for: what is free beside running requests' reservations is under the larger of the work at hand
+    /// and what was delivered allows, and so is the slice. Delivered: by the receipts in the journal and the signed
+    /// acknowledgements, not by the role's own sum.
+    pub(super) fn check_slice(&self, c: usize, link: LinkId, amount: Msat) {
+        let node = &self.consumers[c];
+        let Some((key, p)) = self.carried(c, link) else { return };
+        let provider = node_key(&self.providers[p].key);
+        let states = node.role.iter().flat_map(|role| role.session_states());
+        let state = states.into_iter().find(|s| s.consumer() == key).expect("a slice belongs to a session");
+        let receipts = node.journal.entries().iter().filter_map(|entry| match &entry.evidence {
+            Some(Evidence::Receipt { receipt, .. }) => receipt.peek().ok().filter(|r| r.provider == provider),
+            _ => None,
+        });
+        let acked = state.requests().values().map(|r| r.acked_cost());
+        let delivered = receipts.map(|r| r.cost).chain(acked).fold(Msat::ZERO, Msat::saturating_add);
+        let slices = &node.config.slices;
+        let first = slices.first.max(node.config.first_routed).max(state.quote().terms.min_slice);
+        let proven = Msat(delivered.0 / 10).min(slices.largest);
+        let (rates, terms) = (state.quote().rates, state.quote().terms);
+        // Two pieces of prompt and 45 tokens for every call that has not ended.
+        let open = node.calls.values().filter(|log| log.end.is_none());
+        let at_hand = open.map(|log| {
+            let prompt = (log.prompt.len() + log.tokens.len()) as u32;
+            let usage = TokenUsage {
+                prompt: prompt.min(terms.prefill_piece * 2),
+                completion: 8 + 37.max(terms.ack_tokens / 4),
+                ..TokenUsage::default()
+            };
+            cost_alone(&usage, &rates).unwrap()
+        });
+        let at_hand = at_hand.fold(Msat::ZERO, Msat::saturating_add);
+        let bound = first.max(proven).max(at_hand);
+        let free = state.available();
+        assert!(free < bound, "consumer {c} asks for {amount} with {free} free: {bound} is the most");
+        assert!(amount <= bound, "consumer {c} asks for {amount}: {bound} is the most");
     }
 
     pub fn audit_of(&self, entries: &[Entry], key: &ed25519_dalek::SigningKey) -> Report {

@@ -190,7 +190,7 @@ fn dialled(listen: SocketAddr) -> SocketAddr {
 
 fn consumer_config(config: &Config) -> ConsumerConfig {
     ConsumerConfig {
-        slices: SlicePolicy { first: FIRST_SLICE, largest: LARGEST_SLICE, ..SlicePolicy::default() },
+        slices: SlicePolicy { first: FIRST_SLICE, largest: LARGEST_SLICE },
         first_routed: FIRST_SLICE,
         session_cap: NO_CAP,
         exposure_cap: NO_CAP,

@@ -378,11 +378,7 @@ impl Node<'_> {
     fn consumer_config(&self) -> ConsumerConfig {
         let consumer = &self.config.consumer;
         ConsumerConfig {
-            slices: SlicePolicy {
-                first: sat(consumer.slice_first_direct_sat),
-                largest: sat(consumer.slice_max_sat),
-                ..SlicePolicy::default()
-            },
+            slices: SlicePolicy { first: sat(consumer.slice_first_direct_sat), largest: sat(consumer.slice_max_sat) },
             first_routed: sat(consumer.slice_first_sat),
             session_cap: sat(consumer.max_session_sat),
             exposure_cap: sat(consumer.max_exposure_sat),
