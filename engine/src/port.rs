@@ -248,6 +248,11 @@ pub trait Engine: Send + Sync {
     /// The next event, in order. One reader at a time; dropping the future loses no event. `None` once the engine was
     /// shut down for good and every event was read.
     async fn next_event(&self) -> Option<EngineEvent>;
+
+    /// Whether it takes commands now. One that cannot go down takes them always.
+    fn is_up(&self) -> bool {
+        true
+    }
 }
 
 /// The ids with a meaning of their own.

@@ -35,7 +35,8 @@ impl Trade for Whole {
     }
 
     fn same(known: &EngineFacts, new: &EngineFacts) -> bool {
-        new.model_root == known.model_root && new.build_id == known.build_id
+        let of = |facts: &EngineFacts| (facts.model_root, facts.build_id, facts.instruction_set.clone());
+        of(known) == of(new)
     }
 
     fn to_worker(command: Command) -> ToWorker {
@@ -98,5 +99,9 @@ impl Engine for LlamaEngine {
 
     async fn next_event(&self) -> Option<EngineEvent> {
         self.kept.next_event().await
+    }
+
+    fn is_up(&self) -> bool {
+        self.kept.is_up()
     }
 }

@@ -122,6 +122,10 @@ impl<T: Trade> Kept<T> {
         self.shut_down.send_replace(true);
     }
 
+    pub(crate) fn is_up(&self) -> bool {
+        self.shared.link().is_some()
+    }
+
     /// The child's process id, while it is up.
     pub(crate) fn process_id(&self) -> Option<u32> {
         self.shared.link().as_ref().and_then(|up| up.process)
@@ -277,7 +281,11 @@ impl<T: Trade> Keeper<T> {
     fn adopt(&self, facts: T::Facts) -> Result<(), String> {
         let mut known = self.shared.facts.write().unwrap_or_else(PoisonError::into_inner);
         if !T::same(&known, &facts) {
-            return Err("the model file or the program has changed since this node started".into());
+            return Err(
+                "the model file, the program or the device is another than when this node started, and its listing \
+                        says so: put it back, or start the node again"
+                    .into(),
+            );
         }
         *known = facts;
         Ok(())

@@ -304,4 +304,9 @@ pub trait Stage: Send + Sync {
     /// The next event, in order. One reader at a time; dropping the future loses no event. `None` once the engine was
     /// shut down for good and every event was read.
     async fn next_event(&self) -> Option<StageEvent>;
+
+    /// Whether it takes commands now. One that cannot go down takes them always.
+    fn is_up(&self) -> bool {
+        true
+    }
 }

@@ -51,7 +51,8 @@ impl Trade for Leading {
     }
 
     fn same(known: &EngineFacts, new: &EngineFacts) -> bool {
-        new.model_root == known.model_root && new.build_id == known.build_id
+        let of = |facts: &EngineFacts| (facts.model_root, facts.build_id, facts.instruction_set.clone());
+        of(known) == of(new)
     }
 
     fn to_worker(command: ToLead) -> ToWorker {
@@ -174,5 +175,9 @@ impl Engine for LlamaLead {
 
     async fn next_event(&self) -> Option<EngineEvent> {
         self.events.lock().await.recv().await
+    }
+
+    fn is_up(&self) -> bool {
+        self.kept.is_up()
     }
 }

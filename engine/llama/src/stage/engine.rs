@@ -35,7 +35,8 @@ impl Trade for Layered {
     }
 
     fn same(known: &StageFacts, new: &StageFacts) -> bool {
-        (known.model_root, known.layers, known.build_id) == (new.model_root, new.layers, new.build_id)
+        let of = |facts: &StageFacts| (facts.model_root, facts.layers, facts.build_id, facts.instruction_set.clone());
+        of(known) == of(new)
     }
 
     fn to_worker(command: StageCommand) -> ToWorker {
@@ -87,5 +88,9 @@ impl Stage for LlamaStage {
 
     async fn next_event(&self) -> Option<StageEvent> {
         self.kept.next_event().await
+    }
+
+    fn is_up(&self) -> bool {
+        self.kept.is_up()
     }
 }

@@ -114,6 +114,10 @@ impl Engine for Metered {
         self.saw(&event);
         Some(event)
     }
+
+    fn is_up(&self) -> bool {
+        self.engine.is_up()
+    }
 }
 
 /// The figures of all engines, one series for each model.

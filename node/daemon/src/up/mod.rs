@@ -8,6 +8,7 @@ mod checkpoints;
 mod house;
 mod open;
 mod parts;
+mod window;
 
 pub(crate) use open::{backups, catalogue, chain_source, cold_keys, keys, wallet_network};
 

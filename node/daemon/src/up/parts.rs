@@ -1,6 +1,7 @@
 //! The parts of a running node: what starts each, and what each is started with.
 
 use super::open::{Keys, wallet_network};
+use super::window::{self, Shown};
 use crate::config::Config;
 use crate::door::{self, DoorDesk};
 use crate::drive::{
@@ -229,9 +230,7 @@ impl Node<'_> {
         tokio::spawn(pump.run());
 
         let publisher = match &provider {
-            Some(provider) => {
-                Some(Arc::new(self.publish((&for_sale, &stages, &packs, &leads), &endpoint, provider).await?))
-            }
+            Some(provider) => Some(self.publish((&for_sale, &stages, &packs, &leads), &endpoint, provider).await?),
             None => None,
         };
         let health = match (&heard, &publisher) {
@@ -284,7 +283,7 @@ impl Node<'_> {
         (for_sale, stages, packs, leads): (&[ForSale], &[LayersForSale], &[PackOnSale], &[LedForSale]),
         endpoint: &QuicEndpoint,
         provider: &mpsc::Sender<provider::Message>,
-    ) -> anyhow::Result<Publisher> {
+    ) -> anyhow::Result<Arc<Publisher>> {
         let addresses = self.addresses(endpoint)?;
         let by = Identity {
             node: &self.keys.identity,
@@ -294,11 +293,25 @@ impl Node<'_> {
             region: self.config.provider.region.clone(),
             lightning_address: self.lightning_address(),
         };
-        let whole = for_sale.iter().map(|model| (model.listing(&by), model.id));
-        let layers = stages.iter().map(|stage| (layers::stage_listing(stage, &by), stage.id));
-        let led = leads.iter().map(|led| (layers::led_listing(led, &by), led.id));
-        let experts = packs.iter().map(|pack| (trunks::pack_listing(pack, &by), pack.id));
-        let (listings, ids): (Vec<Listing>, Vec<EngineId>) = whole.chain(layers).chain(experts).chain(led).unzip();
+        let mut shown: Vec<(Shown, EngineId)> = Vec::new();
+        for model in for_sale {
+            let engine = model.engine.port();
+            shown.push((Shown::new(model.listing(&by), move || engine.is_up()), model.id));
+        }
+        for layers in stages {
+            let stage = layers.stage.clone();
+            shown.push((Shown::new(layers::stage_listing(layers, &by), move || stage.is_up()), layers.id));
+        }
+        for pack in packs {
+            let host = pack.host.clone();
+            shown.push((Shown::new(trunks::pack_listing(pack, &by), move || host.process_id().is_some()), pack.id));
+        }
+        for led in leads {
+            let engine = led.engine.clone();
+            shown.push((Shown::new(layers::led_listing(led, &by), move || engine.is_up()), led.id));
+        }
+        let (shown, ids): (Vec<Shown>, Vec<EngineId>) = shown.into_iter().unzip();
+        let listings: Vec<Listing> = shown.iter().map(|shown| shown.listing.clone()).collect();
         let sold: Vec<(String, EngineId, RateCard, EngineProfile)> = listings
             .iter()
             .zip(ids)
@@ -333,6 +346,8 @@ impl Node<'_> {
             }
         });
         publisher.offer(listings).await?.context("the listing of this node is not valid")?;
+        let publisher = Arc::new(publisher);
+        tokio::spawn(window::keep(shown, Arc::downgrade(&publisher), self.shutdown.clone()));
         Ok(publisher)
     }
 
