@@ -7,12 +7,14 @@
 //! | `reader` | [`SqliteReader`]: entries, checkpoints and proofs, also beside a running node |
 //! | `keep` | checkpoints of others, and pruned bodies |
 //! | `keys` | [`KeyStore`]: API keys, what they may spend and what their calls cost |
+//! | `figures` | [`FigureStore`]: which experts a lead's router chose, and how fast its workers answered |
 //! | `lock` | a second process is refused |
 //!
 //! SQLite runs in WAL mode with `synchronous=FULL`: an append that returned is on the disk. This crate decides nothing
 //! about money; it keeps the bytes that it is given.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod figures;
 mod journal;
 mod keep;
 mod keys;
@@ -21,6 +23,7 @@ mod open;
 mod reader;
 mod writer;
 
+pub use figures::{Cost, Costs, ExpertRows, FigureStore, read_figures};
 pub use journal::{Options, SqliteJournal};
 pub use keys::{
     CallEnd, CallRef, CallRow, CallState, HousePayment, InvoiceFor, InvoiceLimits, InvoiceRow, KeyError, KeyStore,
