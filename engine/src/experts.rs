@@ -10,6 +10,7 @@
 //! | [`family`]   | which architectures are split, and what is refused, by name                                  |
 //! | [`manifest`] | what a trunk or pack carries to prove which model it is a part of                              |
 //! | [`trunk`], [`pack`] | the two artefacts: written from a model file as a stream, verified when opened         |
+//! | [`heat`]     | how often each expert was chosen, and packs that are equally busy                             |
 //! | [`call`]     | a layer's question to one host and its answer, with limits and whose fault each error is       |
 //! | [`map`]      | who holds which expert, and which host gets which rows of a step                               |
 //! | [`step`]     | one layer's rows on their way: split by host, lost and asked again, checked, put in slot order |
@@ -20,6 +21,7 @@
 pub mod call;
 pub mod family;
 pub mod group;
+pub mod heat;
 pub mod manifest;
 pub mod map;
 pub mod pack;

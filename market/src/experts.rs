@@ -4,6 +4,10 @@
 //! holders has its rows spread over them, and one of them may be lost. The hash in a listing says which weights are held, so
 //! one that holds others under the same root is refused by name before it is paid a single msat.
 
+mod choose;
+
+pub use choose::{Choosing, Role, choose};
+
 use crate::book::Book;
 use satgrid_types::{
     BuildId, Digest, ExpertSet, ModelRoot, MsatPerMtok, NodeKey, Part, UnixMs, VerifiedListing, experts_hash,
@@ -25,7 +29,8 @@ pub struct ExpertDemand {
     /// Nodes that are not asked: the lead itself, and workers that lied.
     pub not: BTreeSet<NodeKey>,
     /// The lead's own engine: only the same build on the same instruction set computes the same bits.
-    pub build: (BuildId, String),
+    /// None where it is not known yet.
+    pub build: Option<(BuildId, String)>,
     /// The most that a million expert rows may cost.
     pub max_rate: Option<MsatPerMtok>,
 }
@@ -59,7 +64,7 @@ pub fn refusal(listing: &VerifiedListing, demand: &ExpertDemand) -> Option<&'sta
     if listing.experts_hash != Some(hash_of(set, &demand.weights)) {
         return Some("other weights than the model's");
     }
-    if (listing.build, &listing.instruction_set) != (demand.build.0, &demand.build.1) {
+    if demand.build.as_ref().is_some_and(|(build, set)| (&listing.build, &listing.instruction_set) != (build, set)) {
         return Some("another engine build or instruction set");
     }
     match (listing.rates.expert_row, demand.max_rate) {
@@ -131,7 +136,7 @@ mod tests {
             root: Offer::new(1).root(),
             weights: Arc::new(weights()),
             not: BTreeSet::new(),
-            build: (BuildId([6; 32]), "avx2".to_owned()),
+            build: Some((BuildId([6; 32]), "avx2".to_owned())),
             max_rate: None,
         }
     }
@@ -187,7 +192,8 @@ mod tests {
         let both = [(1, EVEN, 9, true), (2, ODD, 30, true)];
         check(&both, |d| d.max_rate = Some(MsatPerMtok(10)), &[], Err("1 too dear"));
         check(&both, |d| d.not = BTreeSet::from([Offer::new(2).node()]), &[], Err("1 left out"));
-        check(&both, |d| d.build.1 = "avx512".into(), &[], Err("2 another engine build"));
+        let other = Some((BuildId([6; 32]), "avx512".to_owned()));
+        check(&both, |d| d.build = other.clone(), &[], Err("2 another engine build"));
         check(&[(1, EVEN, 9, true), (2, ODD, 3, false)], |_| (), &[], Err("1 other weights than the model's"));
         check(
             &[(1, EVEN, 9, true), (2, &[(7, 1)], 3, true)],

@@ -2,11 +2,13 @@
 //!
 //! - [`book`]: the verified listings that are live, and how a newer one replaces an older.
 //! - [`catalogue`]: which model root a name stands for.
-//! - [`experts`]: who sells the experts of a model.
+//! - [`estimate`]: tokens a second of a model that is run whole, by layers or by experts.
+//! - [`experts`]: who sells the experts of a model, and whose the lead buys.
 //! - [`layers`]: layers of a model, cut over those who sell them.
 //! - [`demand`]: what one request needs, and at what price.
 //! - [`planner`]: the choice, its failover order, and a reason for every listing that was not chosen.
 //! - [`reputation`]: what this node itself has settled with a provider, and what it holds against it.
+//! - [`ways`]: a model whole, by layers or by experts, and which is fastest.
 //!
 //! What this room never does: believe a listing that nobody verified, listen to what others say of a provider, or look at
 //! a clock. Receipts between strangers weigh nothing here, because paying oneself is free.
@@ -16,12 +18,14 @@
 pub mod book;
 pub mod catalogue;
 pub mod demand;
+pub mod estimate;
 pub mod experts;
 pub mod layers;
 pub mod planner;
 pub mod reputation;
 #[cfg(test)]
 mod testing;
+pub mod ways;
 
 pub use book::{Applied, Book, BookLimits, BookRefusal};
 pub use catalogue::{Catalogue, CatalogueError, Model, UnknownModel};

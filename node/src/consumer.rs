@@ -252,6 +252,9 @@ impl Consumer {
             }
             ConsumerEvent::WantTicket { call } => self.want_ticket(now, call),
             ConsumerEvent::PartDone { call } => self.part_done(call),
+            ConsumerEvent::WrongRows { worker, statement } => {
+                self.keep_against(now, worker, "wrong-rows", "it gave wrong expert rows", statement);
+            }
             ConsumerEvent::CloseSession { session } => self.begin_close(now, session),
             ConsumerEvent::CloseInvoice { session, result } => self.close_with(now, session, result),
             ConsumerEvent::LinkUp { link } => self.link_up(link),
@@ -293,6 +296,7 @@ impl Consumer {
             | ConsumerEvent::Ordered { .. }
             | ConsumerEvent::Route { .. }
             | ConsumerEvent::PartDone { .. }
+            | ConsumerEvent::WrongRows { .. }
             | ConsumerEvent::CloseSession { .. }
             | ConsumerEvent::CloseInvoice { .. }
             | ConsumerEvent::LinkUp { .. }

@@ -4,7 +4,7 @@
 //! layer once, with the experts that are to evaluate it and the slot that pays for it. The worker answers on the same stream,
 //! one row for each (row, expert) in the call's order, or says by a lost frame why not. Nothing goes on to a third node.
 //!
-//! Beside the rows a call has some 12 bytes and one or two for each expert of a row; an answer some 6.
+//! Beside the rows a call has some 12 bytes and one or two for each expert of a row; an answer some 10.
 
 use crate::hop::HopFault;
 use minicbor::{Decode, Encode};
@@ -54,6 +54,10 @@ pub struct AnswerHeader {
     pub work: u64,
     #[n(1)]
     pub wire: WireType,
+    /// The worker's own time for the call, in microseconds, waiting at its engine included: what is left of the lead's wait was
+    /// the way. It is the worker's word, and serves estimates only.
+    #[n(2)]
+    pub busy_us: u32,
 }
 
 impl CallHeader {
@@ -125,7 +129,8 @@ mod tests {
         assert_eq!(header.check_rows(rows.len(), 2_048), Ok(()));
         assert!(header.check_rows(rows.len() + 4, 2_048).is_err());
         assert_eq!((header.pairs(), header.check_answer(4 * 2_048, 2_048)), (4, Ok(())));
-        let answer = HopFrame::Answer(AnswerHeader { work: 1_000_000, wire: WireType::Bf16 }, vec![1; 64]);
+        let answer =
+            HopFrame::Answer(AnswerHeader { work: 1_000_000, wire: WireType::Bf16, busy_us: 900 }, vec![1; 64]);
         assert_eq!(HopFrame::decode(answer.encode()), Ok(answer));
     }
 

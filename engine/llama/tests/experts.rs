@@ -64,6 +64,15 @@ impl Split {
     }
 
     fn group(&self, witness_per_million: u32, spare: Option<Arc<dyn Spare>>) -> (Arc<ExpertGroup>, Arc<Told>) {
+        self.group_on(WireType::F32, witness_per_million, spare)
+    }
+
+    fn group_on(
+        &self,
+        wire: WireType,
+        witness_per_million: u32,
+        spare: Option<Arc<dyn Spare>>,
+    ) -> (Arc<ExpertGroup>, Arc<Told>) {
         let told = Arc::new(Told::default());
         let config = GroupConfig {
             manifest: self.manifest.clone(),
@@ -71,7 +80,7 @@ impl Split {
             observer: told.clone(),
             witness_per_million,
             seed: [7; 32],
-            wire: WireType::F32,
+            wire,
             call_bytes: MAX_CALL_BYTES,
         };
         (Arc::new(ExpertGroup::new(config)), told)
@@ -216,6 +225,33 @@ async fn families_and_weights_over_one_to_four_workers_are_as_solo() {
         let mut lead = split.lead(group, 8).await;
         assert_eq!(outputs(&mut lead, &jobs()).await, expect, "{architecture} {} over {workers}", kind.name);
     }
+}
+
+/// Rows of a shorter type change what the model says, but not by who evaluates them; most of the first tokens are still the
+/// whole model's.
+#[tokio::test]
+async fn shorter_rows_give_one_text_however_the_experts_are_dealt() {
+    let model = TinyMoe::default();
+    let few = &jobs()[..4];
+    let mut by_wire = Vec::new();
+    for wire in [WireType::Bf16, WireType::Q8_0] {
+        let mut texts = Vec::new();
+        for workers in [1u32, 3] {
+            let split = Split::of(&model, &map::deal(model.layers, model.experts, workers));
+            let (group, _) = split.group_on(wire, 0, None);
+            for pack in 0..workers as usize {
+                let host = split.host(pack, None).await;
+                let claims = host.claims();
+                group.admit(&format!("worker {pack}"), host, &claims, false).unwrap();
+            }
+            texts.push(outputs(&mut split.lead(group, 8).await, few).await);
+        }
+        assert_eq!(texts[0], texts[1], "{}", wire.name());
+        by_wire.push(texts.remove(0));
+    }
+    let exact = solo(&Split::of(&model, &[]), few).await;
+    let first = |texts: &[Vec<u32>]| texts.iter().zip(&exact).filter(|(a, b)| a.first() == b.first()).count();
+    assert!(by_wire.iter().all(|texts| first(texts) >= 3), "{by_wire:?}\n{exact:?}");
 }
 
 #[tokio::test]

@@ -20,8 +20,9 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use satgrid_types::{ExpertSet, WireType};
 
 use super::call::{CallError, ExpertCall, ExpertRows, ExpertStep, HostError, StepError, Work};
+use super::heat::Heat;
 use super::manifest::Manifest;
-use super::map::{Claims, ExpertMap, HostId, MapError, claims};
+use super::map::{Claims, ExpertMap, HostId, MapError, Pace, claims};
 use super::step::{Disagreement, InFlight, Outgoing};
 use super::{ExpertHost, Experts};
 use crate::port::JobId;
@@ -35,8 +36,8 @@ const MAX_LOSSES: u32 = 16;
 pub enum GroupEvent {
     /// The host no longer takes part.
     Out { host: String, reason: String },
-    /// A witness showed that the host returned wrong rows.
-    Lied { host: String, layer: u32, expert: u32 },
+    /// A witness showed that the host returned wrong rows: [`Disagreement::statement`] says which.
+    Lied { host: String, layer: u32, expert: u32, statement: Vec<u8> },
     /// Two hosts differ and nobody could tell who is right.
     Suspects { hosts: [String; 2], layer: u32, expert: u32 },
     /// The lead now holds these experts itself.
@@ -96,7 +97,9 @@ struct State {
     next: u32,
     draw: ChaCha20Rng,
     /// Rows that the router sent to each expert.
-    routed: BTreeMap<(u32, u32), u64>,
+    routed: Heat,
+    /// The same, since somebody took them.
+    heat: Heat,
     /// Jobs whose rows are accounted for.
     accounts: BTreeMap<JobId, JobRows>,
 }
@@ -116,7 +119,8 @@ impl ExpertGroup {
             members: BTreeMap::new(),
             next: 0,
             draw: ChaCha20Rng::from_seed(config.seed),
-            routed: BTreeMap::new(),
+            routed: Heat::new(),
+            heat: Heat::new(),
             accounts: BTreeMap::new(),
         };
         Self { config, state: Mutex::new(state), loading: futures::lock::Mutex::new(()) }
@@ -136,6 +140,10 @@ impl ExpertGroup {
         let id = HostId(state.next);
         state.map.admit(&self.config.manifest, id, name, claims)?;
         state.next += 1;
+        if own {
+            // Nothing lies between, and nobody is paid: it is asked first, while it has little to do.
+            state.map.set_pace(id, Pace { call_ns: 0, ..Pace::default() });
+        }
         let member = Member { host, name: name.to_owned(), own, rows: BTreeMap::new() };
         state.members.insert(id, member);
         Ok(id)
@@ -147,6 +155,29 @@ impl ExpertGroup {
             return Ok(());
         }
         self.state().map.complete(&self.config.manifest)
+    }
+
+    /// How fast a host was found to be, by its name: a fast one gets more of what several hold.
+    pub fn set_pace(&self, name: &str, pace: Pace) {
+        let mut state = self.state();
+        let found = state.members.iter().find(|(_, member)| member.name == name).map(|(id, _)| *id);
+        if let Some(id) = found {
+            state.map.set_pace(id, pace);
+        }
+    }
+
+    /// Whether a host serves, or gets rows only of experts that nobody else holds.
+    pub fn set_standby(&self, name: &str, standby: bool) {
+        let mut state = self.state();
+        let found = state.members.iter().find(|(_, member)| member.name == name).map(|(id, _)| *id);
+        if let Some(id) = found {
+            state.map.set_standby(id, standby);
+        }
+    }
+
+    /// Rows that the router sent to each (layer, expert) since this was last asked.
+    pub fn take_heat(&self) -> Heat {
+        std::mem::take(&mut self.state().heat)
     }
 
     /// Rows that the router sent to each (layer, expert) so far.
@@ -218,9 +249,13 @@ impl ExpertGroup {
         let claims = claims(&self.config.manifest, &missing);
         let no_host = |reason| StepError::NoHost { layer, experts, reason: Some(reason) };
         match spare.load(missing).await {
-            Ok(host) => self.admit("the lead", host, &claims, true).map_err(|error| no_host(error.to_string()))?,
+            Ok(host) => {
+                let id = self.admit("the lead", host, &claims, true).map_err(|error| no_host(error.to_string()))?;
+                // Until somebody holds them again.
+                self.state().map.set_standby(id, true);
+            }
             Err(reason) => return Err(no_host(reason)),
-        };
+        }
         self.config.observer.told(GroupEvent::Loaded { experts: count });
         Ok(())
     }
@@ -339,8 +374,12 @@ impl ExpertGroup {
         }
         for (&expert, host) in ids.iter().zip(filled) {
             *state.routed.entry((layer, expert)).or_default() += 1;
+            *state.heat.entry((layer, expert)).or_default() += 1;
             if let Some(member) = host.and_then(|host| state.members.get_mut(&host)) {
                 *member.rows.entry((layer, expert)).or_default() += 1;
+            }
+            if let Some(host) = host {
+                state.map.gave(*host, 1);
             }
         }
     }
@@ -374,7 +413,9 @@ impl Experts for ExpertGroup {
                         let (layer, expert) = (dispute.question.layer, dispute.expert());
                         wrong.extend(self.judge(&dispute).await);
                         for liar in &wrong {
-                            self.config.observer.told(GroupEvent::Lied { host: self.name(*liar), layer, expert });
+                            let statement = dispute.statement(&manifest.root, *liar);
+                            let host = self.name(*liar);
+                            self.config.observer.told(GroupEvent::Lied { host, layer, expert, statement });
                         }
                         if wrong.is_empty() {
                             let hosts = dispute.hosts.map(|host| self.name(host));

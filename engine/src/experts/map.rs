@@ -1,8 +1,10 @@
 //! Who holds which expert, and who evaluates what of a step.
 //!
 //! A map is made from claims, each checked against the model's own hashes: a host whose pack has other weights under the
-//! same number is named and left out. An expert may have several holders; then the rows of a step go where the
-//! least of that step went so far, the busiest expert first. All rows of one expert in one step go to one host.
+//! same number is named and left out. An expert may have several holders; then the rows of a step go to the one
+//! that would have them done first by its measured [`Pace`], the busiest expert first, and among those alike to the one that
+//! was given the least so far. Hosts that stand by get rows only where nobody else holds the expert. All rows of one expert in
+//! one step go to one host.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -17,6 +19,25 @@ pub struct HostId(pub u32);
 
 /// The experts that a host says it holds, with the hash of each one's weights ([`Manifest::expert_hash`]).
 pub type Claims = BTreeMap<(u32, u32), [u8; 32]>;
+
+/// How fast a host answers, as measured: one call takes `call_ns` and `row_ns` for each of its rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pace {
+    pub call_ns: u64,
+    pub row_ns: u64,
+}
+
+impl Default for Pace {
+    /// Of a host that nobody has measured: a machine in the same city.
+    fn default() -> Self {
+        Self { call_ns: 1_000_000, row_ns: 50_000 }
+    }
+}
+
+/// Hosts that are done within a part of so many of the first one's time count as equally fast.
+const ALIKE: u64 = 16;
+/// Rows given are halved beyond this, for all hosts: what was long ago does not count for ever.
+const GIVEN_MOST: u64 = 1 << 20;
 
 /// Why a host's claims are not taken, or a group cannot begin.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -109,6 +130,11 @@ pub fn claims(manifest: &Manifest, set: &ExpertSet) -> Claims {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ExpertMap {
     holders: BTreeMap<(u32, u32), Vec<HostId>>,
+    paces: BTreeMap<HostId, Pace>,
+    /// Rows that each host was given.
+    given: BTreeMap<HostId, u64>,
+    /// Hosts that get rows only where nobody else holds the expert.
+    standby: BTreeSet<HostId>,
 }
 
 impl ExpertMap {
@@ -136,6 +162,32 @@ impl ExpertMap {
         for holders in self.holders.values_mut() {
             holders.retain(|holder| *holder != id);
         }
+        self.paces.remove(&id);
+        self.given.remove(&id);
+        self.standby.remove(&id);
+    }
+
+    /// How fast a host was found to be.
+    pub fn set_pace(&mut self, id: HostId, pace: Pace) {
+        self.paces.insert(id, pace);
+    }
+
+    /// Whether a host serves, or only stands by.
+    pub fn set_standby(&mut self, id: HostId, standby: bool) {
+        if standby {
+            self.standby.insert(id);
+        } else {
+            self.standby.remove(&id);
+        }
+    }
+
+    /// A host was given rows.
+    pub fn gave(&mut self, id: HostId, rows: u64) {
+        let given = self.given.entry(id).or_default();
+        *given = given.saturating_add(rows);
+        if *given > GIVEN_MOST {
+            self.given.values_mut().for_each(|rows| *rows /= 2);
+        }
     }
 
     pub fn holders(&self, layer: u32, expert: u32) -> &[HostId] {
@@ -160,15 +212,31 @@ impl ExpertMap {
         let mut load: BTreeMap<HostId, u64> = BTreeMap::new();
         let (mut chosen, mut missing) = (BTreeMap::new(), BTreeSet::new());
         for (expert, rows) in busiest {
-            let holders = self.holders(layer, expert);
-            let Some(&host) = holders.iter().min_by_key(|host| (load.get(host).copied().unwrap_or(0), **host)) else {
-                missing.insert(expert);
-                continue;
-            };
-            *load.entry(host).or_default() += rows;
-            chosen.insert(expert, host);
+            match self.next(self.holders(layer, expert), &load, rows) {
+                Some(host) => {
+                    *load.entry(host).or_default() += rows;
+                    chosen.insert(expert, host);
+                }
+                None => {
+                    missing.insert(expert);
+                }
+            }
         }
         if missing.is_empty() { Ok(chosen) } else { Err(missing.into_iter().collect()) }
+    }
+
+    /// Who of an expert's holders gets so many rows more, where each has this load of the step already.
+    fn next(&self, holders: &[HostId], load: &BTreeMap<HostId, u64>, rows: u64) -> Option<HostId> {
+        let serving = holders.iter().any(|host| !self.standby.contains(host));
+        let candidates = holders.iter().filter(|host| !serving || !self.standby.contains(host));
+        let done = |host: &HostId| {
+            let pace = self.paces.get(host).copied().unwrap_or_default();
+            let all = load.get(host).copied().unwrap_or(0).saturating_add(rows);
+            pace.call_ns.saturating_add(pace.row_ns.saturating_mul(all))
+        };
+        let first = candidates.clone().map(done).min()?;
+        let alike = candidates.filter(|host| done(host) <= first.saturating_add(first / ALIKE));
+        alike.min_by_key(|host| (self.given.get(host).copied().unwrap_or(0), **host)).copied()
     }
 }
 
@@ -222,5 +290,33 @@ mod tests {
         map.dismiss(HostId(1));
         assert_eq!(assign(&map, &[(0, 3), (1, 2)]), Ok(vec![0, 0]));
         assert_eq!(assign(&map, &[(0, 3), (2, 2), (7, 1)]), Err::<Vec<u32>, _>(vec![2, 7]));
+    }
+
+    #[test]
+    fn replicas_share_by_pace_and_by_what_they_were_given() {
+        let mut map = ExpertMap::default();
+        for expert in 0..2 {
+            map.holders.insert((0, expert), vec![HostId(0), HostId(1)]);
+        }
+        map.holders.insert((0, 2), vec![HostId(0), HostId(1), HostId(2)]);
+        map.holders.insert((0, 3), vec![HostId(2)]);
+        let one = |map: &ExpertMap, expert: u32| map.assign(0, &BTreeMap::from([(expert, 1)])).unwrap()[&expert].0;
+        // Alike: whoever was given less.
+        assert_eq!(one(&map, 0), 0);
+        map.gave(HostId(0), 1);
+        assert_eq!(one(&map, 0), 1);
+        map.gave(HostId(1), 2);
+        assert_eq!(one(&map, 0), 0);
+        // A far host gets rows only once the near one has so many that it would be done later.
+        map.set_pace(HostId(1), Pace { call_ns: 5_000_000, row_ns: 50_000 });
+        assert_eq!(one(&map, 0), 0);
+        let both = map.assign(0, &BTreeMap::from([(0, 200), (1, 200)])).unwrap();
+        assert_eq!((both[&0], both[&1]), (HostId(0), HostId(1)));
+        // Who stands by serves where nobody else does.
+        map.set_standby(HostId(2), true);
+        assert_eq!((one(&map, 2), one(&map, 3)), (0, 2));
+        map.dismiss(HostId(0));
+        map.dismiss(HostId(1));
+        assert_eq!(one(&map, 2), 2);
     }
 }

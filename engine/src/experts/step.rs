@@ -261,6 +261,24 @@ impl Disagreement {
         pairs.filter(|(_, rows)| !same_bits(rows, truth)).map(|(host, _)| *host).collect()
     }
 
+    /// What shows that a host lied, for who keeps it: canonical CBOR of the model's root, layer, expert, the question's row, the
+    /// row that the host gave and the row that the others compute, as bytes of 32-bit numbers. Whoever holds the model
+    /// can compute the question again; that the host gave this row is the lead's word.
+    pub fn statement(&self, root: &[u8; 32], liar: HostId) -> Vec<u8> {
+        let [a, b] = &self.rows;
+        let (given, other) = if self.hosts.first() == Some(&liar) { (a, b) } else { (b, a) };
+        let bytes = |rows: &[f32]| -> Vec<u8> { rows.iter().flat_map(|number| number.to_le_bytes()).collect() };
+        let (question, given, other) = (bytes(&self.question.rows), bytes(given), bytes(other));
+        let mut out = Vec::new();
+        let mut encoder = minicbor::Encoder::new(&mut out);
+        // Writing to memory does not fail.
+        let _ = (|| {
+            encoder.array(6)?.bytes(root)?.u32(self.question.layer)?.u32(self.expert())?;
+            encoder.bytes(&question)?.bytes(&given)?.bytes(&other)?.ok()
+        })();
+        out
+    }
+
     pub fn expert(&self) -> u32 {
         self.question.work.first().map_or(0, |work| work.expert)
     }

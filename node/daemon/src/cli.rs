@@ -321,6 +321,12 @@ pub(crate) struct SplitArgs {
     /// Deal all experts evenly over so many packs
     #[arg(long, requires = "experts", conflicts_with = "pack")]
     pub packs: Option<u32>,
+    /// Deal by how often the router chose each expert while this node led the model: packs that are equally busy
+    #[arg(long, requires = "packs")]
+    pub by_heat: bool,
+    /// Put so many of the hottest experts of each layer into two packs
+    #[arg(long, requires = "by_heat", value_name = "N", default_value_t = 0)]
+    pub copies: u32,
     /// A pack with these experts, as LAYERS:EXPERTS[;...], for example `*:0-15` or `0:1,3;2:*`; may be repeated
     #[arg(long, requires = "experts")]
     pub pack: Vec<String>,

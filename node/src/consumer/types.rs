@@ -144,6 +144,12 @@ pub enum ConsumerEvent {
     PartDone {
         call: CallId,
     },
+    /// A worker gave rows that others who hold the same weights compute differently.
+    WrongRows {
+        worker: NodeKey,
+        /// The question and both answers.
+        statement: Vec<u8>,
+    },
     /// The operator wants the remainder back.
     CloseSession {
         session: SessionId,

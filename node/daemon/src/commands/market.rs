@@ -1,5 +1,7 @@
 //! `satgrid market list` and `satgrid market why`: read the relays as a consumer would, and say what is there.
 
+mod experts;
+
 use super::print;
 use crate::cli::{Format, Globals, MarketCommand};
 use crate::config::{Config, LeadForSale};
@@ -29,6 +31,10 @@ pub(super) fn run(globals: &Globals, command: &MarketCommand) -> anyhow::Result<
         match command {
             MarketCommand::List => list(globals.format, &market, &listening),
             MarketCommand::Why { model, prompt, output } => {
+                let led = config.provider.models.iter().find(|sold| sold.buy_experts && sold.listed_name() == *model);
+                if let Some(led) = led {
+                    return experts::why(globals.format, &config, &market, led).await;
+                }
                 why(globals.format, &config, &market, model, *prompt, *output)
             }
         }

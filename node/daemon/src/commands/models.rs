@@ -1,8 +1,10 @@
 //! `satgrid models pull|list|show|split|verify`.
 
 use anyhow::Context as _;
+use satgrid_engine::experts::heat::Heat;
 use satgrid_engine::random_model::{RandomModel, SHAPES};
 use satgrid_engine_llama::split_model;
+use satgrid_ledger_sqlite::read_figures;
 use serde_json::json;
 use std::fs::File;
 use std::io::{BufWriter, Write as _};
@@ -10,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use super::print;
 use crate::cli::{Format, Globals, ModelsCommand, SplitArgs};
-use crate::config::Models;
+use crate::config::{Config, Models};
 use crate::failure::{Findings, HintExt};
 use crate::models::{
     CATALOGUE, CHUNK_BYTES, HubOptions, PullError, Record, Reference, Sets, SplitFile, SplitFiles, Store, identify,
@@ -22,14 +24,15 @@ use crate::progress::{Bytes, megabytes};
 const MAX_RANDOM_LAYERS: u32 = 512;
 
 pub(super) fn run(globals: &Globals, command: &ModelsCommand) -> anyhow::Result<()> {
-    let config = globals.load()?.config.models;
+    let all = globals.load()?.config;
+    let config = &all.models;
     let store = Store::new(&config.dir);
     match command {
-        ModelsCommand::Pull { reference, name } => fetch(globals, &config, &store, reference, name.as_deref()),
+        ModelsCommand::Pull { reference, name } => fetch(globals, config, &store, reference, name.as_deref()),
         ModelsCommand::List => list(globals, &store),
         ModelsCommand::Show { model } => show(globals, &store, model),
         ModelsCommand::Random { shape, out, layers } => random(globals, shape, out, *layers),
-        ModelsCommand::Split(args) => split(globals, &store, args),
+        ModelsCommand::Split(args) => split(globals, &all, &store, args),
         ModelsCommand::Verify { models } => verify(globals, &store, models),
     }
 }
@@ -163,11 +166,25 @@ fn find(store: &Store, model: &str) -> anyhow::Result<PathBuf> {
     }
 }
 
-fn split(globals: &Globals, store: &Store, args: &SplitArgs) -> anyhow::Result<()> {
+/// Expert rows that this node counted while it led the model; none where it never did.
+fn counted(config: &Config, root: [u8; 32]) -> Heat {
+    let path = crate::up::beside_journal(config);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let found = runtime.ok().and_then(|runtime| runtime.block_on(read_figures(&path, root)).ok());
+    found.unwrap_or_default().0
+}
+
+fn split(globals: &Globals, config: &Config, store: &Store, args: &SplitArgs) -> anyhow::Result<()> {
     let path = find(store, &args.model)?;
     let Some(layers) = args.layers else {
-        let sets = if args.pack.is_empty() { Sets::Dealt(args.packs.unwrap_or(1)) } else { Sets::Named(&args.pack) };
-        let written = split_experts(&path, &sets, &args.out, Bytes::new);
+        let counted = |root| counted(config, root);
+        let packs = args.packs.unwrap_or(1);
+        let sets = match (args.pack.as_slice(), args.by_heat) {
+            ([], true) => Sets::ByHeat { packs, copies: args.copies },
+            ([], false) => Sets::Dealt(packs),
+            (named, _) => Sets::Named(named),
+        };
+        let written = split_experts(&path, &sets, &counted, &args.out, Bytes::new);
         let written = written.map_err(|error| error.context(format!("{} cannot be split", path.display())))?;
         return tell_split(globals, &written);
     };
@@ -196,13 +213,24 @@ fn tell_split(globals: &Globals, written: &SplitFiles) -> anyhow::Result<()> {
         let files: Vec<_> = written
             .files
             .iter()
-            .map(|file| json!({ "path": file.path, "holds": file.holds, "bytes": file.bytes }))
+            .map(|file| {
+                json!({ "path": file.path, "holds": file.holds, "bytes": file.bytes, "share_permille": file.permille })
+            })
             .collect();
-        return print::json(&json!({ "root": hex::encode(written.root), "files": files }));
+        return print::json(&json!({
+            "root": hex::encode(written.root), "files": files, "counted_rows": written.counted,
+            "busiest_permille": written.worst_permille,
+        }));
     }
-    let row = |file: &SplitFile| vec![file.path.display().to_string(), megabytes(file.bytes), file.holds.clone()];
+    let row = |file: &SplitFile| {
+        let share = file.permille.map_or_else(String::new, |share| format!("{}.{}%", share / 10, share % 10));
+        vec![file.path.display().to_string(), megabytes(file.bytes), share, file.holds.clone()]
+    };
+    let (counted, worst) = (written.counted, written.worst_permille);
+    let by = if counted > 0 { format!("{counted} counted expert rows") } else { "experts counted alike".to_owned() };
+    eprintln!("by {by}, the busiest pack of any layer has {}.{}% of its rows", worst / 10, worst % 10);
     eprintln!("all parts prove that they are of the model with root {}", hex::encode(written.root));
-    print::out(&print::table(&["file", "size", "holds"], written.files.iter().map(row).collect()))
+    print::out(&print::table(&["file", "size", "rows", "holds"], written.files.iter().map(row).collect()))
 }
 
 fn verify(globals: &Globals, store: &Store, names: &[String]) -> anyhow::Result<()> {

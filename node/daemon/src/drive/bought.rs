@@ -13,9 +13,11 @@
 
 mod running;
 mod settle;
+mod workers;
 
 use super::{
     consumer::Message as ConsumerMessage,
+    expert_figures::Dealer,
     hops::HopEvent,
     market::Market,
     rings::{Asked, Buys, Settled},
@@ -60,6 +62,7 @@ pub(crate) struct BoughtParts {
     /// What happens in the group, as far as it is not about this node's own packs.
     pub heard: mpsc::UnboundedReceiver<GroupEvent>,
     pub demand: ExpertDemand,
+    pub dealer: Dealer,
     pub wire: WireType,
     /// Most expert rows that one order may cover.
     pub most_rows: u64,

@@ -416,6 +416,7 @@ fn fault_of(rule: &str) -> Fault {
         rule if rule.starts_with("invoice-") || rule == "payment-hash-reuse" => Fault::WrongInvoice,
         rule if rule.starts_with("overc") || rule.starts_with("count-") || rule == "output-hash" => Fault::Overcount,
         "slice-not-credited" => Fault::Unrefunded,
+        "wrong-rows" => Fault::AuditFailed,
         _ => Fault::BadFrame,
     }
 }

@@ -1,5 +1,6 @@
 //! The engines of a provider, and the listings that say what they run.
 
+use super::expert_figures::{Figures, Timed};
 use super::experts;
 use super::layers::LeadParts;
 use super::rings::Buys;
@@ -15,14 +16,21 @@ use ed25519_dalek::SigningKey;
 use satgrid_engine::port::Engine as _;
 use satgrid_engine::port::{EngineFacts, Profile};
 use satgrid_engine_llama::{EngineConfig, EngineSettings, LlamaEngine, Offload, WorkerProgram, default_threads};
+use satgrid_ledger_sqlite::FigureStore;
 use satgrid_node::provider::EngineId;
 use satgrid_protocol_quic::artefact::Artefacts;
 use satgrid_types::{
-    Bindings, BuildId, Digest, EngineProfile, Listing, ModelRoot, Msat, MsatPerMtok, NostrKey, Part, RateCard, Speed,
-    TokenizerHash, lightning_binding_message, node_key, sign_node_binding,
+    Bindings, BuildId, Digest, EngineProfile, Listing, ModelRoot, Msat, MsatPerMtok, NodeKey, NostrKey, Part, RateCard,
+    Speed, TokenizerHash, lightning_binding_message, node_key, sign_node_binding,
 };
 use satgrid_wallet::Lightning;
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+
+/// Where what is counted and measured of experts is kept, and whose it is.
+pub(crate) struct ExpertFigures {
+    pub store: Arc<FigureStore>,
+    pub ours: NodeKey,
+}
 
 /// One model that is for sale, with its running engine.
 pub(crate) struct ForSale {
@@ -30,6 +38,8 @@ pub(crate) struct ForSale {
     pub engine: RunningEngine,
     /// Of a trunk that buys experts.
     pub buys: Option<Arc<dyn Buys>>,
+    /// What is listed of its speed: measured by its engine, or estimated over those whose experts are bought.
+    pub speed: Option<satgrid_engine::port::Speed>,
     pub name: String,
     pub rates: RateCard,
     pub tokenizer: Bytes,
@@ -38,7 +48,8 @@ pub(crate) struct ForSale {
 
 impl ForSale {
     pub(crate) fn listing(&self, by: &Identity<'_>) -> Listing {
-        OnSale::whole(self.engine.facts(), &self.name, self.rates, self.memory_bytes).listing(by)
+        let facts = EngineFacts { speed: self.speed, ..self.engine.facts() };
+        OnSale::whole(facts, &self.name, self.rates, self.memory_bytes).listing(by)
     }
 }
 
@@ -49,12 +60,12 @@ pub(crate) fn worker_program() -> anyhow::Result<WorkerProgram> {
 }
 
 /// Starts an engine for every model in the configuration, one after the other: each load takes all the cores.
-pub(crate) async fn start(config: &Config) -> anyhow::Result<Vec<ForSale>> {
+pub(crate) async fn start(config: &Config, figures: Option<&ExpertFigures>) -> anyhow::Result<Vec<ForSale>> {
     let mut all = Vec::new();
     // Those that buy wait for the market.
     for (index, model) in config.provider.models.iter().enumerate().filter(|(_, model)| !model.buy_experts) {
         let id = EngineId(u32::try_from(index)?);
-        all.push(start_one(config, model, id, None).await?);
+        all.push(start_one(config, model, id, figures, None).await?);
     }
     Ok(all)
 }
@@ -64,16 +75,18 @@ pub(crate) async fn start_one(
     config: &Config,
     model: &config::ModelForSale,
     id: EngineId,
+    figures: Option<&ExpertFigures>,
     with: Option<LeadParts<'_>>,
 ) -> anyhow::Result<ForSale> {
     let name = model.listed_name();
-    load(config, model, id, with).await.with_context(|| format!("model {name} cannot be sold"))
+    load(config, model, id, figures, with).await.with_context(|| format!("model {name} cannot be sold"))
 }
 
 async fn load(
     config: &Config,
     model: &config::ModelForSale,
     id: EngineId,
+    figures: Option<&ExpertFigures>,
     with: Option<LeadParts<'_>>,
 ) -> anyhow::Result<ForSale> {
     let name = model.listed_name();
@@ -99,7 +112,8 @@ async fn load(
         let engine = upstream::start(model, &upstream, path, inspected, identified.root).await?;
         let memory_bytes = inspected.facts.tensor_bytes;
         let tokenizer = Bytes::from(identified.inspected.tokenizer.bytes);
-        return Ok(ForSale { id, engine, buys: None, name, rates, memory_bytes, tokenizer });
+        let speed = engine.facts().speed;
+        return Ok(ForSale { id, engine, buys: None, speed, name, rates, memory_bytes, tokenizer });
     }
     let settings = EngineSettings {
         model: path,
@@ -118,9 +132,17 @@ async fn load(
     let engine = if identified.inspected.is_trunk {
         let manifest = identified.inspected.manifest()?;
         let (group, heard) = experts::group(model, &engine_config.settings, manifest).await?;
-        let engine = LlamaEngine::spawn_trunk(engine_config, group.clone(), |_| {}).await?;
+        let kept = figures.context("the ledger's database is open before any trunk")?;
+        let figures = Figures::load(kept.store.clone(), identified.root, kept.ours).await;
+        let timed = Arc::new(Timed::new(group.clone(), figures.clone(), model.buy_experts));
+        let engine = LlamaEngine::spawn_trunk(engine_config, timed, |_| {}).await?;
+        tokio::spawn(figures.clone().keep(Arc::downgrade(&group)));
         if let Some(with) = with {
-            buys = Some(trunks::buy(model, id, trunks::Trunk { group, heard, facts: engine.facts() }, with).await);
+            let facts = engine.facts();
+            figures.measured_alone(&speed_of(facts.speed.as_ref()));
+            let trunk = trunks::Trunk { group, heard, facts, figures };
+            let (buyer, estimate) = trunks::buy(model, id, trunk, with).await;
+            buys = Some((buyer, estimate));
         }
         engine
     } else if !model.experts.is_empty() || model.buy_experts {
@@ -136,7 +158,9 @@ async fn load(
     if facts.model_root != identified.root {
         anyhow::bail!("the file changed while it was being loaded");
     }
-    let speed = speed_of(facts.speed.as_ref());
+    let (buys, estimate) = buys.unzip();
+    let listed = estimate.unwrap_or(facts.speed);
+    let speed = speed_of(listed.as_ref());
     tracing::info!(
         model = %name, root = %hex::encode(&facts.model_root[..8]), build = %hex::encode(&facts.build_id[..8]),
         instruction_set = %facts.instruction_set, prefill_tok_s = speed.prefill_mtok_s / 1_000,
@@ -146,6 +170,7 @@ async fn load(
         id,
         engine: RunningEngine::Llama(engine),
         buys,
+        speed: listed,
         name,
         rates,
         memory_bytes: identified.inspected.facts.tensor_bytes,

@@ -232,7 +232,8 @@ impl Running {
             let result = coded(answer.map(|rows| rows.rows), width, &header);
             // Rows first: whoever waits for them is not kept waiting for the books.
             if let (Ok(rows), Some(back)) = (&result, back) {
-                let answer = AnswerHeader { work: header.work, wire: header.wire };
+                let busy_us = u32::try_from(took.as_micros()).unwrap_or(u32::MAX);
+                let answer = AnswerHeader { work: header.work, wire: header.wire, busy_us };
                 let _ = back.send(HopFrame::Answer(answer, rows.bytes.clone())).await;
             }
             let _ = done.send(Done { hop, header, jobs, result, took });

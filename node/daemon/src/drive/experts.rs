@@ -115,7 +115,7 @@ async fn mind(
         // Nobody listens where no experts are bought.
         let _ = others.send(event.clone());
         match event {
-            GroupEvent::Lied { host, layer, expert } => {
+            GroupEvent::Lied { host, layer, expert, .. } => {
                 tracing::error!(%host, layer, expert, "returned wrong rows: a witness computed others");
                 liars.insert(host);
             }

@@ -16,6 +16,7 @@
 //! | [`engines`], [`layers`], [`tokenizers`] | the engine's ports | llama.cpp in child processes |
 //! | [`upstream`] | the engine's port | a server that runs the model already |
 //! | [`experts`], [`trunks`] | the experts' port of a trunk | packs in child processes, and of other nodes |
+//! | [`expert_figures`] | `market::estimate`, `market::experts` | what a trunk's steps and workers take; the ledger's database |
 //!
 //! Every driver is one task with a bounded or naturally bounded inbox; they talk by messages and share no locks but
 //! the book's. All end with one shutdown token.
@@ -29,6 +30,7 @@ pub(crate) mod consumer;
 pub(crate) mod desk;
 pub(crate) mod engines;
 pub(crate) mod expert_desk;
+pub(crate) mod expert_figures;
 pub(crate) mod experts;
 pub(crate) mod figures;
 pub(crate) mod hops;

@@ -3,6 +3,7 @@
 use super::{
     bought::{Bought, BoughtParts},
     engines::{Identity, OnSale, worker_program},
+    expert_figures::{Dealer, Figures, shape},
     layers::{LeadParts, profile_of},
     rings::Buys,
 };
@@ -10,13 +11,15 @@ use crate::config::{ModelForSale, PackForSale};
 use crate::failure::HintExt;
 use satgrid_engine::{
     experts::group::{ExpertGroup, GroupEvent},
-    port::EngineFacts,
+    port::{EngineFacts, Speed},
 };
 use satgrid_engine_llama::{LlamaExperts, PackSettings, default_threads};
 use satgrid_ledger::statements::MAX_EXPERT_COUNTS;
 use satgrid_market::experts::{ExpertDemand, Weights, complete, hash_of};
 use satgrid_node::provider::EngineId;
-use satgrid_types::{BuildId, Listing, ModelRoot, Msat, MsatPerMtok, Part, RateCard, TokenizerHash, node_key};
+use satgrid_types::{
+    BuildId, ExpertSet, Listing, ModelRoot, Msat, MsatPerMtok, Part, RateCard, TokenizerHash, node_key,
+};
 use std::{
     collections::BTreeSet,
     sync::Arc,
@@ -27,6 +30,8 @@ use tokio::sync::mpsc;
 /// How long a lead waits for workers to list the experts that it lacks, before it says what is missing; it goes on waiting.
 const PATIENCE: Duration = Duration::from_secs(30);
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// A lead with a spare begins without workers after this.
+const SPARE_AFTER: Duration = Duration::from_secs(20);
 /// What a listing of experts says of its context: experts know no positions.
 const ANY_CONTEXT: u32 = 1 << 20;
 /// An order covers so many times what its longest answer takes: rows that are lost are evaluated again.
@@ -74,10 +79,8 @@ pub(crate) async fn start_pack(pack: &PackForSale, id: EngineId) -> anyhow::Resu
 pub(crate) fn pack_listing(pack: &PackOnSale, by: &Identity<'_>) -> Listing {
     let facts = pack.host.facts();
     let (set, weights) = (pack.host.set(), pack.host.claims());
-    let speed = satgrid_engine::port::Speed {
-        prefill_millitokens_per_s: facts.millirows_per_s,
-        decode_millitokens_per_s: facts.millirows_per_s,
-    };
+    let speed =
+        Speed { prefill_millitokens_per_s: facts.millirows_per_s, decode_millitokens_per_s: facts.millirows_per_s };
     let on_sale = OnSale {
         model: pack.name.clone(),
         root: facts.model_root,
@@ -103,11 +106,15 @@ pub(crate) struct Trunk {
     pub group: Arc<ExpertGroup>,
     pub heard: mpsc::UnboundedReceiver<GroupEvent>,
     pub facts: EngineFacts,
+    pub figures: Arc<Figures>,
 }
 
+/// Who buys for a trunk, and the speed that the whole is estimated to have.
+pub(crate) type Buyer = (Arc<dyn Buys>, Option<Speed>);
+
 /// Buys the experts that a trunk lacks, of whoever sells them. Waits until every expert is held by somebody.
-pub(crate) async fn buy(model: &ModelForSale, id: EngineId, trunk: Trunk, with: LeadParts<'_>) -> Arc<dyn Buys> {
-    let Trunk { group, heard, facts } = trunk;
+pub(crate) async fn buy(model: &ModelForSale, id: EngineId, trunk: Trunk, with: LeadParts<'_>) -> Buyer {
+    let Trunk { group, heard, facts, figures } = trunk;
     let manifest = group.manifest();
     let weights: Weights = manifest
         .all()
@@ -117,18 +124,27 @@ pub(crate) async fn buy(model: &ModelForSale, id: EngineId, trunk: Trunk, with: 
         root: ModelRoot(facts.model_root),
         weights: Arc::new(weights),
         not: BTreeSet::from([node_key(&with.key)]),
-        build: (BuildId(facts.build_id), facts.instruction_set.clone()),
+        build: Some((BuildId(facts.build_id), facts.instruction_set.clone())),
         max_rate: model.max_price_msat_per_million_expert_rows.map(MsatPerMtok),
     };
     let rows = u64::from(facts.context) * u64::from(manifest.used) * u64::from(manifest.layers);
     let most_rows = rows.saturating_mul(ORDER_MARGIN).min(u64::from(u32::MAX));
     let own: BTreeSet<(u32, u32)> = group.held().collect();
     let name = model.listed_name();
+    let dealer = Dealer {
+        shape: shape(manifest, model.wire.wire_type()),
+        own: ExpertSet::new(own.iter().copied()),
+        weights: demand.weights.clone(),
+        batch: model.slots,
+        figures,
+    };
+    let (endpoint, key) = (with.endpoint.clone(), with.key.clone());
     let bought = Bought::start(BoughtParts {
         engine: id,
         group: group.clone(),
         heard,
         demand: demand.clone(),
+        dealer: dealer.clone(),
         wire: model.wire.wire_type(),
         most_rows,
         market: with.market.clone(),
@@ -139,10 +155,18 @@ pub(crate) async fn buy(model: &ModelForSale, id: EngineId, trunk: Trunk, with: 
     let (began, mut told) = (Instant::now(), false);
     loop {
         let (sellers, refused) = with.market.sellers_of_experts(&demand);
-        // A spare holds what nobody sells.
-        let complete = if model.spare_experts.is_some() { Ok(()) } else { complete(&demand, &own, &sellers, refused) };
+        // A spare holds what nobody sells; those who do are given time to be heard.
+        let spare = model.spare_experts.is_some() && began.elapsed() >= SPARE_AFTER;
+        let complete = if spare { Ok(()) } else { complete(&demand, &own, &sellers, refused) };
         match complete {
-            Ok(()) if group.ready().is_ok() => break,
+            Ok(()) if group.ready().is_ok() => {
+                // What it lists until it has served: an estimate, with what was measured before where there is any.
+                dealer.figures.probe(&endpoint, &key, &sellers).await;
+                let speed = dealer.speed(&sellers);
+                let decode_tok_s = speed.map_or(0, |speed| speed.decode_millitokens_per_s / 1_000);
+                tracing::info!(model = %name, hosts = ?group.hosts(), decode_tok_s, "every expert has a holder");
+                return (bought, speed);
+            }
             Ok(()) => {}
             Err(why) if !told && began.elapsed() >= PATIENCE => {
                 told = true;
@@ -153,6 +177,4 @@ pub(crate) async fn buy(model: &ModelForSale, id: EngineId, trunk: Trunk, with: 
         }
         tokio::time::sleep(LOOK_EVERY).await;
     }
-    tracing::info!(model = %name, hosts = ?group.hosts(), "every expert has a holder");
-    bought
 }

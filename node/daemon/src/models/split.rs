@@ -3,6 +3,7 @@
 //! The model is read as a stream, once for its hashes and once for each file; no tensor is ever whole in memory. A file
 //! appears under its name only when it is complete.
 
+use satgrid_engine::experts::heat::{self, Heat};
 use satgrid_engine::experts::{Manifest, MoeShape, map, pack, trunk};
 use satgrid_engine::gguf::Gguf;
 use satgrid_engine::root::ModelRoot;
@@ -23,6 +24,8 @@ const MAX_PACKS: u32 = 512;
 pub(crate) enum Sets<'a> {
     /// All experts, evenly over so many.
     Dealt(u32),
+    /// All experts over so many, equally busy by what was counted; the hottest of each layer in two.
+    ByHeat { packs: u32, copies: u32 },
     /// Each as the user wrote it.
     Named(&'a [String]),
 }
@@ -31,18 +34,26 @@ pub(crate) enum Sets<'a> {
 pub(crate) struct SplitFiles {
     pub(crate) root: [u8; 32],
     pub(crate) files: Vec<SplitFile>,
+    /// Expert rows by which their load is reckoned; 0 where all experts count alike.
+    pub(crate) counted: u64,
+    /// Of the busiest layer's rows, the thousandths that fall on its busiest pack.
+    pub(crate) worst_permille: u64,
 }
 
 pub(crate) struct SplitFile {
     pub(crate) path: PathBuf,
     pub(crate) holds: String,
     pub(crate) bytes: u64,
+    /// Of all expert rows, the thousandths that fall on it.
+    pub(crate) permille: Option<u64>,
 }
 
-/// Writes `NAME.trunk.gguf` and `NAME.experts-K.gguf` into a folder.
+/// Writes `NAME.trunk.gguf` and `NAME.experts-K.gguf` into a folder. `counted` says how often the router chose each expert of a
+/// model: packs are dealt by it where that is asked, and their load is reckoned by it.
 pub(crate) fn split_experts(
     model: &Path,
     sets: &Sets<'_>,
+    counted: &dyn Fn([u8; 32]) -> Heat,
     out: &Path,
     show: ShowProgress,
 ) -> anyhow::Result<SplitFiles> {
@@ -50,12 +61,19 @@ pub(crate) fn split_experts(
     let gguf = Gguf::read(&mut reader)?;
     let shape =
         MoeShape::admit(&gguf).hint("sell it whole, or by layers where its architecture is admitted for that")?;
-    let sets = wanted(&shape, sets)?;
+    if let Sets::Dealt(packs) | Sets::ByHeat { packs, .. } = sets
+        && (*packs == 0 || *packs > MAX_PACKS.min(shape.experts))
+    {
+        anyhow::bail!("{packs} packs: 1 to {} are possible", MAX_PACKS.min(shape.experts))
+    }
     let bytes = gguf.tensors.iter().map(|tensor| tensor.bytes).sum();
     let progress = show("hashing the model", bytes);
     let root = ModelRoot::compute(&gguf, &mut reader, &mut |bytes| progress.add(bytes))?;
     progress.finish();
     let manifest = Manifest::of_model(&gguf, &root)?;
+    let heat = counted(root.root);
+    let sets = wanted(&shape, sets, &heat)?;
+    let (load, worst_permille) = heat::load(&sets, &heat);
     std::fs::create_dir_all(out)?;
     let stem = model.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
     let name = |part: &str| out.join(format!("{stem}.{part}.gguf"));
@@ -65,25 +83,27 @@ pub(crate) fn split_experts(
     let path = name("trunk");
     let bytes = write(&path, |file| trunk::write(&gguf, &mut reader, &manifest, file, &mut |n| progress.add(n)))?;
     progress.finish();
-    files.push(SplitFile { path, holds: "everything but the experts".to_owned(), bytes });
-    for (number, set) in sets.iter().enumerate() {
+    files.push(SplitFile { path, holds: "everything but the experts".to_owned(), bytes, permille: None });
+    for (number, (set, permille)) in sets.iter().zip(load).enumerate() {
         let path = name(&format!("experts-{}", number + 1));
         let expected = set.pairs().iter().filter_map(|(layer, _)| manifest.expert_bytes(*layer)).sum();
         let progress = show(&format!("writing pack {}", number + 1), expected);
         let bytes =
             write(&path, |file| pack::write(&gguf, &mut reader, &manifest, set, file, &mut |n| progress.add(n)))?;
         progress.finish();
-        files.push(SplitFile { path, holds: format!("experts {}", map::list(set)), bytes });
+        files.push(SplitFile { path, holds: format!("experts {}", map::list(set)), bytes, permille: Some(permille) });
     }
-    Ok(SplitFiles { root: root.root, files })
+    Ok(SplitFiles { root: root.root, files, counted: heat.values().sum(), worst_permille })
 }
 
-fn wanted(shape: &MoeShape, sets: &Sets<'_>) -> anyhow::Result<Vec<ExpertSet>> {
+fn wanted(shape: &MoeShape, sets: &Sets<'_>, heat: &Heat) -> anyhow::Result<Vec<ExpertSet>> {
     match sets {
-        Sets::Dealt(packs) if *packs == 0 || *packs > MAX_PACKS.min(shape.experts) => {
-            anyhow::bail!("{packs} packs: 1 to {} are possible", MAX_PACKS.min(shape.experts))
-        }
         Sets::Dealt(packs) => Ok(map::deal(shape.layers, shape.experts, *packs)),
+        Sets::ByHeat { .. } if heat.is_empty() => {
+            Err(anyhow::anyhow!("nothing was counted of this model in this node's ledger"))
+                .hint("lead it for a while, or leave --by-heat out for an even deal")
+        }
+        Sets::ByHeat { packs, copies } => Ok(heat::place(shape.layers, shape.experts, *packs, *copies, heat)),
         Sets::Named(texts) => texts
             .iter()
             .map(|text| map::parse(text, shape.layers, shape.experts).map_err(anyhow::Error::msg))

@@ -10,7 +10,7 @@ mod open;
 mod parts;
 mod window;
 
-pub(crate) use open::{backups, catalogue, chain_source, cold_keys, keys, wallet_network};
+pub(crate) use open::{backups, beside_journal, catalogue, chain_source, cold_keys, keys, wallet_network};
 
 use house::{Beside, House, HouseBooks};
 

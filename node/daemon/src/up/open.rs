@@ -242,11 +242,18 @@ pub(super) fn patterns(key: &str, texts: &[String]) -> anyhow::Result<Vec<Provid
     texts.iter().map(|text| text.parse().with_context(|| key.to_owned())).collect()
 }
 
+/// Where budgets and figures are kept: in the journal's file, or in one of their own where the journal is on a server.
+pub(crate) fn beside_journal(config: &Config) -> PathBuf {
+    match config.ledger.url {
+        Some(_) => config.node.dir.join("keys.sqlite"),
+        None => config.ledger.path.clone(),
+    }
+}
+
 /// Budgets in the journal's file, which is open already; in one of their own where the journal is on a server.
 pub(super) async fn open_keys(config: &Config) -> anyhow::Result<KeyStore> {
-    let own = config.node.dir.join("keys.sqlite");
-    let path = if config.ledger.url.is_some() { &own } else { &config.ledger.path };
-    KeyStore::open(path).await.with_context(|| format!("the keys in {} cannot be opened", path.display()))
+    let path = beside_journal(config);
+    KeyStore::open(&path).await.with_context(|| format!("the keys in {} cannot be opened", path.display()))
 }
 
 /// What a bitcoin is worth, if the operator named a source.

@@ -1,6 +1,6 @@
 //! The parts of a running node: what starts each, and what each is started with.
 
-use super::open::{Keys, wallet_network};
+use super::open::{Keys, beside_journal, wallet_network};
 use super::window::{self, Shown};
 use crate::config::Config;
 use crate::door::{self, DoorDesk};
@@ -9,7 +9,7 @@ use crate::drive::{
     channels,
     checkpoints::{NOTES, compare_heads},
     consumer::{self, ConsumerDriver, ConsumerView},
-    engines::{self, ForSale, Identity, TokenizersForSale},
+    engines::{self, ExpertFigures, ForSale, Identity, TokenizersForSale},
     fresh_seed,
     hops::Switchboard,
     journal::JournalWriter,
@@ -29,7 +29,7 @@ use crate::store::Store;
 use anyhow::Context;
 use satgrid_engine::{port::Engine, stage::port::Stage};
 use satgrid_engine_llama::{LlamaLead, LlamaStage};
-use satgrid_ledger_sqlite::KeyStore;
+use satgrid_ledger_sqlite::{FigureStore, KeyStore};
 use satgrid_market_nostr::{Publisher, PublisherConfig, RelayConfig, RelayHealth};
 use satgrid_node::{
     consumer::{Consumer, ConsumerConfig, ConsumerEvent},
@@ -41,7 +41,7 @@ use satgrid_protocol_quic::{
     Limits, QuicEndpoint,
     artefact::{ArtefactServer, ServeLimits},
 };
-use satgrid_types::{Digest, EngineProfile, Listing, Msat, NostrKey, RateCard, Terms};
+use satgrid_types::{Digest, EngineProfile, Listing, Msat, NostrKey, RateCard, Terms, node_key};
 use satgrid_wallet::{FailureReason, Lightning, payment::Outcome};
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -93,7 +93,11 @@ impl Node<'_> {
         let (handled, handled_inbox) = mpsc::unbounded_channel();
         let (ended, ended_inbox) = mpsc::unbounded_channel();
         let payments = payments::start(self.wallet.clone(), ended, handled.clone());
-        let mut for_sale = if self.config.is_provider() { engines::start(self.config).await? } else { Vec::new() };
+        let figures = self.expert_figures().await?;
+        let mut for_sale = match self.config.is_provider() {
+            true => engines::start(self.config, figures.as_ref()).await?,
+            false => Vec::new(),
+        };
         let first = u32::try_from(self.config.provider.models.len())?;
         let mut stages = Vec::new();
         for (stage, id) in self.config.provider.stages.iter().zip(first..) {
@@ -157,7 +161,7 @@ impl Node<'_> {
         };
         let models = self.config.provider.models.iter().zip(0..).filter(|(model, _)| model.buy_experts);
         for (model, id) in models.filter(|_| self.config.is_provider()) {
-            for_sale.push(engines::start_one(self.config, model, EngineId(id), Some(with()?)).await?);
+            for_sale.push(engines::start_one(self.config, model, EngineId(id), figures.as_ref(), Some(with()?)).await?);
         }
         for (lead, id) in self.config.provider.leads.iter().zip(first..) {
             let with = with()?;
@@ -256,6 +260,18 @@ impl Node<'_> {
             consumer_view,
             closed,
         })
+    }
+
+    /// The figures of trunks that this node leads, if it leads any.
+    async fn expert_figures(&self) -> anyhow::Result<Option<ExpertFigures>> {
+        let models = &self.config.provider.models;
+        if !models.iter().any(|model| model.buy_experts || !model.experts.is_empty() || model.spare_experts.is_some()) {
+            return Ok(None);
+        }
+        let path = beside_journal(self.config);
+        let store = FigureStore::open(&path).await;
+        let store = store.with_context(|| format!("the figures in {} cannot be opened", path.display()))?;
+        Ok(Some(ExpertFigures { store: Arc::new(store), ours: node_key(&self.keys.identity) }))
     }
 
     fn endpoint(&self) -> anyhow::Result<QuicEndpoint> {

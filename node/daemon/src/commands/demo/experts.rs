@@ -4,7 +4,7 @@
 //! The model is a tiny random mixture of experts: what it says means nothing, and every bit of it counts.
 
 use anyhow::Context;
-use satgrid_engine::experts::map;
+use satgrid_engine::experts::{heat::Heat, map};
 use satgrid_engine::tiny_moe::TinyMoe;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -31,7 +31,9 @@ pub(super) fn prepare(dir: &Path) -> anyhow::Result<(PathBuf, Parts)> {
     let model = TinyMoe { layers: 4, n_embd: 128, n_ff: 64, experts: 16, used: 4, ..TinyMoe::default() };
     let path = dir.join("tiny-moe.gguf");
     std::fs::write(&path, model.to_bytes()?).with_context(|| format!("cannot write {}", path.display()))?;
-    let written = split_experts(&path, &Sets::Dealt(PACKS), &dir.join("parts"), |_, _| Bytes::silent())?;
+    // Nobody has led it yet.
+    let counted = |_| Heat::new();
+    let written = split_experts(&path, &Sets::Dealt(PACKS), &counted, &dir.join("parts"), |_, _| Bytes::silent())?;
     let mut sets = map::deal(model.layers, model.experts, PACKS).into_iter();
     let mut rows = Vec::new();
     for (number, file) in written.files.iter().enumerate() {

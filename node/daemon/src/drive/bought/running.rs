@@ -1,33 +1,28 @@
 //! The task that buys experts: workers, orders, calls under way.
 
 use super::{
-    ANSWER_WITHIN, Answer, BoughtParts, CALLS_EACH, ConsumerMessage, FIRST_CALL, LOOK_EVERY, ORDER_WITHIN, PaidHost,
-    Said, TRY_AGAIN, jobs_of,
+    ANSWER_WITHIN, Answer, BoughtParts, CALLS_EACH, ConsumerMessage, FIRST_CALL, LOOK_EVERY, ORDER_WITHIN, Said,
+    jobs_of, workers::Worker,
 };
 use crate::drive::{
     hops::{HopEvent, Outgoing},
-    now,
     rings::Asked,
 };
 use satgrid_engine::{
-    experts::{AnswerError, ExpertCall, ExpertRows, HostError, group::GroupEvent, map},
+    experts::{AnswerError, ExpertCall, ExpertRows, HostError},
     port::JobId,
     stage::codec::HiddenRows,
 };
 use satgrid_ledger::statements::{ExpertCount, PartOrder};
-use satgrid_market::Fault;
 use satgrid_node::consumer::{CallId, ConsumerEvent, Emission, Leg, Submit};
 use satgrid_protocol::{
     experts::{CallHeader, CallRow},
     hop::{HopFrame, TicketFrame},
 };
-use satgrid_types::{
-    ExpertSet, NodeKey, Part, PartUsage, RequestId, Sampling, SessionId, UnixMs, VerifiedListing, node_key,
-};
+use satgrid_types::{NodeKey, PartUsage, RequestId, Sampling, SessionId, VerifiedListing, node_key};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 use tokio::sync::{mpsc, oneshot};
 
@@ -35,17 +30,6 @@ use tokio::sync::{mpsc, oneshot};
 const TELL_ROWS: u64 = 1_024;
 /// What is ordered is told so many rows ahead, so that it need not be told with every call.
 const AHEAD_ROWS: u64 = 8_192;
-
-/// Somebody who sells experts of the model.
-pub(super) struct Worker {
-    pub listing: Arc<VerifiedListing>,
-    set: ExpertSet,
-    hop: Option<Outgoing>,
-    /// In the group.
-    inside: bool,
-    lost_at: Option<(UnixMs, Instant)>,
-    pub lied: bool,
-}
 
 /// One worker's part in a job.
 pub(super) struct Order {
@@ -78,6 +62,8 @@ struct UnderWay {
     answer: Answer,
     since: Instant,
     sent: bool,
+    /// Of its rows, as they were sent.
+    bytes: usize,
 }
 
 pub(super) struct Running {
@@ -90,11 +76,8 @@ pub(super) struct Running {
     calls: BTreeMap<u64, UnderWay>,
     next_work: u64,
     next_call: u64,
-}
-
-/// The name of a worker in the group.
-pub(super) fn name_of(worker: &NodeKey) -> String {
-    format!("worker {worker}")
+    /// When it was last dealt who serves.
+    pub dealt: Option<Instant>,
 }
 
 impl Running {
@@ -102,7 +85,7 @@ impl Running {
         let next_call = FIRST_CALL + (u64::from(parts.engine.0) << CALLS_EACH);
         let ours = node_key(&parts.key);
         let (workers, jobs, calls) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        Running { parts, ours, said, ear, workers, jobs, calls, next_work: 0, next_call }
+        Running { parts, ours, said, ear, workers, jobs, calls, next_work: 0, next_call, dealt: None }
     }
 
     pub(super) async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Said>, mut hops: mpsc::Receiver<HopEvent>) {
@@ -135,9 +118,10 @@ impl Running {
                 let (orders, legs) = (BTreeMap::new(), Vec::new());
                 self.jobs.insert(job, Job { request, orders, legs, over: false, answer: None });
                 // Sessions and slices take their time; the prompt is on its way meanwhile.
-                let inside: Vec<NodeKey> =
-                    self.workers.iter().filter(|(_, worker)| worker.inside).map(|(key, _)| *key).collect();
-                inside.into_iter().flat_map(|worker| self.order(job, worker)).collect()
+                // Who stands by is ordered when it is first asked.
+                let serving = self.workers.iter().filter(|(_, worker)| worker.inside && worker.serves);
+                let serving: Vec<NodeKey> = serving.map(|(key, _)| *key).collect();
+                serving.into_iter().flat_map(|worker| self.order(job, worker)).collect()
             }
             Said::Call { worker, call, answer } => self.called(worker, call, answer),
             Said::Emission(job, worker, call, emission) => self.emission(job, worker, call, emission),
@@ -220,7 +204,7 @@ impl Running {
         }
         let work = self.next_work;
         self.next_work += 1;
-        self.calls.insert(work, UnderWay { worker, call, answer, since: Instant::now(), sent: false });
+        self.calls.insert(work, UnderWay { worker, call, answer, since: Instant::now(), sent: false, bytes: 0 });
         orders.extend(self.flush(worker));
         orders
     }
@@ -312,7 +296,7 @@ impl Running {
                 return Vec::new();
             }
         };
-        (under_way.sent, under_way.since) = (true, Instant::now());
+        (under_way.sent, under_way.since, under_way.bytes) = (true, Instant::now(), rows.len());
         let mut orders = Vec::new();
         for row in &header.rows {
             let order = self.jobs.get_mut(&JobId(row.slot)).and_then(|job| job.orders.get_mut(&worker));
@@ -338,7 +322,10 @@ impl Running {
         match event {
             HopEvent::Back { from, frame: HopFrame::Answer(header, rows), .. } => {
                 let Some(under_way) = self.take(header.work, &from) else { return Vec::new() };
-                let width = self.parts.group.manifest().n_embd;
+                let (width, waited) = (self.parts.group.manifest().n_embd, under_way.since.elapsed());
+                let busy = Duration::from_micros(header.busy_us.into());
+                let bytes = under_way.bytes.saturating_add(rows.len());
+                self.parts.dealer.figures.answered(from, bytes, under_way.call.work.len(), waited, busy);
                 let count = u32::try_from(under_way.call.work.len()).unwrap_or(u32::MAX);
                 let coded = HiddenRows { wire: self.parts.wire, count, bytes: rows };
                 let answer = if header.wire == self.parts.wire {
@@ -414,34 +401,6 @@ impl Running {
         }
     }
 
-    /// What happened in the group.
-    fn group(&mut self, event: GroupEvent) -> Vec<ConsumerMessage> {
-        match event {
-            GroupEvent::Out { host, .. } => {
-                let found = self.workers.iter_mut().find(|(key, _)| name_of(key) == host);
-                if let Some((_, worker)) = found {
-                    (worker.inside, worker.lost_at) = (false, Some((now(), Instant::now())));
-                }
-                Vec::new()
-            }
-            GroupEvent::Lied { host, .. } => {
-                let found = self.workers.keys().find(|key| name_of(key) == host).copied();
-                let Some(liar) = found else { return Vec::new() };
-                self.parts.market.fault(now(), liar, Fault::AuditFailed);
-                self.distrust(&liar)
-            }
-            GroupEvent::Suspects { .. } | GroupEvent::Loaded { .. } => Vec::new(),
-        }
-    }
-
-    /// It gave what is wrong: nothing more is ordered of it, and nothing signed beyond what came back.
-    fn distrust(&mut self, worker: &NodeKey) -> Vec<ConsumerMessage> {
-        if let Some(worker) = self.workers.get_mut(worker) {
-            worker.lied = true;
-        }
-        Vec::new()
-    }
-
     /// Deadlines, counts that were not told yet, and who sells now.
     fn look(&mut self) -> Vec<ConsumerMessage> {
         let within = |under_way: &UnderWay| if under_way.sent { ANSWER_WITHIN } else { ORDER_WITHIN };
@@ -460,55 +419,6 @@ impl Running {
         self.admit();
         let open = self.jobs.values_mut().flat_map(|job| job.orders.values_mut());
         open.filter(|order| !order.over && order.returned_sum > order.told_returned).map(tell).collect()
-    }
-
-    /// Takes in who sells and is not in the group.
-    fn admit(&mut self) {
-        let mut demand = self.parts.demand.clone();
-        demand.not.extend(self.workers.iter().filter(|(_, worker)| worker.lied).map(|(key, _)| *key));
-        let (sellers, _) = self.parts.market.sellers_of_experts(&demand);
-        for listing in sellers {
-            let Part::Experts(set) = &listing.part else { continue };
-            let (key, set) = (listing.node_key, set.clone());
-            if let Some(worker) = self.workers.get_mut(&key) {
-                let same = worker.set == set;
-                worker.listing = Arc::clone(&listing);
-                if worker.inside && !same {
-                    self.parts.group.withdraw(&name_of(&key), "it holds other experts now");
-                    worker.inside = false;
-                }
-                worker.set = set.clone();
-                let back = worker.lost_at.is_none_or(|(at, since)| {
-                    let listed_since = UnixMs::from_secs(listing.created_at()) > at;
-                    listed_since || (since.elapsed() >= TRY_AGAIN && self.parts.group.ready().is_err())
-                });
-                if worker.inside || !back {
-                    continue;
-                }
-            }
-            let name = name_of(&key);
-            let host = Arc::new(PaidHost { worker: key, said: self.said.clone() });
-            let claims = map::claims(self.parts.group.manifest(), &set);
-            let admitted = self.parts.group.admit(&name, host, &claims, false);
-            let worker = self.workers.entry(key).or_insert_with(|| {
-                let (inside, lost_at, lied) = (false, None, false);
-                Worker { listing: Arc::clone(&listing), set, hop: None, inside, lost_at, lied }
-            });
-            match admitted {
-                Ok(_) => {
-                    worker.inside = true;
-                    let price = listing.rates.expert_row.map_or(0, |rate| rate.0);
-                    tracing::info!(
-                        worker = %key.short(), experts = %map::list(&worker.set),
-                        msat_per_million_rows = price, "experts are bought here"
-                    );
-                }
-                Err(error) => {
-                    worker.lied = true;
-                    tracing::error!(worker = %key.short(), %error, "experts cannot be bought here");
-                }
-            }
-        }
     }
 }
 

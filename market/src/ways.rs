@@ -1,0 +1,129 @@
+//! Whole, by layers, or by experts: which way a model gives the most tokens a second now.
+//!
+//! Each way is judged by the same figure, the time of a step of so many streams: a seller of the whole model by its own word;
+//! layers by the workers' own words and a hop for each; experts by what the lead measured ([`crate::estimate`]). A way that is not
+//! to be had is named with its reason.
+
+use crate::{
+    estimate::{listed_step_us, tokens_per_s},
+    layers::{HOP_US, Planned},
+};
+use core::fmt;
+use satgrid_types::{NodeKey, Part, VerifiedListing};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+/// How a model is run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Way {
+    Whole,
+    Layers,
+    Experts,
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Way::Whole => "whole",
+            Way::Layers => "layers",
+            Way::Experts => "experts",
+        })
+    }
+}
+
+/// The fastest seller of the whole model for so many streams at a time, of those that are not left out, and its step.
+pub fn whole<'a>(
+    listings: &'a [Arc<VerifiedListing>],
+    not: &BTreeSet<NodeKey>,
+    batch: u32,
+) -> Option<(&'a Arc<VerifiedListing>, f64)> {
+    let fits = |listing: &&Arc<VerifiedListing>| {
+        listing.part == Part::Whole && listing.slots >= batch && !not.contains(&listing.node_key)
+    };
+    let timed = listings.iter().filter(fits).filter_map(|l| Some((l, listed_step_us(&l.speed, batch)?)));
+    timed.min_by(|(a, x), (b, y)| x.total_cmp(y).then_with(|| a.id().cmp(&b.id())))
+}
+
+/// A step over these workers, whose lead keeps the first and the last layer; `None` where one of them names no speed or holds
+/// fewer streams.
+pub fn layers_step_us(plan: &[Planned], batch: u32) -> Option<f64> {
+    let (mut compute, mut layers) = (0.0, 0_u32);
+    for part in plan {
+        if part.listing.slots < batch {
+            return None;
+        }
+        compute += listed_step_us(&part.listing.speed, batch)?;
+        layers = layers.saturating_add(part.range.layers());
+    }
+    if layers == 0 {
+        return None;
+    }
+    // The lead's two layers are taken to be as the others; rows come back to it.
+    let own = 2.0 * compute / f64::from(layers);
+    let hops = (plan.len() as f64 + 1.0) * HOP_US as f64;
+    Some(compute + own + hops)
+}
+
+/// The way with the shortest step, of those that are to be had.
+pub fn pick(steps: &[(Way, Option<f64>)]) -> Option<Way> {
+    let timed = steps.iter().filter_map(|(way, step)| Some((*way, (*step)?)));
+    timed.min_by(|(a, x), (b, y)| x.total_cmp(y).then_with(|| a.cmp(b))).map(|(way, _)| way)
+}
+
+/// A step as tokens a second, for tables.
+pub fn shown(batch: u32, step_us: Option<f64>) -> String {
+    step_us.map_or_else(|| "-".to_owned(), |step| format!("{:.1}", tokens_per_s(batch, step)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Offer;
+    use satgrid_types::LayerRange;
+
+    fn offer(provider: u32, decode_mtok_s: u64, slots: u32, part: Part) -> Arc<VerifiedListing> {
+        Arc::new(Offer { decode_mtok_s, slots, part, layer_price: Some(1), ..Offer::new(provider) }.verified())
+    }
+
+    #[test]
+    fn the_fastest_whole_seller_that_holds_so_many_streams() {
+        let listings = [
+            offer(1, 20_000, 32, Part::Whole),
+            offer(2, 50_000, 4, Part::Whole),
+            offer(3, 90_000, 32, Part::Whole),
+            offer(4, 99_000, 32, Part::Layers(LayerRange::new(1, 3).unwrap())),
+        ];
+        let us = |not: &[u32], batch| {
+            let not = not.iter().map(|p| Offer::new(*p).node()).collect();
+            whole(&listings, &not, batch).map(|(listing, _)| listing.node_key)
+        };
+        assert_eq!(us(&[3], 1), Some(Offer::new(2).node()));
+        assert_eq!(us(&[3], 8), Some(Offer::new(1).node()));
+        assert_eq!(us(&[], 8), Some(Offer::new(3).node()));
+        assert_eq!(us(&[], 64), None);
+    }
+
+    #[test]
+    fn layers_are_their_workers_and_their_hops() {
+        let planned = |provider, a, b| {
+            let range = LayerRange::new(a, b).unwrap();
+            Planned { range, listing: offer(provider, 100_000, 8, Part::Layers(range)) }
+        };
+        let step = layers_step_us(&[planned(1, 1, 5), planned(2, 5, 9)], 1).unwrap();
+        // 20 ms for 8 layers, 5 ms for the lead's 2, 3 hops.
+        assert!((step - (20_000.0 + 5_000.0 + 3.0 * HOP_US as f64)).abs() < 1.0, "{step}");
+        assert_eq!(layers_step_us(&[planned(1, 1, 5)], 9), None);
+        assert_eq!(layers_step_us(&[], 1), None);
+    }
+
+    #[test]
+    fn the_shortest_step_is_picked() {
+        assert_eq!(
+            pick(&[(Way::Whole, None), (Way::Layers, Some(9.0)), (Way::Experts, Some(8.0))]),
+            Some(Way::Experts)
+        );
+        assert_eq!(pick(&[(Way::Whole, Some(8.0)), (Way::Experts, Some(8.0))]), Some(Way::Whole));
+        assert_eq!(pick(&[(Way::Whole, None)]), None);
+        assert_eq!((shown(8, Some(1e6)), shown(8, None)), ("8.0".to_owned(), "-".to_owned()));
+    }
+}
