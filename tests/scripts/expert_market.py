@@ -22,11 +22,71 @@ class Packs:
         out = os.path.join(dir, "parts")
         split = json.loads(run("--format", "json", "models", "split", model, "--experts", "--packs", workers, "--out", out))
         self.root, (self.trunk, *self.files) = split["root"], split["files"]
+        self.dir, self.everything = dir, None
         say(f"model {self.root[:16]} is cut: a trunk for the lead, {len(self.files)} packs for workers")
+
+    def all(self):
+        """A pack with every expert: what a lead may keep for itself."""
+        if not self.everything:
+            out = os.path.join(self.dir, "everything")
+            self.everything = json.loads(run("--format", "json", "models", "split", self.model, "--experts", "--pack", "*:*", "--out", out))["files"][1]["path"]
+        return self.everything
+
+
+def engines(node):
+    """The processes that compute for a node."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat") as stat, open(f"/proc/{pid}/cmdline") as line:
+                if int(stat.read().rsplit(")", 1)[1].split()[1]) == node.child.pid and "engine-worker" in line.read():
+                    found.append(int(pid))
+        except (OSError, IndexError, ValueError):
+            continue
+    return found
+
+
+def memory(pid):
+    """Bytes of a process's own memory: without the pages of files, the program's among them."""
+    with open(f"/proc/{pid}/status") as status:
+        return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status.read())[1])
+
+
+def weights(pid, pack):
+    """Where weights of a pack are in the memory of the process that serves it, and what they are."""
+    with open(pack, "rb") as file:
+        data = file.read()
+    # Pieces all over the file; such a piece is nowhere else in the process.
+    step = max(64, len(data) // 512 // 64 * 64)
+    pieces = [data[at:at + 32] for at in range(len(data) // 4, len(data) - 64, step)]
+    found = []
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", buffering=0) as mem:
+        for line in maps:
+            span, rights, *_ = line.split()
+            first, last = (int(part, 16) for part in span.split("-"))
+            # All of them are in one piece of memory.
+            if not rights.startswith("rw") or not len(data) // 2 < last - first < 4 << 30:
+                continue
+            try:
+                mem.seek(first)
+                held = mem.read(last - first)
+            except OSError:
+                continue
+            found += [(first + at, piece) for piece in pieces if (at := held.find(piece)) >= 0]
+    return found
+
+
+def spoil(pid, found):
+    """Changes these weights, as a cheat or a broken machine would: the shipped program proves every expert when it loads it, and has
+    no way to be told to lie. The highest bits of the mantissa: other numbers, none of them infinite."""
+    with open(f"/proc/{pid}/mem", "r+b", buffering=0) as mem:
+        for at, piece in found:
+            mem.seek(at)
+            mem.write(bytes(byte ^ 0x40 if n % 4 == 2 else byte for n, byte in enumerate(piece)))
 
 
 class ExpertMarket(Market):
-    def __init__(self, dir, parts, prices, spare=None, wire="f32", slots=4, context=1024, threads=1, door=None, asks=ASKS, place=lambda worker: ""):
+    def __init__(self, dir, parts, prices, spare=None, wire="f32", slots=4, context=1024, threads=1, door=None, asks=ASKS, place=lambda worker: "", witness=0, judge=None):
         """`place` as of a `Market`."""
         self.dir, self.parts, self.prices = dir, parts, list(prices)
         self.name = os.path.splitext(os.path.basename(parts.model))[0].lower()
@@ -51,6 +111,7 @@ class ExpertMarket(Market):
             self.prices.append(prices[spare])
         self.leads = [Node(dir, "lead", world, ["provider", "consumer"], tables=(
             f'[[provider.models]]\npath = "{parts.trunk["path"]}"\nalias = "{self.name}"\nbuy_experts = true\n'
+            + f"witness_per_million = {witness}\n" + (f'spare_experts = "{judge}"\n' if judge else "") +
             f'wire = "{wire}"\nmax_price_msat_per_million_expert_rows = {2 * max(prices)}\n{asks}{shape}{place(None)}'))]
         self.solo = Node(dir, "solo", world, ["provider"], tables=(
             f'[[provider.models]]\npath = "{parts.model}"\nalias = "{self.name}"\n{asks}{shape}{place(None)}'))

@@ -189,6 +189,19 @@ fn a_model_over_paid_workers_one_of_them_killed() {
 
 #[test]
 #[ignore = "needs the built binary: tests/scripts/e2e.sh"]
+fn experts_of_paid_workers_one_killed_and_one_lying() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("tiny-moe.gguf");
+    assert!(satgrid().args(["devnet", "tiny-moe"]).arg(&model).status().unwrap().success());
+    for how in ["--kill", "--lie"] {
+        let found = split::run("demo-experts.py", &dir.path().join(how), &model, &["--tokens", "48", how]);
+        assert!(found["same"] == true && found["clean"] == true, "{found:#}");
+        assert!(found["placement"]["why"]["counted_rows"].as_u64().unwrap() > 0, "{found:#}");
+    }
+}
+
+#[test]
+#[ignore = "needs the built binary: tests/scripts/e2e.sh"]
 fn two_leads_take_each_others_places_at_their_workers() {
     let dir = tempfile::tempdir().unwrap();
     let found = split::run("crowd-split.py", dir.path(), &real_model(), &[]);
