@@ -126,8 +126,12 @@ fn copy(offers: &[Offered<'_>], with: &Choosing<'_>, roles: &mut [Role]) {
     let mut now = split(offers, with, roles).step_us(with.batch);
     while serving(roles) < MOST_SERVING {
         let mut best: Option<(usize, f64)> = None;
-        let waiting: Vec<usize> = (0..roles.len()).filter(|at| roles.get(*at) == Some(&Role::StandsBy)).collect();
-        for at in waiting.into_iter().take(MOST_TRIED) {
+        // Nobody is paid for a copy of what the lead holds.
+        let lacks = |offer: &Offered<'_>| offer.set.pairs().iter().any(|place| !with.own.contains(place.0, place.1));
+        let waiting = offers.iter().zip(roles.iter()).enumerate();
+        let waiting = waiting.filter(|(_, (offer, role))| **role == Role::StandsBy && lacks(offer));
+        let waiting: Vec<usize> = waiting.map(|(at, _)| at).take(MOST_TRIED).collect();
+        for at in waiting {
             let mut tried = roles.to_vec();
             tried.iter_mut().skip(at).take(1).for_each(|role| *role = Role::Copies);
             let took = split(offers, with, &tried).step_us(with.batch);
