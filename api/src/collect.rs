@@ -72,7 +72,7 @@ pub(crate) async fn whole(mut head: Head, mut events: CompletionStream) -> Resul
                     arguments.push_str(&delta);
                 }
             }
-            CompletionEvent::Choice { .. } => {}
+            CompletionEvent::Choice { .. } | CompletionEvent::Embedding { .. } => {}
             CompletionEvent::Ended { reason } => {
                 choice.end(reason).ok_or_else(|| ServiceError::cut_short(Bill::default()))?;
             }

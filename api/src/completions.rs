@@ -1,4 +1,5 @@
-//! `POST /v1/chat/completions` and `POST /v1/completions`: parse, admit, then one JSON object or a stream.
+//! `POST /v1/chat/completions`, `POST /v1/completions`, `/v1/responses` and `/v1/embeddings`: parse, admit, then one JSON object
+//! or a stream.
 //!
 //! The status stays open until the first text, the end, an error, or [`FIRST_EVENT_WAIT`]: so a refusal or a provider
 //! that fails at once is an HTTP error, and a long prefill shows life in time.
@@ -21,11 +22,12 @@ use crate::{
     choices::{self, Reply},
     collect,
     config::limits::{FIRST_EVENT_WAIT, MAX_IDEMPOTENCY_KEY_BYTES},
+    embeddings,
     error::ApiError,
     gate::Caller,
     idempotency::{Identity, JoinError, Joined, RunKey},
     reply::{Flavour, Head, finish_word},
-    request::{self, Echo, Parsed},
+    request::{self, Echo, Encoding, Parsed},
     responses,
     router::Edge,
     service::{Bill, CallContext, CompletionEvent, CompletionRequest, CompletionStream, Prompt, Service, ServiceError},
@@ -63,11 +65,28 @@ pub(crate) async fn responses(
     answer.map_err(|error| error.renamed("messages", "input").renamed("max_tokens", "max_output_tokens"))
 }
 
+pub(crate) async fn embeddings(
+    State(edge): State<Arc<Edge>>,
+    Extension(caller): Extension<Caller>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let answer = complete(edge, caller, Endpoint::Embeddings, request).await;
+    answer.map_err(|error| error.renamed("messages", "input"))
+}
+
 /// How a reply is read and written.
 #[derive(Debug, Clone, Copy)]
 enum Endpoint {
     Chunks(Flavour),
     Responses,
+    Embeddings,
+}
+
+/// What the reply's writer must know of the request.
+enum Form {
+    Completion,
+    Response(Box<Echo>),
+    Rows(Encoding),
 }
 
 impl Endpoint {
@@ -75,21 +94,31 @@ impl Endpoint {
         match self {
             Endpoint::Chunks(flavour) => flavour.id_prefix(),
             Endpoint::Responses => "resp_",
+            Endpoint::Embeddings => "embd-",
         }
     }
 
-    /// The request, and for a response what it repeats of it.
-    fn read(self, body: &[u8], fresh_seed: u64) -> Result<(Parsed, Option<Echo>), ApiError> {
+    async fn read(self, edge: &Edge, body: &[u8]) -> Result<(Parsed, Form), ApiError> {
+        let fresh_seed = fresh_seed(edge);
         match self {
-            Endpoint::Chunks(flavour) => request::completion(flavour, body, fresh_seed).map(|parsed| (parsed, None)),
-            Endpoint::Responses => request::response(body, fresh_seed).map(|(parsed, echo)| (parsed, Some(echo))),
+            Endpoint::Chunks(flavour) => {
+                request::completion(flavour, body, fresh_seed).map(|parsed| (parsed, Form::Completion))
+            }
+            Endpoint::Responses => {
+                request::response(body, fresh_seed).map(|(parsed, echo)| (parsed, Form::Response(Box::new(echo))))
+            }
+            Endpoint::Embeddings => {
+                let (parsed, encoding, dimensions) = request::embeddings(body)?;
+                embeddings::check_dimensions(edge, &parsed.request.model, dimensions).await?;
+                Ok((parsed, Form::Rows(encoding)))
+            }
         }
     }
 
     const fn flavour(self) -> Flavour {
         match self {
             Endpoint::Chunks(flavour) => flavour,
-            Endpoint::Responses => Flavour::Chat,
+            Endpoint::Responses | Endpoint::Embeddings => Flavour::Chat,
         }
     }
 
@@ -99,6 +128,7 @@ impl Endpoint {
             Endpoint::Chunks(Flavour::Text) => 0,
             Endpoint::Chunks(Flavour::Chat) => 1,
             Endpoint::Responses => 2,
+            Endpoint::Embeddings => 3,
         }
     }
 }
@@ -114,7 +144,7 @@ async fn complete(edge: Arc<Edge>, caller: Caller, endpoint: Endpoint, request: 
     let (parts, body) = request.into_parts();
     let run_key = run_key(&parts.headers, &caller, endpoint)?;
     let body = body::read(&edge.config, body).await?;
-    let (parsed, echo) = endpoint.read(&body, fresh_seed(&edge))?;
+    let (parsed, form) = endpoint.read(&edge, &body).await?;
     let (stream, include_usage) = (parsed.stream, parsed.include_usage);
     let run_key = run_key.map(|key| (key, Sha256::digest(&body).into()));
     drop((body, reading));
@@ -134,15 +164,16 @@ async fn complete(edge: Arc<Edge>, caller: Caller, endpoint: Endpoint, request: 
     let mut closing = edge.closing.clone();
     let work = async {
         if !stream {
-            return match echo {
-                None => collect::whole(head, events).await,
-                Some(echo) => responses::whole(head, echo, events).await,
+            return match form {
+                Form::Completion => collect::whole(head, events).await,
+                Form::Response(echo) => responses::whole(head, *echo, events).await,
+                Form::Rows(encoding) => embeddings::whole(head, encoding, events).await,
             };
         }
         let (choice, first) = first_event(&mut head, &mut events).await?;
-        let frames: Box<dyn Frames> = match echo {
-            None => Box::new(ChunkWriter::new(head, include_usage, choice)),
-            Some(echo) => Box::new(responses::Reply::new(head, echo)),
+        let frames: Box<dyn Frames> = match form {
+            Form::Response(echo) => Box::new(responses::Reply::new(head, *echo)),
+            Form::Completion | Form::Rows(_) => Box::new(ChunkWriter::new(head, include_usage, choice)),
         };
         Ok(response(StreamJob {
             frames,
@@ -225,7 +256,7 @@ async fn echoed(service: &dyn Service, request: &CompletionRequest) -> Result<Op
     match &request.prompt {
         Prompt::Text(text) => Ok(Some(text.clone())),
         Prompt::Tokens(tokens) => service.detokenize(request.model.clone(), tokens.clone()).await.map(Some),
-        Prompt::Messages(_) => Ok(None),
+        Prompt::Messages(_) | Prompt::Embed(_) => Ok(None),
     }
 }
 
@@ -257,6 +288,7 @@ async fn first_event(
                 event @ (CompletionEvent::Text { .. }
                 | CompletionEvent::Reasoning { .. }
                 | CompletionEvent::Logprobs { .. }
+                | CompletionEvent::Embedding { .. }
                 | CompletionEvent::ToolCall { .. }
                 | CompletionEvent::Arguments { .. }
                 | CompletionEvent::Ended { .. }),

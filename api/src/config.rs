@@ -18,6 +18,8 @@ pub mod limits {
     pub const MAX_STOPS: usize = 4;
     pub const MAX_STOP_BYTES: usize = 256;
     pub const MAX_MESSAGES: usize = 4_096;
+    /// Texts of one request for embeddings: OpenAI's own limit.
+    pub const MAX_TEXTS: usize = 2_048;
     pub const MAX_MODEL_NAME_BYTES: usize = 256;
     pub const MAX_FALLBACK_MODELS: usize = 8;
     /// Replies to one request: `n`, times the prompts of a legacy request.

@@ -180,10 +180,11 @@ pub(crate) fn is_open(path: &str) -> bool {
 const CHAT: &str = "/v1/chat/completions";
 const TEXT: &str = "/v1/completions";
 const RESPONSES: &str = "/v1/responses";
+const EMBEDDINGS: &str = "/v1/embeddings";
 
 /// Paths that cost money.
 pub(crate) fn is_sold(path: &str) -> bool {
-    matches!(path, CHAT | TEXT | RESPONSES)
+    matches!(path, CHAT | TEXT | RESPONSES | EMBEDDINGS)
 }
 
 /// Answers a completion without a key: 402, with an invoice over what it can cost.
@@ -196,6 +197,7 @@ pub(crate) async fn challenge(edge: &Edge, address: &str, request: Request) -> R
     // What is wrong with a request is told before it is paid for.
     let parsed = match path.as_str() {
         RESPONSES => request::response(&body, 0).map(|(parsed, _)| parsed)?,
+        EMBEDDINGS => request::embeddings(&body).map(|(parsed, _, _)| parsed)?,
         TEXT => request::completion(Flavour::Text, &body, 0)?,
         _ => request::completion(Flavour::Chat, &body, 0)?,
     };

@@ -171,6 +171,7 @@ impl From<ServiceError> for ApiError {
                 ApiError::new(StatusCode::NOT_FOUND, "model_not_found", message).param("model")
             }
             ServiceError::ContextLength { .. } => ApiError::bad("context_length_exceeded", "messages", message),
+            ServiceError::WrongKind { .. } => ApiError::bad("unsupported_model", "model", message),
             ServiceError::InvalidRequest { param, .. } => ApiError::bad("invalid_value", param, message),
             ServiceError::Forbidden { code, .. } => ApiError::new(StatusCode::FORBIDDEN, code, message),
             ServiceError::InsufficientFunds(short) => {

@@ -17,6 +17,7 @@ mod collect;
 mod completions;
 mod config;
 mod door;
+mod embeddings;
 mod error;
 mod gate;
 mod histogram;

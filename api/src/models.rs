@@ -50,16 +50,6 @@ pub(crate) async fn detokenize(State(edge): State<Arc<Edge>>, request: Request) 
     Ok(Json(DetokenizeReply { content: prompt.clone(), prompt }).into_response())
 }
 
-/// Known to clients, so the answer names the model rather than the path: no model sold today makes embeddings.
-pub(crate) async fn embeddings(State(edge): State<Arc<Edge>>, request: Request) -> Result<Response, ApiError> {
-    let body = body::read(&edge.config, request.into_body()).await?;
-    let model = request::model_only(&body)?;
-    if edge.service.models().await.iter().all(|known| known.id != model) {
-        return Err(ServiceError::UnknownModel { model }.into());
-    }
-    Err(ApiError::bad("unsupported_model", "model", format!("`{model}` does not make embeddings.")))
-}
-
 pub(crate) async fn health(State(edge): State<Arc<Edge>>) -> Response {
     health_of(&*edge.service, edge.closing.is_draining()).await
 }

@@ -294,6 +294,9 @@ pub(crate) struct ModelReply {
     per_request_msat: u64,
     sellers: u32,
     quantizations: Vec<String>,
+    /// Of a model that embeds texts and writes none: numbers in a row.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    embedding_dimensions: Option<u32>,
     model_root: Option<String>,
 }
 
@@ -334,6 +337,7 @@ impl ModelReply {
             per_request_msat: model.rates.per_request.0,
             sellers: model.sellers,
             quantizations: model.quantisations,
+            embedding_dimensions: model.embeds,
             model_root: model.root.map(|root| root.to_string()),
             id: model.id,
         }

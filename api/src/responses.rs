@@ -184,7 +184,7 @@ impl Reply {
         }
         self.begin();
         match event {
-            CompletionEvent::Started { .. } | CompletionEvent::Choice { .. } => {}
+            CompletionEvent::Started { .. } | CompletionEvent::Choice { .. } | CompletionEvent::Embedding { .. } => {}
             CompletionEvent::Logprobs { tokens } => self.logprobs.extend(tokens),
             CompletionEvent::Text { delta } if delta.is_empty() => {}
             CompletionEvent::Text { delta } => self.text(&delta),

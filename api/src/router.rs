@@ -71,7 +71,7 @@ pub(crate) fn router(
         .route("/v1/responses", post(completions::responses))
         .route("/v1/tokenize", post(models::tokenize))
         .route("/v1/detokenize", post(models::detokenize))
-        .route("/v1/embeddings", post(models::embeddings))
+        .route("/v1/embeddings", post(completions::embeddings))
         .route("/v1/estimate", post(keys::estimate))
         .route("/v1/generations/{id}", get(keys::generation))
         .route("/v1/key", get(keys::own))

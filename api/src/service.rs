@@ -79,6 +79,8 @@ pub struct ModelInfo {
     pub sellers: u32,
     /// Sorted, each once: `Q4_K_M`, `F16`.
     pub quantisations: Vec<String>,
+    /// It embeds texts and writes none: how many numbers a row has.
+    pub embeds: Option<u32>,
 }
 
 /// Who asks and how long they wait.
@@ -157,6 +159,14 @@ pub enum Prompt {
     /// To be tokenised as it is.
     Text(String),
     /// To be evaluated as it is.
+    Tokens(Vec<u32>),
+    /// To be embedded: the answer is a row for each, and no text.
+    Embed(Vec<TextToEmbed>),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TextToEmbed {
+    Text(String),
     Tokens(Vec<u32>),
 }
 
@@ -273,6 +283,10 @@ pub enum CompletionEvent {
     Reasoning {
         delta: String,
     },
+    /// The row of the next text that is embedded, in their order: little-endian 32-bit floats, of length 1 as a vector.
+    Embedding {
+        row: Vec<u8>,
+    },
     /// Tokens of the text that comes next.
     Logprobs {
         tokens: Vec<TokenLogprob>,
@@ -310,6 +324,7 @@ impl CompletionEvent {
             | CompletionEvent::Reasoning { delta }
             | CompletionEvent::Arguments { delta, .. } => delta.len(),
             CompletionEvent::ToolCall { name, .. } => name.len(),
+            CompletionEvent::Embedding { row } => row.len(),
             CompletionEvent::Logprobs { tokens } => {
                 let of = |token: &LikelyToken| token.bytes.len().saturating_add(16);
                 tokens.iter().map(|t| of(&t.token).saturating_add(t.top.iter().map(of).sum())).sum()
@@ -391,6 +406,13 @@ pub enum ServiceError {
          {prompt_tokens} tokens. Please reduce the length of the messages."
     )]
     ContextLength { prompt_tokens: u32, context_length: u32 },
+    /// The model embeds where a text was asked for, or the other way round.
+    #[error("{}", wrong_kind(.model, *.embeds))]
+    WrongKind {
+        model: String,
+        /// What the model does.
+        embeds: bool,
+    },
     #[error("{message}")]
     InvalidRequest { param: String, message: String },
     /// The key may not do this: another model, or no completions at all.
@@ -429,6 +451,16 @@ pub enum ServiceError {
     /// The detail goes to the log, not to the client.
     #[error("This node failed; the log names the cause under this request's id.")]
     Internal { detail: String },
+}
+
+fn wrong_kind(model: &str, embeds: bool) -> String {
+    if embeds {
+        format!("`{model}` embeds texts and writes none: ask it by POST /v1/embeddings.")
+    } else {
+        format!(
+            "`{model}` writes texts and makes no embeddings: choose a model that /v1/models shows with `embedding_dimensions`."
+        )
+    }
 }
 
 /// Money that is missing, and how to bring it.

@@ -183,6 +183,8 @@ impl ChunkWriter {
                 }
             }
             CompletionEvent::Choice { index } => self.current = index,
+            // No stream is asked for rows.
+            CompletionEvent::Embedding { .. } => {}
             CompletionEvent::Logprobs { tokens } => self.choice().logprobs.extend(tokens),
             CompletionEvent::Text { delta } if delta.is_empty() => {}
             CompletionEvent::Text { delta } => self.text(&delta, out),

@@ -3,6 +3,8 @@
 //! `UPDATE_GOLDEN=1 cargo test -p satgrid-api` rewrites `tests/golden/`; read the difference before committing it.
 #![allow(clippy::unwrap_used)]
 
+#[path = "http/embeddings.rs"]
+mod embeddings;
 mod support;
 
 use std::{
@@ -243,8 +245,7 @@ async fn paths_and_methods_that_are_not_there() {
         (post("/v1/batches", "{}"), 404, "not_found"),
         (get("/v1/models/none/such"), 404, "model_not_found"),
         (post("/v1/tokenize", json!({"model": "none", "prompt": "x"})), 404, "model_not_found"),
-        (post("/v1/embeddings", json!({"model": "none", "input": "x"})), 404, "model_not_found"),
-        (post("/v1/embeddings", json!({"model": "org/tiny", "input": "x"})), 400, "unsupported_model"),
+        (post("/v1/embeddings", json!({"model": "embedder"})), 400, "missing_required_parameter"),
         (get("/v1/chat/completions"), 405, "method_not_allowed"),
         (post("/v1/models", "{}"), 405, "method_not_allowed"),
         (post("/v1/chat/completions", "{nope"), 400, "invalid_json"),

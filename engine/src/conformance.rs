@@ -9,9 +9,12 @@
 mod bench;
 mod cases;
 mod extras;
+mod texts;
 mod tokens;
 
 use crate::port::{Engine, Tokenizer};
+
+pub use texts::embedding_conformance;
 
 /// Runs every case. Text comes out the same only where the profile promises it (`Exact`); everything else holds for
 /// all.

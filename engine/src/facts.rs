@@ -45,6 +45,26 @@ pub struct ModelFacts {
     /// Bytes of all tensors' data.
     #[n(13)]
     pub tensor_bytes: u64,
+    /// The model embeds texts: how the rows of one become its row. Absent: it writes.
+    #[n(14)]
+    pub pooling: Option<Pooling>,
+    /// It sees a text in both directions, so that no piece of one can be computed before the rest is there.
+    #[n(15)]
+    pub both_ways: bool,
+}
+
+/// How an embedding model makes one row of a text's many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(index_only)]
+pub enum Pooling {
+    #[n(0)]
+    Mean,
+    /// The first token's row.
+    #[n(1)]
+    Cls,
+    /// The last token's row.
+    #[n(2)]
+    Last,
 }
 
 /// Why a file's metadata does not describe a model.
@@ -54,6 +74,12 @@ pub enum FactsError {
     Missing { key: String },
     #[error("metadata {key:?} is {value}, which is out of range")]
     OutOfRange { key: String, value: u64 },
+    #[error("{key:?} is {value}: the model ranks pairs of texts, and nothing here asks for that")]
+    Ranks { key: String, value: u64 },
+    #[error(
+        "the model reads a text in both directions and {key:?} does not say how it embeds: it can neither write nor embed"
+    )]
+    Mute { key: String },
 }
 
 impl ModelFacts {
@@ -84,8 +110,28 @@ impl ModelFacts {
             quantisation: quantisation(gguf),
             parameters: gguf.tensors.iter().fold(0, |sum, tensor| tensor.elements().saturating_add(sum)),
             tensor_bytes: gguf.tensors.iter().fold(0, |sum, tensor| tensor.bytes.saturating_add(sum)),
+            pooling: pooling(gguf, &architecture)?,
+            both_ways: both_ways(gguf, &architecture),
             architecture,
         })
+    }
+}
+
+fn both_ways(gguf: &Gguf, architecture: &str) -> bool {
+    gguf.get(&format!("{architecture}.attention.causal")).and_then(Value::as_bool) == Some(false)
+}
+
+/// llama.cpp's `llama_pooling_type`; a model that generates has none, or 0.
+fn pooling(gguf: &Gguf, architecture: &str) -> Result<Option<Pooling>, FactsError> {
+    let key = format!("{architecture}.pooling_type");
+    match gguf.uint(&key).unwrap_or(0) {
+        0 if both_ways(gguf, architecture) => Err(FactsError::Mute { key }),
+        0 => Ok(None),
+        1 => Ok(Some(Pooling::Mean)),
+        2 => Ok(Some(Pooling::Cls)),
+        3 => Ok(Some(Pooling::Last)),
+        4 => Err(FactsError::Ranks { key, value: 4 }),
+        value => Err(FactsError::OutOfRange { key, value }),
     }
 }
 
@@ -212,10 +258,34 @@ mod tests {
             quantisation: "Q8_0".to_owned(),
             parameters: 64 + 512,
             tensor_bytes: 256 + 544,
+            pooling: None,
+            both_ways: false,
         };
         assert_eq!(read, expect);
         let named = facts(|writer| width(writer).set("general.file_type", Value::U32(15))).unwrap();
         assert_eq!(named.quantisation, "Q4_K_M");
+    }
+
+    #[test]
+    fn how_a_model_embeds_is_read() {
+        let with = |kind: Option<u32>, causal: bool| {
+            facts(|writer| {
+                let writer = writer
+                    .set("qwen3moe.embedding_length", Value::I32(512))
+                    .set("qwen3moe.attention.causal", Value::Bool(causal));
+                kind.map_or(writer.clone(), |kind| writer.set("qwen3moe.pooling_type", Value::U32(kind)))
+            })
+            .map(|facts| facts.pooling)
+        };
+        assert_eq!(with(None, true), Ok(None));
+        assert_eq!(with(Some(0), true), Ok(None));
+        assert_eq!(with(Some(1), false), Ok(Some(Pooling::Mean)));
+        assert_eq!(with(Some(2), false), Ok(Some(Pooling::Cls)));
+        assert_eq!(with(Some(3), true), Ok(Some(Pooling::Last)));
+        let key = "qwen3moe.pooling_type".to_owned();
+        assert_eq!(with(None, false), Err(FactsError::Mute { key: key.clone() }));
+        assert_eq!(with(Some(4), true), Err(FactsError::Ranks { key: key.clone(), value: 4 }));
+        assert_eq!(with(Some(9), true), Err(FactsError::OutOfRange { key, value: 9 }));
     }
 
     #[test]

@@ -10,8 +10,9 @@
 //! - [`part`]: layers `[a, b)` of a model as a file of their own that proves which model they are of.
 //! - [`stage`]: a model over several machines: the ports of a stage and of the ring between, and hidden rows as bytes.
 //! - [`draft`]: guesses of what comes next, verified several at once where a trip through the model is dear.
+//! - [`embedder`]: the machine of engines whose model embeds texts instead of writing them.
 //! - [`experts`]: a mixture-of-experts model whose experts live elsewhere: artefacts, calls, hosts.
-//! - [`random_model`]: real shapes with random weights, for benchmarks. [`tiny`], [`tiny_shapes`], [`tiny_moe`]: seeded
+//! - [`random_model`]: real shapes with random weights, for benchmarks. [`tiny`], [`tiny_bert`], [`tiny_shapes`], [`tiny_moe`]: seeded
 //!   random models for tests. `toy` (a feature): a deterministic engine without weights, for tests and simulation.
 //!
 //! This crate never opens a file or socket, reads no clock and no random source: bytes, seeds, dates and
@@ -22,6 +23,7 @@
 #[cfg(feature = "conformance")]
 pub mod conformance;
 pub mod draft;
+pub mod embedder;
 pub mod experts;
 pub mod facts;
 pub mod gguf;
@@ -36,6 +38,7 @@ pub mod stage;
 pub mod stop;
 pub mod template;
 pub mod tiny;
+pub mod tiny_bert;
 pub mod tiny_moe;
 pub mod tiny_shapes;
 pub mod tokenizer_artefact;

@@ -28,6 +28,9 @@
 //! - All `Tokens` of a job are consecutive from index 0. An end-of-generation token is delivered and counted like any
 //!   other; its piece is empty, so it adds no text. Likewise the token that completes a stop string: the reader of
 //!   the tokens cuts the text (see `stop::TextStream`).
+//! - A job that embeds ([`Extras::embed`]) has no output tokens. Its texts' rows come as `Embedded`, in order, each before the
+//!   `Prefilled` that covers its text's last position. An engine whose model reads a text whole covers granted positions of a
+//!   text that is not granted whole yet: it evaluates them once it is. Such a job ends with `Stop`, or is cancelled.
 //! - `Finished::evaluated` counts positions that the model computed: `prompt - cached + max(output - 1, 0)` for a job
 //!   that ran to its end, since the last token drawn is never fed back.
 
@@ -41,7 +44,7 @@ use minicbor::{Decode, Encode};
 use crate::facts::ModelFacts;
 
 pub use crate::sampling::Logprobs;
-pub use job::{Extras, Job, JobError, JobId, MAX_STOP_BYTES, MAX_STOPS};
+pub use job::{Extras, Job, JobError, JobId, MAX_STOP_BYTES, MAX_STOPS, MAX_TEXTS};
 
 /// What the node asks.
 #[derive(Debug, Clone, PartialEq, Encode, Decode)]
@@ -136,6 +139,16 @@ pub enum EngineEvent {
         #[n(2)]
         entries: Vec<Logprobs>,
     },
+    /// The row of the text of this index, of a job that embeds: little-endian f32 numbers, of length 1 as a vector.
+    #[n(7)]
+    Embedded {
+        #[n(0)]
+        job: JobId,
+        #[n(1)]
+        index: u32,
+        #[cbor(n(2), with = "minicbor::bytes")]
+        row: Vec<u8>,
+    },
 }
 
 impl EngineEvent {
@@ -145,6 +158,7 @@ impl EngineEvent {
             Self::Prefilled { job, .. }
             | Self::Tokens { job, .. }
             | Self::Logprobs { job, .. }
+            | Self::Embedded { job, .. }
             | Self::Finished { job, .. }
             | Self::Failed { job, .. } => Some(*job),
             Self::Down { .. } | Self::Up => None,

@@ -10,6 +10,7 @@ use std::io::{self, Write};
 use rand_chacha::ChaCha20Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
+use crate::facts::Pooling;
 use crate::gguf::{Array, GgufWriter, Tensor, TensorType, Value, WriteError};
 
 const UNKNOWN: u32 = 0;
@@ -44,6 +45,8 @@ pub struct TinyModel {
     /// Goes into `general.name`.
     pub name: String,
     pub chat_template: Option<String>,
+    /// It embeds, and writes nothing.
+    pub pooling: Option<Pooling>,
 }
 
 impl Default for TinyModel {
@@ -56,6 +59,7 @@ impl Default for TinyModel {
             context: 4096,
             name: "tiny-random".to_owned(),
             chat_template: None,
+            pooling: None,
         }
     }
 }
@@ -108,6 +112,10 @@ impl TinyModel {
             .set("llama.rope.freq_base", Value::F32(10_000.0))
             .set("llama.vocab_size", Value::U32(vocabulary.len() as u32));
         let writer = tokenizer(writer, vocabulary);
+        let writer = match self.pooling {
+            Some(pooling) => writer.set("llama.pooling_type", Value::U32(pooling_number(pooling))),
+            None => writer,
+        };
         match &self.chat_template {
             Some(template) => writer.set("tokenizer.chat_template", Value::string(template.clone())),
             None => writer,
@@ -141,6 +149,15 @@ impl TinyModel {
     /// One tensor's data; each tensor has a random stream of its own.
     fn weights(&self, tensor: &Tensor, stream: u64) -> io::Result<Vec<u8>> {
         weights(self.seed, tensor, stream)
+    }
+}
+
+/// llama.cpp's `llama_pooling_type`.
+pub(crate) fn pooling_number(pooling: Pooling) -> u32 {
+    match pooling {
+        Pooling::Mean => 1,
+        Pooling::Cls => 2,
+        Pooling::Last => 3,
     }
 }
 

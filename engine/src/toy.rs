@@ -10,6 +10,7 @@
 mod asynchronous;
 mod engine;
 mod model;
+mod texts;
 
 pub use asynchronous::AsyncToy;
 pub use engine::ToyEngine;
@@ -30,6 +31,8 @@ pub struct ToyConfig {
     pub context: u32,
     /// Most prompt positions per step.
     pub batch: u32,
+    /// The toy embeds texts, with so many numbers a row; else it writes.
+    pub embeds: Option<u32>,
     pub faults: Faults,
 }
 
@@ -42,6 +45,7 @@ impl Default for ToyConfig {
             queue: 64,
             context: 4096,
             batch: 512,
+            embeds: None,
             faults: Faults::default(),
         }
     }

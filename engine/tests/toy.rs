@@ -6,7 +6,7 @@ use std::future::Future;
 use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 
-use satgrid_engine::conformance::conformance;
+use satgrid_engine::conformance::{conformance, embedding_conformance};
 use satgrid_engine::port::{Command, Engine, EngineDown, EngineEvent, Job, JobId, Profile};
 use satgrid_engine::sampling::Sampling;
 use satgrid_engine::toy::{AsyncToy, Faults, ToyConfig, ToyEngine, ToyTokenizer};
@@ -31,6 +31,15 @@ fn the_toy_passes_the_suite() {
     check(ToyConfig { profile: Profile::Fast, model_seed: 7, ..ToyConfig::default() });
     check(ToyConfig { slots: 2, batch: 1, context: 512, model_seed: 8, ..ToyConfig::default() });
     check(ToyConfig { slots: 16, batch: 7, model_seed: 9, ..ToyConfig::default() });
+}
+
+#[test]
+fn the_toy_embeds() {
+    for (profile, batch, slots) in [(Profile::Exact, 512, 4), (Profile::Fast, 512, 2), (Profile::Fast, 5, 16)] {
+        let toy = AsyncToy::new(ToyConfig { profile, batch, slots, embeds: Some(48), ..ToyConfig::default() });
+        now(embedding_conformance(&toy, &ToyTokenizer));
+        assert_eq!(toy.with(ToyEngine::poll_event), None, "nothing is left over");
+    }
 }
 
 #[test]

@@ -92,6 +92,11 @@ fn event() -> impl Strategy<Value = EngineEvent> {
             first,
             entries: vec![Logprobs { drawn_micro: -5, top }],
         }),
+        (id(), any::<u32>(), vec(any::<u8>(), 0..9)).prop_map(|(job, index, row)| EngineEvent::Embedded {
+            job,
+            index,
+            row
+        }),
     ]
 }
 

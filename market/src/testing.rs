@@ -107,6 +107,7 @@ impl Offer {
             lightning_address: None,
             lightning_unproven: false,
             experts_hash: self.experts,
+            embeds: None,
             bindings: Bindings::default(),
         };
         let message = lightning_binding_message(&listing.node_key);

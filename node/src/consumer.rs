@@ -23,6 +23,7 @@
 mod calls;
 mod caps;
 mod credit;
+mod embeds;
 mod flow;
 mod hold;
 mod links;

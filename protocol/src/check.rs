@@ -118,6 +118,8 @@ pub struct Counted {
     pub running_hash: Digest,
     /// Of a worker: the most that was ordered of it, kind by kind.
     pub ordered: Option<PartUsage>,
+    /// Of texts that are embedded: prompt tokens up to the last one of the first text whose row has not come. None: all.
+    pub embedded: Option<u32>,
 }
 
 /// What is wrong with an acknowledgement or a receipt. The provider's fault.
@@ -129,6 +131,8 @@ pub enum CountFault {
     Output { claimed: u32, received: u32 },
     #[error("{claimed} prompt tokens claimed, the prompt has {prompt}")]
     Prompt { claimed: u32, prompt: u32 },
+    #[error("{claimed} prompt tokens claimed, the rows that came cover fewer than {short_of}")]
+    Rows { claimed: u32, short_of: u32 },
     #[error("part work claimed that was not ordered: {claimed:?} of {ordered:?}")]
     Part { claimed: Option<PartUsage>, ordered: Option<PartUsage> },
     #[error("expert rows: {why}")]
@@ -152,6 +156,7 @@ impl CountFault {
             CountFault::OutOfOrder => "count-out-of-order",
             CountFault::Output { .. } => "overcount-output",
             CountFault::Prompt { .. } => "overcount-prompt",
+            CountFault::Rows { .. } => "overcount-rows",
             CountFault::Part { .. } => "overcount-part",
             CountFault::Experts { .. } => "expert-counts",
             CountFault::Inconsistent => "count-inconsistent",
@@ -273,6 +278,11 @@ fn usage(claimed: &TokenUsage, acked: &TokenUsage, open: &RequestOpen, counted: 
     }
     if claimed.prompt > prompt {
         return Err(CountFault::Prompt { claimed: claimed.prompt, prompt });
+    }
+    if let Some(short_of) = counted.embedded
+        && claimed.prompt >= short_of
+    {
+        return Err(CountFault::Rows { claimed: claimed.prompt, short_of });
     }
     if !claimed.is_consistent() || !claimed.covers(acked) {
         return Err(CountFault::Inconsistent);

@@ -11,7 +11,7 @@
 //! | request | [`ConsumerFrame`] | [`ProviderFrame`] |
 
 use crate::hop::Ticket;
-use minicbor::{Decode, Encode};
+use minicbor::{Decode, Encode, bytes::ByteVec};
 use satgrid_ledger::statements::{
     Ack, CreditNote, CreditTransfer, InclusionPromise, Receipt, RequestOpen, RequestPrivate, SessionClose, SessionOpen,
     SliceDescriptor,
@@ -32,6 +32,10 @@ pub const MAX_CHUNK_TOKENS: usize = 32;
 pub const MAX_STOPS: usize = 16;
 /// Longest encoding of a request's grammar, in bytes.
 pub const MAX_GRAMMAR: usize = 192 * 1024;
+/// Texts that one request embeds.
+pub const MAX_TEXTS: usize = 2_048;
+/// Longest row of an embedded text, in bytes.
+pub const MAX_ROW: usize = satgrid_types::MAX_EMBEDDING as usize * 4;
 /// Likeliest tokens whose log probabilities may be asked for.
 pub const MAX_TOP_LOGPROBS: u32 = 20;
 /// Open requests that a resume may speak of.
@@ -41,6 +45,7 @@ pub const MAX_REASON: usize = 512;
 
 const _: () =
     assert!(MAX_PROMPT_TOKENS * 5 + MAX_GRAMMAR + 64 * 1024 <= MAX_FRAME, "the longest prompt fits one frame");
+const _: () = assert!(MAX_TEXTS * 5 <= MAX_GRAMMAR && MAX_ROW + 1024 <= MAX_FRAME, "texts and rows do too");
 
 /// Version and features that each side states first.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -297,6 +302,10 @@ pub enum ProviderFrame {
     /// and only where the request asks for them. No receipt speaks of them.
     #[n(4)]
     Logprobs(#[n(0)] u32, #[n(1)] Vec<TokenLogprobs>),
+    /// Index of an embedded text, and its row: little-endian f32 numbers. In the order of the texts, each before the
+    /// acknowledgement that covers its text.
+    #[n(5)]
+    Embedded(#[n(0)] u32, #[n(1)] ByteVec),
 }
 
 /// Log probabilities at one output position, in millionths of a nat.

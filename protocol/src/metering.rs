@@ -155,6 +155,8 @@ impl Meter {
         let done = self.units(done);
         match self {
             Meter::Tokens { prompt_tokens, .. } if done.prompt < *prompt_tokens => grant.prompt_upto > done.prompt,
+            // Nothing follows texts that are embedded.
+            Meter::Tokens { max_output: 0, .. } => true,
             Meter::Tokens { .. } | Meter::Part(_) => grant.output_upto > done.completion,
         }
     }

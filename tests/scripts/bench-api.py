@@ -204,13 +204,14 @@ def main():
     parser.add_argument("model", help="a GGUF file: Gemma 3, or one of `satgrid devnet tiny-model` to try this program")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--profile", default="fast", choices=["fast", "exact"], help="of our engines; llama.cpp's server knows none")
     parser.add_argument("--seconds", type=int, default=TINY_SECONDS, help="of tiny completions")
     args = parser.parse_args()
-    print(f"threads {args.threads}, slots {SLOTS}, load average {os.getloadavg()[0]:.1f} over {os.cpu_count()} cores")
+    print(f"profile {args.profile}, threads {args.threads}, slots {SLOTS}, load average {os.getloadavg()[0]:.1f} over {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", LLAMA, args.model, str(args.threads), str(SLOTS), str(CONTEXT)]
         llama = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        common = ["--slots", str(SLOTS), "--threads", str(args.threads)]
+        common = ["--slots", str(SLOTS), "--threads", str(args.threads), "--profile", args.profile]
         try:
             address = llama.stdout.readline().strip()
             host, _, port = address.removeprefix("http://").rpartition(":")

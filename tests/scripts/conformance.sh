@@ -137,13 +137,15 @@ end() {
 }
 trap end EXIT
 "$SATGRID_BIN" devnet tiny-model "$work/tiny-random.gguf"
-python3 "$clients/market.py" "$SATGRID_BIN" "$work/tiny-random.gguf" "$work/market" "$work/ready" &
+"$SATGRID_BIN" devnet tiny-embedder "$work/tiny-embedder.gguf"
+python3 "$clients/market.py" "$SATGRID_BIN" "$work/tiny-random.gguf" "$work/tiny-embedder.gguf" "$work/market" "$work/ready" &
 market=$!
 while [ ! -s "$work/ready" ]; do
     kill -0 "$market" 2>/dev/null || { market="" && echo "error: the market did not come up" >&2 && exit 1; }
     sleep 0.2
 done
-read -r api model <"$work/ready"
+read -r api model embedder <"$work/ready"
+export SATGRID_EMBEDDER="$embedder"
 
 failed=()
 for name in "${wanted[@]}"; do

@@ -19,6 +19,8 @@ mod log;
 mod money;
 #[path = "world/pace.rs"]
 mod pace;
+#[path = "world/texts.rs"]
+mod texts;
 
 use satgrid_tests::world::{CallLog, World, oracle::undisturbed};
 use satgrid_wallet::fake::Crash;

@@ -36,6 +36,8 @@ pub const MAX_TAGS: usize = 64;
 /// Longest model name, quantisation, instruction set, region or address, in bytes.
 pub const MAX_TEXT_BYTES: usize = 128;
 pub const MAX_ADDRESSES: usize = 8;
+/// Most numbers in the row of an embedded text.
+pub const MAX_EMBEDDING: u32 = 16 * 1024;
 const MAX_PROFILES: usize = 2;
 const ROOT_PREFIX_HEX: usize = 16;
 
@@ -84,6 +86,9 @@ pub struct Listing {
     /// model's own hashes sees from it alone that other weights are held.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub experts_hash: Option<Digest>,
+    /// The model embeds texts and writes none: how many numbers a text's row has. Absent: it writes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub embeds: Option<u32>,
     /// Signs quotes, acks and receipts, and is the QUIC identity.
     pub node_key: NodeKey,
     pub lightning_node: LightningKey,
@@ -208,6 +213,9 @@ impl Listing {
             Part::Layers(range) => range.start() >= range.end(),
             Part::Experts(set) => set.pairs().is_empty() || !set.pairs().is_sorted_by(|a, b| a < b),
         };
+        if self.embeds.is_some_and(|numbers| numbers == 0 || numbers > MAX_EMBEDDING || self.part != Part::Whole) {
+            return Err(ListingRefusal::Content("rows of no or too many numbers, or of a part of a model".into()));
+        }
         if contradiction || self.model.is_empty() || self.context_length == 0 || self.profiles.is_empty() {
             return Err(ListingRefusal::Content("an empty part, name, context or list of profiles".into()));
         }

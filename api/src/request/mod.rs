@@ -2,6 +2,7 @@
 //!
 //! Pure: no service, no clock, no socket. The seed for those who name none is an argument.
 
+mod embeddings;
 mod fields;
 mod messages;
 mod responses;
@@ -14,6 +15,7 @@ mod tools;
 use axum::http::StatusCode;
 use serde_json::Value;
 
+pub(crate) use self::embeddings::{Encoding, embeddings};
 use self::fields::Fields;
 pub(crate) use self::responses::{Echo, response};
 use crate::{
@@ -148,12 +150,6 @@ pub(crate) fn detokenize(body: &[u8]) -> Result<(String, Vec<u32>), ApiError> {
     let top = Fields::of(&value, "")?;
     let list = top.required("tokens", top.list("tokens")?)?;
     Ok((model(&top)?, messages::token_ids("tokens", list)?))
-}
-
-/// Only the model's name, for endpoints that refuse by model.
-pub(crate) fn model_only(body: &[u8]) -> Result<String, ApiError> {
-    let value = json(body)?;
-    model(&Fields::of(&value, "")?)
 }
 
 fn model(top: &Fields<'_>) -> Result<String, ApiError> {

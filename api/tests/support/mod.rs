@@ -148,8 +148,10 @@ impl Service for Scripted {
             rates: rates(),
             sellers: 2,
             quantisations: vec!["Q4_K_M".into()],
+            embeds: None,
         };
-        vec![model("org/tiny", Some(ModelRoot([0x44; 32]))), model("plain", None)]
+        let embedder = ModelInfo { embeds: Some(3), ..model("embedder", None) };
+        vec![embedder, model("org/tiny", Some(ModelRoot([0x44; 32]))), model("plain", None)]
     }
 
     async fn complete(
@@ -157,8 +159,15 @@ impl Service for Scripted {
         request: CompletionRequest,
         context: CallContext,
     ) -> Result<CompletionStream, ServiceError> {
-        let model = request.model.clone();
+        let (model, request_prompt) = (request.model.clone(), request.prompt.clone());
         self.calls.lock().unwrap().push((request, context));
+        let texts = match &request_prompt {
+            Prompt::Embed(texts) => Some(texts.len()),
+            Prompt::Text(_) | Prompt::Messages(_) | Prompt::Tokens(_) => None,
+        };
+        if matches!(model.as_str(), "embedder" | "org/tiny") && texts.is_some() != (model == "embedder") {
+            return Err(ServiceError::WrongKind { embeds: model == "embedder", model });
+        }
         if let Some(error) = refusal(&model) {
             return Err(error);
         }
@@ -174,6 +183,14 @@ impl Service for Scripted {
         let gate = Arc::clone(&self.gate);
         let events: CompletionStream = match model.as_str() {
             "org/tiny" => Box::pin(whole()),
+            "embedder" => {
+                let row = |at: usize| [at as f32 + 0.5, -1.0, 1e-7].iter().flat_map(|n| n.to_le_bytes()).collect();
+                let rows = (0..texts.unwrap_or(0)).map(move |at| Ok(CompletionEvent::Embedding { row: row(at) }));
+                let rows: Vec<_> = rows.collect();
+                Box::pin(
+                    stream::iter([started()]).chain(stream::iter(rows)).chain(stream::iter([finished(stop, bill())])),
+                )
+            }
             "nasty" => {
                 let pieces = NASTY.split_inclusive(' ').map(text).collect::<Vec<_>>();
                 Box::pin(stream::iter(pieces).chain(rest()))
@@ -234,6 +251,7 @@ impl Service for Scripted {
             Prompt::Text(text) => text,
             Prompt::Messages(messages) => messages.into_iter().map(|m| m.content).collect(),
             Prompt::Tokens(tokens) => return Ok(Tokenized { tokens, context_length: 4_096 }),
+            Prompt::Embed(_) => unreachable!("texts are embedded, not tokenised, by name"),
         };
         let special = if request.add_special_tokens { vec![2] } else { vec![] };
         let tokens = special.into_iter().chain(text.bytes().map(u32::from)).collect();

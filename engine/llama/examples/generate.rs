@@ -74,7 +74,10 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
             EngineEvent::Failed { error, .. } => return Err(error.into()),
             EngineEvent::Down { reason } => return Err(reason.into()),
-            EngineEvent::Prefilled { .. } | EngineEvent::Logprobs { .. } | EngineEvent::Up => {}
+            EngineEvent::Prefilled { .. }
+            | EngineEvent::Logprobs { .. }
+            | EngineEvent::Embedded { .. }
+            | EngineEvent::Up => {}
         }
     }
 }

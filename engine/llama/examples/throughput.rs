@@ -98,7 +98,12 @@ async fn through_child(engine: &LlamaEngine, load: Load, first_id: u64) -> (f64,
                 }
             }
             Some(EngineEvent::Finished { .. } | EngineEvent::Failed { .. }) => over += 1,
-            Some(EngineEvent::Prefilled { .. } | EngineEvent::Logprobs { .. } | EngineEvent::Up) => {}
+            Some(
+                EngineEvent::Prefilled { .. }
+                | EngineEvent::Logprobs { .. }
+                | EngineEvent::Embedded { .. }
+                | EngineEvent::Up,
+            ) => {}
             Some(EngineEvent::Down { .. }) | None => return (0.0, 0.0),
         }
     }

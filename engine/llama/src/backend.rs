@@ -43,6 +43,10 @@ pub(crate) enum OpenError {
          (set profile = \"fast\", or device = \"cpu\")"
     )]
     NotExact { device: String },
+    #[error("a model that embeds runs on the processor, not on {device} (take `device` out)")]
+    EmbedsOnProcessor { device: String },
+    #[error("its pooled rows have {pooled} numbers and its hidden ones {width}: such models are not run yet")]
+    OddRows { width: u32, pooled: u32 },
     #[error("this build needs a processor with {feature}")]
     Processor { feature: &'static str },
 }
@@ -159,6 +163,7 @@ impl LlamaBackend {
             flash: !exact,
             capture: false,
             card: None,
+            pooled: false,
         };
         let no_memory = OpenError::NoMemory { slots: shape.slots, context: shape.context };
         let eog = (0..model.vocab_size()).filter(|&token| model.is_eog(token)).collect();

@@ -95,6 +95,7 @@ pub fn run(settings: &EngineSettings, load: Load) -> Result<Report, BareError> {
                 EngineEvent::Failed { error, .. } => return Err(BareError::Job(error.to_string())),
                 EngineEvent::Prefilled { .. }
                 | EngineEvent::Logprobs { .. }
+                | EngineEvent::Embedded { .. }
                 | EngineEvent::Finished { .. }
                 | EngineEvent::Down { .. }
                 | EngineEvent::Up => {}

@@ -59,6 +59,7 @@ pub(crate) fn known_answer() -> Result<[u8; 32], OpenError> {
         context: 64,
         name: "known-answer".into(),
         chat_template: None,
+        pooling: None,
     };
     let file = tempfile::NamedTempFile::new().and_then(|mut file| {
         question.write(&mut file).map_err(std::io::Error::other)?;

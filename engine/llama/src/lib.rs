@@ -10,6 +10,7 @@
 //! | [`LlamaStage`]: the `Stage` port               | `stage`: some layers, hidden rows in and out                     |
 //! | [`LlamaLead`]: the `Engine` port over a `Ring` | `lead`: the scheduler over a model's two ends                    |
 //! | [`LlamaExperts`]: the `ExpertHost` port        | `pack`: experts' weights, proved and evaluated                   |
+//! | the same, of a model that embeds              | `texts`: rows for texts, in batches of `satgrid_engine::embedder` |
 //! | [`LlamaTokenizer`]: the `Tokenizer` port       | `scheduler` and `plan`: continuous batching, pure and tested alone |
 //! | `child`: start, hear, end a process           | `backend` and `ffi`: llama.cpp; the product's only `unsafe`      |
 //!
@@ -40,6 +41,7 @@ mod scheduler;
 mod settings;
 mod split;
 mod stage;
+mod texts;
 mod tokenizer;
 mod watchdog;
 mod wire;

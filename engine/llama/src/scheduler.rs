@@ -174,7 +174,7 @@ impl Scheduler {
         } else if self.queue.len() >= MAX_QUEUED {
             Some(JobError::Busy)
         } else {
-            job.check(self.shape.context, self.shape.vocab).err()
+            job.check(self.shape.context, self.shape.vocab).and_then(|()| job.check_kind(false)).err()
         };
         match refused {
             Some(error) => self.events.push(EngineEvent::Failed { job: id, error }),

@@ -12,8 +12,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Rlimit, setrlimit};
+use satgrid_engine::embedder::Embedder;
 use satgrid_engine::experts::{ExpertRows, ExpertStep};
-use satgrid_engine::port::{Command, EngineFacts, JobId, SpecialTokens, TokenizerError};
+use satgrid_engine::port::{Command, EngineEvent, EngineFacts, JobId, SpecialTokens, Speed, TokenizerError};
 
 use crate::backend::LlamaBackend;
 use crate::bare;
@@ -21,12 +22,13 @@ use crate::devices;
 use crate::facts;
 use crate::ffi::{self, BatchRow, ExpertHook, Model, ModelConfig};
 use crate::lead;
-use crate::model_file;
+use crate::model_file::{self, ModelFile};
 use crate::owners::Owners;
 use crate::pack::{PackBackend, Waiting};
 use crate::scheduler::Scheduler;
 use crate::settings::{BATCH, EngineSettings, PackSettings, WorkerArgs};
 use crate::stage;
+use crate::texts::LlamaTexts;
 use crate::watchdog::Watchdog;
 use crate::wire::{self, CallFailure, FromWorker, PieceBytes, PieceTable, ToWorker, VERSION, VocabFacts};
 
@@ -243,27 +245,93 @@ fn run_engine(settings: &EngineSettings, is_trunk: bool, link: &mut Link) -> Res
         }
         None => None,
     };
+    let told = |instruction_set, (slots, context, batch), speed: Option<Speed>, file: ModelFile| {
+        Box::new(EngineFacts {
+            model: file.facts,
+            model_root: file.root,
+            tokenizer_hash: file.tokenizer_hash,
+            profile: settings.profile,
+            build_id: facts::build_id(&known_answer),
+            instruction_set,
+            slots,
+            context,
+            batch,
+            speed,
+        })
+    };
+    if file.facts.pooling.is_some() {
+        if is_trunk {
+            return Err(failed(&"a model that embeds is run whole, without experts elsewhere"));
+        }
+        let opened = LlamaTexts::open(settings, &file.facts, |permille| link.tell_load(500 + permille / 2));
+        let (mut texts, shape) = opened.map_err(|error| failed(&error))?;
+        let speed = texts.measure(&shape);
+        let facts = told(facts::instruction_set(None), (shape.slots, shape.context, shape.batch), speed, file);
+        link.send(&FromWorker::EngineReady(facts))?;
+        return drive(&mut Reads { embedder: Embedder::new(shape), texts }, link);
+    }
     let opened = LlamaBackend::open_with(settings, hook, 0, |permille| link.tell_load(500 + permille / 2));
     let (mut backend, shape) = opened.map_err(|error| failed(&error))?;
     let speed = facts::measure(&mut backend, &shape);
-    let facts = EngineFacts {
-        model: file.facts,
-        model_root: file.root,
-        tokenizer_hash: file.tokenizer_hash,
-        profile: settings.profile,
-        build_id: facts::build_id(&known_answer),
-        instruction_set: facts::instruction_set(backend.card()),
-        slots: shape.slots,
-        context: shape.context,
-        batch: BATCH,
-        speed,
-    };
-    link.send(&FromWorker::EngineReady(Box::new(facts)))?;
-    drive(&mut Scheduler::new(shape), &mut backend, link)
+    let facts = told(facts::instruction_set(backend.card()), (shape.slots, shape.context, BATCH), speed, file);
+    link.send(&FromWorker::EngineReady(facts))?;
+    drive(&mut Writes { scheduler: Scheduler::new(shape), backend }, link)
+}
+
+/// What the engine's one thread drives.
+trait Machine {
+    fn handle(&mut self, command: Command);
+    /// One batch; false if there was nothing to compute.
+    fn step(&mut self) -> bool;
+    fn take_events(&mut self) -> Vec<EngineEvent>;
+}
+
+/// A model that writes.
+struct Writes {
+    scheduler: Scheduler,
+    backend: LlamaBackend,
+}
+
+impl Machine for Writes {
+    fn handle(&mut self, command: Command) {
+        self.scheduler.handle(command, &mut self.backend);
+    }
+
+    fn step(&mut self) -> bool {
+        let busy = self.scheduler.step(&mut self.backend);
+        if let Some(positions) = self.backend.piece_beside_streams() {
+            self.scheduler.set_prefill_beside_streams(positions);
+        }
+        busy
+    }
+
+    fn take_events(&mut self) -> Vec<EngineEvent> {
+        self.scheduler.take_events()
+    }
+}
+
+/// A model that embeds.
+struct Reads {
+    embedder: Embedder,
+    texts: LlamaTexts,
+}
+
+impl Machine for Reads {
+    fn handle(&mut self, command: Command) {
+        self.embedder.handle(command, &mut self.texts);
+    }
+
+    fn step(&mut self) -> bool {
+        self.embedder.step(&mut self.texts)
+    }
+
+    fn take_events(&mut self) -> Vec<EngineEvent> {
+        self.embedder.take_events()
+    }
 }
 
 /// The engine's one thread: commands between batches, then a batch, then its events.
-fn drive(scheduler: &mut Scheduler, backend: &mut LlamaBackend, link: &mut Link) -> Result<(), Stop> {
+fn drive(machine: &mut dyn Machine, link: &mut Link) -> Result<(), Stop> {
     let mut idle = false;
     let mut gather_until = Instant::now();
     let watchdog = Watchdog::start()?;
@@ -282,7 +350,7 @@ fn drive(scheduler: &mut Scheduler, backend: &mut LlamaBackend, link: &mut Link)
                 if idle && matches!(command, Command::Start(_)) {
                     gather_until = Instant::now() + GATHER;
                 }
-                scheduler.handle(command, backend);
+                machine.handle(command);
                 idle = false;
                 // More commands may wait; a batch is long, so all are heard before it.
                 continue;
@@ -293,14 +361,11 @@ fn drive(scheduler: &mut Scheduler, backend: &mut LlamaBackend, link: &mut Link)
             }
             None => {
                 watchdog.begin();
-                idle = !scheduler.step(backend);
+                idle = !machine.step();
                 watchdog.end();
             }
         }
-        if let Some(positions) = backend.piece_beside_streams() {
-            scheduler.set_prefill_beside_streams(positions);
-        }
-        let events = scheduler.take_events();
+        let events = machine.take_events();
         if !events.is_empty() {
             link.send(&FromWorker::Events(events))?;
         }

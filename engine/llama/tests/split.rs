@@ -121,7 +121,10 @@ async fn run(engine: &dyn Engine, jobs: &[Job]) -> Vec<Heard> {
             EngineEvent::Tokens { ids, .. } => heard[at].output.extend(ids),
             EngineEvent::Finished { reason, evaluated, .. } => heard[at].end = Some((reason, evaluated)),
             EngineEvent::Failed { error, .. } => heard[at].error = Some(error),
-            EngineEvent::Logprobs { .. } | EngineEvent::Down { .. } | EngineEvent::Up => {}
+            EngineEvent::Logprobs { .. }
+            | EngineEvent::Embedded { .. }
+            | EngineEvent::Down { .. }
+            | EngineEvent::Up => {}
         }
     }
     heard
@@ -224,7 +227,7 @@ async fn a_killed_stage_and_a_killed_lead_change_no_text() {
                 assert_eq!(reason, FinishReason::Length);
                 ends += 1;
             }
-            EngineEvent::Prefilled { .. } | EngineEvent::Logprobs { .. } => {}
+            EngineEvent::Prefilled { .. } | EngineEvent::Logprobs { .. } | EngineEvent::Embedded { .. } => {}
             other @ (EngineEvent::Failed { .. } | EngineEvent::Down { .. } | EngineEvent::Up) => panic!("{other:?}"),
         }
         if kills < split.stages.len() && outputs[0].len() > 40 * (kills + 1) {

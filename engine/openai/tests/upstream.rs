@@ -141,6 +141,8 @@ fn facts() -> EngineFacts {
         quantisation: "F16".into(),
         parameters: 1,
         tensor_bytes: 1,
+        pooling: None,
+        both_ways: false,
     };
     EngineFacts {
         model,

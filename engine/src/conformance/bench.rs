@@ -25,6 +25,8 @@ pub(super) struct Trace {
     pub(super) cached: u32,
     pub(super) ids: Vec<u32>,
     pub(super) logprobs: Vec<crate::sampling::Logprobs>,
+    /// Of texts, in their order.
+    pub(super) rows: Vec<Vec<u8>>,
     pub(super) end: Option<End>,
 }
 
@@ -161,6 +163,10 @@ impl<'a> Bench<'a> {
             EngineEvent::Logprobs { first, entries, .. } => {
                 assert_eq!(first as usize, trace.ids.len(), "log probabilities come right before their tokens");
                 trace.logprobs.extend(entries);
+            }
+            EngineEvent::Embedded { index, row, .. } => {
+                assert_eq!(index as usize, trace.rows.len(), "rows come in order");
+                trace.rows.push(row);
             }
             EngineEvent::Finished { reason, evaluated, .. } => trace.end = Some(End::Finished { reason, evaluated }),
             EngineEvent::Failed { error, .. } => trace.end = Some(End::Failed(error)),

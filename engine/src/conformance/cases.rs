@@ -1,7 +1,7 @@
 //! The promises, one function each.
 
 use super::bench::{Bench, End};
-use crate::port::{Command, FinishReason, Job, JobError, JobId};
+use crate::port::{Command, Extras, FinishReason, Job, JobError, JobId};
 use crate::sampling::{Sampling, SamplingError};
 use crate::stop::{StopMatcher, TextStream};
 
@@ -14,12 +14,14 @@ pub(super) async fn bad_jobs_are_refused(bench: &mut Bench<'_>) {
     let (context, vocab) = (bench.facts.context, bench.facts.model.vocab);
     let base = bench.job(4);
     let sampling = Sampling { temperature: f32::NAN, ..Sampling::greedy() };
-    let cases: [(Job, Expected); 6] = [
+    let embeds = Extras { embed: Some(vec![bench.prompt.len() as u32]), ..Extras::default() };
+    let cases: [(Job, Expected); 7] = [
         (Job { prompt: Vec::new(), ..base.clone() }, |e| matches!(e, JobError::PromptEmpty)),
         (Job { prompt: vec![0; context as usize], ..base.clone() }, |e| matches!(e, JobError::PromptTooLong { .. })),
         (Job { prompt: vec![vocab], ..base.clone() }, |e| matches!(e, JobError::UnknownToken { .. })),
         (Job { sampling, ..base.clone() }, |e| matches!(e, JobError::Sampling(SamplingError::OutOfRange { .. }))),
         (Job { stop: vec![String::new()], ..base.clone() }, |e| matches!(e, JobError::BadStop)),
+        (Job { extras: embeds, ..base.clone() }, |e| matches!(e, JobError::OtherKind { embeds: false })),
         (Job { resumed: u32::MAX, ..base }, |e| matches!(e, JobError::BadResume { .. })),
     ];
     for (job, expected) in cases {

@@ -10,7 +10,7 @@ const SCHEMA: &str = r#"{"properties":{"ok":{"type":"boolean"},"n":{"type":"inte
 
 pub(super) async fn grammars_are_followed(bench: &mut Bench<'_>) {
     let grammar = from_schema(&Json::parse(SCHEMA).expect("JSON")).expect("a schema");
-    let extras = Extras { grammar: Some(grammar), top_logprobs: None };
+    let extras = Extras { grammar: Some(grammar), ..Extras::default() };
     let job = |bench: &mut Bench<'_>, seed| {
         // Far below 1 a model that never heard of JSON still has its favourites; at 0 it has one.
         let sampling = if seed == 0 { Sampling::greedy() } else { Sampling::seeded(0.9, seed) };
@@ -36,7 +36,7 @@ pub(super) async fn grammars_are_followed(bench: &mut Bench<'_>) {
 }
 
 pub(super) async fn log_probabilities_come_with_their_tokens(bench: &mut Bench<'_>) {
-    let extras = Extras { grammar: None, top_logprobs: Some(3) };
+    let extras = Extras { top_logprobs: Some(3), ..Extras::default() };
     let job = Job { extras, ..bench.job(6) };
     let trace = bench.run(job).await;
     assert_eq!((trace.ids.len(), trace.logprobs.len()), (6, 6));

@@ -8,6 +8,8 @@ use crate::sampling::{MAX_TOP_LOGPROBS, Sampling, SamplingError};
 /// Most stop strings in one job, and most bytes in one of them.
 pub const MAX_STOPS: usize = 16;
 pub const MAX_STOP_BYTES: usize = 256;
+/// Most texts that one job embeds.
+pub const MAX_TEXTS: usize = 2048;
 
 /// Names a job between the node and one engine. The node chooses it and never uses one twice.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
@@ -54,6 +56,9 @@ pub struct Extras {
     /// Tell the log probability of each token and of this many likeliest ones, at most [`MAX_TOP_LOGPROBS`].
     #[n(1)]
     pub top_logprobs: Option<u32>,
+    /// The prompt is texts to be embedded, one after the other, of so many tokens each; then there is no output.
+    #[n(2)]
+    pub embed: Option<Vec<u32>>,
 }
 
 impl Job {
@@ -68,14 +73,21 @@ impl Job {
         &self.prompt[at..]
     }
 
+    /// A model either embeds or writes: what the job asks is what this one does.
+    pub fn check_kind(&self, embeds: bool) -> Result<(), JobError> {
+        if self.extras.embed.is_some() == embeds { Ok(()) } else { Err(JobError::OtherKind { embeds }) }
+    }
+
     /// The checks that every engine makes before it takes a job in.
     pub fn check(&self, context: u32, vocab: u32) -> Result<(), JobError> {
         let prompt = u32::try_from(self.prompt.len()).unwrap_or(u32::MAX);
         if prompt == 0 {
             return Err(JobError::PromptEmpty);
         }
-        if prompt >= context {
-            return Err(JobError::PromptTooLong { prompt, context });
+        match &self.extras.embed {
+            Some(texts) => check_texts(texts, prompt, context)?,
+            None if prompt >= context => return Err(JobError::PromptTooLong { prompt, context }),
+            None => {}
         }
         if let Some(&token) = self.prompt.iter().find(|&&token| token >= vocab) {
             return Err(JobError::UnknownToken { token, vocab });
@@ -94,6 +106,17 @@ impl Job {
             return Err(JobError::BadLogprobs);
         }
         self.sampling.check().map_err(JobError::Sampling)
+    }
+}
+
+fn check_texts(texts: &[u32], prompt: u32, context: u32) -> Result<(), JobError> {
+    let sum = texts.iter().try_fold(0_u32, |sum, length| sum.checked_add(*length));
+    if texts.is_empty() || texts.len() > MAX_TEXTS || texts.contains(&0) || sum != Some(prompt) {
+        return Err(JobError::BadTexts);
+    }
+    match texts.iter().find(|length| **length > context) {
+        Some(length) => Err(JobError::PromptTooLong { prompt: *length, context }),
+        None => Ok(()),
     }
 }
 
@@ -143,6 +166,16 @@ pub enum JobError {
     #[error("log probabilities of at most {MAX_TOP_LOGPROBS} tokens")]
     #[n(10)]
     BadLogprobs,
+    #[error("texts to embed: 1 to {MAX_TEXTS}, none empty, together the prompt")]
+    #[n(11)]
+    BadTexts,
+    #[error("{}", if *embeds { "the model embeds texts and writes none" } else { "the model writes and embeds no texts" })]
+    #[n(12)]
+    OtherKind {
+        /// What the model does.
+        #[n(0)]
+        embeds: bool,
+    },
     /// More jobs than the engine queues.
     #[error("the engine has no room for another job")]
     #[n(8)]

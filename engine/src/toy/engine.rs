@@ -7,9 +7,11 @@ use sha2::{Digest, Sha256};
 
 use super::ToyConfig;
 use super::model::{Context, EOS, ToyTokenizer, VOCAB};
-use crate::facts::ModelFacts;
+use super::texts::ToyTexts;
+use crate::embedder::{EmbedShape, Embedder};
+use crate::facts::{ModelFacts, Pooling};
 use crate::grammar::{Constraint, Vocabulary};
-use crate::port::{Command, EngineDown, EngineEvent, EngineFacts, FinishReason, Job, JobError, JobId, Speed};
+use crate::port::{Command, EngineDown, EngineEvent, EngineFacts, FinishReason, Job, JobError, JobId, Profile, Speed};
 use crate::sampling;
 use crate::stop::StopMatcher;
 
@@ -46,12 +48,15 @@ pub struct ToyEngine {
     events: VecDeque<EngineEvent>,
     tokens_emitted: u32,
     down: bool,
+    /// Of a toy that embeds.
+    embedder: Option<(Embedder, ToyTexts)>,
 }
 
 impl ToyEngine {
     pub fn new(config: ToyConfig) -> Self {
         let (jobs, cache, events) = (Vec::new(), VecDeque::new(), VecDeque::new());
-        Self { config, jobs, turn: 0, cache, events, tokens_emitted: 0, down: false }
+        let embedder = embedder(&config);
+        Self { config, jobs, turn: 0, cache, events, tokens_emitted: 0, down: false, embedder }
     }
 
     // Getters
@@ -66,7 +71,7 @@ impl ToyEngine {
                 architecture: "toy".to_owned(),
                 name: Some(format!("toy-{}", self.config.model_seed)),
                 layers: 1,
-                n_embd: 1,
+                n_embd: self.config.embeds.unwrap_or(1),
                 n_head: 1,
                 n_head_kv: 1,
                 context: self.config.context,
@@ -77,6 +82,8 @@ impl ToyEngine {
                 quantisation: "none".to_owned(),
                 parameters: 0,
                 tensor_bytes: 0,
+                pooling: self.config.embeds.map(|_| Pooling::Last),
+                both_ways: false,
             },
             model_root: hash("model"),
             tokenizer_hash: Sha256::digest(b"satgrid toy tokenizer").into(),
@@ -99,6 +106,10 @@ impl ToyEngine {
     pub fn handle(&mut self, command: Command) -> Result<(), EngineDown> {
         if self.down {
             return Err(EngineDown);
+        }
+        if let Some((embedder, texts)) = &mut self.embedder {
+            embedder.handle(command, texts);
+            return Ok(());
         }
         match command {
             Command::Start(job) => self.start(job),
@@ -126,6 +137,7 @@ impl ToyEngine {
     pub fn die(&mut self, reason: &str) {
         self.jobs.clear();
         self.cache.clear();
+        self.embedder = embedder(&self.config);
         self.down = true;
         self.events.push_back(EngineEvent::Down { reason: reason.to_owned() });
     }
@@ -146,6 +158,14 @@ impl ToyEngine {
         if let Some(event) = self.events.pop_front() {
             return Some(event);
         }
+        if let Some((embedder, texts)) = self.embedder.as_mut().filter(|_| !self.down) {
+            let mut events = embedder.take_events();
+            if events.is_empty() && embedder.step(texts) {
+                events = embedder.take_events();
+            }
+            self.events.extend(events);
+            return self.events.pop_front();
+        }
         let active = self.jobs.len().min(self.config.slots as usize);
         for offset in 0..active {
             let at = (self.turn + offset) % active;
@@ -163,7 +183,7 @@ impl ToyEngine {
         if self.jobs.iter().any(|running| running.job.id == id) {
             return self.fail(id, JobError::DuplicateJob);
         }
-        if let Err(error) = job.check(self.config.context, VOCAB) {
+        if let Err(error) = job.check(self.config.context, VOCAB).and_then(|()| job.check_kind(false)) {
             return self.fail(id, error);
         }
         if self.jobs.len() >= room {
@@ -307,4 +327,11 @@ impl ToyEngine {
     fn fail(&mut self, job: JobId, error: JobError) {
         self.events.push_back(EngineEvent::Failed { job, error });
     }
+}
+
+fn embedder(config: &ToyConfig) -> Option<(Embedder, ToyTexts)> {
+    let ToyConfig { slots, context, batch, .. } = *config;
+    let shape =
+        EmbedShape { slots, context, vocab: VOCAB, batch, whole: false, alone: config.profile == Profile::Exact };
+    config.embeds.map(|dimensions| (Embedder::new(shape), ToyTexts::new(dimensions, config.model_seed)))
 }

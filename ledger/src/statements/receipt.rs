@@ -156,13 +156,16 @@ pub struct RequestPrivate {
     /// Log probabilities are asked for: of each token, and of so many likeliest ones.
     #[n(5)]
     pub top_logprobs: Option<u32>,
+    /// The prompt is texts to be embedded, one after the other, of so many tokens each. Then there is no output.
+    #[n(6)]
+    pub embed: Option<Vec<u32>>,
 }
 
 impl RequestPrivate {
-    /// A request without grammar and log probabilities.
+    /// A request for tokens, without grammar and log probabilities.
     pub fn new(salt: &Salt, prompt: &[u32], sampling: Sampling, stop: Vec<String>, resumed: u32) -> RequestPrivate {
         let prompt_hash = prompt_hash(salt, prompt);
-        RequestPrivate { prompt_hash, sampling, stop, resumed, grammar: None, top_logprobs: None }
+        RequestPrivate { prompt_hash, sampling, stop, resumed, grammar: None, top_logprobs: None, embed: None }
     }
     pub fn commitment(&self, salt: &Salt) -> Digest {
         private_hash(salt, &cbor::encode(self))

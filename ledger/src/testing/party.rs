@@ -108,6 +108,7 @@ pub fn listing(party: &Party, rates: RateCard, at: UnixMs) -> VerifiedListing {
         lightning_address: None,
         lightning_unproven: false,
         experts_hash: None,
+        embeds: None,
         bindings: Bindings::default(),
     };
     let message = lightning_binding_message(&listing.node_key);

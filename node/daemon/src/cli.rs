@@ -180,6 +180,13 @@ pub(crate) enum DevnetCommand {
     },
     /// Writes a tiny model of random weights with a chat template: what it says means nothing
     TinyModel { file: PathBuf },
+    /// Writes a tiny model of random weights that embeds texts: what its rows mean is nothing
+    TinyEmbedder {
+        file: PathBuf,
+        /// How the rows of a text become one; `mean` is a BERT's, which sees both directions
+        #[arg(long, value_enum, default_value_t = TinyPooling::Mean)]
+        pooling: TinyPooling,
+    },
     /// Writes a tiny random mixture of experts: what it says means nothing, and every bit of it counts
     TinyMoe {
         out: PathBuf,
@@ -188,6 +195,14 @@ pub(crate) enum DevnetCommand {
     },
     /// A whole market as separate processes: two providers, a consumer, one paid answer and its bill to the msat
     Demo(DemoArgs),
+}
+
+/// How a tiny model embeds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum TinyPooling {
+    Mean,
+    Cls,
+    Last,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -218,6 +233,9 @@ pub(crate) struct DemoArgs {
     /// A GGUF file to sell [default: gemma-3-270m, fetched where it is not in the store]
     #[arg(long, value_name = "FILE")]
     pub model: Option<PathBuf>,
+    /// One more GGUF file that both providers sell, beside the model of the demo
+    #[arg(long, value_name = "FILE", conflicts_with = "experts")]
+    pub also: Option<PathBuf>,
     /// Sell a tiny mixture of experts, split over a lead and three worker processes, and prove that it is exact
     #[arg(long, conflicts_with = "model")]
     pub experts: bool,

@@ -12,6 +12,7 @@ mod commands;
 mod config;
 mod door;
 mod drive;
+mod embeds;
 mod failure;
 mod lnurl;
 mod models;

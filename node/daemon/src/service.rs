@@ -13,6 +13,7 @@ use crate::drive::{
     now,
     tokenizers::{Tokenizers, Vocabulary},
 };
+use crate::embeds;
 use crate::voice::{self, Asked, Voice, tokens_of};
 use async_trait::async_trait;
 use futures::stream;
@@ -128,13 +129,13 @@ impl Service for Gateway {
     }
 
     async fn tokenize(&self, request: TokenizeRequest) -> Result<Tokenized, ServiceError> {
-        let planned = self.plan(&request.model, &Routing::default(), 1, 1).await?;
+        let planned = self.plan(&request.model, &Routing::default(), 1, 1, None).await?;
         let tokens = match &request.prompt {
             Prompt::Text(text) => {
                 let tokenizer = &planned.vocabulary.tokenizer;
                 tokenizer.tokenize(text, request.add_special_tokens, false).await.map_err(internal)?
             }
-            Prompt::Messages(_) | Prompt::Tokens(_) => {
+            Prompt::Messages(_) | Prompt::Tokens(_) | Prompt::Embed(_) => {
                 tokens_of(&planned.vocabulary, &request.prompt, request.add_generation_prompt).await?
             }
         };
@@ -143,7 +144,7 @@ impl Service for Gateway {
     }
 
     async fn detokenize(&self, model: String, tokens: Vec<u32>) -> Result<String, ServiceError> {
-        let planned = self.plan(&model, &Routing::default(), 1, 1).await?;
+        let planned = self.plan(&model, &Routing::default(), 1, 1, None).await?;
         let pieces = planned
             .vocabulary
             .tokenizer
@@ -158,8 +159,9 @@ impl Gateway {
     /// What a request would be sent as: who may serve it, its tokens, its longest output.
     pub(crate) async fn prepare(&self, name: &str, request: &CompletionRequest) -> Result<Prepared, ServiceError> {
         let asked = request.max_tokens.unwrap_or(EXPECTED_OUTPUT);
+        let kind = Some(matches!(request.prompt, Prompt::Embed(_)));
         // A first plan finds the tokenizer, a second one knows the prompt's length.
-        let planned = self.plan(name, &request.routing, 1, 1).await?;
+        let planned = self.plan(name, &request.routing, 1, 1, kind).await?;
         let words = voice::asked(&planned.vocabulary, request).await?;
         let prompt_tokens = u32::try_from(words.tokens.len()).unwrap_or(u32::MAX);
         let longest = planned.candidates.iter().map(|listing| listing.context_length).max().unwrap_or(0);
@@ -167,12 +169,18 @@ impl Gateway {
             let message = "the prompt has no tokens".to_owned();
             return Err(ServiceError::InvalidRequest { param: "messages".into(), message });
         }
+        if let Some(texts) = &words.texts {
+            let longest = embeds::check(texts, &planned.candidates)?;
+            let Planned { candidates, vocabulary } = self.plan(name, &request.routing, longest, 0, kind).await?;
+            return Ok(Prepared { candidates, vocabulary, asked: words, max_output: 0 });
+        }
         let wanted = request.max_tokens.map_or(1, |max| max.max(1));
         if prompt_tokens >= longest || prompt_tokens.saturating_add(wanted) > longest {
             let prompt_tokens = prompt_tokens.saturating_add(request.max_tokens.unwrap_or(0));
             return Err(ServiceError::ContextLength { prompt_tokens, context_length: longest });
         }
-        let planned = self.plan(name, &request.routing, prompt_tokens, asked.min(longest - prompt_tokens)).await?;
+        let output = asked.min(longest - prompt_tokens);
+        let planned = self.plan(name, &request.routing, prompt_tokens, output, kind).await?;
         let room = planned.candidates.first().map_or(longest, |l| l.context_length).saturating_sub(prompt_tokens);
         let max_output = request.max_tokens.unwrap_or(room).min(room).max(1);
         let Planned { candidates, vocabulary } = planned;
@@ -204,6 +212,7 @@ impl Gateway {
             ends,
             grammar: asked.grammar,
             top_logprobs: request.top_logprobs,
+            embed: asked.texts,
             allow_fallbacks: request.routing.allow_fallbacks,
             part: None,
             max_cost: budget.max_cost(),
@@ -219,6 +228,7 @@ impl Gateway {
             emitted_tokens: 0,
             prompt_tokens,
             model: name.to_owned(),
+            spoke: false,
             over: false,
         };
         if self.consumer.send(Message::Call(Box::new(submit), emit)).await.is_err() {
@@ -240,9 +250,13 @@ impl Gateway {
                 run.ended(None, &api_bill(&bill, prompt_tokens, 0)).await;
                 return Err(self.refused(name, error, &bill).await);
             }
-            Some(Emission::Logprobs { .. } | Emission::Tokens { .. } | Emission::Finished { .. }) | None => {
-                return Err(stopped());
-            }
+            Some(
+                Emission::Logprobs { .. }
+                | Emission::Tokens { .. }
+                | Emission::Embedded { .. }
+                | Emission::Finished { .. },
+            )
+            | None => return Err(stopped()),
         };
         let first = stream::iter([Ok(started)]);
         let rest = stream::unfold(run, |mut run| async move { run.next().await.map(|event| (event, run)) });
@@ -250,7 +264,15 @@ impl Gateway {
     }
 
     /// Providers that fit, best first, all of one model; and that model's tokenizer.
-    async fn plan(&self, name: &str, routing: &Routing, prompt: u32, output: u32) -> Result<Planned, ServiceError> {
+    /// `embeds`: of a model that does, or that does not, where that matters.
+    async fn plan(
+        &self,
+        name: &str,
+        routing: &Routing,
+        prompt: u32,
+        output: u32,
+        embeds: Option<bool>,
+    ) -> Result<Planned, ServiceError> {
         let unknown = |_| ServiceError::UnknownModel { model: name.to_owned() };
         let wanted = self.market.catalogue.resolve(name, self.allow_unverified_names).map_err(unknown)?;
         let demand = self.demand(wanted, routing, prompt, output)?;
@@ -270,6 +292,12 @@ impl Gateway {
             if same {
                 candidates.push(VerifiedListing::clone(&stage.listing));
             }
+        }
+        // One root is one kind of model, whatever else is said of it.
+        if let Some(embeds) = embeds
+            && candidates.first().is_some_and(|first| first.embeds.is_some() != embeds)
+        {
+            return Err(ServiceError::WrongKind { model: name.to_owned(), embeds: !embeds });
         }
         let Some(first) = candidates.first() else {
             return Err(ServiceError::NoProvider {
@@ -375,6 +403,8 @@ struct Run {
     emitted_tokens: u32,
     prompt_tokens: u32,
     model: String,
+    /// Something of the answer has come.
+    spoke: bool,
     over: bool,
     /// Taken when the call has ended.
     budget: Option<Budget>,
@@ -395,7 +425,10 @@ impl Drop for Run {
                 while let Some(emission) = emissions.recv().await {
                     match emission {
                         Emission::Started { request, .. } => drop(budget.leg(request).await),
-                        Emission::Ordered { .. } | Emission::Ticket { .. } | Emission::Logprobs { .. } => {}
+                        Emission::Ordered { .. }
+                        | Emission::Ticket { .. }
+                        | Emission::Embedded { .. }
+                        | Emission::Logprobs { .. } => {}
                         Emission::Tokens { ids } => {
                             output = output.saturating_add(u32::try_from(ids.len()).unwrap_or(u32::MAX));
                         }
@@ -443,9 +476,15 @@ impl Run {
                         return Some(Err(error));
                     }
                 }
+                Some(Emission::Embedded { row }) => {
+                    if !std::mem::replace(&mut self.spoke, true) {
+                        self.budget.iter().for_each(Budget::spoke);
+                    }
+                    self.ready.push_back(CompletionEvent::Embedding { row });
+                }
                 Some(Emission::Logprobs { entries }) => self.voice.likely(entries),
                 Some(Emission::Tokens { ids }) => {
-                    if self.emitted_tokens == 0 {
+                    if !std::mem::replace(&mut self.spoke, true) {
                         self.budget.iter().for_each(Budget::spoke);
                     }
                     self.emitted_tokens += u32::try_from(ids.len()).unwrap_or(u32::MAX);
@@ -490,6 +529,7 @@ fn model_info(id: String, listings: &[Arc<VerifiedListing>], created: UnixMs) ->
         rates: cheapest.rates,
         sellers: u32::try_from(sellers.len()).unwrap_or(u32::MAX),
         quantisations: quantisations.into_iter().collect(),
+        embeds: cheapest.embeds,
     })
 }
 

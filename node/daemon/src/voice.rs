@@ -21,10 +21,13 @@ use satgrid_protocol::frame::TokenLogprobs;
 use serde_json::{Value, json};
 
 use crate::drive::{now, tokenizers::Vocabulary};
+use crate::embeds;
 
 /// What a provider is asked for one reply.
 pub(crate) struct Asked {
     pub tokens: Vec<u32>,
+    /// Of texts to embed, which the tokens are: how many each has.
+    pub texts: Option<Vec<u32>>,
     /// The grammar of the output, encoded.
     pub grammar: Option<Vec<u8>>,
     /// What the prompt's end has begun already: a call, a thought.
@@ -33,9 +36,16 @@ pub(crate) struct Asked {
 
 /// Renders, tokenises, and makes the grammar.
 pub(crate) async fn asked(vocabulary: &Vocabulary, request: &CompletionRequest) -> Result<Asked, ServiceError> {
-    let Prompt::Messages(messages) = &request.prompt else {
-        let tokens = tokens_of(vocabulary, &request.prompt, true).await?;
-        return Ok(Asked { tokens, grammar: None, begun: None });
+    let messages = match &request.prompt {
+        Prompt::Messages(messages) => messages,
+        Prompt::Embed(texts) => {
+            let (tokens, texts) = embeds::tokens_of(vocabulary, texts).await?;
+            return Ok(Asked { tokens, texts: Some(texts), grammar: None, begun: None });
+        }
+        Prompt::Text(_) | Prompt::Tokens(_) => {
+            let tokens = tokens_of(vocabulary, &request.prompt, true).await?;
+            return Ok(Asked { tokens, texts: None, grammar: None, begun: None });
+        }
     };
     let tools = offered(request);
     let style = style(vocabulary);
@@ -61,7 +71,7 @@ pub(crate) async fn asked(vocabulary: &Vocabulary, request: &CompletionRequest) 
     }
     let tokens = vocabulary.tokenizer.tokenize(&text.text, text.add_special, text.parse_special).await;
     let grammar = grammar.map(|grammar| grammar.to_bytes()).transpose().map_err(internal)?;
-    Ok(Asked { tokens: tokens.map_err(internal)?, grammar, begun })
+    Ok(Asked { tokens: tokens.map_err(internal)?, texts: None, grammar, begun })
 }
 
 /// The tools that the model may call.
@@ -110,6 +120,7 @@ pub(crate) async fn tokens_of(
 ) -> Result<Vec<u32>, ServiceError> {
     match prompt {
         Prompt::Tokens(tokens) => Ok(tokens.clone()),
+        Prompt::Embed(texts) => embeds::tokens_of(vocabulary, texts).await.map(|(tokens, _)| tokens),
         Prompt::Text(text) => vocabulary.tokenizer.tokenize(text, true, false).await.map_err(internal),
         Prompt::Messages(messages) => {
             let text = render(vocabulary, messages, &[], open_turn)?;

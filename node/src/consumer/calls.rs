@@ -16,6 +16,8 @@ pub(super) struct Call {
     candidates: VecDeque<VerifiedListing>,
     /// Output so far, over all providers.
     pub received: Vec<u32>,
+    /// Of texts: those whose rows came.
+    pub rows: usize,
     pub place: Place,
     pub bill: Bill,
     attempts: usize,
@@ -42,12 +44,34 @@ impl Call {
     }
     /// The prompt for the next provider: with what was received so far.
     pub(super) fn prompt(&self) -> Vec<u32> {
-        let mut prompt = self.submit.prompt.clone();
+        let mut prompt = self.submit.prompt.get(self.submit.text_begins(self.rows)..).unwrap_or_default().to_vec();
         prompt.extend_from_slice(&self.received);
         prompt
     }
     pub(super) fn prompt_len(&self) -> u32 {
-        len(&self.submit.prompt).saturating_add(len(&self.received))
+        let done = u32::try_from(self.submit.text_begins(self.rows)).unwrap_or(u32::MAX);
+        len(&self.submit.prompt).saturating_sub(done).saturating_add(len(&self.received))
+    }
+    /// Lengths of the texts that are left to embed.
+    pub(super) fn texts(&self) -> Option<Vec<u32>> {
+        self.submit.embed.as_ref().map(|texts| texts.get(self.rows..).unwrap_or_default().to_vec())
+    }
+    /// Of texts: some have no row yet.
+    pub(super) fn lacks_rows(&self) -> bool {
+        self.submit.embed.as_ref().is_some_and(|texts| self.rows < texts.len())
+    }
+    /// Nothing has come of it yet.
+    fn is_untouched(&self) -> bool {
+        self.received.is_empty() && self.rows == 0
+    }
+    /// Whether all that was asked for came, without a word of its end.
+    fn is_whole(&self) -> Option<FinishReason> {
+        if let Some(texts) = &self.submit.embed {
+            return (self.rows >= texts.len()).then_some(FinishReason::Stop);
+        }
+        let stopped = self.received.last().is_some_and(|token| self.submit.ends.contains(token));
+        let full = self.output_left() == 0 && self.part().is_none();
+        if stopped { Some(FinishReason::Stop) } else { full.then_some(FinishReason::Length) }
     }
     pub(super) fn output_left(&self) -> u32 {
         self.submit.max_output.saturating_sub(len(&self.received))
@@ -95,6 +119,7 @@ impl Consumer {
             submit,
             candidates,
             received: Vec::new(),
+            rows: 0,
             place: Place::Nowhere,
             bill: Bill::default(),
             attempts: 0,
@@ -127,7 +152,7 @@ impl Consumer {
             let Some(listing) = next else {
                 let error = if call.last_failure.is_empty() {
                     CallError::NoProvider { why: "no listing is left to try".into() }
-                } else if call.full && call.received.is_empty() {
+                } else if call.full && call.is_untouched() {
                     CallError::Full { reason: call.last_failure.clone() }
                 } else {
                     CallError::ProvidersFailed { reason: call.last_failure.clone() }
@@ -167,10 +192,7 @@ impl Consumer {
         let elsewhere = self.has_elsewhere(now, id);
         let max = self.config.max_attempts;
         let usable = self.sessions.get(&index).is_some_and(|s| s.is_ready() && s.is_usable());
-        let goes_on = |call: &Call| {
-            let ended = call.received.last().is_some_and(|token| call.submit.ends.contains(token));
-            !call.cancelled && !ended && call.output_left() > 0 && call.attempts < max
-        };
+        let goes_on = |call: &Call| !call.cancelled && call.is_whole().is_none() && call.attempts < max;
         match self.calls.get_mut(&id) {
             Some(call) if !elsewhere && usable && goes_on(call) => {
                 call.attempts += 1;
@@ -228,7 +250,7 @@ impl Consumer {
         if call.cancelled {
             return self.fail_call(id, CallError::Cancelled);
         }
-        let begun = !call.received.is_empty();
+        let begun = !call.is_untouched();
         if let Some(leg) = call.bill.legs.last() {
             let (provider, received, why) = (leg.provider, len(&call.received), why.to_owned());
             self.actions.push_back(ConsumerAction::Left { provider, received, why });
@@ -243,14 +265,9 @@ impl Consumer {
     /// Ends a call whose output was received whole before its provider or session went away. Whether it was.
     pub(super) fn has_everything(&mut self, id: CallId) -> bool {
         let Some(call) = self.calls.get(&id) else { return true };
-        let stopped = call.received.last().is_some_and(|token| call.submit.ends.contains(token));
-        let full = call.output_left() == 0 && call.part().is_none();
+        let Some(reason) = call.is_whole() else { return false };
         let bill = call.bill.clone();
-        match (stopped, full) {
-            (true, _) => self.finish_call(id, FinishReason::Stop, bill),
-            (false, true) => self.finish_call(id, FinishReason::Length, bill),
-            (false, false) => return false,
-        }
+        self.finish_call(id, reason, bill);
         true
     }
 

@@ -49,7 +49,8 @@ impl Session {
         self.requests.iter().map(|(id, live)| OpenRequest {
             request: *id,
             last_ack: self.state.as_ref().and_then(|s| s.request_state(id)?.last_ack().cloned()),
-            received: Some(live.received),
+            // What has no row yet is asked for again: rows are not kept to be said twice.
+            received: live.private.embed.is_none().then_some(live.received),
         })
     }
 }

@@ -131,7 +131,8 @@ impl Consumer {
         let Some(call) = self.calls.get_mut(&id) else { return (None, Next::Over) };
         call.place = Place::Nowhere;
         let bill = call.bill.clone();
-        let done = matches!(reason, FinishReason::Stop | FinishReason::Length);
+        // A provider that ends well has sent all rows.
+        let done = matches!(reason, FinishReason::Stop | FinishReason::Length) && !call.lacks_rows();
         let emission = match starved.filter(|_| !call.cancelled) {
             _ if done => Emission::Finished { reason, bill },
             Some(Starved::Ends(error)) => Emission::Failed { error, bill },

@@ -27,6 +27,8 @@ pub(super) struct Live {
     pub(super) salt: Salt,
     pub(super) private: RequestPrivate,
     pub received: u32,
+    /// Of texts: those whose rows came.
+    pub(super) rows: usize,
     pub(super) running: RunningHash,
     pub last_frame_at: UnixMs,
     /// Of a worker.
@@ -72,7 +74,8 @@ impl Live {
     }
     pub(super) fn counted(&self) -> Counted {
         let ordered = self.part.as_ref().map(|part| part.sent);
-        Counted { received: self.received, running_hash: self.running.value(), ordered }
+        let embedded = self.missing_row();
+        Counted { received: self.received, running_hash: self.running.value(), ordered, embedded }
     }
 }
 
@@ -138,6 +141,7 @@ impl Consumer {
         let private = RequestPrivate {
             grammar: submit.grammar.clone().map(Into::into),
             top_logprobs: submit.top_logprobs,
+            embed: call.texts(),
             ..RequestPrivate::new(&salt, &prompt, submit.sampling.clone(), submit.stop.clone(), call.resumed())
         };
         let open = RequestOpen {
@@ -165,6 +169,7 @@ impl Consumer {
             salt,
             private: private.clone(),
             received: 0,
+            rows: 0,
             running: RunningHash::start(&salt, &request),
             last_frame_at: now,
             part: call.part().map(|_| PartLive::default()),
@@ -197,6 +202,7 @@ impl Consumer {
         live.last_frame_at = now;
         match frame {
             ProviderFrame::Chunk(first, ids) => self.chunk(now, index, request, first, ids),
+            ProviderFrame::Embedded(text, row) => self.embedded(now, index, request, text, row.into()),
             ProviderFrame::Logprobs(first, entries) => self.logprobs(now, index, request, first, entries),
             ProviderFrame::Ack(signed) => self.ack(now, index, request, &signed),
             ProviderFrame::Receipt(reason, signed) => self.receipt(now, index, request, reason, &signed),

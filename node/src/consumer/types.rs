@@ -102,6 +102,8 @@ pub struct Submit {
     pub grammar: Option<Vec<u8>>,
     /// Log probabilities of each token and of so many likeliest ones.
     pub top_logprobs: Option<u32>,
+    /// The prompt is texts to be embedded, of so many tokens each; then there is no output.
+    pub embed: Option<Vec<u32>>,
     /// Another provider may go on where one failed.
     pub allow_fallbacks: bool,
     /// Work on a part of a model, of the one candidate; then there is no prompt and no output.
@@ -320,6 +322,10 @@ pub enum Emission {
     },
     Tokens {
         ids: Vec<u32>,
+    },
+    /// The row of the next text, in their order.
+    Embedded {
+        row: Vec<u8>,
     },
     /// A worker was ordered: this session, its key (which signs tickets), this request.
     Ordered {

@@ -137,7 +137,10 @@ impl Provider {
         };
         let Some(&(id, request)) = self.jobs.get(&job) else {
             // Its request is over here (it was begun as the engine or the link went away): it must not keep a slot.
-            if matches!(event, EngineEvent::Prefilled { .. } | EngineEvent::Tokens { .. }) {
+            if matches!(
+                event,
+                EngineEvent::Prefilled { .. } | EngineEvent::Tokens { .. } | EngineEvent::Embedded { .. }
+            ) {
                 self.actions.push_back(ProviderAction::Engine { engine, command: Command::Cancel { job } });
             }
             return;
@@ -151,6 +154,7 @@ impl Provider {
                 self.offer_ack_if_due(now, id, request);
             }
             EngineEvent::Tokens { first, ids, .. } => self.tokens(now, id, request, first, &ids),
+            EngineEvent::Embedded { index, row, .. } => self.embedded(now, id, request, index, row),
             EngineEvent::Logprobs { first, entries, .. } => {
                 let Some(live) = self.live(id, &request) else { return };
                 if live.is_running() && first == live.done.completion {
@@ -209,6 +213,17 @@ impl Provider {
             self.send(link, stream, chunk);
         }
         self.offer_ack_if_due(now, id, request);
+    }
+
+    /// A text's row, which goes out before the statement that charges for the text.
+    fn embedded(&mut self, now: UnixMs, id: SessionId, request: RequestId, index: u32, row: Vec<u8>) {
+        let Some(live) = self.live(id, &request) else { return };
+        if !live.is_running() {
+            return;
+        }
+        live.first_token_at.get_or_insert(now);
+        let (link, stream) = live.stream;
+        self.send(link, stream, ProviderFrame::Embedded(index, row.into()));
     }
 
     pub(super) fn offer_ack_if_due(&mut self, now: UnixMs, id: SessionId, request: RequestId) {

@@ -31,7 +31,9 @@ pub(super) fn check_start(state: &SessionState, start: &StartRequest) -> Result<
     if (start.prompt.is_empty() && whole) || start.prompt.len() > MAX_PROMPT_TOKENS || length != open.prompt_tokens {
         return Err(format!("the prompt has {length} tokens, {} were signed for", open.prompt_tokens));
     }
-    if (open.max_output == 0 && whole) || private.stop.len() > MAX_STOPS || private.resumed > length {
+    let writes = whole && private.embed.is_none();
+    let ill_measured = if writes { open.max_output == 0 } else { open.max_output > 0 && private.embed.is_some() };
+    if ill_measured || private.stop.len() > MAX_STOPS || private.resumed > length {
         return Err("no output asked for, too many stop strings, or more resumed than prompt tokens".into());
     }
     let committed = private.commitment(&start.salt) == open.private_hash;
@@ -84,15 +86,19 @@ impl Provider {
         if let Some(text) = self.order_refused(engine, &open) {
             return self.refuse_order(link, stream, text);
         }
-        let room = quote.context_length.saturating_sub(open.prompt_tokens);
+        let embeds = extras.embed.is_some();
+        if let Some(text) = self.other_kind(engine, embeds).filter(|_| open.part.is_none()) {
+            return self.refuse_request(link, stream, Refusal::NotOffered, text);
+        }
+        // A text that is embedded fills the context alone; each of them may.
+        let texts = extras.embed.iter().flatten().copied().max();
+        let longest = texts.unwrap_or(open.prompt_tokens);
+        let room = quote.context_length.saturating_add(u32::from(embeds)).saturating_sub(longest);
         if room == 0 && open.part.is_none() {
-            let text = format!(
-                "a prompt of {} tokens leaves no room in a context of {}",
-                open.prompt_tokens, quote.context_length
-            );
+            let text = format!("a prompt of {longest} tokens leaves no room in a context of {}", quote.context_length);
             return self.refuse_request(link, stream, Refusal::Context, text);
         }
-        let max_output = open.max_output.min(room).max(1);
+        let max_output = if embeds { 0 } else { open.max_output.min(room).max(1) };
         let meter = match open.part {
             Some(order) => Meter::Part(order),
             None => Meter::Tokens { prompt_tokens: open.prompt_tokens, max_output },
@@ -160,6 +166,16 @@ impl Provider {
             None => ProviderAction::Engine { engine, command: Command::Start(work) },
         };
         self.record(id, vec![draft], vec![begin, ProviderAction::Engine { engine, command: grant }]);
+    }
+
+    /// Why a request that embeds, or one that does not, is not for this engine's model.
+    fn other_kind(&self, engine: EngineId, embeds: bool) -> Option<&'static str> {
+        let offering = self.offerings.values().find(|offering| offering.engine == engine)?;
+        match (offering.listing.embeds.is_some(), embeds) {
+            (true, false) => Some("this model embeds texts and writes none"),
+            (false, true) => Some("this model writes and embeds no texts"),
+            (true, true) | (false, false) => None,
+        }
     }
 
     /// The session's engine; after a restart, the one that serves its quote's model now.

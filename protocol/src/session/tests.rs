@@ -370,7 +370,7 @@ fn exposure_by_hand() {
 /// The consumer's own count of what `usage` says.
 fn counted(received: u32, request: RequestId) -> Counted {
     let running_hash = RunningHash::start(&Salt([0; 32]), &request).value();
-    Counted { received, running_hash, ordered: None }
+    Counted { received, running_hash, ordered: None, embedded: None }
 }
 
 #[test]

@@ -1,13 +1,14 @@
 """LangChain's OpenAI package against a gateway: langchain_client.py API MODEL."""
 
 import json
+import os
 import sys
 from importlib.metadata import version
 from typing import Literal
 
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import BaseModel
 
 from checks import NO_END, Checks
@@ -76,6 +77,17 @@ def responses(api, model):
 def batch(api, model):
     replies = chat(api, model).bind(max_tokens=4).batch(["the river"] * 4)
     assert len(replies) == 4 and all(json.dumps(reply.response_metadata) for reply in replies)
+
+
+@check
+def embeddings(api, model):
+    # By default it tokenises by the names of OpenAI's own models; here texts are sent.
+    embedder = OpenAIEmbeddings(
+        base_url=api, api_key="unused", model=os.environ["SATGRID_EMBEDDER"], check_embedding_ctx_length=False
+    )
+    rows = embedder.embed_documents([f"the river {n}" for n in range(30)])
+    assert len(rows) == 30 and len({len(row) for row in rows}) == 1, [len(row) for row in rows]
+    assert embedder.embed_query("the river 7") == rows[7]
 
 
 if __name__ == "__main__":

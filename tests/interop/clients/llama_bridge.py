@@ -18,6 +18,7 @@ import pytest
 # Their helper for downloads, which nothing here uses.
 sys.modules.setdefault("wget", type(sys)("wget"))
 MODEL = os.environ["SATGRID_MODEL"]
+EMBEDDER = os.environ["SATGRID_EMBEDDER"]
 # Endpoints that llama-server has with and without the prefix.
 UNDER_V1 = re.compile(r"^(https?://[^/]+)(/(?:chat/completions|completions|models|embeddings|responses|tokenize|detokenize)\b)")
 # Expectations of the words of stories260K.
@@ -28,7 +29,7 @@ def asked(path, body):
     """The request as it would be sent to this gateway."""
     if not isinstance(body, dict):
         return body
-    body = {**body, "model": MODEL}
+    body = {**body, "model": EMBEDDER if "embeddings" in path else MODEL}
     if "token" not in path:
         body.setdefault("seed", 42)
     return body
@@ -64,14 +65,16 @@ def bridge_openai():
 
 
 def bridge_presets(utils):
-    from_preset = utils.ServerPreset.tinyllama2
+    def named(from_preset, name):
+        def preset():
+            server = from_preset()
+            server.model_alias = name
+            return server
 
-    def tinyllama2():
-        server = from_preset()
-        server.model_alias = MODEL
-        return server
+        return staticmethod(preset)
 
-    utils.ServerPreset.tinyllama2 = staticmethod(tinyllama2)
+    utils.ServerPreset.tinyllama2 = named(utils.ServerPreset.tinyllama2, MODEL)
+    utils.ServerPreset.bert_bge_small = named(utils.ServerPreset.bert_bge_small, EMBEDDER)
     # Loads models from a hub.
     utils.ServerPreset.load_all = staticmethod(lambda: None)
     match = utils.match_regex

@@ -79,13 +79,16 @@ class Market:
 
 
 def main():
-    """`market.py BINARY MODEL FOLDER READY`: writes the gateway's address and model into READY, and stays until SIGTERM."""
-    binary, model, folder, ready = sys.argv[1:5]
+    """`market.py BINARY MODEL EMBEDDER FOLDER READY`: writes the gateway's address and both models into READY, and stays until
+    SIGTERM."""
+    binary, model, embedder, folder, ready = sys.argv[1:6]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # So cheap that a whole run fits into the demo's channels; and eight slots, as many as clients ask at once.
-    with Market(binary, model, folder, "--input-price", "1000000", "--output-price", "4000000", "--slots", "8") as market:
+    prices = ["--input-price", "1000000", "--output-price", "4000000"]
+    with Market(binary, model, folder, *prices, "--slots", "8", "--also", embedder) as market:
         with open(f"{ready}.new", "w", encoding="utf-8") as out:
-            out.write(f"{market.api} {market.model}\n")
+            name = os.path.splitext(os.path.basename(embedder))[0].lower()
+            out.write(f"{market.api} {market.model} {name}\n")
         os.rename(f"{ready}.new", ready)
         signal.pause()
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import math
+import os
 import re
 import sys
 from typing import Literal
@@ -288,6 +290,51 @@ def a_client_that_leaves_early(client, model):
         next(stream)
     stream.close()
     assert client.chat.completions.create(model=model, messages=SAID, max_tokens=2).choices
+
+
+@check
+def texts_are_embedded(client, model):
+    embedder = os.environ["SATGRID_EMBEDDER"]
+    (listed,) = [m for m in client.models.list() if m.id == embedder]
+    dimensions = listed.model_extra["embedding_dimensions"]
+    texts = ["the light of the river", "a quiet market", "the light of the river"]
+    # The client asks for base64 by itself and decodes it; numbers are what one asks for by name.
+    for more in ({}, {"encoding_format": "float"}, {"encoding_format": "float", "dimensions": dimensions}):
+        answer = client.embeddings.create(model=embedder, input=texts, **more)
+        assert [row.index for row in answer.data] == [0, 1, 2] and answer.model == embedder, answer
+        rows = [row.embedding for row in answer.data]
+        assert all(len(row) == dimensions and abs(math.hypot(*row) - 1) < 1e-4 for row in rows)
+        assert rows[0] == rows[2] != rows[1], "the same text has the same row"
+        usage = answer.usage
+        assert usage.prompt_tokens == usage.total_tokens > 6, usage
+        assert usage.model_extra["cost_msat"] > 0 and len(usage.model_extra["receipt_ids"]) == 1, usage
+    alone = client.embeddings.create(model=embedder, input=texts[1], encoding_format="float")
+    assert alone.data[0].embedding == rows[1], "alone or in a batch"
+    by_tokens = client.embeddings.create(model=embedder, input=[[5, 6, 7], [8]], encoding_format="float")
+    assert len(by_tokens.data) == 2 and by_tokens.usage.prompt_tokens == 4, by_tokens.usage
+    many = client.embeddings.create(model=embedder, input=[f"the river {n}" for n in range(200)])
+    assert len(many.data) == 200 and len(many.usage.model_extra["receipt_ids"]) == 1, many.usage
+
+
+@check
+def what_cannot_be_embedded_is_named(client, model):
+    embedder = os.environ["SATGRID_EMBEDDER"]
+    for param, asked in (
+        ("model", {"model": model, "input": "x"}),
+        ("input", {"model": embedder, "input": ""}),
+        ("input", {"model": embedder, "input": "the river " * 2000}),
+        ("dimensions", {"model": embedder, "input": "x", "dimensions": 7}),
+    ):
+        try:
+            client.embeddings.create(**asked)
+            raise AssertionError(f"accepted: {asked}")
+        except BadRequestError as error:
+            assert error.param == param and error.code, error.body
+    try:
+        client.chat.completions.create(model=embedder, messages=SAID)
+        raise AssertionError("a model that embeds wrote")
+    except BadRequestError as error:
+        assert error.code == "unsupported_model" and "embeddings" in error.message, error.body
 
 
 @check

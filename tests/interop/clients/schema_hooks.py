@@ -1,4 +1,5 @@
-"""What is changed in a request that schemathesis made from OpenAI's document: the model exists, and the reply is short."""
+"""What is changed in a request that schemathesis made from OpenAI's document: the model exists and does what is asked, and the
+reply is short."""
 
 import os
 
@@ -13,7 +14,10 @@ def before_call(context, case, kwargs):
     if not isinstance(body, dict):
         return
     if isinstance(body.get("model"), str):
-        body["model"] = os.environ["SATGRID_MODEL"]
+        embeds = case.operation.path == "/embeddings"
+        body["model"] = os.environ["SATGRID_EMBEDDER" if embeds else "SATGRID_MODEL"]
+        if embeds:
+            return
     limits = [name for name in ("max_tokens", "max_completion_tokens", "max_output_tokens") if name in body]
     for name in limits:
         if isinstance(body[name], int) and body[name] > LONGEST:

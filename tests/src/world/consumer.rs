@@ -21,6 +21,8 @@ pub struct Ask {
     pub allow_fallbacks: bool,
     /// Tokens that end a generation.
     pub ends: std::collections::BTreeSet<u32>,
+    /// The prompt is texts of so many tokens to be embedded.
+    pub texts: Option<Vec<u32>>,
 }
 
 impl Ask {
@@ -34,7 +36,12 @@ impl Ask {
             providers: vec![0],
             allow_fallbacks: true,
             ends: [2].into(),
+            texts: None,
         }
+    }
+    /// Texts of so many tokens to be embedded.
+    pub fn texts(lengths: &[u32]) -> Ask {
+        Ask { texts: Some(lengths.to_vec()), max_output: 0, ..Ask::tokens(lengths.iter().sum(), 0) }
     }
     pub fn to(mut self, providers: &[usize]) -> Ask {
         self.providers = providers.to_vec();
@@ -109,6 +116,7 @@ impl World {
             ends: ask.ends,
             grammar: None,
             top_logprobs: None,
+            embed: ask.texts,
             allow_fallbacks: ask.allow_fallbacks,
             part: None,
             max_cost: None,
@@ -233,6 +241,7 @@ impl World {
             Emission::Started { provider, request } => log.started.push((provider, request)),
             Emission::Ordered { .. } | Emission::Ticket { .. } => {}
             Emission::Logprobs { .. } => {}
+            Emission::Embedded { row } => log.rows.push(row),
             Emission::Tokens { ids } => {
                 log.tokens.extend(ids);
                 log.chunk_times.push(now);

@@ -88,6 +88,8 @@ pub struct CallLog {
     pub max_output: u32,
     pub sampling: Sampling,
     pub tokens: Vec<u32>,
+    /// Of texts that are embedded.
+    pub rows: Vec<Vec<u8>>,
     /// When each chunk came.
     pub chunk_times: Vec<UnixMs>,
     pub started: Vec<(NodeKey, RequestId)>,
@@ -211,6 +213,7 @@ pub(super) fn listing_of(
         lightning_address: None,
         lightning_unproven: false,
         experts_hash: None,
+        embeds: toy.embeds,
         bindings: Bindings::default(),
     };
     let message = lightning_binding_message(&listing.node_key);

@@ -165,7 +165,7 @@ impl World {
                 work.remove(job);
             }
             EngineEvent::Down { .. } => work.clear(),
-            EngineEvent::Logprobs { .. } | EngineEvent::Up => {}
+            EngineEvent::Logprobs { .. } | EngineEvent::Embedded { .. } | EngineEvent::Up => {}
         }
     }
 

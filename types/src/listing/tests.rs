@@ -50,6 +50,7 @@ fn listing() -> Listing {
         lightning_address: None,
         lightning_unproven: false,
         experts_hash: None,
+        embeds: None,
         bindings: Bindings::default(),
     };
     let message = lightning_binding_message(&listing.node_key);

@@ -30,6 +30,8 @@ pub(crate) struct ContextConfig {
     pub(crate) capture: bool,
     /// The card that computes the last layer, if one does: the rows that are taken out go straight from it to the host.
     pub(crate) card: Option<Handle>,
+    /// Of a model that embeds: one row a sequence, pooled as the model says, and no logits.
+    pub(crate) pooled: bool,
 }
 
 /// One position to compute.
@@ -52,6 +54,8 @@ pub(crate) enum DecodeError {
     Failed { code: i32 },
     #[error("no logits for row {row}")]
     NoLogits { row: usize },
+    #[error("no pooled row for sequence {slot}")]
+    NotPooled { slot: u32 },
     #[error("{numbers} numbers are not {rows} rows of {width}")]
     BadHidden { numbers: usize, rows: usize, width: usize },
     #[error("the last layer's rows did not come out")]
@@ -123,6 +127,7 @@ impl Context {
             params.flash_attn_type =
                 if config.flash { sys::LLAMA_FLASH_ATTN_TYPE_AUTO } else { sys::LLAMA_FLASH_ATTN_TYPE_DISABLED };
             params.no_perf = true;
+            params.embeddings = config.pooled;
             if let Some(capture) = capture.as_deref_mut() {
                 params.cb_eval = Some(Capture::on_tensor);
                 params.cb_eval_user_data = std::ptr::from_mut(capture).cast();
@@ -257,6 +262,20 @@ impl Context {
                 return Err(DecodeError::NoLogits { row });
             }
             Ok(std::slice::from_raw_parts(logits, self.vocab))
+        }
+    }
+
+    /// The pooled row of a sequence that the last batch held, as wide as the model says. Of a context made to pool.
+    pub(crate) fn pooled(&mut self, slot: u32) -> Result<&[f32], DecodeError> {
+        let none = DecodeError::NotPooled { slot };
+        let (Ok(sequence), Ok(width)) = (i32::try_from(slot), usize::try_from(self.model.pooled_width())) else {
+            return Err(none);
+        };
+        // SAFETY: the context is valid and computes nothing now; the answer is null or points at one row of the model's output
+        // width, kept until the next call on the context, which the borrow of `self` forbids.
+        unsafe {
+            let row = sys::llama_get_embeddings_seq(self.context.as_ptr(), sequence);
+            if row.is_null() { Err(none) } else { Ok(std::slice::from_raw_parts(row, width)) }
         }
     }
 

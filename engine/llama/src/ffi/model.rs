@@ -106,6 +106,12 @@ impl Model {
         u32::try_from(unsafe { sys::llama_model_n_embd(self.model.as_ptr()) }).unwrap_or(0)
     }
 
+    /// Numbers in a pooled row.
+    pub(crate) fn pooled_width(&self) -> u32 {
+        // SAFETY: the model lives as long as `self`.
+        u32::try_from(unsafe { sys::llama_model_n_embd_out(self.model.as_ptr()) }).unwrap_or(0)
+    }
+
     pub(crate) fn layers(&self) -> u32 {
         // SAFETY: as above.
         u32::try_from(unsafe { sys::llama_model_n_layer(self.model.as_ptr()) }).unwrap_or(0)

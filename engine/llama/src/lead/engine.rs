@@ -133,6 +133,7 @@ impl LlamaLead {
                     }
                     EngineEvent::Prefilled { .. }
                     | EngineEvent::Logprobs { .. }
+                    | EngineEvent::Embedded { .. }
                     | EngineEvent::Tokens { .. }
                     | EngineEvent::Up => {}
                 }

@@ -158,6 +158,7 @@ fn hear(events: Vec<EngineEvent>, heard: &mut BTreeMap<u64, Heard>) {
                 job.output.extend(ids);
             }
             EngineEvent::Logprobs { first, .. } => assert_eq!(first, to_u32(job.output.len())),
+            EngineEvent::Embedded { .. } => panic!("nothing is embedded here"),
             EngineEvent::Finished { reason, evaluated, .. } => job.end = Some((reason, evaluated)),
             EngineEvent::Failed { error, .. } => job.error = Some(error),
             EngineEvent::Down { .. } | EngineEvent::Up => panic!("not the scheduler's to say"),

@@ -92,6 +92,7 @@ impl LlamaLayers {
             flash: !exact,
             capture: true,
             card: placed.offload.map(|(card, _)| card),
+            pooled: false,
         };
         let made = Context::new(Arc::new(model), &wanted, None).filter(|made| made.positions_per_slot() >= context);
         let context = made.ok_or(OpenError::NoMemory { slots, context })?;

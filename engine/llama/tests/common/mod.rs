@@ -156,7 +156,7 @@ impl Listener {
             EngineEvent::Logprobs { first, .. } => assert_eq!(first as usize, job.output.len()),
             EngineEvent::Finished { reason, evaluated, .. } => job.end = Some((reason, evaluated)),
             EngineEvent::Failed { error, .. } => job.error = Some(error),
-            EngineEvent::Down { .. } | EngineEvent::Up => {}
+            EngineEvent::Embedded { .. } | EngineEvent::Down { .. } | EngineEvent::Up => {}
         }
     }
 

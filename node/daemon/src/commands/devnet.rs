@@ -2,7 +2,9 @@
 //! demo, which starts these and more. It also writes the tiny model that is sold where only a market's behaviour counts.
 
 use anyhow::Context;
-use satgrid_engine::{experts::family::FAMILIES, tiny::TinyModel, tiny_moe::TinyMoe};
+use satgrid_engine::{
+    experts::family::FAMILIES, facts::Pooling, tiny::TinyModel, tiny_bert::TinyBert, tiny_moe::TinyMoe,
+};
 use serde_json::json;
 use std::fs::File;
 use std::io::BufWriter;
@@ -10,7 +12,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use super::{demo, print};
-use crate::cli::{DevnetCommand, Format, Globals, TinyMoeArgs};
+use crate::cli::{DevnetCommand, Format, Globals, TinyMoeArgs, TinyPooling};
 use crate::failure::HintExt;
 use crate::signals;
 
@@ -18,6 +20,7 @@ pub(crate) fn run(globals: &Globals, command: &DevnetCommand) -> anyhow::Result<
     let command = match command {
         DevnetCommand::Demo(args) => return demo::run(globals, args),
         DevnetCommand::TinyModel { file } => return tiny_model(file),
+        DevnetCommand::TinyEmbedder { file, pooling } => return tiny_embedder(file, *pooling),
         DevnetCommand::Chain { listen, electrum, fee_rate } => Serve::Chain(*listen, *electrum, *fee_rate),
         DevnetCommand::TinyMoe { out, shape } => return tiny_moe(out, shape),
         DevnetCommand::Relay { listen } => Serve::Relay(*listen),
@@ -51,6 +54,21 @@ fn tiny_model(path: &Path) -> anyhow::Result<()> {
     let mut out = BufWriter::new(File::create(path).with_context(cannot)?);
     let model = TinyModel { chat_template: Some(TINY_TEMPLATE.to_owned()), ..TinyModel::default() };
     model.write(&mut out).with_context(cannot)
+}
+
+/// A model that writes to the right takes the last row, as Qwen3's embedding models do; the others are BERTs.
+fn tiny_embedder(path: &Path, pooling: TinyPooling) -> anyhow::Result<()> {
+    let cannot = || format!("cannot write {}", path.display());
+    let mut out = BufWriter::new(File::create(path).with_context(cannot)?);
+    let written = match pooling {
+        TinyPooling::Mean => TinyBert { pooling: Pooling::Mean, ..TinyBert::default() }.write(&mut out),
+        TinyPooling::Cls => TinyBert { pooling: Pooling::Cls, ..TinyBert::default() }.write(&mut out),
+        TinyPooling::Last => {
+            let name = "tiny-random-embedder".to_owned();
+            TinyModel { pooling: Some(Pooling::Last), name, ..TinyModel::default() }.write(&mut out)
+        }
+    };
+    written.with_context(cannot)
 }
 
 fn tiny_moe(out: &Path, shape: &TinyMoeArgs) -> anyhow::Result<()> {

@@ -219,6 +219,8 @@ pub(crate) struct OnSale {
     pub instruction_set: String,
     /// Of experts: what they are.
     pub experts_hash: Option<Digest>,
+    /// Of a model that embeds: numbers in a row.
+    pub embeds: Option<u32>,
 }
 
 impl OnSale {
@@ -226,6 +228,7 @@ impl OnSale {
     pub(crate) fn whole(facts: EngineFacts, name: &str, rates: RateCard, memory_bytes: u64) -> OnSale {
         OnSale {
             model: name.to_owned(),
+            embeds: facts.model.pooling.map(|_| facts.model.n_embd),
             root: facts.model_root,
             tokenizer: TokenizerHash(facts.tokenizer_hash),
             quantisation: facts.model.quantisation,
@@ -271,6 +274,7 @@ impl OnSale {
             lightning_address: by.lightning_address.clone(),
             lightning_unproven: lightning.is_none(),
             experts_hash: self.experts_hash,
+            embeds: self.embeds,
             bindings: Bindings::default(),
         };
         let node = sign_node_binding(by.node, &by.nostr, &listing.d());

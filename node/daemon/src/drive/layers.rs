@@ -109,6 +109,7 @@ pub(crate) fn stage_listing(layers: &LayersForSale, by: &Identity<'_>) -> Listin
         build_id: facts.build_id,
         instruction_set: facts.instruction_set,
         experts_hash: None,
+        embeds: None,
     };
     on_sale.listing(by)
 }

@@ -89,7 +89,7 @@ impl Metered {
                 add(&figures.failed, jobs.len() as u64);
                 jobs.clear();
             }
-            EngineEvent::Logprobs { .. } => {}
+            EngineEvent::Logprobs { .. } | EngineEvent::Embedded { .. } => {}
             EngineEvent::Up => figures.down.store(false, Ordering::Relaxed),
         }
     }

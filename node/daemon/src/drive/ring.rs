@@ -303,6 +303,7 @@ impl Running {
             max_cost: None,
             grammar: None,
             top_logprobs: None,
+            embed: None,
         };
         let (emissions, mut inbox) = mpsc::unbounded_channel();
         let said = self.said.clone();
@@ -375,7 +376,10 @@ impl Running {
                 }
                 self.lost(job, at)
             }
-            Emission::Started { .. } | Emission::Tokens { .. } | Emission::Logprobs { .. } => Vec::new(),
+            Emission::Started { .. }
+            | Emission::Tokens { .. }
+            | Emission::Embedded { .. }
+            | Emission::Logprobs { .. } => Vec::new(),
         }
     }
 

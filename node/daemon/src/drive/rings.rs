@@ -76,6 +76,7 @@ pub(crate) async fn pump(engine: EngineId, source: Arc<dyn Engine>, buys: Arc<dy
             EngineEvent::Prefilled { .. }
             | EngineEvent::Tokens { .. }
             | EngineEvent::Logprobs { .. }
+            | EngineEvent::Embedded { .. }
             | EngineEvent::Up => {}
         }
         if inbox.send(Message::Event(ProviderEvent::Engine { engine, event })).await.is_err() {

@@ -88,6 +88,7 @@ pub(crate) fn pack_listing(pack: &PackOnSale, by: &Identity<'_>) -> Listing {
         tokenizer: TokenizerHash([0; 32]),
         quantisation: "part".into(),
         experts_hash: Some(hash_of(&set, &weights)),
+        embeds: None,
         part: Part::Experts(set),
         rates: pack.rates,
         context: ANY_CONTEXT,

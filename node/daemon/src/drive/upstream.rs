@@ -64,6 +64,9 @@ pub(crate) async fn start(
     inspected: &Inspected,
     root: [u8; 32],
 ) -> anyhow::Result<RunningEngine> {
+    if inspected.facts.pooling.is_some() {
+        bail!("the named file is a model that embeds; only models that write are sold from another server");
+    }
     let program = worker_program()?;
     let tokenizer = LlamaTokenizer::spawn(TokenizerConfig { program, artefact: path, idle: TOKENIZER_IDLE });
     let tokenizer = tokenizer.await.context("the named file holds no tokenizer that works")?;

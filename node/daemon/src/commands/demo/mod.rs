@@ -168,9 +168,19 @@ fn for_sale(config: &crate::config::Models, args: &DemoArgs, file: Option<&Path>
         Some(file) => own_model(&store, file)?,
         None => known_model(&store)?,
     };
+    let mut catalogue = catalogue;
+    let also = match &args.also {
+        Some(file) => {
+            let (name, path, _, known) = own_model(&store, file)?;
+            catalogue = Some(catalogue.unwrap_or_default() + &known.unwrap_or_default());
+            Some((name, path))
+        }
+        None => None,
+    };
     Ok(ForSale {
         name,
         path,
+        also,
         has_template,
         catalogue,
         slots: args.slots,

@@ -39,6 +39,8 @@ const MARKER: &str = "satgrid-demo";
 pub(super) struct ForSale {
     pub(super) name: String,
     pub(super) path: PathBuf,
+    /// Name and file of another one.
+    pub(super) also: Option<(String, PathBuf)>,
     /// A base model has none: it continues text.
     pub(super) has_template: bool,
     /// The consumer's own catalogue, where the shipped one does not know the model.
@@ -257,9 +259,18 @@ impl Market {
             let path = parts.map_or(&for_sale.path, |parts| &parts.trunk);
             let packs: Vec<String> =
                 parts.iter().flat_map(|parts| &parts.packs).map(|pack| text(pack.display())).collect();
+            let also = for_sale.also.as_ref().map(|(name, path)| {
+                format!(
+                    ", {{ path = {}, alias = {}, price_in_msat_per_mtok = {}, price_out_msat_per_mtok = {price}, slots = 2, \
+                     threads = 1 }}",
+                    text(path.display()),
+                    text(name),
+                    for_sale.prices.input,
+                )
+            });
             let model = format!(
                 "[{{ path = {}, experts = [{}], alias = {}, price_in_msat_per_mtok = {}, \
-                 price_out_msat_per_mtok = {price}, slots = {}, profile = {}, context = 2048{} }}]",
+                 price_out_msat_per_mtok = {price}, slots = {}, profile = {}, context = 2048{} }}{}]",
                 text(path.display()),
                 packs.join(", "),
                 text(&for_sale.name),
@@ -267,6 +278,7 @@ impl Market {
                 for_sale.slots,
                 text(&for_sale.profile),
                 for_sale.threads.map(|threads| format!(", threads = {threads}")).unwrap_or_default(),
+                also.unwrap_or_default(),
             );
             let set = BTreeMap::from([
                 ("node.roles", "[\"provider\"]".to_owned()),

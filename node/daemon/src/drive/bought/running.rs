@@ -162,6 +162,7 @@ impl Running {
             max_cost: None,
             grammar: None,
             top_logprobs: None,
+            embed: None,
         };
         let fresh = Order {
             call,
@@ -251,7 +252,10 @@ impl Running {
                 }
                 Vec::new()
             }
-            Emission::Started { .. } | Emission::Tokens { .. } | Emission::Logprobs { .. } => Vec::new(),
+            Emission::Started { .. }
+            | Emission::Tokens { .. }
+            | Emission::Embedded { .. }
+            | Emission::Logprobs { .. } => Vec::new(),
         }
     }
 
