@@ -13,12 +13,13 @@ import argparse
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from expert_market import ExpertMarket, Packs, engines, spoil, weights
-from ring_market import Stream, fail, folder, run, run_script, say, until
+from ring_market import SAT, Stream, fail, folder, run, run_script, say, until
 
 PROMPT = "The history of money is a history of trust. At first people traded goods for goods. Later they"
 # In msat per million expert rows.
@@ -29,12 +30,21 @@ KILL_AFTER = 12
 KEPT_WITHIN_S = 3
 
 
+def explained(market):
+    """What `satgrid market why` says at the lead. Nothing while listings are missing: it asks the relays anew each time."""
+    asked = ["--config", market.leads[0].config, "--format", "json", "market", "why", market.name]
+    done = subprocess.run([SAT, *asked], capture_output=True, text=True)
+    if done.returncode:
+        say(f"not yet: {done.stderr.strip()[-300:]}")
+    return None if done.returncode else json.loads(done.stdout)
+
+
 def placement(market, packs):
     """What the lead counted and measured, who serves for it, and packs that would be equally busy."""
     lead = market.leads[0]
     say("what the lead counted and measured: satgrid market why")
-    print(run("--config", lead.config, "market", "why", market.name), file=sys.stderr)
-    why = json.loads(run("--config", lead.config, "--format", "json", "market", "why", market.name))
+    why = until("a plan over what was counted", lambda: explained(market))
+    print(subprocess.run([SAT, "--config", lead.config, "market", "why", market.name], capture_output=True, text=True).stdout, file=sys.stderr)
     if not why["counted_rows"] or not all(one["measured"] for one in why["considered"] if one["verdict"] == "serves"):
         fail(f"nothing was counted, or a worker that serves was not measured: {why}")
     split = ["--config", lead.config, "--format", "json", "models", "split", packs.model, "--experts", "--packs", len(PRICES)]

@@ -20,8 +20,8 @@ use tokio_util::sync::CancellationToken;
 
 /// How long the relays may take to send what they have.
 const SYNC_WITHIN: Duration = Duration::from_secs(5);
-/// Listings are applied in the background; they get this long after the last relay is done.
-const SETTLE: Duration = Duration::from_millis(100);
+/// Listings are applied in the background: they are all there once nothing has changed for so long.
+const SETTLE: Duration = Duration::from_millis(150);
 
 pub(super) fn run(globals: &Globals, command: &MarketCommand) -> anyhow::Result<()> {
     let config = globals.load()?.config;
@@ -56,7 +56,16 @@ async fn read_relays(config: &Config) -> anyhow::Result<(Market, Listening)> {
             eprintln!("warning: relay {} is not connected: {why}", relay.url);
         }
     }
-    tokio::time::sleep(SETTLE).await;
+    // Signatures are checked behind the relays' last word: what is heard grows for a while yet on a busy machine.
+    let began = std::time::Instant::now();
+    let mut before = None;
+    while began.elapsed() < SYNC_WITHIN {
+        tokio::time::sleep(SETTLE).await;
+        let heard = (market.live().len(), market.refusals(), listening.counters());
+        if before.replace(heard.clone()) == Some(heard) {
+            break;
+        }
+    }
     Ok((market, listening))
 }
 
