@@ -25,7 +25,7 @@ PROMPT = "The history of money is a history of trust. At first people traded goo
 # In msat per million expert rows.
 PRICES = [1_000_000, 1_500_000, 800_000]
 # Pieces of the answer after which a worker is killed.
-KILL_AFTER = 12
+KILL_AFTER = 6
 # Figures are on the disk after this.
 KEPT_WITHIN_S = 3
 
@@ -64,6 +64,12 @@ def after_the_lie(market, liar, spoilt, ask):
     lead = market.leads[0]
     ledger = os.path.join(lead.dir, "ledger.sqlite")
     kept = lambda: json.loads(run("ledger", "misbehaviour", "--format", "json", "--db", ledger))
+    for _ in range(3):
+        time.sleep(1)
+        if kept():
+            break
+        # On a busy machine an answer may be over before its pieces are read.
+        ask()
     kept = until("the liar's name in the ledger", kept)
     named = [one for one in kept if one["rule"] == "wrong-rows"]
     if [one["peer"] for one in named] != [liar.status["node_key"]]:

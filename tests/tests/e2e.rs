@@ -194,7 +194,7 @@ fn experts_of_paid_workers_one_killed_and_one_lying() {
     let model = dir.path().join("tiny-moe.gguf");
     assert!(satgrid().args(["devnet", "tiny-moe"]).arg(&model).status().unwrap().success());
     for how in ["--kill", "--lie"] {
-        let found = split::run("demo-experts.py", &dir.path().join(how), &model, &["--tokens", "48", how]);
+        let found = split::run("demo-experts.py", &dir.path().join(how), &model, &["--tokens", "96", how]);
         assert!(found["same"] == true && found["clean"] == true, "{found:#}");
         assert!(found["placement"]["why"]["counted_rows"].as_u64().unwrap() > 0, "{found:#}");
     }
