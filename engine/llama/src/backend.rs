@@ -13,7 +13,7 @@ use crate::devices::{Device, PlaceError, needs_trial};
 use crate::facts::is_exact;
 use crate::ffi::{BatchRow, Context, ContextConfig, DecodeError, ExpertHook, LoadError, Model, ModelConfig};
 use crate::placed::Placed;
-use crate::scheduler::{Backend, Shape};
+use crate::scheduler::{Backend, Computes, Shape};
 use crate::settings::{BATCH, DEFAULT_CONTEXT, EngineSettings, MAX_SLOTS, TILED_PRODUCT};
 
 /// How long the prompts of others may hold up running streams, between two of their tokens.
@@ -221,7 +221,7 @@ impl LlamaBackend {
     }
 }
 
-impl Backend for LlamaBackend {
+impl Computes for LlamaBackend {
     fn evaluate(&mut self, rows: &[BatchRow]) -> Result<(), DecodeError> {
         let begin = Instant::now();
         let result = self.context.decode(rows);
@@ -230,7 +230,9 @@ impl Backend for LlamaBackend {
         self.mind_the_pace(rows, took);
         result
     }
+}
 
+impl Backend for LlamaBackend {
     fn logits(&mut self, row: usize) -> Result<&[f32], DecodeError> {
         self.context.logits(row)
     }

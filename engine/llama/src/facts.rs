@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use crate::backend::{LlamaBackend, OpenError};
 use crate::devices::Device;
 use crate::ffi::{self, BatchRow, DecodeError, Model, ModelConfig};
-use crate::scheduler::{Backend, Shape};
+use crate::scheduler::{Backend, Computes, Shape};
 
 /// The pinned binding, whose version fixes llama.cpp's sources. A test compares it with the workspace's table.
 const BINDING: &str = "llama-cpp-sys-2 0.1.161";

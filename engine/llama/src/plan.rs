@@ -3,6 +3,8 @@
 //! While any stream is decoding, prompts together get at most [`Limits::prefill_beside_streams`] positions between two
 //! steps of the streams, so they slow these but never stop them; alone they get whole batches. Up to that bound prompts
 //! go first: the sooner they are streams, the more of them share each step. They take turns, the one served longest ago first.
+//! Where several batches are under way at once, streams that are away count as running, and beside them one prompt at a time
+//! is on its way.
 //!
 //! | profile | a batch is                                                                        |
 //! |---------|-----------------------------------------------------------------------------------|
@@ -26,7 +28,7 @@ pub(crate) struct Progress {
     pub(crate) prompt: u32,
     /// Positions below this may be computed now: their token is known and the grant covers them.
     pub(crate) upto: u32,
-    /// The batch number in which the job last got prompt positions; 0 for never.
+    /// The number of the last batch with positions of the job; 0 for none.
     pub(crate) served: u64,
 }
 
@@ -38,6 +40,11 @@ pub(crate) struct Limits {
     pub(crate) batch: u32,
     /// Most prompt positions in or between two steps of running streams.
     pub(crate) prefill_beside_streams: u32,
+    /// Most streams in one step.
+    pub(crate) streams: u32,
+    /// Steps of streams are under way, and batches of prompts are.
+    pub(crate) streams_away: bool,
+    pub(crate) prompts_away: bool,
 }
 
 /// A run of positions `from..upto` of one sequence.
@@ -71,14 +78,21 @@ pub(crate) fn plan_batch(jobs: &[Progress], limits: &Limits, since_step: u32) ->
     let streams = ready.iter().filter(|job| !job.is_prefilling()).count();
     let mut prompts: Vec<&Progress> = ready.iter().copied().filter(|job| job.is_prefilling()).collect();
     prompts.sort_by_key(|job| (job.served, job.slot));
-    let prefill = if streams > 0 { limits.prefill_beside_streams.clamp(1, batch) } else { batch };
+    let beside = streams > 0 || limits.streams_away;
+    let prefill = if beside { limits.prefill_beside_streams.clamp(1, batch) } else { batch };
 
     let mut chunks = match limits.profile {
         Profile::Exact => {
             // A prompt's lone position looks like a step of a stream and goes with them.
-            let singles = ready.iter().filter(|job| !job.is_prefilling() || job.ready() == 1);
-            let steps: Vec<Chunk> = singles.take(batch as usize).map(|job| job.next(1)).collect();
-            let room = if steps.is_empty() { batch } else { prefill.saturating_sub(since_step) };
+            let mut singles: Vec<_> = ready.iter().filter(|job| !job.is_prefilling() || job.ready() == 1).collect();
+            singles.sort_by_key(|job| (job.served, job.slot));
+            let most = batch.min(limits.streams.max(1)) as usize;
+            let steps: Vec<Chunk> = singles.into_iter().take(most).map(|job| job.next(1)).collect();
+            let room = match (steps.is_empty() && !limits.streams_away, beside && limits.prompts_away) {
+                (_, true) => 0,
+                (true, false) => batch,
+                (false, false) => prefill.saturating_sub(since_step),
+            };
             let long = prompts.iter().find(|job| job.ready() > 1 && room >= LEAST_CHUNK.min(job.ready()));
             long.map_or(steps, |job| vec![job.next(room)])
         }
@@ -104,6 +118,15 @@ pub(crate) fn plan_batch(jobs: &[Progress], limits: &Limits, since_step: u32) ->
 mod tests {
     use super::*;
 
+    const LIMITS: Limits = Limits {
+        profile: Profile::Exact,
+        batch: 512,
+        prefill_beside_streams: 64,
+        streams: 512,
+        streams_away: false,
+        prompts_away: false,
+    };
+
     /// A job in words: `p3/10` is prefilling, 3 of 10 done and all granted; `p3/10<5` is granted below 5;
     /// `s12` decodes position 12; `s12!` waits for a grant.
     fn job(slot: usize, text: &str) -> Progress {
@@ -125,7 +148,7 @@ mod tests {
 
     fn check(profile: Profile, jobs: &[&str], since_step: u32, expect: &str) {
         let jobs: Vec<Progress> = jobs.iter().enumerate().map(|(slot, text)| job(slot, text)).collect();
-        let limits = Limits { profile, batch: 512, prefill_beside_streams: 64 };
+        let limits = Limits { profile, batch: 512, ..LIMITS };
         let plan = plan_batch(&jobs, &limits, since_step);
         let text: Vec<String> = plan.iter().map(|c| format!("{}:{}..{}", c.slot, c.from, c.upto)).collect();
         assert_eq!(text.join(" "), expect, "{jobs:?}");
@@ -160,6 +183,27 @@ mod tests {
     }
 
     #[test]
+    fn steps_go_in_groups_where_several_are_under_way() {
+        let check = |jobs: &[&str], served: &[u64], limits: Limits, since_step, expect: &str| {
+            let mut jobs: Vec<Progress> = jobs.iter().enumerate().map(|(slot, text)| job(slot, text)).collect();
+            jobs.iter_mut().zip(served).for_each(|(job, served)| job.served = *served);
+            let plan = plan_batch(&jobs, &limits, since_step);
+            let text: Vec<String> = plan.iter().map(|c| format!("{}:{}..{}", c.slot, c.from, c.upto)).collect();
+            assert_eq!(text.join(" "), expect, "{jobs:?}");
+        };
+        let two = Limits { streams: 2, ..LIMITS };
+        check(&["s5", "s6", "s7"], &[0, 0, 0], two, 0, "0:5..6 1:6..7");
+        // Who was served longest ago goes first.
+        check(&["s5", "s6", "s7"], &[4, 3, 2], two, 0, "1:6..7 2:7..8");
+        // Streams that are away are streams: a prompt gets no more than what is allowed beside them, once.
+        let away = Limits { streams_away: true, ..two };
+        check(&["p0/2000"], &[0], away, 0, "0:0..64");
+        check(&["p64/2000"], &[0], away, 64, "");
+        check(&["p0/2000"], &[0], Limits { prompts_away: true, ..away }, 0, "");
+        check(&["p0/2000"], &[0], Limits { prompts_away: true, ..two }, 0, "0:0..512");
+    }
+
+    #[test]
     fn fast_batches_mix_streams_and_prompts() {
         let fast = |jobs: &[&str], expect| check(Profile::Fast, jobs, 0, expect);
         fast(&[], "");
@@ -170,7 +214,7 @@ mod tests {
 
     #[test]
     fn prompts_take_turns() {
-        let limits = Limits { profile: Profile::Exact, batch: 100, prefill_beside_streams: 10 };
+        let limits = Limits { batch: 100, prefill_beside_streams: 10, ..LIMITS };
         let mut jobs: Vec<Progress> = (0..3).map(|slot| job(slot, "p0/250")).collect();
         let mut order = Vec::new();
         for number in 1.. {
@@ -187,7 +231,7 @@ mod tests {
     #[test]
     fn streams_are_never_starved() {
         for profile in [Profile::Exact, Profile::Fast] {
-            let limits = Limits { profile, batch: 512, prefill_beside_streams: 64 };
+            let limits = Limits { profile, ..LIMITS };
             let mut jobs = vec![job(0, "s10"), job(1, "p0/1000"), job(2, "p0/700"), job(3, "s20")];
             let mut waited = 0;
             for number in 1..200 {

@@ -1,20 +1,23 @@
 //! Continuous batching: which job sits in which sequence of the context, what it has computed, drawn and told.
 //!
 //! The scheduler is a state machine without a clock, thread or model: commands go in by [`Scheduler::handle`], one batch at a
-//! time is computed by [`Scheduler::step`] over a [`Backend`], events come out of [`Scheduler::take_events`]. One thread
-//! drives it. It never computes a position beyond a job's grants, and never shows one session another's cache.
+//! time is computed by [`Scheduler::step`] over a model that [`Computes`], events come out of [`Scheduler::take_events`]. One
+//! thread drives it. It never computes a position beyond a job's grants, and never shows one session another's cache.
+//! Where batches are sent away to be computed, several are under way at once: `waves`.
 //!
 //! | a slot is | its sequence holds                    | leaves with                                               |
 //! |-----------|---------------------------------------|-----------------------------------------------------------|
 //! | empty     | nothing                               | a job is seated                                           |
 //! | running   | the job's first `at` tokens           | the job's end: idle; a failed batch: empty                |
+//! | away      | as running; its next rows are sent    | their batch is back: running, and what was asked meanwhile happens |
 //! | idle      | the tokens of its session's last job  | a job of the session with a common start: cut back to it; any other job, longest unused slot first: emptied; `ForgetSession`: emptied |
 //!
 //! A job is seated when its first grant is in and a slot is free of running jobs; until then it queues.
 
 mod slot;
+mod waves;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use satgrid_engine::grammar::Vocabulary;
@@ -23,14 +26,19 @@ use satgrid_engine::port::{Command, EngineEvent, FinishReason, Job, JobError, Jo
 use crate::ffi::{BatchRow, DecodeError};
 use crate::plan::{Limits, Progress, plan_batch};
 use slot::{Grant, Running, Slot, Waiting};
+pub(crate) use waves::Sends;
 
 /// Jobs that wait for a slot or a grant; more are refused as busy.
 pub(crate) const MAX_QUEUED: usize = 256;
 
-/// What the scheduler needs of a model in memory.
-pub(crate) trait Backend {
+/// A model in memory: a batch is computed where it stands.
+pub(crate) trait Computes: Backend {
     /// Computes the rows, of rising slot and rising position.
     fn evaluate(&mut self, rows: &[BatchRow]) -> Result<(), DecodeError>;
+}
+
+/// What the scheduler needs of a model, wherever its batches are computed.
+pub(crate) trait Backend {
     /// Logits of a row of the last batch that asked for them.
     fn logits(&mut self, row: usize) -> Result<&[f32], DecodeError>;
     /// Drops a sequence's positions at `from` and beyond; false if that is not possible there.
@@ -71,12 +79,38 @@ pub(crate) struct Scheduler {
     since_step: u32,
     /// Made for the first job with a grammar.
     vocabulary: Option<Arc<Vocabulary>>,
+    /// Batches under way, by number.
+    away: BTreeMap<u64, Vec<End>>,
+}
+
+/// A batch as planned.
+struct Batch {
+    rows: Vec<BatchRow>,
+    ends: Vec<End>,
+}
+
+/// Of each slot with rows in a batch: the positions it then holds, the row of its last certain one, and what is guessed to
+/// follow.
+struct End {
+    slot: u32,
+    at: u32,
+    row: usize,
+    guess: Vec<u32>,
 }
 
 impl Scheduler {
     pub(crate) fn new(shape: Shape) -> Self {
         let slots = (0..shape.slots).map(|_| Slot::default()).collect();
-        Self { shape, slots, queue: VecDeque::new(), events: Vec::new(), batches: 0, since_step: 0, vocabulary: None }
+        Self {
+            shape,
+            slots,
+            queue: VecDeque::new(),
+            events: Vec::new(),
+            batches: 0,
+            since_step: 0,
+            vocabulary: None,
+            away: BTreeMap::new(),
+        }
     }
 
     /// The events since the last call, in order.
@@ -101,17 +135,32 @@ impl Scheduler {
     }
 
     /// Seats waiting jobs and computes one batch. False if there was nothing to compute.
-    pub(crate) fn step(&mut self, backend: &mut impl Backend) -> bool {
+    pub(crate) fn step(&mut self, backend: &mut impl Computes) -> bool {
         self.seat_waiting(backend);
+        let Some(batch) = self.plan(self.shape.batch, backend) else { return false };
+        let outcome = backend.evaluate(&batch.rows);
+        self.book(batch.ends, outcome, backend);
+        true
+    }
+
+    /// The next batch, with at most so many streams in it.
+    fn plan(&mut self, streams: u32, backend: &mut impl Backend) -> Option<Batch> {
+        let away = |prefilling: bool| {
+            let runs = self.slots.iter().filter(|slot| slot.away).filter_map(|slot| slot.running.as_ref());
+            runs.filter(|running| (running.at < running.prompt) == prefilling).count() > 0
+        };
         let limits = Limits {
             profile: self.shape.profile,
             batch: self.shape.batch,
             prefill_beside_streams: self.shape.prefill_beside_streams,
+            streams,
+            streams_away: away(false),
+            prompts_away: away(true),
         };
         let jobs: Vec<Progress> = (0_u32..).zip(&self.slots).filter_map(|(slot, s)| s.progress(slot)).collect();
         let chunks = plan_batch(&jobs, &limits, self.since_step);
         if chunks.is_empty() {
-            return false;
+            return None;
         }
         self.batches += 1;
         self.since_step = match chunks.as_slice() {
@@ -120,19 +169,19 @@ impl Scheduler {
         };
 
         let mut rows = Vec::new();
-        // Of each slot with a chunk: the positions it then holds, the row of its last one, and what is guessed to follow.
         let mut ends = Vec::new();
         let mut room = self.shape.batch.saturating_sub(chunks.iter().map(|chunk| chunk.upto - chunk.from).sum());
         for chunk in &chunks {
             let Some(running) = self.slots.get_mut(chunk.slot as usize).and_then(|slot| slot.running.as_mut()) else {
                 continue;
             };
+            running.served = self.batches;
             for position in chunk.from..chunk.upto {
                 let Some(&token) = running.tokens.get(position as usize) else { continue };
                 let output = position + 1 == chunk.upto && chunk.upto >= running.prompt && running.limit > 0;
                 rows.push(BatchRow { slot: chunk.slot, position, token, output });
             }
-            let end = rows.len().saturating_sub(1);
+            let row = rows.len().saturating_sub(1);
             let guess = if self.shape.guess && chunk.from >= running.prompt { running.guess(room) } else { Vec::new() };
             if !guess.is_empty() {
                 room = room.saturating_sub(to_u32(guess.len()));
@@ -142,23 +191,27 @@ impl Scheduler {
                     BatchRow { slot, position, token, output: true }
                 }));
             }
-            ends.push((chunk.slot, chunk.upto, end, guess));
+            ends.push(End { slot: chunk.slot, at: chunk.upto, row, guess });
         }
-        match backend.evaluate(&rows) {
+        Some(Batch { rows, ends })
+    }
+
+    /// Books a batch that was computed, or failed: its jobs go on from there.
+    fn book(&mut self, ends: Vec<End>, outcome: Result<(), DecodeError>, backend: &mut impl Backend) {
+        match outcome {
             Ok(()) => {
-                for (slot, at, row, guess) in ends {
+                for End { slot, at, row, guess } in ends {
                     self.advance(slot, at, row, backend);
                     self.verify(slot, row, &guess, backend);
                 }
             }
             Err(error) => {
                 let reason = error.to_string();
-                for (slot, ..) in ends {
+                for End { slot, .. } in ends {
                     self.fail(slot, &reason, backend);
                 }
             }
         }
-        true
     }
 
     /// No job is seated or waits.
@@ -189,6 +242,10 @@ impl Scheduler {
             if let Some(running) = self.slots[slot].running.as_mut() {
                 running.grant.raise(grant);
             }
+            if self.slots[slot].away {
+                // Told when its rows are back.
+                return;
+            }
             self.tell_prefilled(slot);
             self.emit(slot, backend);
         }
@@ -199,7 +256,11 @@ impl Scheduler {
             self.queue.remove(at);
             self.events.push(EngineEvent::Finished { job: id, reason: FinishReason::Cancelled, evaluated: 0 });
         } else if let Some(slot) = self.find(id) {
-            self.finish(slot, FinishReason::Cancelled);
+            if self.slots[slot].away {
+                self.slots[slot].cancelled = true;
+            } else {
+                self.finish(slot, FinishReason::Cancelled);
+            }
         }
     }
 
@@ -285,9 +346,6 @@ impl Scheduler {
         let Some(running) = self.slots[number].running.as_mut() else { return };
         let was_prefilling = running.at < running.prompt;
         running.at = at;
-        if was_prefilling {
-            running.served = self.batches;
-        }
         if at < running.prompt {
             self.tell_prefilled(number);
             return;

@@ -163,9 +163,18 @@ impl Way for Stages {
         }
         Ok(())
     }
+}
 
-    fn wait(&mut self) -> Result<RingEvent, DecodeError> {
-        Ok(self.events.pop().expect("a word of the ring"))
+/// One batch, to its end.
+fn evaluate(trip: &mut Trip, rows: &[BatchRow], two: &mut Two, stages: &mut Stages) -> Result<(), DecodeError> {
+    trip.launch(1, rows, two, stages)?;
+    loop {
+        if let Some((batch, outcome)) = trip.landed(two, stages) {
+            assert_eq!(batch, 1);
+            return outcome;
+        }
+        let event = stages.events.pop().expect("a word of the ring");
+        trip.heard(event, two, stages);
     }
 }
 
@@ -174,13 +183,38 @@ fn rows(slot: u32, from: u32, upto: u32) -> Vec<BatchRow> {
     (from..upto).map(row).collect()
 }
 
-/// A prompt of 20 in two slots, then ten single rows of each, in batches of both. All last logits, in order.
+/// Each row a batch of its own, all under way at once; the logits of each, in order.
+fn together(trip: &mut Trip, rows: &[BatchRow], two: &mut Two, stages: &mut Stages) -> Vec<f32> {
+    let mut told = vec![0.0; rows.len()];
+    for (batch, row) in rows.iter().enumerate() {
+        assert!(trip.room());
+        trip.launch(batch as u64, &[*row], two, stages).unwrap();
+    }
+    let mut left = rows.len();
+    while left > 0 {
+        match trip.landed(two, stages) {
+            Some((batch, outcome)) => {
+                outcome.unwrap();
+                told[batch as usize] = trip.logits(0, two).unwrap()[0];
+                left -= 1;
+            }
+            None => {
+                let event = stages.events.pop().expect("a word of the ring");
+                trip.heard(event, two, stages);
+            }
+        }
+    }
+    told
+}
+
+/// A prompt of 20 in two slots, then ten single rows of each, both under way at once. All last logits, in order.
 fn run(stages: &mut Stages, two: &mut Two) -> Vec<f32> {
     let shape = TripShape {
         slots: 2,
         stages: u32::try_from(stages.stages.len()).unwrap(),
         chunk: 6,
-        groups: 2,
+        works: 2 * u32::try_from(stages.stages.len()).unwrap() + 2,
+        exact: true,
         wire: WireType::F32,
     };
     let mut trip = Trip::new(shape);
@@ -188,13 +222,12 @@ fn run(stages: &mut Stages, two: &mut Two) -> Vec<f32> {
     for slot in 0..2 {
         trip.seated(slot, JobId(u64::from(slot)), 20);
         let rows = rows(slot, 0, 20);
-        trip.evaluate(&rows, two, stages).unwrap();
+        evaluate(&mut trip, &rows, two, stages).unwrap();
         told.push(trip.logits(19, two).unwrap()[0]);
     }
     for at in 20..30 {
         let both: Vec<BatchRow> = (0..2).flat_map(|slot| rows(slot, at, at + 1)).collect();
-        trip.evaluate(&both, two, stages).unwrap();
-        told.extend((0..2).map(|row| trip.logits(row, two).unwrap()[0]));
+        told.extend(together(&mut trip, &both, two, stages));
     }
     told
 }
@@ -234,31 +267,32 @@ fn a_replay_takes_the_kept_rows_and_the_head_is_not_asked_again() {
 
 #[test]
 fn a_ring_without_hope_fails_the_batch_and_what_comes_later_begins_anew() {
-    let shape = TripShape { slots: 2, stages: 2, chunk: 64, groups: 1, wire: WireType::F32 };
+    let shape = TripShape { slots: 2, stages: 2, chunk: 64, works: 6, exact: true, wire: WireType::F32 };
     let (mut trip, mut stages, mut two) = (Trip::new(shape), Stages::new(2, &[]), Two::default());
     for slot in 0..2 {
-        trip.evaluate(&rows(slot, 0, 10), &mut two, &mut stages).unwrap();
+        evaluate(&mut trip, &rows(slot, 0, 10), &mut two, &mut stages).unwrap();
     }
     stages.fails = true;
-    let error = trip.evaluate(&rows(0, 10, 11), &mut two, &mut stages).unwrap_err();
+    let error = evaluate(&mut trip, &rows(0, 10, 11), &mut two, &mut stages).unwrap_err();
     assert!(error.to_string().contains("no stages for sale"), "{error}");
     trip.truncate(0, 0, &mut two, &mut stages).unwrap();
     // New stages, which hold nothing: the other slot is replayed from its first position.
     let mut stages = Stages::new(2, &[]);
-    trip.evaluate(&rows(1, 10, 11), &mut two, &mut stages).unwrap();
+    evaluate(&mut trip, &rows(1, 10, 11), &mut two, &mut stages).unwrap();
     assert_eq!(stages.computed, BTreeMap::from([(WorkKind::Replay, 10), (WorkKind::Decode, 1)]));
-    trip.evaluate(&rows(0, 0, 3), &mut two, &mut stages).unwrap();
+    evaluate(&mut trip, &rows(0, 0, 3), &mut two, &mut stages).unwrap();
     assert_eq!(stages.computed[&WorkKind::Replay], 10);
 }
 
 #[test]
 fn answers_of_the_wrong_length_or_of_void_works_are_no_answers() {
-    let shape = TripShape { slots: 1, stages: 1, chunk: 64, groups: 1, wire: WireType::F32 };
+    let shape = TripShape { slots: 1, stages: 1, chunk: 64, works: 6, exact: true, wire: WireType::F32 };
     let (mut trip, mut stages, mut two) = (Trip::new(shape), Stages::new(1, &[]), Two::default());
-    trip.hear(RingEvent::Done { work: WorkId(1), rows: HiddenRows::none(WireType::F32) });
+    let nobodys = RingEvent::Done { work: WorkId(1), rows: HiddenRows::none(WireType::F32) };
+    trip.heard(nobodys, &mut two, &mut stages);
     stages.events.push(RingEvent::Done { work: WorkId(77), rows: HiddenRows::none(WireType::F32) });
-    trip.evaluate(&rows(0, 0, 3), &mut two, &mut stages).unwrap();
+    evaluate(&mut trip, &rows(0, 0, 3), &mut two, &mut stages).unwrap();
     stages.events.push(RingEvent::Done { work: WorkId(2), rows: HiddenRows::none(WireType::F32) });
-    let error = trip.evaluate(&rows(0, 3, 4), &mut two, &mut stages).unwrap_err();
+    let error = evaluate(&mut trip, &rows(0, 3, 4), &mut two, &mut stages).unwrap_err();
     assert!(error.to_string().contains("0 rows came back for 1"), "{error}");
 }

@@ -1,18 +1,27 @@
-//! One batch around the ring, and the replay of what a replaced stage has lost.
+//! Batches around the ring, and the replay of what a replaced stage has lost.
 //!
-//! A batch is cut into works that follow each other closely: while the tail computes one, the stages compute the next and the
-//! head the one after, so a long prompt keeps every machine busy. Answers are used in the order of the works.
+//! Several batches are under way at once, and each is cut into works that follow each other closely: while the tail computes
+//! one, the stages compute others and the head the one after, so that many streams, or a long prompt, keep every machine
+//! busy. A sequence is in one batch at a time and its works come back in order; batches overtake each other as they will.
+//! Nothing here waits: works go out, words of the ring come in, and what is back is landed when the caller has time.
+//!
+//! | a batch is | its works                                 | leaves with                                                 |
+//! |------------|-------------------------------------------|-------------------------------------------------------------|
+//! | waiting    | are cut, not all sent: no more than so many are under way | an answer makes room: away                  |
+//! | away       | are sent                                  | the last of them through the tail: back; an error: failed   |
 //!
 //! | a sequence is | the stages hold                         | leaves with                                                       |
 //! |---------------|-----------------------------------------|-------------------------------------------------------------------|
-//! | level         | what the tail holds, at least           | `NeedsReplay`: behind                                             |
+//! | level         | what came back, at least                | `NeedsReplay`: behind                                             |
 //! | behind        | some stage less than that               | the replay that goes before its next rows: level                  |
 //!
 //! A sequence that is behind and idle costs nothing until it is used again. Replayed rows are those that were kept; where
 //! they are gone, the head computes them again from the tokens.
 
+mod replay;
+
 use satgrid_types::{WireType, WorkKind};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 
 use satgrid_engine::port::JobId;
@@ -39,11 +48,9 @@ pub(crate) trait Ends {
     fn truncate_tail(&mut self, slot: u32, from: u32) -> bool;
 }
 
-/// The way to the ring. Waiting hears commands of the node meanwhile and keeps them for later.
+/// The way to the ring.
 pub(crate) trait Way {
     fn send(&mut self, command: RingCommand) -> Result<(), DecodeError>;
-    /// The next word of the ring.
-    fn wait(&mut self) -> Result<RingEvent, DecodeError>;
 }
 
 /// How works are cut and how they travel.
@@ -53,8 +60,10 @@ pub(crate) struct TripShape {
     pub(crate) stages: u32,
     /// Most rows in one work.
     pub(crate) chunk: u32,
-    /// Single rows of many sequences go in so many works at the most, so that the machines compute at the same time.
-    pub(crate) groups: u32,
+    /// Works that are under way at the most.
+    pub(crate) works: u32,
+    /// Rows of several works may be one batch of the tail, and several batches under way: in the exact profile no bit changes.
+    pub(crate) exact: bool,
     pub(crate) wire: WireType,
 }
 
@@ -67,27 +76,31 @@ struct Sequence {
     drafted: Option<u32>,
     /// What the head holds.
     tokens: Vec<u32>,
-    /// Positions that came back and are in the tail.
+    /// Positions that came back.
     at: u32,
     /// Stages that hold less, and how much.
     behind: BTreeMap<u32, u32>,
 }
 
-/// Positions that a stage lacks, and how far they are sent.
-struct Replay {
-    job: JobId,
-    slot: u32,
-    stage: u32,
-    from: u32,
-    upto: u32,
-}
-
 /// A work under way.
 struct Flight {
     id: WorkId,
-    rows: Range<usize>,
+    batch: u64,
+    /// Its rows, as places in the batch.
+    places: Range<usize>,
     work: RingWork,
     answer: Option<HiddenRows>,
+}
+
+/// A batch that is not back.
+#[derive(Default)]
+struct Batch {
+    rows: Vec<BatchRow>,
+    /// Works that are cut and not sent.
+    waiting: VecDeque<Range<usize>>,
+    /// Works that are sent and not landed.
+    away: usize,
+    logits: BTreeMap<usize, Logits>,
 }
 
 /// Where the logits of a row of the batch are.
@@ -96,20 +109,52 @@ enum Logits {
     Copied(Vec<f32>),
 }
 
+/// A batch that is back or failed, by its number, and its logits.
+type Landed = (u64, Result<BTreeMap<usize, Logits>, DecodeError>);
+
 pub(crate) struct Trip {
     shape: TripShape,
     sequences: Vec<Sequence>,
     kept: KeptRows<u32>,
     next_work: u64,
+    /// By number, which rises with time.
+    batches: BTreeMap<u64, Batch>,
     flights: VecDeque<Flight>,
+    landed: VecDeque<Landed>,
+    /// Of the batch that was told last.
     logits: BTreeMap<usize, Logits>,
 }
 
 impl Trip {
     pub(crate) fn new(shape: TripShape) -> Self {
         let sequences = vec![Sequence::default(); shape.slots as usize];
-        let (kept, flights) = (KeptRows::new(KEPT_BYTES), VecDeque::new());
-        Self { shape, sequences, kept, next_work: 0, flights, logits: BTreeMap::new() }
+        Self {
+            shape,
+            sequences,
+            kept: KeptRows::new(KEPT_BYTES),
+            next_work: 0,
+            batches: BTreeMap::new(),
+            flights: VecDeque::new(),
+            landed: VecDeque::new(),
+            logits: BTreeMap::new(),
+        }
+    }
+
+    /// Batches under way that keep every machine at work: one is computed at each and one is on the way to it.
+    pub(crate) fn waves(&self) -> u32 {
+        if self.shape.exact { self.shape.works } else { 1 }
+    }
+
+    /// Whether one more batch may begin.
+    pub(crate) fn room(&self) -> bool {
+        match self.shape.exact {
+            true => self.waiting() == 0 && self.flights.len() < self.shape.works as usize,
+            false => self.batches.is_empty(),
+        }
+    }
+
+    fn waiting(&self) -> usize {
+        self.batches.values().map(|batch| batch.waiting.len()).sum()
     }
 
     /// The rows of a slot are for this job from now on.
@@ -126,26 +171,8 @@ impl Trip {
         }
     }
 
-    /// A word of the ring between batches.
-    pub(crate) fn hear(&mut self, event: RingEvent) {
-        match event {
-            RingEvent::NeedsReplay { stage, held } => {
-                for held in held {
-                    if let Some(sequence) = self.sequences.get_mut(held.sequence as usize) {
-                        let upto = sequence.behind.get(&stage).map_or(held.upto, |before| held.upto.min(*before));
-                        sequence.behind.insert(stage, upto);
-                    }
-                }
-            }
-            RingEvent::Failed { .. } => self.lost(),
-            // Of a work that is void.
-            RingEvent::Done { .. } => {}
-        }
-    }
-
     /// No stage holds anything any more.
     fn lost(&mut self) {
-        self.flights.clear();
         let Some(last) = self.shape.stages.checked_sub(1) else { return };
         for sequence in &mut self.sequences {
             // A replay to the last stage passes through all.
@@ -184,53 +211,90 @@ impl Trip {
         }
     }
 
-    /// Computes the rows. On an error every sequence of the batch is in an unknown state: the caller empties it.
-    pub(crate) fn evaluate(
+    /// Begins a batch: computes the head and sends rows, as many works as may be under way. On an error the batch is over, and
+    /// every sequence in it is in an unknown state: the caller empties it.
+    pub(crate) fn launch(
         &mut self,
+        batch: u64,
         rows: &[BatchRow],
         ends: &mut impl Ends,
         way: &mut impl Way,
     ) -> Result<(), DecodeError> {
-        self.logits.clear();
-        self.flights.clear();
-        let mut chunks = cut(rows, &self.shape);
         // What a replaced stage lacks goes first.
         for slot in slots(rows) {
             self.catch_up(slot, ends, way)?;
         }
-        // Each stage has a work, and one is on the way to it.
-        let most = 2 * self.shape.stages as usize + 1;
-        while !chunks.is_empty() || !self.flights.is_empty() {
-            while self.flights.len() < most {
-                let Some(range) = chunks.pop_front() else { break };
-                self.launch(rows, range, ends, way)?;
+        let waiting = cut(rows, &self.shape);
+        self.batches.insert(batch, Batch { rows: rows.to_vec(), waiting, ..Batch::default() });
+        self.send_waiting(ends, way).inspect_err(|error| {
+            self.drop_batch(batch);
+            // What could not be sent may have been an older batch's.
+            self.fail(error);
+        })
+    }
+
+    /// Nothing that is back of this batch is awaited any more.
+    fn drop_batch(&mut self, batch: u64) {
+        self.batches.remove(&batch);
+        self.flights.retain(|flight| flight.batch != batch);
+    }
+
+    /// A batch that is back or failed; its logits are there until the next call.
+    pub(crate) fn landed(
+        &mut self,
+        ends: &mut impl Ends,
+        way: &mut impl Way,
+    ) -> Option<(u64, Result<(), DecodeError>)> {
+        while self.landed.is_empty() {
+            let landing = self.landing();
+            if landing.is_empty() {
+                return None;
             }
-            while self.flights.front().is_some_and(|flight| flight.answer.is_none()) {
-                let event = way.wait()?;
-                self.answered(event, ends, way)?;
+            self.land(landing, ends);
+            if let Err(error) = self.send_waiting(ends, way) {
+                self.fail(&error);
             }
-            let Some(flight) = self.flights.pop_front() else { continue };
-            self.land(rows, flight, chunks.is_empty() && self.flights.is_empty(), ends)?;
         }
-        for row in rows {
-            self.sequence(row.slot)?.drafted = None;
+        let (batch, outcome) = self.landed.pop_front()?;
+        let outcome = outcome.map(|logits| self.logits = logits);
+        Some((batch, outcome))
+    }
+
+    /// Every batch under way has failed.
+    fn fail(&mut self, error: &DecodeError) {
+        self.flights.clear();
+        for batch in std::mem::take(&mut self.batches).into_keys() {
+            self.landed.push_back((batch, Err(DecodeError::Ring { reason: error.to_string() })));
+        }
+    }
+
+    /// Sends works that wait, oldest first, as many as may be under way.
+    fn send_waiting(&mut self, ends: &mut impl Ends, way: &mut impl Way) -> Result<(), DecodeError> {
+        while self.flights.len() < self.shape.works.max(1) as usize {
+            let mut batches = self.batches.iter_mut();
+            let Some((batch, places)) = batches.find_map(|(id, batch)| Some((*id, batch.waiting.pop_front()?))) else {
+                break;
+            };
+            self.send(batch, places, ends, way)?;
         }
         Ok(())
     }
 
-    /// Computes the head over some rows and sends them.
-    fn launch(
+    /// Computes the head over some rows of a batch and sends them.
+    fn send(
         &mut self,
-        rows: &[BatchRow],
-        range: Range<usize>,
+        batch: u64,
+        places: Range<usize>,
         ends: &mut impl Ends,
         way: &mut impl Way,
     ) -> Result<(), DecodeError> {
-        let part = &rows[range.clone()];
-        let hidden = ends.head(part)?;
+        let Some(held) = self.batches.get_mut(&batch) else { return Ok(()) };
+        held.away += 1;
+        let part = held.rows[places.clone()].to_vec();
+        let hidden = ends.head(&part)?;
         let hidden = HiddenRows::encode(&hidden, ends.width(), self.shape.wire).map_err(|error| ours(&error))?;
         let mut pieces: Vec<RingPiece> = Vec::new();
-        for (at, row) in (0_u32..).zip(part) {
+        for (at, row) in (0_u32..).zip(&part) {
             let sequence = self.sequence(row.slot)?;
             sequence.tokens.truncate(row.position as usize);
             sequence.tokens.push(row.token);
@@ -249,134 +313,138 @@ impl Trip {
         }
         let id = self.work_id();
         let work = RingWork { id, pieces, rows: hidden, ends_at: None, again: false };
-        if self.shape.stages == 0 {
-            let answer = Some(work.rows.clone());
-            self.flights.push_back(Flight { id, rows: range, work, answer });
-            return Ok(());
+        let alone = self.shape.stages == 0;
+        let answer = alone.then(|| work.rows.clone());
+        if !alone {
+            way.send(RingCommand::Work(work.clone()))?;
         }
-        way.send(RingCommand::Work(work.clone()))?;
-        self.flights.push_back(Flight { id, rows: range, work, answer: None });
+        self.flights.push_back(Flight { id, batch, places, work, answer });
+        if alone {
+            self.came_back(self.flights.len() - 1);
+        }
         Ok(())
     }
 
-    /// Takes a word of the ring while works are under way.
-    fn answered(&mut self, event: RingEvent, ends: &mut impl Ends, way: &mut impl Way) -> Result<(), DecodeError> {
-        match event {
-            RingEvent::Done { work, rows } => {
-                if let Some(flight) = self.flights.iter_mut().find(|flight| flight.id == work) {
-                    if rows.count != flight.work.rows.count || rows.wire != self.shape.wire {
-                        let reason = format!("{} rows came back for {}", rows.count, flight.work.rows.count);
-                        return Err(DecodeError::Ring { reason });
-                    }
-                    flight.answer = Some(rows);
-                }
-                Ok(())
-            }
-            RingEvent::NeedsReplay { stage, held } => {
-                let lost: Vec<u32> = held.iter().map(|held| held.sequence).collect();
-                self.hear(RingEvent::NeedsReplay { stage, held });
-                let touched: Vec<u32> = self
-                    .flights
-                    .iter()
-                    .filter(|flight| flight.answer.is_none())
-                    .flat_map(|flight| flight.work.pieces.iter().map(|piece| piece.sequence))
-                    .filter(|sequence| lost.contains(sequence))
-                    .collect();
-                for slot in slots_of(&touched) {
-                    self.catch_up(slot, ends, way)?;
-                }
-                for at in 0..self.flights.len() {
-                    let flight = &self.flights[at];
-                    let void = flight.answer.is_none()
-                        && flight.work.pieces.iter().any(|piece| lost.contains(&piece.sequence));
-                    if void {
-                        let id = self.work_id();
-                        let flight = &mut self.flights[at];
-                        (flight.id, flight.work.id, flight.work.again) = (id, id, true);
-                        way.send(RingCommand::Work(flight.work.clone()))?;
-                    }
-                }
-                Ok(())
-            }
+    /// Takes a word of the ring.
+    pub(crate) fn heard(&mut self, event: RingEvent, ends: &mut impl Ends, way: &mut impl Way) {
+        let outcome = match event {
+            RingEvent::Done { work, rows } => self.answered(work, rows),
+            RingEvent::NeedsReplay { stage, held } => self.replaced(stage, &held, ends, way),
             RingEvent::Failed { reason } => {
                 self.lost();
                 Err(DecodeError::Ring { reason })
             }
+        };
+        if let Err(error) = outcome {
+            self.fail(&error);
         }
     }
 
-    /// Sends again what stages lack of the positions that have come back. The answers need not be awaited: what follows goes
-    /// the same way behind them.
-    fn catch_up(&mut self, slot: u32, ends: &mut impl Ends, way: &mut impl Way) -> Result<(), DecodeError> {
-        let sequence = self.sequence(slot)?;
-        let (upto, job) = (sequence.at, sequence.job);
-        for (stage, held) in std::mem::take(&mut sequence.behind) {
-            if held >= upto {
-                continue;
-            }
-            let mut replay = Replay { job, slot, stage, from: held, upto };
-            if self.kept.upto(slot) < upto {
-                self.compute_again(&mut replay, ends, way)?;
-                continue;
-            }
-            while replay.from < upto {
-                let end = upto.min(replay.from + self.shape.chunk.max(1));
-                let Some(rows) = self.kept.rows(slot, replay.from, end) else { break };
-                self.send_again(&mut replay, rows, way)?;
-            }
+    /// Rows of a work; of one that is void they are nobody's.
+    fn answered(&mut self, work: WorkId, rows: HiddenRows) -> Result<(), DecodeError> {
+        let Some(at) = self.flights.iter().position(|flight| flight.id == work) else { return Ok(()) };
+        let flight = &mut self.flights[at];
+        if rows.count != flight.work.rows.count || rows.wire != self.shape.wire {
+            let reason = format!("{} rows came back for {}", rows.count, flight.work.rows.count);
+            return Err(DecodeError::Ring { reason });
         }
+        flight.answer = Some(rows);
+        self.came_back(at);
         Ok(())
     }
 
-    /// Sends rows of a replay, which begin where it has come to.
-    fn send_again(&mut self, replay: &mut Replay, rows: HiddenRows, way: &mut impl Way) -> Result<(), DecodeError> {
-        let Replay { job, slot, stage, from: start, .. } = *replay;
-        let piece = RingPiece { job, sequence: slot, start, rows: rows.count, purpose: WorkKind::Replay };
-        replay.from += rows.count;
-        let id = self.work_id();
-        way.send(RingCommand::Work(RingWork { id, pieces: vec![piece], rows, ends_at: Some(stage), again: false }))
-    }
-
-    /// A replay whose rows are gone: the head computes all of the sequence again from its tokens.
-    fn compute_again(
-        &mut self,
-        replay: &mut Replay,
-        ends: &mut impl Ends,
-        way: &mut impl Way,
-    ) -> Result<(), DecodeError> {
-        let slot = replay.slot;
-        let tokens = self.sequence(slot)?.tokens.clone();
-        self.kept.forget(slot);
-        ends.truncate_head(slot, 0);
-        let rows: Vec<BatchRow> =
-            (0_u32..).zip(&tokens).map(|(position, &token)| BatchRow { slot, position, token, output: true }).collect();
-        for part in rows.chunks(self.shape.chunk.max(1) as usize) {
-            let hidden = ends.head(part)?;
-            let hidden = HiddenRows::encode(&hidden, ends.width(), self.shape.wire).map_err(|error| ours(&error))?;
-            let start = part.first().map_or(0, |row| row.position);
-            self.kept.push(slot, start, &hidden);
-            let (from, upto) = (replay.from.max(start), replay.upto.min(start + hidden.count));
-            if from == replay.from && from < upto {
-                self.send_again(replay, hidden.slice(from - start, upto - start), way)?;
+    /// The rows of this flight came back: no stage before the ring's end lacks them by itself.
+    fn came_back(&mut self, at: usize) {
+        for piece in &self.flights[at].work.pieces {
+            if let Some(sequence) = self.sequences.get_mut(piece.sequence as usize) {
+                sequence.at = piece.start + piece.rows;
             }
         }
-        Ok(())
+    }
+
+    /// Flights that came back and go through the tail together: the first, with the others of single rows where it is one.
+    fn landing(&mut self) -> Vec<Flight> {
+        // Works of one batch land in their order.
+        let (mut behind, mut chosen) = (BTreeSet::new(), Vec::new());
+        for (at, flight) in self.flights.iter().enumerate() {
+            let single = flight.work.pieces.iter().all(|piece| piece.rows == 1);
+            let fits = chosen.is_empty() || (self.shape.exact && single);
+            if behind.contains(&flight.batch) || flight.answer.is_none() || !fits {
+                behind.insert(flight.batch);
+                continue;
+            }
+            chosen.push(at);
+            if !single {
+                break;
+            }
+        }
+        // From the last, so that places stay true.
+        let mut flights: Vec<Flight> = chosen.into_iter().rev().filter_map(|at| self.flights.remove(at)).collect();
+        flights.reverse();
+        flights
     }
 
     /// Computes the tail over rows that came back.
-    fn land(&mut self, rows: &[BatchRow], flight: Flight, last: bool, ends: &mut impl Ends) -> Result<(), DecodeError> {
-        let part = &rows[flight.rows.clone()];
-        let answer = flight.answer.unwrap_or_else(|| HiddenRows::none(self.shape.wire));
-        let hidden = answer.decode(ends.width()).map_err(|error| theirs(&error))?;
-        ends.tail(part, &hidden)?;
-        for (at, row) in part.iter().enumerate() {
-            self.sequence(row.slot)?.at = row.position + 1;
-            if row.output {
-                let logits = if last { Logits::Tail(at) } else { Logits::Copied(ends.logits(at)?.to_vec()) };
-                self.logits.insert(flight.rows.start + at, logits);
+    fn land(&mut self, flights: Vec<Flight>, ends: &mut impl Ends) {
+        let outcome = self.tail(&flights, ends);
+        for (number, flight) in flights.into_iter().enumerate() {
+            let Some(batch) = self.batches.get_mut(&flight.batch) else { continue };
+            batch.away = batch.away.saturating_sub(1);
+            let logits = match &outcome {
+                Ok(places) => &places[number],
+                Err(error) => {
+                    self.landed.push_back((flight.batch, Err(DecodeError::Ring { reason: error.to_string() })));
+                    self.drop_batch(flight.batch);
+                    continue;
+                }
+            };
+            let last = batch.away == 0 && batch.waiting.is_empty();
+            for (place, at) in flight.places.clone().zip(logits) {
+                if !batch.rows[place].output {
+                    continue;
+                }
+                let found = match last {
+                    true => Ok(Logits::Tail(*at)),
+                    false => ends.logits(*at).map(|logits| Logits::Copied(logits.to_vec())),
+                };
+                // A row without logits shows when they are asked for.
+                batch.logits.extend(found.ok().map(|found| (place, found)));
+            }
+            if last && let Some(batch) = self.batches.remove(&flight.batch) {
+                for row in &batch.rows {
+                    if let Some(sequence) = self.sequences.get_mut(row.slot as usize) {
+                        sequence.drafted = None;
+                    }
+                }
+                self.landed.push_back((flight.batch, Ok(batch.logits)));
             }
         }
-        Ok(())
+    }
+
+    /// One batch of the tail over the rows of several flights; where each row of each went.
+    fn tail(&mut self, flights: &[Flight], ends: &mut impl Ends) -> Result<Vec<Vec<usize>>, DecodeError> {
+        let width = ends.width() as usize;
+        // Rising slots, as the tail wants them; each row remembers whose it is.
+        let mut order: Vec<(BatchRow, usize, usize)> = Vec::new();
+        let mut answers = Vec::with_capacity(flights.len());
+        for (number, flight) in flights.iter().enumerate() {
+            let Some(batch) = self.batches.get(&flight.batch) else { continue };
+            let rows = &batch.rows[flight.places.clone()];
+            order.extend(rows.iter().enumerate().map(|(at, row)| (*row, number, at)));
+            let none = HiddenRows::none(self.shape.wire);
+            let answer = flight.answer.as_ref().unwrap_or(&none);
+            answers.push(answer.decode(ends.width()).map_err(|error| theirs(&error))?);
+        }
+        order.sort_by_key(|(row, ..)| (row.slot, row.position));
+        let rows: Vec<BatchRow> = order.iter().map(|(row, ..)| *row).collect();
+        let mut hidden = Vec::with_capacity(rows.len() * width);
+        let mut places: Vec<Vec<usize>> = flights.iter().map(|flight| vec![0; flight.places.len()]).collect();
+        for (place, (_, number, at)) in order.into_iter().enumerate() {
+            hidden.extend_from_slice(answers[number].get(at * width..(at + 1) * width).unwrap_or_default());
+            places[number][at] = place;
+        }
+        ends.tail(&rows, &hidden)?;
+        Ok(places)
     }
 
     fn sequence(&mut self, slot: u32) -> Result<&mut Sequence, DecodeError> {
@@ -409,11 +477,8 @@ fn slots_of(slots: &[u32]) -> Vec<u32> {
     slots
 }
 
-/// Fewer single rows are no work of their own: each work costs every stage a batch.
-const LEAST_GROUP: usize = 2;
-
-/// Cuts a batch into works: single rows of many sequences go in a few groups, many rows of one are cut to chunks. A batch of
-/// the fast profile may hold both: its single rows are one work.
+/// Cuts a batch into works: single rows of many sequences go together, many rows of one are cut to chunks. A batch of the
+/// fast profile may hold both.
 fn cut(rows: &[BatchRow], shape: &TripShape) -> VecDeque<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     for (at, row) in rows.iter().enumerate() {
@@ -422,33 +487,16 @@ fn cut(rows: &[BatchRow], shape: &TripShape) -> VecDeque<Range<usize>> {
             _ => runs.push(at..at + 1),
         }
     }
+    let step = shape.chunk.max(1) as usize;
     let mut works: VecDeque<Range<usize>> = VecDeque::new();
-    let mut singles: Option<Range<usize>> = None;
-    let group = |works: &mut VecDeque<Range<usize>>, singles: Range<usize>| {
-        let groups = (singles.len() / LEAST_GROUP).clamp(1, shape.groups.max(1) as usize);
-        let step = singles.len().div_ceil(groups).max(1);
-        works.extend(singles.clone().step_by(step).map(|from| from..singles.end.min(from + step)));
-    };
+    let mut singles = false;
     for run in runs {
-        if run.len() == 1 {
-            match singles.as_mut().filter(|singles| singles.end == run.start) {
-                Some(singles) => singles.end = run.end,
-                None => {
-                    if let Some(singles) = singles.replace(run) {
-                        group(&mut works, singles);
-                    }
-                }
-            }
-            continue;
+        let single = run.len() == 1;
+        match works.back_mut().filter(|_| single && singles) {
+            Some(work) => work.end = run.end,
+            None => works.extend(run.clone().step_by(step).map(|from| from..run.end.min(from + step))),
         }
-        if let Some(singles) = singles.take() {
-            group(&mut works, singles);
-        }
-        let step = shape.chunk.max(1) as usize;
-        works.extend(run.clone().step_by(step).map(|from| from..run.end.min(from + step)));
-    }
-    if let Some(singles) = singles {
-        group(&mut works, singles);
+        singles = single;
     }
     works
 }
@@ -459,19 +507,18 @@ mod tests {
 
     #[test]
     fn batches_are_cut_so_that_machines_work_at_the_same_time() {
-        let check = |slots: &[u32], groups: u32, expect: &[usize]| {
+        let check = |slots: &[u32], expect: &[usize]| {
             let row = |&slot: &u32| BatchRow { slot, position: 0, token: 0, output: true };
             let rows: Vec<BatchRow> = slots.iter().map(row).collect();
-            let shape = TripShape { slots: 16, stages: 2, chunk: 4, groups, wire: WireType::F32 };
+            let shape = TripShape { slots: 16, stages: 2, chunk: 4, works: 6, exact: true, wire: WireType::F32 };
             let lengths: Vec<usize> = cut(&rows, &shape).into_iter().map(|work| work.len()).collect();
-            assert_eq!(lengths, expect, "{slots:?} in {groups}");
+            assert_eq!(lengths, expect, "{slots:?}");
         };
-        check(&[0, 1, 2, 3, 4, 5, 6, 7], 3, &[3, 3, 2]);
-        check(&[0, 1, 2, 3, 4, 5, 6, 7], 1, &[8]);
-        check(&[0, 1, 2], 3, &[3]);
-        check(&[0], 3, &[1]);
+        check(&[0, 1, 2, 3, 4, 5, 6, 7], &[8]);
+        check(&[0], &[1]);
         // A run of one sequence is a work of its own, and long ones are cut.
-        check(&[0, 1, 1, 1, 2], 3, &[1, 3, 1]);
-        check(&[5; 10], 3, &[4, 4, 2]);
+        check(&[0, 1, 1, 1, 2], &[1, 3, 1]);
+        check(&[0, 1, 2, 2], &[2, 2]);
+        check(&[5; 10], &[4, 4, 2]);
     }
 }

@@ -51,11 +51,10 @@ pub(crate) fn run(settings: &LeadSettings, link: &mut Link) -> Result<(), Stop> 
         Profile::Fast => shape.batch,
     };
     let stages = u32::try_from(settings.ring.stages.len()).unwrap_or(u32::MAX);
-    let groups = match settings.tail.profile {
-        Profile::Exact => stages.saturating_add(1),
-        Profile::Fast => 1,
-    };
-    let trip = TripShape { slots: shape.slots, stages, chunk, groups, wire: settings.ring.wire };
+    // One at each machine, this one too, and one on the way to it.
+    let works = stages.saturating_add(1).saturating_mul(2);
+    let exact = settings.tail.profile == Profile::Exact;
+    let trip = TripShape { slots: shape.slots, stages, chunk, works, exact, wire: settings.ring.wire };
     drive(&mut Scheduler::new(shape), &mut RingBackend::new(ends, trip, link))
 }
 
@@ -117,23 +116,32 @@ fn open(settings: &LeadSettings, link: &mut Link) -> Result<Opened, String> {
     Ok((LlamaEnds { embedding, head: layers, tail: backend }, shape, model, tail.file.root, tokenizer_hash))
 }
 
-/// Commands between batches, then a batch, then its events. A batch may wait for as long as the ring needs to replace a stage:
-/// the ring says when there is no hope.
+/// Hears all that waits, lands what is back, begins what may begin, tells of it. Where nothing can be done it waits for the
+/// next word: a batch may be away for as long as the ring needs to replace a stage, and the ring says when there is no hope.
 fn drive(scheduler: &mut Scheduler, backend: &mut RingBackend<'_>) -> Result<(), Stop> {
-    let mut idle = false;
+    let (mut idle, mut asleep) = (false, false);
     let mut gather_until = Instant::now();
     loop {
-        let wait = (!idle).then(|| gather_until.saturating_duration_since(Instant::now()));
-        match backend.next_command(wait)? {
+        let wait = (!asleep).then(|| gather_until.saturating_duration_since(Instant::now()));
+        match backend.next(wait)? {
             Next::Command(command) => {
                 if idle && matches!(command, Command::Start(_)) {
                     gather_until = Instant::now() + GATHER;
                 }
                 scheduler.handle(command, backend);
-                idle = false;
+                (idle, asleep) = (false, false);
                 continue;
             }
-            Next::Nothing => idle = !scheduler.step(backend),
+            Next::Word => {
+                asleep = false;
+                continue;
+            }
+            Next::Nothing => {
+                let landed = scheduler.land(backend);
+                let begun = scheduler.launch(backend);
+                asleep = !landed && !begun;
+                idle = asleep && scheduler.nothing_is_away();
+            }
         }
         let events = scheduler.take_events();
         if !events.is_empty() {

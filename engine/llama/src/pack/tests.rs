@@ -17,7 +17,7 @@ use satgrid_types::ExpertSet;
 use super::*;
 use crate::backend::LlamaBackend;
 use crate::ffi::{BatchRow, ExpertHook, Model, ModelConfig};
-use crate::scheduler::{Backend, Shape};
+use crate::scheduler::{Backend, Computes, Shape};
 
 const SLOTS: u32 = 8;
 const PROMPT: u32 = 45;

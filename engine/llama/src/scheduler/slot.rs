@@ -19,6 +19,10 @@ pub(super) struct Slot {
     pub(super) idle: Vec<u32>,
     pub(super) session: Option<[u8; 32]>,
     pub(super) used: u64,
+    /// Rows of it are sent and not back: until then nothing else happens to it.
+    pub(super) away: bool,
+    /// Its job was cancelled while they were.
+    pub(super) cancelled: bool,
 }
 
 pub(super) struct Waiting {
@@ -55,6 +59,7 @@ pub(super) struct Running {
     pub(super) over_after: Option<u32>,
     /// Of tokens that are drawn and not told.
     pub(super) logprobs: VecDeque<Logprobs>,
+    /// The last batch that it had rows in.
     pub(super) served: u64,
     pub(super) drafter: Box<dyn Drafter>,
     /// False once the session is forgotten: nothing stays after the job.
@@ -80,7 +85,7 @@ impl Slot {
     }
 
     pub(super) fn progress(&self, slot: u32) -> Option<Progress> {
-        let running = self.running.as_ref()?;
+        let running = self.running.as_ref().filter(|_| !self.away)?;
         let upto = if running.at < running.prompt {
             running.prompt.min(running.grant.prompt)
         } else {

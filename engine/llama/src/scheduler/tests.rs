@@ -32,7 +32,7 @@ fn logits_of(tokens: &[u32]) -> Vec<f32> {
         .collect()
 }
 
-impl Backend for Arithmetic {
+impl Computes for Arithmetic {
     fn evaluate(&mut self, rows: &[BatchRow]) -> Result<(), DecodeError> {
         if std::mem::take(&mut self.fail_next) {
             return Err(DecodeError::Failed { code: -3 });
@@ -47,7 +47,9 @@ impl Backend for Arithmetic {
         self.batches.push(rows.to_vec());
         Ok(())
     }
+}
 
+impl Backend for Arithmetic {
     fn logits(&mut self, row: usize) -> Result<&[f32], DecodeError> {
         self.logits.get(row).and_then(|row| row.as_deref()).ok_or(DecodeError::NoLogits { row })
     }
@@ -393,4 +395,166 @@ fn no_output_wanted_ends_after_the_prompt() {
     s.handle(grant(1, ALL, ALL), &mut backend);
     run(&mut s, &mut backend, &mut heard);
     assert_eq!((heard[&1].upto, heard[&1].end), (10, Some((FinishReason::Length, 10))));
+}
+
+/// Batches are away for a while and come back in any order.
+struct Far {
+    near: Arithmetic,
+    flying: Vec<(u64, Vec<BatchRow>)>,
+    /// How many may come back before something else happens.
+    due: u32,
+    state: u32,
+    fail_next: bool,
+    /// Most batches that were under way at once.
+    most: usize,
+}
+
+const WAVES: u32 = 6;
+
+impl Far {
+    fn new(seed: u32, forgetful: bool) -> Self {
+        let near = Arithmetic { forgetful, ..Arithmetic::default() };
+        Self { near, flying: Vec::new(), due: 0, state: seed, fail_next: false, most: 0 }
+    }
+
+    fn any(&mut self, below: usize) -> usize {
+        self.state = self.state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (self.state >> 8) as usize % below
+    }
+}
+
+impl Sends for Far {
+    fn waves(&self) -> u32 {
+        WAVES
+    }
+
+    fn room(&self) -> bool {
+        self.flying.len() < WAVES as usize
+    }
+
+    fn launch(&mut self, batch: u64, rows: &[BatchRow]) -> Result<(), DecodeError> {
+        if std::mem::take(&mut self.fail_next) {
+            return Err(DecodeError::Failed { code: -3 });
+        }
+        let away = |slot: u32| self.flying.iter().any(|(_, rows)| rows.iter().any(|row| row.slot == slot));
+        assert!(rows.iter().all(|row| !away(row.slot)), "a sequence is in two batches");
+        self.flying.push((batch, rows.to_vec()));
+        self.most = self.most.max(self.flying.len());
+        Ok(())
+    }
+
+    fn landed(&mut self) -> Option<(u64, Result<(), DecodeError>)> {
+        if self.due == 0 || self.flying.is_empty() {
+            return None;
+        }
+        self.due -= 1;
+        let at = self.any(self.flying.len());
+        let (batch, rows) = self.flying.remove(at);
+        Some((batch, self.near.evaluate(&rows)))
+    }
+}
+
+impl Backend for Far {
+    fn logits(&mut self, row: usize) -> Result<&[f32], DecodeError> {
+        self.near.logits(row)
+    }
+
+    fn truncate(&mut self, slot: u32, from: u32) -> bool {
+        assert!(!self.flying.iter().any(|(_, rows)| rows.iter().any(|row| row.slot == slot)), "cut while away");
+        self.near.truncate(slot, from)
+    }
+
+    fn is_eog(&self, token: u32) -> bool {
+        self.near.is_eog(token)
+    }
+
+    fn eog(&self) -> &[u32] {
+        self.near.eog()
+    }
+
+    fn piece(&self, token: u32) -> Vec<u8> {
+        self.near.piece(token)
+    }
+}
+
+/// Until nothing is away and nothing may begin.
+fn run_far(s: &mut Scheduler, far: &mut Far, heard: &mut BTreeMap<u64, Heard>) {
+    loop {
+        far.due = u32::try_from(far.any(3)).unwrap();
+        let landed = s.land(far);
+        let begun = s.launch(far);
+        hear(s.take_events(), heard);
+        if !landed && !begun && s.nothing_is_away() {
+            return;
+        }
+    }
+}
+
+/// Whatever comes back when, every job says what it says alone, and streams keep several batches under way.
+#[test]
+fn batches_that_are_away_at_once_change_no_text() {
+    for (seed, guess) in [(1, false), (2, false), (3, true), (4, true)] {
+        let (mut far, mut heard) = (Far::new(seed, guess), BTreeMap::new());
+        let mut s = Scheduler::new(Shape { guess, ..scheduler(Profile::Exact, 8).shape });
+        let jobs: Vec<Job> = (0..14_u8)
+            .map(|id| {
+                let mut job = job(id.into(), id % 5, 0..3 + 3 * u32::from(id));
+                job.stop = if id % 4 == 0 { vec!["a".into(), "zz".into()] } else { Vec::new() };
+                job.ignore_eos = id % 2 == 0;
+                job
+            })
+            .collect();
+        for job in &jobs {
+            s.handle(Command::Start(job.clone()), &mut far);
+            s.handle(grant(job.id.0, ALL, 4), &mut far);
+        }
+        for _ in 0..3 {
+            run_far(&mut s, &mut far, &mut heard);
+            // Those that hold the slots go on; then the rest is seated.
+            for job in &jobs {
+                s.handle(grant(job.id.0, ALL, ALL), &mut far);
+            }
+        }
+        for job in &jobs {
+            let (told, (output, reason)) = (&heard[&job.id.0], reference_of(job, guess));
+            assert_eq!(told.output, output, "seed {seed}, job {:?}", job.id);
+            let prompt = to_u32(job.prompt.len());
+            assert_eq!(told.end, Some((reason, prompt - told.cached + to_u32(output.len()) - 1)));
+        }
+        assert!(s.is_idle() && far.most >= 4, "{} at once", far.most);
+    }
+}
+
+#[test]
+fn a_job_that_is_cancelled_while_its_rows_are_away_ends_when_they_are_back() {
+    let (mut far, mut heard) = (Far::new(7, false), BTreeMap::new());
+    let mut s = scheduler(Profile::Exact, 1);
+    for id in 1..=2 {
+        s.handle(Command::Start(job(id, 0, 0..20)), &mut far);
+        s.handle(grant(id, ALL, ALL), &mut far);
+    }
+    assert!(s.launch(&mut far) && !s.nothing_is_away());
+    s.handle(Command::Cancel { job: JobId(1) }, &mut far);
+    // A word about it meanwhile changes nothing.
+    s.handle(grant(1, ALL, ALL), &mut far);
+    assert!(s.take_events().is_empty() && !s.launch(&mut far));
+    run_far(&mut s, &mut far, &mut heard);
+    assert_eq!(heard[&1].end, Some((FinishReason::Cancelled, 16)));
+    assert_eq!(heard[&2].output, reference(&job(2, 0, 0..20)).0);
+}
+
+#[test]
+fn a_batch_that_cannot_be_sent_fails_its_jobs_and_spares_the_rest() {
+    let (mut far, mut heard) = (Far::new(9, false), BTreeMap::new());
+    let mut s = scheduler(Profile::Exact, 2);
+    for id in 1..=3 {
+        s.handle(Command::Start(job(id, 0, 0..10)), &mut far);
+        s.handle(grant(id, ALL, ALL), &mut far);
+    }
+    far.fail_next = true;
+    run_far(&mut s, &mut far, &mut heard);
+    assert!(matches!(heard[&1].error, Some(JobError::Backend { .. })));
+    for id in 2..=3 {
+        assert_eq!(heard[&id].output, reference(&job(id, 0, 0..10)).0);
+    }
 }
