@@ -1,14 +1,15 @@
 //! Cutting layers over those who sell them.
 //!
 //! A lead lacks the layers `[a, b)`. Each live listing of layers of that model is an edge from its first layer to its end;
-//! a plan is a path from a to b. The best path is the one whose workers together take the least time for a token, where
-//! each worker adds the time of its layers (by its own measurement) and one hop; among those equally fast, the cheapest;
-//! then by keys, so that the same book gives the same plan on every machine. Fewer machines win by themselves: every hop
-//! costs.
+//! a plan is a path from a to b. The best path is the one that takes the least time for a token: the time of each worker's
+//! layers (by its own measurement) and every hop between them, from the lead to the first and from the last to the lead
+//! ([`Links`]); among those equally fast, the cheapest; then by keys, so that the same book gives the same plan on every
+//! machine. Fewer machines win by themselves: every hop costs.
 //!
 //! Workers of one plan are of one engine build, profile and instruction set: in `exact` the answer is the same to the bit.
 
 use crate::book::Book;
+use crate::links::{Hop, Links};
 use satgrid_types::{
     BuildId, EngineProfile, LayerRange, ModelRoot, MsatPerMtok, NodeKey, Part, UnixMs, VerifiedListing,
 };
@@ -18,8 +19,6 @@ use std::{
 };
 use thiserror::Error;
 
-/// What a hop costs in the comparison, in microseconds a token, where nobody has measured it: half a round trip in one city.
-pub const HOP_US: u64 = 2_000;
 /// What a layer costs where its worker has not measured itself, in microseconds a token.
 const UNMEASURED_LAYER_US: u64 = 5_000;
 /// Layers beyond which no model goes.
@@ -30,6 +29,8 @@ const MAX_LAYERS: u32 = 4_096;
 pub struct LayerDemand {
     pub root: ModelRoot,
     pub range: LayerRange,
+    /// Who sends the first rows, and who takes the last: the lead, or where one worker is replaced its neighbours.
+    pub ends: (NodeKey, NodeKey),
     /// Nodes that are not asked: the lead itself, and workers that were lost.
     pub not: BTreeSet<NodeKey>,
     /// The lead's own: a worker on another promises it other bits, or fewer.
@@ -48,6 +49,29 @@ pub struct LayerDemand {
 pub struct Planned {
     pub range: LayerRange,
     pub listing: Arc<VerifiedListing>,
+    /// How rows come to it.
+    pub hop: Hop,
+    /// Its layers, by its own measurement, in microseconds a token.
+    pub compute_us: u64,
+}
+
+/// Who runs which layers, in order, and how the rows come back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    pub stages: Vec<Planned>,
+    pub back: Hop,
+}
+
+impl Plan {
+    /// A token's way through all of it, in microseconds.
+    pub fn token_us(&self) -> u64 {
+        let stages = self.stages.iter().map(|stage| stage.compute_us.saturating_add(stage.hop.us()));
+        stages.fold(self.back.us(), u64::saturating_add)
+    }
+
+    pub fn hops(&self) -> impl Iterator<Item = &Hop> {
+        self.stages.iter().map(|stage| &stage.hop).chain([&self.back])
+    }
 }
 
 /// Why there is no plan.
@@ -91,6 +115,14 @@ pub fn refusal(listing: &VerifiedListing, demand: &LayerDemand) -> Option<&'stat
     }
 }
 
+/// What takes most of the time on the best way through a listing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Slowest {
+    /// Its layers: microseconds a token.
+    Layers(u64),
+    Link(Hop),
+}
+
 /// What became of one listing of layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LayerVerdict {
@@ -98,8 +130,14 @@ pub enum LayerVerdict {
     Planned {
         place: usize,
     },
-    /// It could be; the plan without it is faster, cheaper, or the only whole one.
+    /// It could be; the plan is no slower and cheaper, or the only whole one.
     Spare,
+    /// The best way through it takes longer than the plan, in microseconds a token; and where it spends most.
+    TooSlow {
+        with_us: u64,
+        plan_us: u64,
+        slowest: Slowest,
+    },
     Refused(&'static str),
 }
 
@@ -108,8 +146,8 @@ pub enum LayerVerdict {
 pub struct LayersConsidered {
     pub listing: Arc<VerifiedListing>,
     pub range: LayerRange,
-    /// Time for a token through these layers and over one hop, as the plan reckons.
-    pub token_us: u64,
+    /// Its layers, by its own measurement, in microseconds a token.
+    pub compute_us: u64,
     pub verdict: LayerVerdict,
 }
 
@@ -118,39 +156,94 @@ pub fn explain_layers(
     now: UnixMs,
     book: &Book,
     demand: &LayerDemand,
-) -> (Result<Vec<Planned>, NoLayers>, Vec<LayersConsidered>) {
-    let plan = plan_layers(now, book, demand);
-    let planned: &[Planned] = plan.as_deref().unwrap_or_default();
+    links: &Links,
+) -> (Result<Plan, NoLayers>, Vec<LayersConsidered>) {
+    let plan = plan_layers(now, book, demand, links);
+    let (planned, plan_us) = plan.as_ref().map_or((&[][..], 0), |plan| (&plan.stages[..], plan.token_us()));
     let mut considered = Vec::new();
     for listing in book.live(now).filter(|listing| listing.model_root == demand.root) {
         let Part::Layers(range) = &listing.part else { continue };
         let verdict = match (planned.iter().position(|one| one.listing == *listing), refusal(listing, demand)) {
             (Some(at), _) => LayerVerdict::Planned { place: at.saturating_add(1) },
             (None, Some(why)) => LayerVerdict::Refused(why),
-            (None, None) => LayerVerdict::Spare,
+            (None, None) => match through(now, book, demand, links, listing) {
+                Some((with, at)) if with.token_us() > plan_us && !planned.is_empty() => {
+                    LayerVerdict::TooSlow { with_us: with.token_us(), plan_us, slowest: slowest(&with, at) }
+                }
+                Some(_) | None => LayerVerdict::Spare,
+            },
         };
-        let token_us = cost_us(listing, range);
-        considered.push(LayersConsidered { listing: Arc::clone(listing), range: *range, token_us, verdict });
+        let compute_us = compute_us(listing, range);
+        considered.push(LayersConsidered { listing: Arc::clone(listing), range: *range, compute_us, verdict });
     }
     considered.sort_by_key(|one| (one.range.start(), one.range.end(), one.listing.node_key));
     (plan, considered)
 }
 
-/// Microseconds that a worker takes for a token through its layers, a hop included.
-fn cost_us(listing: &VerifiedListing, range: &LayerRange) -> u64 {
+/// The best plan with this listing in it, and its place there.
+fn through(
+    now: UnixMs,
+    book: &Book,
+    demand: &LayerDemand,
+    links: &Links,
+    listing: &Arc<VerifiedListing>,
+) -> Option<(Plan, usize)> {
+    let Part::Layers(range) = &listing.part else { return None };
+    let side = |from: u32, to: u32, ends: (NodeKey, NodeKey), beside: &[Planned]| -> Option<Vec<Planned>> {
+        if from == to {
+            return Some(Vec::new());
+        }
+        let used = beside.iter().map(|one| one.listing.node_key).chain([listing.node_key]);
+        let demand = LayerDemand {
+            range: LayerRange::new(from, to)?,
+            ends,
+            not: demand.not.iter().copied().chain(used).collect(),
+            build: Some((listing.build, listing.instruction_set.clone())),
+            ..demand.clone()
+        };
+        plan_layers(now, book, &demand, links).ok().map(|plan| plan.stages)
+    };
+    let (first, last) = demand.ends;
+    let mut stages = side(demand.range.start(), range.start(), (first, listing.node_key), &[])?;
+    let after = side(range.end(), demand.range.end(), (listing.node_key, last), &stages)?;
+    let at = stages.len();
+    let before = stages.last().map_or(first, |stage| stage.listing.node_key);
+    let (hop, compute_us) = (links.hop(&before, &listing.node_key), compute_us(listing, range));
+    stages.push(Planned { range: *range, listing: Arc::clone(listing), hop, compute_us });
+    stages.extend(after);
+    let back = links.hop(&stages.last()?.listing.node_key, &last);
+    Some((Plan { stages, back }, at))
+}
+
+/// Where the way through the n-th worker of a plan spends most: in its layers, or on a link of its own.
+fn slowest(plan: &Plan, at: usize) -> Slowest {
+    let compute = plan.stages.get(at).map_or(0, |stage| stage.compute_us);
+    let link = plan.hops().skip(at).take(2).max_by_key(|hop| hop.us());
+    match link {
+        Some(link) if link.us() > compute => Slowest::Link(*link),
+        Some(_) | None => Slowest::Layers(compute),
+    }
+}
+
+/// Microseconds that a worker takes for a token through its layers.
+fn compute_us(listing: &VerifiedListing, range: &LayerRange) -> u64 {
     let decode = listing.speed.decode_mtok_s;
-    let compute = 1_000_000_000u64.checked_div(decode).unwrap_or(u64::from(range.layers()) * UNMEASURED_LAYER_US);
-    compute.saturating_add(HOP_US)
+    1_000_000_000u64.checked_div(decode).unwrap_or(u64::from(range.layers()) * UNMEASURED_LAYER_US)
 }
 
 /// What the workers of one plan share.
 type Kind = (BuildId, String, Vec<EngineProfile>);
 
-/// A path as far as some layer: time, price, then keys.
-type Path = (u64, u64, Vec<Planned>);
+/// A path through some workers: time, price, and who they are.
+#[derive(Clone, Default)]
+struct Path {
+    us: u64,
+    price: u64,
+    stages: Vec<Planned>,
+}
 
 /// Plans over the listings that are live.
-pub fn plan_layers(now: UnixMs, book: &Book, demand: &LayerDemand) -> Result<Vec<Planned>, NoLayers> {
+pub fn plan_layers(now: UnixMs, book: &Book, demand: &LayerDemand, links: &Links) -> Result<Plan, NoLayers> {
     let of_root =
         |listing: &&Arc<VerifiedListing>| listing.model_root == demand.root && matches!(listing.part, Part::Layers(_));
     let all: Vec<&Arc<VerifiedListing>> = book.live(now).filter(of_root).collect();
@@ -171,9 +264,9 @@ pub fn plan_layers(now: UnixMs, book: &Book, demand: &LayerDemand) -> Result<Vec
     let mut best: Option<Path> = None;
     let mut furthest = demand.range.start();
     for listings in kinds.values() {
-        match path(listings, &demand.range) {
+        match path(listings, demand, links) {
             Ok(found) => {
-                let better = best.as_ref().is_none_or(|best| (found.0, found.1) < (best.0, best.1));
+                let better = best.as_ref().is_none_or(|best| (found.us, found.price) < (best.us, best.price));
                 if better {
                     best = Some(found);
                 }
@@ -181,48 +274,52 @@ pub fn plan_layers(now: UnixMs, book: &Book, demand: &LayerDemand) -> Result<Vec
             Err(reached) => furthest = furthest.max(reached),
         }
     }
-    best.map(|(_, _, plan)| plan).ok_or(NoLayers::Gap { from: furthest, to: demand.range.end(), refused })
+    let found = best.ok_or(NoLayers::Gap { from: furthest, to: demand.range.end(), refused })?;
+    let last = found.stages.last().map_or(demand.ends.0, |stage| stage.listing.node_key);
+    Ok(Plan { stages: found.stages, back: links.hop(&last, &demand.ends.1) })
 }
 
 /// The best path over listings of one kind, or how far any path goes.
-fn path(listings: &[&Arc<VerifiedListing>], wanted: &LayerRange) -> Result<Path, u32> {
-    let mut edges: BTreeMap<u32, Vec<(LayerRange, &Arc<VerifiedListing>)>> = BTreeMap::new();
+fn path(listings: &[&Arc<VerifiedListing>], demand: &LayerDemand, links: &Links) -> Result<Path, u32> {
+    let wanted = &demand.range;
+    let mut edges: Vec<(LayerRange, &Arc<VerifiedListing>)> = Vec::new();
     for listing in listings {
         if let Part::Layers(range) = &listing.part
             && range.end() <= MAX_LAYERS
         {
-            edges.entry(range.start()).or_default().push((*range, listing));
+            edges.push((*range, listing));
         }
     }
-    for from in edges.values_mut() {
-        from.sort_by_key(|(range, listing)| (range.end(), listing.node_key, listing.id()));
-    }
-    let mut best: BTreeMap<u32, Path> = BTreeMap::from([(wanted.start(), (0, 0, Vec::new()))]);
-    // Every edge goes forward, so layers in order see each best path finished.
-    let mut at = wanted.start();
-    while let Some(here) = best.get(&at).cloned() {
-        for (range, listing) in edges.get(&at).into_iter().flatten() {
-            let (time, price, plan) = &here;
-            if plan.iter().any(|used| used.listing.node_key == listing.node_key) {
+    edges.sort_by_key(|(range, listing)| (range.start(), range.end(), listing.node_key, listing.id()));
+    // The best path that ends with each worker, by the layer where it ends: what a hop onward costs depends on who that is.
+    // Every edge goes forward, so edges in order see each path that they go on from finished.
+    let mut ends: BTreeMap<u32, Vec<Path>> = BTreeMap::from([(wanted.start(), vec![Path::default()])]);
+    for (range, listing) in edges {
+        let mut best: Option<Path> = None;
+        for before in ends.get(&range.start()).into_iter().flatten() {
+            if before.stages.iter().any(|used| used.listing.node_key == listing.node_key) {
                 continue;
             }
+            let from = before.stages.last().map_or(&demand.ends.0, |stage| &stage.listing.node_key);
+            let (hop, compute_us) = (links.hop(from, &listing.node_key), compute_us(listing, &range));
+            let last = (range.end() == wanted.end()).then(|| links.hop(&listing.node_key, &demand.ends.1).us());
             let rate = listing.rates.position_layer.unwrap_or_default().0.saturating_mul(range.layers().into());
-            let to = (time.saturating_add(cost_us(listing, range)), price.saturating_add(rate));
-            if best.get(&range.end()).is_none_or(|known| to < (known.0, known.1)) {
-                let mut plan = plan.clone();
-                plan.push(Planned { range: *range, listing: Arc::clone(listing) });
-                best.insert(range.end(), (to.0, to.1, plan));
+            let us = before.us.saturating_add(compute_us).saturating_add(hop.us()).saturating_add(last.unwrap_or(0));
+            let price = before.price.saturating_add(rate);
+            if best.as_ref().is_none_or(|known| (us, price) < (known.us, known.price)) {
+                let mut stages = before.stages.clone();
+                stages.push(Planned { range, listing: Arc::clone(listing), hop, compute_us });
+                best = Some(Path { us, price, stages });
             }
         }
-        match best.range(at + 1..).next() {
-            Some((next, _)) => at = *next,
-            None => break,
+        if let Some(best) = best {
+            ends.entry(range.end()).or_default().push(best);
         }
     }
-    match best.remove(&wanted.end()) {
-        Some(found) => Ok(found),
-        None => Err(best.last_key_value().map_or(wanted.start(), |(reached, _)| *reached)),
-    }
+    let reached = ends.last_key_value().map_or(wanted.start(), |(reached, _)| *reached);
+    let found = ends.remove(&wanted.end()).unwrap_or_default().into_iter();
+    // The first of equals: edges are in the order of keys.
+    found.min_by_key(|path| (path.us, path.price)).ok_or(reached)
 }
 
 #[cfg(test)]
@@ -246,14 +343,14 @@ mod tests {
     }
     fn demand() -> LayerDemand {
         let (root, range) = (Offer::new(1).root(), LayerRange::new(2, 10).unwrap());
-        let (not, profile) = (BTreeSet::new(), EngineProfile::Exact);
-        LayerDemand { root, range, not, profile, build: None, max_rate: None, slots: 1, context: 1 }
+        let (not, profile, ends) = (BTreeSet::new(), EngineProfile::Exact, (NodeKey([9; 32]), NodeKey([9; 32])));
+        LayerDemand { root, range, ends, not, profile, build: None, max_rate: None, slots: 1, context: 1 }
     }
     #[track_caller]
     fn check(rows: &[Row], bend: impl Fn(&mut LayerDemand), expect: Result<&[(u32, u32, u32)], &str>) {
         let mut demand = demand();
         bend(&mut demand);
-        let given = plan_layers(now(), &book(rows), &demand);
+        let given = plan_layers(now(), &book(rows), &demand, &Links::default()).map(|plan| plan.stages);
         match (given, expect) {
             (Ok(plan), Ok(want)) => {
                 let got: Vec<(NodeKey, u32, u32)> =
@@ -280,22 +377,66 @@ mod tests {
     }
 
     #[test]
+    fn links_are_part_of_the_time() {
+        let node = |provider: u32| Offer::new(provider).node();
+        let lead = demand().ends.0;
+        // Two sellers of each half, equally fast: those who are near each other and the lead.
+        let rows = [(1, 2, 6, 100_000, 10), (2, 2, 6, 100_000, 9), (3, 6, 10, 100_000, 10), (4, 6, 10, 100_000, 9)];
+        let mut links = Links::default();
+        for (a, b, rtt_us) in [
+            (lead, node(1), 4_000),
+            (lead, node(2), 4_000),
+            (lead, node(3), 4_000),
+            (lead, node(4), 4_000),
+            (node(1), node(3), 1_000),
+            (node(1), node(4), 60_000),
+            (node(2), node(3), 60_000),
+            (node(2), node(4), 60_000),
+        ] {
+            links.measured(a, b, rtt_us);
+        }
+        let book = book(&rows);
+        let (plan, considered) = explain_layers(now(), &book, &demand(), &links);
+        let plan = plan.unwrap();
+        let who: Vec<NodeKey> = plan.stages.iter().map(|stage| stage.listing.node_key).collect();
+        assert_eq!(who, [node(1), node(3)]);
+        assert_eq!(plan.hops().map(Hop::us).collect::<Vec<_>>(), [2_000, 500, 2_000]);
+        assert_eq!(plan.token_us(), 24_500);
+        // Whoever is left out is told by how much, and by which link.
+        let verdict = |who: u32| considered.iter().find(|one| one.listing.node_key == node(who)).unwrap().verdict;
+        // Both halves beside it are equally far: the cheaper.
+        let far = links.hop(&node(2), &node(4));
+        let slow = LayerVerdict::TooSlow { with_us: 54_000, plan_us: 24_500, slowest: Slowest::Link(far) };
+        assert_eq!(verdict(2), slow);
+        // Without figures every hop is the same, and the price decides.
+        let blind = plan_layers(now(), &book, &demand(), &Links::default()).unwrap();
+        let who: Vec<NodeKey> = blind.stages.iter().map(|stage| stage.listing.node_key).collect();
+        assert_eq!(who, [node(2), node(4)]);
+        // Beside its neighbours a replacement is chosen by its links to them.
+        let half = LayerDemand { range: LayerRange::new(6, 10).unwrap(), ends: (node(2), lead), ..demand() };
+        links.measured(node(2), node(4), 900);
+        assert_eq!(plan_layers(now(), &book, &half, &links).unwrap().stages[0].listing.node_key, node(4));
+    }
+
+    #[test]
     fn every_listing_has_its_verdict() {
         let book =
             book(&[(1, 2, 6, 100_000, 10), (2, 6, 10, 100_000, 10), (3, 6, 10, 100_000, 90), (4, 6, 10, 9_000, 20)]);
         let demand = LayerDemand { max_rate: Some(MsatPerMtok(50)), ..demand() };
-        let (plan, considered) = explain_layers(now(), &book, &demand);
-        assert_eq!(plan.unwrap().len(), 2);
+        let (plan, considered) = explain_layers(now(), &book, &demand, &Links::default());
+        assert_eq!(plan.unwrap().stages.len(), 2);
         let told: Vec<(NodeKey, LayerVerdict)> = considered.iter().map(|c| (c.listing.node_key, c.verdict)).collect();
+        let slow = Slowest::Layers(111_111);
         for (provider, verdict) in [
             (1, LayerVerdict::Planned { place: 1 }),
             (2, LayerVerdict::Planned { place: 2 }),
             (3, LayerVerdict::Refused("too dear")),
-            (4, LayerVerdict::Spare),
+            (4, LayerVerdict::TooSlow { with_us: 127_111, plan_us: 26_000, slowest: slow }),
         ] {
             assert!(told.contains(&(Offer::new(provider).node(), verdict)), "{provider}: {told:?}");
         }
-        let (none, considered) = explain_layers(now(), &book, &LayerDemand { slots: u32::MAX, ..demand });
+        let demand = LayerDemand { slots: u32::MAX, ..demand };
+        let (none, considered) = explain_layers(now(), &book, &demand, &Links::default());
         assert!(none.unwrap_err().to_string().contains("too small"), "nobody holds so many");
         assert!(considered.iter().all(|c| matches!(c.verdict, LayerVerdict::Refused(_))));
     }

@@ -5,6 +5,7 @@
 //! - [`estimate`]: tokens a second of a model that is run whole, by layers or by experts.
 //! - [`experts`]: who sells the experts of a model, and whose the lead buys.
 //! - [`layers`]: layers of a model, cut over those who sell them.
+//! - [`links`]: how far nodes are from each other, as they measured it.
 //! - [`demand`]: what one request needs, and at what price.
 //! - [`planner`]: the choice, its failover order, and a reason for every listing that was not chosen.
 //! - [`reputation`]: what this node itself has settled with a provider, and what it holds against it.
@@ -21,6 +22,7 @@ pub mod demand;
 pub mod estimate;
 pub mod experts;
 pub mod layers;
+pub mod links;
 pub mod planner;
 pub mod reputation;
 #[cfg(test)]
@@ -30,5 +32,6 @@ pub mod ways;
 pub use book::{Applied, Book, BookLimits, BookRefusal};
 pub use catalogue::{Catalogue, CatalogueError, Model, UnknownModel};
 pub use demand::{Demand, MaxPrice, ProviderPattern, Sort, Wanted};
+pub use links::{HOP_US, Hop, Links};
 pub use planner::{Choice, Considered, NoPlan, Plan, Stage, Verdict, WhyNot, explain, plan};
 pub use reputation::{Fault, Record, Reputation};

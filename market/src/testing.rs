@@ -2,9 +2,9 @@
 
 use ed25519_dalek::SigningKey;
 use satgrid_types::{
-    Bindings, BuildId, Digest, EngineProfile, LightningKey, Listing, ModelRoot, Msat, MsatPerMtok, NodeKey, Part,
-    RateCard, Speed, TokenizerHash, UnixMs, VerifiedListing, lightning_binding_message, node_key, nostr_key,
-    sign_lightning_message, sign_node_binding, verify_listing,
+    Bindings, BuildId, Digest, EngineProfile, LightningKey, Listing, MeasuredLink, ModelRoot, Msat, MsatPerMtok,
+    NodeKey, Part, RateCard, Speed, TokenizerHash, UnixMs, VerifiedListing, lightning_binding_message, node_key,
+    nostr_key, sign_lightning_message, sign_node_binding, verify_listing,
 };
 use secp256k1::{Keypair, SECP256K1, SecretKey};
 
@@ -35,6 +35,7 @@ pub(crate) struct Offer {
     pub(crate) layer_price: Option<u64>,
     pub(crate) expert_price: Option<u64>,
     pub(crate) experts: Option<Digest>,
+    pub(crate) links: Vec<MeasuredLink>,
 }
 
 impl Offer {
@@ -57,6 +58,7 @@ impl Offer {
             layer_price: None,
             expert_price: None,
             experts: None,
+            links: Vec::new(),
         }
     }
 
@@ -108,6 +110,7 @@ impl Offer {
             lightning_unproven: false,
             experts_hash: self.experts,
             embeds: None,
+            links: self.links.clone(),
             bindings: Bindings::default(),
         };
         let message = lightning_binding_message(&listing.node_key);

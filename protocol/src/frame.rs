@@ -251,23 +251,29 @@ pub struct PartRoute {
     /// For the next node: to be shown to it.
     #[n(3)]
     pub ticket: Signed<Ticket>,
-    /// Rows that this worker sent before and kept go to the next node first, for this sequence, from here on to there.
+    /// Rows that this worker sent before and kept, to go to the next node once more before any others.
     #[n(4)]
     pub resend: Vec<Resend>,
 }
 
-/// Kept rows to be sent again: to rebuild what a lost worker held.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+/// Kept rows to be sent again, as a replay that ends at the next node: to rebuild what a lost worker held. Where they are not
+/// kept any more the work is refused as a gap, and the rows are computed again.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct Resend {
+    /// The lead's number of this work: its answer carries it.
     #[n(0)]
-    pub sequence: u32,
+    pub work: u64,
     #[n(1)]
-    pub upto: u32,
+    pub sequence: u32,
+    #[n(2)]
+    pub start: u32,
+    #[n(3)]
+    pub rows: u32,
 }
 
 /// Addresses of a route.
 pub const MAX_ADDRESSES: usize = 8;
-/// Sequences whose rows one route may have sent again.
+/// Works that one route may have sent again.
 pub const MAX_RESENDS: usize = 256;
 
 /// A request with the private side that its signed part commits to.

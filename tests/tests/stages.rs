@@ -44,6 +44,7 @@ fn listing(party: &Party, part: Part, rates: RateCard) -> VerifiedListing {
         lightning_unproven: false,
         experts_hash: None,
         embeds: None,
+        links: Vec::new(),
         model: "tiny".into(),
         model_root: ModelRoot(bytes32("model")),
         tokenizer: TokenizerHash([0; 32]),

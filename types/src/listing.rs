@@ -39,6 +39,8 @@ pub const MAX_ADDRESSES: usize = 8;
 /// Most numbers in the row of an embedded text.
 pub const MAX_EMBEDDING: u32 = 16 * 1024;
 const MAX_PROFILES: usize = 2;
+/// Most links that a listing tells of.
+pub const MAX_LINKS: usize = 64;
 const ROOT_PREFIX_HEX: usize = 16;
 
 const _: () = assert!(MAX_CONTENT_BYTES < MAX_EVENT_BYTES);
@@ -48,6 +50,15 @@ const _: () = assert!(MAX_CONTENT_BYTES < MAX_EVENT_BYTES);
 pub struct Speed {
     pub prefill_mtok_s: u64,
     pub decode_mtok_s: u64,
+}
+
+/// A link that a listing's node has measured itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct MeasuredLink {
+    /// The node at the other end.
+    pub node: NodeKey,
+    /// There and back, in microseconds.
+    pub rtt_us: u32,
 }
 
 /// A listing's content. Serialised as the event's JSON content; unknown fields are left to later versions.
@@ -89,6 +100,9 @@ pub struct Listing {
     /// The model embeds texts and writes none: how many numbers a text's row has. Absent: it writes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub embeds: Option<u32>,
+    /// Links to other nodes that sell parts of the same model: what a plan over several of them reckons with.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub links: Vec<MeasuredLink>,
     /// Signs quotes, acks and receipts, and is the QUIC identity.
     pub node_key: NodeKey,
     pub lightning_node: LightningKey,
@@ -208,6 +222,7 @@ impl Listing {
         }
         limit("addresses", self.addresses.len(), MAX_ADDRESSES)?;
         limit("profiles", self.profiles.len(), MAX_PROFILES)?;
+        limit("links", self.links.len(), MAX_LINKS)?;
         let contradiction = match &self.part {
             Part::Whole => false,
             Part::Layers(range) => range.start() >= range.end(),

@@ -90,6 +90,12 @@ impl<K: Ord + Copy> KeptRows<K> {
         }
     }
 
+    /// Forgets every sequence that the caller names.
+    pub fn forget_all(&mut self, which: impl Fn(&K) -> bool) {
+        let gone: Vec<K> = self.sequences.keys().filter(|sequence| which(sequence)).copied().collect();
+        gone.into_iter().for_each(|sequence| self.forget(sequence));
+    }
+
     pub fn clear(&mut self) {
         self.sequences.clear();
         self.bytes = 0;
@@ -133,5 +139,9 @@ mod tests {
         assert_eq!((kept.upto('d'), kept.bytes()), (0, 9 * 16));
         kept.forget('a');
         assert_eq!(kept.bytes(), 4 * 16);
+        kept.forget_all(|sequence| *sequence != 'c');
+        assert_eq!((kept.upto('c'), kept.bytes()), (4, 4 * 16));
+        kept.forget_all(|_| true);
+        assert_eq!(kept.bytes(), 0);
     }
 }

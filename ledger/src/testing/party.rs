@@ -109,6 +109,7 @@ pub fn listing(party: &Party, rates: RateCard, at: UnixMs) -> VerifiedListing {
         lightning_unproven: false,
         experts_hash: None,
         embeds: None,
+        links: Vec::new(),
         bindings: Bindings::default(),
     };
     let message = lightning_binding_message(&listing.node_key);

@@ -62,6 +62,7 @@ pub(crate) fn listing(model: u8, slots: u32) -> Listing {
         lightning_unproven: false,
         experts_hash: None,
         embeds: None,
+        links: Vec::new(),
         bindings: Bindings::default(),
     };
     let message = lightning_binding_message(&listing.node_key);

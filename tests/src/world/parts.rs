@@ -214,6 +214,7 @@ pub(super) fn listing_of(
         lightning_unproven: false,
         experts_hash: None,
         embeds: toy.embeds,
+        links: Vec::new(),
         bindings: Bindings::default(),
     };
     let message = lightning_binding_message(&listing.node_key);

@@ -51,6 +51,7 @@ fn listing() -> Listing {
         lightning_unproven: false,
         experts_hash: None,
         embeds: None,
+        links: Vec::new(),
         bindings: Bindings::default(),
     };
     let message = lightning_binding_message(&listing.node_key);

@@ -1,18 +1,18 @@
 //! `satgrid market list` and `satgrid market why`: read the relays as a consumer would, and say what is there.
 
 mod experts;
+mod why_layers;
 
 use super::print;
 use crate::cli::{Format, Globals, MarketCommand};
-use crate::config::{Config, LeadForSale};
+use crate::config::Config;
 use crate::drive::{
-    layers,
     market::{Listening, Market},
     now,
 };
 use crate::failure::{Findings, HintExt};
 use anyhow::Context;
-use satgrid_market::{Demand, Verdict, layers::LayerVerdict};
+use satgrid_market::{Demand, Verdict};
 use satgrid_types::VerifiedListing;
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -121,66 +121,13 @@ fn listing_json(listing: &VerifiedListing) -> Value {
         "lightning_unproven": listing.lightning_unproven, "rates": listing.rates, "context_length": listing.context_length,
         "slots": listing.slots, "speed": listing.speed, "profiles": listing.profiles, "build": listing.build,
         "instruction_set": listing.instruction_set, "addresses": listing.addresses, "region": listing.region,
-        "expires_at": listing.expires_at, "expires_in_s": listing.expires_at.saturating_sub(now().as_secs()),
+        "links": listing.links, "expires_at": listing.expires_at, "expires_in_s": listing.expires_at.saturating_sub(now().as_secs()),
     })
-}
-
-/// How a model that this node leads is put together from the layers that are for sale, or what is missing.
-fn why_layers(format: Format, market: &Market, model: &str, lead: &LeadForSale) -> anyhow::Result<()> {
-    let demand = layers::demand_of(lead)?;
-    let (plan, considered) = market.explain_layers(&demand);
-    let told = |verdict: &LayerVerdict| match verdict {
-        LayerVerdict::Planned { place } => (format!("worker {place}"), String::new()),
-        LayerVerdict::Spare => ("spare".to_owned(), "fits; the plan without it is faster or cheaper".to_owned()),
-        LayerVerdict::Refused(why) => ("refused".to_owned(), (*why).to_owned()),
-    };
-    let missing = plan.as_ref().err().map(ToString::to_string);
-    match format {
-        Format::Json => {
-            let rows = considered.iter().map(|one| {
-                let ((verdict, why), listing) = (told(&one.verdict), &one.listing);
-                json!({
-                    "worker": listing.node_key, "listing": listing.id(), "layers": one.range.to_string(), "verdict": verdict,
-                    "why": why, "token_us": one.token_us, "rates": listing.rates, "memory_bytes": listing.memory_bytes,
-                })
-            });
-            let rows: Vec<Value> = rows.collect();
-            let wanted = demand.range.to_string();
-            print::json(&json!({ "model": model, "layers": wanted, "missing": missing, "considered": rows }))?;
-        }
-        Format::Text => {
-            let rows = considered.iter().map(|one| {
-                let ((verdict, why), listing) = (told(&one.verdict), &one.listing);
-                let price = listing.rates.position_layer.unwrap_or_default().0;
-                let ms = format!("{}.{}", one.token_us / 1_000, one.token_us % 1_000 / 100);
-                let layers = one.range.to_string();
-                vec![
-                    verdict,
-                    listing.node_key.short(),
-                    layers,
-                    price.to_string(),
-                    ms,
-                    (listing.memory_bytes >> 20).to_string(),
-                    why,
-                ]
-            });
-            let header = ["VERDICT", "WORKER", "LAYERS", "MSAT/M", "MS/TOKEN", "MIB", "WHY"];
-            print::out(&print::table(&header, rows.collect()))?;
-            eprintln!("{model}: layers {} are wanted; times are each worker's own figure and a hop", demand.range);
-        }
-    }
-    match missing {
-        None => Ok(()),
-        Some(why) => {
-            eprintln!("{model}: {why}");
-            Err(anyhow::Error::new(Findings))
-        }
-    }
 }
 
 fn why(format: Format, config: &Config, market: &Market, model: &str, prompt: u32, output: u32) -> anyhow::Result<()> {
     if let Some(lead) = config.provider.leads.iter().find(|lead| lead.alias == model) {
-        return why_layers(format, market, model, lead);
+        return why_layers::run(format, config, market, model, lead);
     }
     let wanted = match market.catalogue.resolve(model, config.consumer.allow_unverified_names) {
         Ok(wanted) => wanted,

@@ -101,6 +101,11 @@ impl Account {
         self.busy += busy;
     }
 
+    /// Rows that came out before go out once more.
+    pub(super) fn sent_again(&mut self, rows: &[u8]) {
+        self.came_out(rows, Duration::ZERO);
+    }
+
     pub(super) fn settle(&mut self) {
         self.settling = true;
     }

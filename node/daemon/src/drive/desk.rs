@@ -1,8 +1,8 @@
 //! The desk of an engine that holds some layers: takes rows in by ticket, lets the engine compute what is granted, counts it
 //! for the provider role, and sends the rows on.
 //!
-//! The role decides who is admitted and how much is granted; the desk computes nothing beyond. Rows of one hop are taken in
-//! their order: where the first of them waits for a grant, those behind it wait too.
+//! The role decides who is admitted and how much is granted; the desk computes nothing beyond. Rows of one sequence are taken
+//! in their order: where the first of them waits for a grant, those behind it wait too.
 
 use super::{
     account::Account,
@@ -15,19 +15,20 @@ use satgrid_engine::{
     port::{Command, EngineEvent, FinishReason, JobError, JobId},
     stage::{
         codec::HiddenRows,
+        kept::KeptRows,
         port::{Piece, SequenceId, Stage, StageCommand, StageError, StageEvent, StageWork, WorkId},
     },
 };
 use satgrid_ledger::statements::PartOrder;
 use satgrid_node::provider::{EngineId, ProviderEvent};
 use satgrid_protocol::{
-    frame::PartRoute,
-    hop::{HopFrame, Lost, RowsHeader, TicketFrame},
+    frame::{PartRoute, Resend},
+    hop::{HopFrame, Lost, RowsHeader, RowsPiece, TicketFrame},
 };
 use satgrid_protocol_quic::QuicEndpoint;
 use satgrid_types::{NodeKey, RequestId, SessionId, WorkKind, node_key};
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
     time::Duration,
 };
@@ -37,6 +38,8 @@ use tokio::sync::mpsc;
 const INBOX: usize = 1_024;
 /// Works that were sent on and may still be refused downstream.
 const MAX_SENT_ON: usize = 4_096;
+/// Bytes of rows that were sent on and are kept, to be sent again where the next worker is replaced.
+const KEPT_BYTES: usize = 64 << 20;
 
 /// What the provider's driver tells the desk.
 pub(crate) enum Order {
@@ -98,6 +101,8 @@ struct Running {
     sent_on: VecDeque<(NodeKey, u64, HopId)>,
     /// How far each sequence was computed here: what is sent again is replay up to there.
     held: BTreeMap<SequenceId, u32>,
+    /// Rows that were sent on. What is kept of a sequence that was cut since is as long as what was computed after.
+    kept: KeptRows<SequenceId>,
 }
 
 /// Starts a desk.
@@ -116,6 +121,7 @@ pub(crate) fn start(parts: DeskParts) -> Desk {
         out: BTreeMap::new(),
         sent_on: VecDeque::new(),
         held: BTreeMap::new(),
+        kept: KeptRows::new(KEPT_BYTES),
     };
     tokio::spawn(running.run(orders, hop_inbox));
     desk
@@ -171,6 +177,7 @@ impl Running {
             Order::Engine(Command::ForgetSession { session }) => {
                 self.inlets.forget(&SessionId(session));
                 if let Some(owner) = self.owners.remove(&SessionId(session)) {
+                    self.kept.forget_all(|sequence| sequence.owner == owner);
                     let _ = self.parts.stage.send(StageCommand::ForgetOwner { owner });
                 }
             }
@@ -195,6 +202,33 @@ impl Running {
             Outgoing::start(parts.endpoint.clone(), parts.key.clone(), to, &route.addresses, self.ear.clone())
         });
         out.send(HopFrame::Ticket(TicketFrame { slot: route.slot, ticket: route.ticket }));
+        for resend in route.resend {
+            self.send_again(job, (to, route.slot), &resend);
+        }
+    }
+
+    /// Rows that were kept go out once more, as a replay that ends at the next node: nothing is computed for them here.
+    fn send_again(&mut self, id: JobId, (to, slot): ((NodeKey, NodeKey), u64), resend: &Resend) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let Resend { work, sequence, start, rows } = *resend;
+        let kept = SequenceId { owner: job.owner, number: sequence };
+        let found = self.kept.rows(kept, start, start.saturating_add(rows));
+        match found.filter(|found| found.wire == job.account.order.wire && found.count > 0) {
+            Some(found) => {
+                let pieces = vec![RowsPiece { slot, sequence, start, rows, kind: WorkKind::Replay }];
+                let header = RowsHeader { work, pieces, wire: found.wire, ends_after: Some(0), again: false };
+                job.account.sent_again(&found.bytes);
+                if let Some(out) = self.out.get(&to) {
+                    out.send(HopFrame::Rows(header, found.bytes));
+                }
+            }
+            None => {
+                let held = self.kept.upto(kept);
+                if let Some(hop) = self.inlets.hop_of(id) {
+                    self.inlets.refuse(hop, work, Lost::Gap(sequence, held), "these rows are not kept any more");
+                }
+            }
+        }
     }
 
     fn hop_event(&mut self, event: HopEvent) -> Vec<ProviderEvent> {
@@ -215,7 +249,10 @@ impl Running {
             HopEvent::Back { lead, frame: HopFrame::Lost(lost), .. } => {
                 // On its way to the lead.
                 let of = |sent: &&(NodeKey, u64, HopId)| (sent.0, sent.1) == (lead, lost.work);
-                let hop = self.sent_on.iter().rev().find(of).map(|(_, _, hop)| *hop);
+                let found = self.sent_on.iter().rev().find(of);
+                // Rows that a worker kept and sent again did not pass here.
+                let found = found.or_else(|| self.sent_on.iter().rev().find(|sent| sent.0 == lead));
+                let hop = found.map(|(_, _, hop)| *hop);
                 if let Some(back) = hop.and_then(|hop| self.inlets.back(hop)) {
                     let _ = back.try_send(HopFrame::Lost(lost));
                 }
@@ -243,9 +280,17 @@ impl Running {
     /// Gives the engine whatever is granted now.
     fn advance(&mut self) -> Vec<ProviderEvent> {
         for id in self.inlets.ids() {
-            while let Some((header, rows)) = self.inlets.first(id) {
-                let Some(verdict) = self.judge(id, header, rows.len()) else { break };
-                let Some((header, rows)) = self.inlets.pop(id) else { break };
+            let (mut at, mut blocked) = (0, BTreeSet::new());
+            while let Some((header, rows)) = self.inlets.nth(id, at) {
+                let waits = header.pieces.iter().any(|piece| blocked.contains(&piece.sequence));
+                let verdict = if waits { None } else { self.judge(id, header, rows.len()) };
+                let Some(verdict) = verdict else {
+                    // Those of other sequences need not wait for it.
+                    blocked.extend(header.pieces.iter().map(|piece| piece.sequence));
+                    at += 1;
+                    continue;
+                };
+                let Some((header, rows)) = self.inlets.take(id, at) else { break };
                 match verdict {
                     Ok(jobs) if rows.is_empty() => self.send_on(id, &header, &jobs, Vec::new()),
                     Ok(jobs) => self.begin(id, header, rows, jobs),
@@ -382,6 +427,12 @@ impl Running {
             let account = &mut job.account;
             let share = Duration::from_micros(busy_us.saturating_mul(piece.rows.into()) / total);
             account.came_out(rows.bytes.get(at..at + bytes).unwrap_or_default(), share);
+            if rows.count > 0 {
+                // From an engine whose rows are whole: they were checked where they came in.
+                let bytes = rows.bytes.get(at..at + bytes).unwrap_or_default().to_vec();
+                let part = HiddenRows { wire: header.wire, count: piece.rows, bytes };
+                self.kept.push(sequence, piece.start, &part);
+            }
             at += bytes;
             account.put_down();
             let layers = account.order.layers.map_or(0, |range| range.layers());

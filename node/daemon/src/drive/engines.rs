@@ -275,6 +275,7 @@ impl OnSale {
             lightning_unproven: lightning.is_none(),
             experts_hash: self.experts_hash,
             embeds: self.embeds,
+            links: Vec::new(),
             bindings: Bindings::default(),
         };
         let node = sign_node_binding(by.node, &by.nostr, &listing.d());

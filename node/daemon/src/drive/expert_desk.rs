@@ -178,9 +178,9 @@ impl Running {
     /// Gives the pack whatever is granted now.
     fn advance(&mut self) {
         for hop in self.inlets.ids() {
-            while let Some((header, rows)) = self.inlets.first(hop) {
+            while let Some((header, rows)) = self.inlets.nth(hop, 0) {
                 let Some(verdict) = self.judge(hop, header, rows) else { break };
-                let Some((header, rows)) = self.inlets.pop(hop) else { break };
+                let Some((header, rows)) = self.inlets.take(hop, 0) else { break };
                 match verdict {
                     Ok((jobs, numbers)) => self.begin(hop, header, &rows, numbers, jobs),
                     Err(text) => self.inlets.refuse(hop, header.work, Lost::Sender, &text),

@@ -106,13 +106,13 @@ impl<F> Inlets<F> {
         self.hops.keys().copied().collect()
     }
 
-    /// What waits first on a hop.
-    pub(super) fn first(&self, hop: HopId) -> Option<&F> {
-        self.hops.get(&hop)?.waiting.front()
+    /// What waits on a hop, by its place from 0.
+    pub(super) fn nth(&self, hop: HopId, place: usize) -> Option<&F> {
+        self.hops.get(&hop)?.waiting.get(place)
     }
 
-    pub(super) fn pop(&mut self, hop: HopId) -> Option<F> {
-        self.hops.get_mut(&hop)?.waiting.pop_front()
+    pub(super) fn take(&mut self, hop: HopId, place: usize) -> Option<F> {
+        self.hops.get_mut(&hop)?.waiting.remove(place)
     }
 
     /// Whose the rows of a slot are: `None` where a ticket came whose order is not known yet, else a job that still `runs`
@@ -125,6 +125,11 @@ impl<F> Inlets<F> {
             None if held.is_some_and(|held| !held.tickets.is_empty()) => None,
             None => Some(Err(format!("no ticket covers slot {slot}"))),
         }
+    }
+
+    /// The hop on which a job's rows come.
+    pub(super) fn hop_of(&self, job: JobId) -> Option<HopId> {
+        self.hops.iter().find(|(_, hop)| hop.slots.values().any(|held| *held == job)).map(|(id, _)| *id)
     }
 
     /// The way back to the upstream node.

@@ -22,7 +22,10 @@ use satgrid_engine_llama::{
     EngineSettings, LeadConfig, LeadSettings, LlamaLead, LlamaStage, Offload, StageConfig, StageSettings,
     default_threads,
 };
-use satgrid_market::layers::{self, LayerDemand};
+use satgrid_market::{
+    Hop,
+    layers::{self, LayerDemand},
+};
 use satgrid_node::provider::EngineId;
 use satgrid_protocol_quic::QuicEndpoint;
 use satgrid_types::{
@@ -41,6 +44,8 @@ use tokio::sync::mpsc;
 /// How long a lead waits for workers to list the layers that it lacks, before it says what is missing; it goes on waiting.
 const PATIENCE: Duration = Duration::from_secs(30);
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// How long a whole plan waits for figures of its links; then it reckons without those that are missing.
+const FIGURES_WITHIN: Duration = Duration::from_secs(8);
 
 /// Layers that are for sale, with their running engine.
 pub(crate) struct LayersForSale {
@@ -148,6 +153,7 @@ fn demand(lead: &LeadForSale, head: &PartFile, tail: &PartFile, ours: NodeKey) -
     Ok(LayerDemand {
         root: ModelRoot(head.root),
         range,
+        ends: (ours, ours),
         not: BTreeSet::from([ours]),
         profile: super::engines::profile(profile_of(lead.profile)),
         build: None,
@@ -157,10 +163,15 @@ fn demand(lead: &LeadForSale, head: &PartFile, tail: &PartFile, ours: NodeKey) -
     })
 }
 
-/// What a configured lead would ask of the market: for `satgrid market why`, which has no key to leave itself out by.
-pub(crate) fn demand_of(lead: &LeadForSale) -> anyhow::Result<LayerDemand> {
+/// What a configured lead asks of the market.
+pub(crate) fn demand_of(lead: &LeadForSale, ours: NodeKey) -> anyhow::Result<LayerDemand> {
     let ((_, head), (_, tail)) = (read_part(&lead.head)?, read_part(&lead.tail)?);
-    demand(lead, &head, &tail, NodeKey([0; 32]))
+    demand(lead, &head, &tail, ours)
+}
+
+/// The model that a configured lead leads.
+pub(crate) fn root_of(lead: &LeadForSale) -> anyhow::Result<ModelRoot> {
+    Ok(ModelRoot(read_part(&lead.head)?.1.root))
 }
 
 /// Plans the ring over the listings that are live, then starts the two ends. Waits until every layer is sold by somebody.
@@ -171,37 +182,27 @@ pub(crate) async fn start_lead(lead: &LeadForSale, id: EngineId, with: LeadParts
     let demand = demand(lead, &head, &tail, node_key(&with.key))?;
     let plan = wait_for_plan(with.market, &demand, &name).await;
     let row = u32::try_from(tail_file.arch_uint("embedding_length").unwrap_or_default())?;
-    let picture: Vec<String> = plan
-        .iter()
-        .map(|stage| {
-            format!(
-                "{} at {} for {:?}",
-                stage.range,
-                stage.listing.node_key.short(),
-                stage.listing.rates.position_layer
-            )
-        })
-        .collect();
-    tracing::info!(model = %name, ?picture, "the ring is planned");
+    tracing::info!(model = %name, picture = ?picture(&plan), "the ring is planned");
     let market = with.market.clone();
     let again = demand.clone();
-    let replace = move |lost: &Planned, avoid: &BTreeSet<NodeKey>| {
+    let replace = move |lost: &Planned, ends: (NodeKey, NodeKey), avoid: &BTreeSet<NodeKey>| {
         let demand = LayerDemand {
             range: lost.range,
+            ends,
             not: again.not.union(avoid).copied().collect(),
             build: Some((lost.listing.build, lost.listing.instruction_set.clone())),
             ..again.clone()
         };
         let found = market.plan_layers(&demand).ok()?;
         // The ring's tiling stands: one worker for the very range.
-        match found.as_slice() {
+        match found.stages.as_slice() {
             [only] if only.range == lost.range => Some(only.listing.clone()),
             _ => None,
         }
     };
     let memory_bytes = [&head_file, &tail_file].iter().flat_map(|file| &file.tensors).map(|tensor| tensor.bytes).sum();
     let ring = PaidRing::start(RingParts {
-        plan: plan.into_iter().map(|stage| Planned { range: stage.range, listing: stage.listing }).collect(),
+        plan: plan.stages.into_iter().map(|stage| Planned { range: stage.range, listing: stage.listing }).collect(),
         model_layers: tail.range.end(),
         own: vec![head.range, tail.range],
         wire,
@@ -234,12 +235,34 @@ pub(crate) async fn start_lead(lead: &LeadForSale, id: EngineId, with: LeadParts
     Ok(LedForSale { id, engine, ring, name, rates, tokenizer: Bytes::from(tokenizer.bytes), memory_bytes })
 }
 
-async fn wait_for_plan(market: &Market, demand: &LayerDemand, name: &str) -> Vec<layers::Planned> {
+/// Who runs what, for how much and how far from whom it is: for the log.
+fn picture(plan: &layers::Plan) -> Vec<String> {
+    let hop = |hop: &Hop| match hop.rtt_us {
+        Some(rtt) => format!("{}.{} ms round trip", rtt / 1_000, rtt % 1_000 / 100),
+        None => "a link that nobody has measured".to_owned(),
+    };
+    let stage = |stage: &layers::Planned| {
+        let (price, us) = (stage.listing.rates.position_layer.unwrap_or_default().0, stage.compute_us);
+        let (range, node) = (stage.range, stage.listing.node_key.short());
+        format!("over {}: {range} at {node} for {price}, {}.{} ms", hop(&stage.hop), us / 1_000, us % 1_000 / 100)
+    };
+    let back = format!("back over {}", hop(&plan.back));
+    plan.stages.iter().map(stage).chain([back]).collect()
+}
+
+async fn wait_for_plan(market: &Market, demand: &LayerDemand, name: &str) -> layers::Plan {
     let began = Instant::now();
     let mut told = false;
+    let mut covered: Option<Instant> = None;
     loop {
         match market.plan_layers(demand) {
-            Ok(plan) => return plan,
+            Ok(plan) => {
+                // Every layer is sold. Links are being measured, here and at the workers, who list them.
+                let since = *covered.get_or_insert_with(Instant::now);
+                if plan.hops().all(|hop| hop.rtt_us.is_some()) || since.elapsed() >= FIGURES_WITHIN {
+                    return plan;
+                }
+            }
             Err(why) if !told && began.elapsed() >= PATIENCE => {
                 told = true;
                 tracing::warn!(model = %name, %why, "no ring yet: waiting for workers");

@@ -4,10 +4,10 @@ use super::now;
 use satgrid_market::experts::{self, ExpertDemand};
 use satgrid_market::layers::{self, LayerDemand};
 use satgrid_market::{
-    Book, BookLimits, Catalogue, Choice, Considered, Demand, Fault, NoPlan, Reputation, explain, plan,
+    Book, BookLimits, Catalogue, Choice, Considered, Demand, Fault, Links, NoPlan, Reputation, explain, plan,
 };
 use satgrid_market_nostr::{RelayConfig, RelayHealth, StartError, Subscriber, SubscriberConfig};
-use satgrid_types::{Msat, NodeKey, UnixMs, VerifiedListing};
+use satgrid_types::{ModelRoot, Msat, NodeKey, Part, UnixMs, VerifiedListing};
 use std::{
     collections::BTreeMap,
     sync::{Arc, PoisonError, RwLock},
@@ -29,25 +29,53 @@ pub(crate) struct Market {
 struct State {
     book: Book,
     reputation: Reputation,
+    /// What this node has measured itself.
+    measured: Links,
+}
+
+impl State {
+    /// What is known of the links between those who sell parts of a model.
+    fn links(&self, root: &ModelRoot) -> Links {
+        let of_root = self.book.live(now()).filter(|listing| listing.model_root == *root);
+        Links::listed(of_root.map(Arc::as_ref)).join(&self.measured)
+    }
 }
 
 impl Market {
     pub(crate) fn new(catalogue: Catalogue) -> Market {
-        let state = State { book: Book::new(BookLimits::default()), reputation: Reputation::default() };
+        let state = State {
+            book: Book::new(BookLimits::default()),
+            reputation: Reputation::default(),
+            measured: Links::default(),
+        };
         Market { state: Arc::new(RwLock::new(state)), catalogue: Arc::new(catalogue) }
     }
 
     pub(crate) fn plan(&self, demand: &Demand) -> Result<Choice, NoPlan> {
         self.read(|state| plan(now(), &state.book, demand, &state.reputation))
     }
-    pub(crate) fn plan_layers(&self, demand: &LayerDemand) -> Result<Vec<layers::Planned>, layers::NoLayers> {
-        self.read(|state| layers::plan_layers(now(), &state.book, demand))
+    pub(crate) fn plan_layers(&self, demand: &LayerDemand) -> Result<layers::Plan, layers::NoLayers> {
+        self.read(|state| layers::plan_layers(now(), &state.book, demand, &state.links(&demand.root)))
     }
     pub(crate) fn explain_layers(
         &self,
         demand: &LayerDemand,
-    ) -> (Result<Vec<layers::Planned>, layers::NoLayers>, Vec<layers::LayersConsidered>) {
-        self.read(|state| layers::explain_layers(now(), &state.book, demand))
+    ) -> (Result<layers::Plan, layers::NoLayers>, Vec<layers::LayersConsidered>) {
+        self.read(|state| layers::explain_layers(now(), &state.book, demand, &state.links(&demand.root)))
+    }
+    /// This node has measured its link to another one.
+    pub(crate) fn measured(&self, by: NodeKey, to: NodeKey, rtt: Duration) {
+        let rtt_us = u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX);
+        self.write(|state| state.measured.measured(by, to, rtt_us));
+    }
+    /// What this node has measured itself.
+    pub(crate) fn own_links(&self) -> Links {
+        self.read(|state| state.measured.clone())
+    }
+    /// Live listings of parts of this model: layers, or experts.
+    pub(crate) fn parts_of(&self, root: &ModelRoot) -> Vec<Arc<VerifiedListing>> {
+        let part = |listing: &&Arc<VerifiedListing>| listing.model_root == *root && listing.part != Part::Whole;
+        self.read(|state| state.book.live(now()).filter(part).cloned().collect())
     }
     /// Who sells experts that fit now, cheapest first, and why others do not.
     pub(crate) fn sellers_of_experts(

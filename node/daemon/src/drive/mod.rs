@@ -41,6 +41,7 @@ pub(crate) mod links;
 pub(crate) mod market;
 pub(crate) mod metered;
 pub(crate) mod payments;
+pub(crate) mod probes;
 pub(crate) mod provider;
 pub(crate) mod restore;
 pub(crate) mod ring;

@@ -6,33 +6,32 @@
 //!
 //! | state of a job | awaits | leaves with |
 //! |---|---|---|
-//! | ordering | every worker took its order, and the ticket for the lead's own hop | ready |
-//! | ready | works and their rows | over; or ordering again, where a worker was lost and another is there |
+//! | ordering | every worker took its order, and the ticket for the lead's own hop | ready; after a loss: rebuilding |
+//! | rebuilding | the worker before the lost one sends again what it kept (`rebuild`) | ready |
+//! | ready | works and their rows | over; ordering again, where a worker was lost and another is there; rebuilding, where one has dropped a sequence |
 //! | over | rows that are still under way, then the workers' receipts (`SETTLE`) | settled: split and stage root |
 
+mod back;
+mod rebuild;
 mod settle;
 
 use super::{
     consumer::Message as ConsumerMessage,
     hops::{HopEvent, HopId, Outgoing, Switchboard},
-    now,
     rings::{Asked, Buys, Settled},
 };
 use async_trait::async_trait;
 use ed25519_dalek::SigningKey;
+use rebuild::Rebuild;
 use satgrid_engine::{
     port::{EngineDown, JobId},
-    stage::{
-        codec::HiddenRows,
-        port::WorkId,
-        ring::{Ring, RingCommand, RingEvent, RingFacts, RingWork},
-    },
+    stage::ring::{Ring, RingCommand, RingEvent, RingFacts, RingWork},
 };
 use satgrid_ledger::statements::{Leg, PartOrder, RowsHash};
 use satgrid_node::consumer::{CallId, ConsumerEvent, Emission, Submit};
 use satgrid_protocol::{
     frame::Resend,
-    hop::{Expected, HopFrame, RowsHeader, RowsPiece, Shown, TicketFrame, take_ticket},
+    hop::{HopFrame, RowsHeader, RowsPiece, Shown, TicketFrame},
 };
 use satgrid_protocol_quic::QuicEndpoint;
 use satgrid_types::{
@@ -54,8 +53,9 @@ const FIRST_CALL: u64 = 1 << 62;
 /// Times that one job may lose a worker.
 const MAX_LOSSES: u32 = 4;
 
-/// Finds another seller of a stage, none of those.
-pub(crate) type Replace = dyn Fn(&Planned, &BTreeSet<NodeKey>) -> Option<Arc<VerifiedListing>> + Send + Sync;
+/// Finds another seller of a stage between these two neighbours, none of those.
+pub(crate) type Replace =
+    dyn Fn(&Planned, (NodeKey, NodeKey), &BTreeSet<NodeKey>) -> Option<Arc<VerifiedListing>> + Send + Sync;
 
 /// One middle stage of the plan.
 #[derive(Clone)]
@@ -85,6 +85,8 @@ enum Said {
     Asked(Asked),
     Emission(JobId, CallId, Emission),
     Late(JobId),
+    /// A rebuild has had its time.
+    Rebuild(JobId, u64),
 }
 
 /// The ring's handle: the port of the engine, and the ear of the provider's driver.
@@ -124,6 +126,8 @@ impl PaidRing {
             back: BTreeMap::new(),
             avoided: BTreeSet::new(),
             sequences: BTreeMap::new(),
+            next_rebuild: 0,
+            batch: facts.batch,
             next_call: FIRST_CALL,
             shown: BTreeMap::new(),
         };
@@ -155,6 +159,7 @@ impl Ring for PaidRing {
 /// One worker's part in a job.
 struct Worker {
     call: CallId,
+    node: NodeKey,
     ordered: Option<(SessionId, NodeKey, RequestId)>,
     /// Its layers computed so much for this job.
     sent: PartUsage,
@@ -176,18 +181,38 @@ struct Job {
     losses: u32,
     /// The worker that was lost, until its replacement is ready.
     lost: Option<usize>,
+    /// The lead's own hop has its ticket.
+    ticketed: bool,
+    rebuild: Option<Rebuild>,
     answer: Option<oneshot::Sender<Option<Settled>>>,
+}
+
+/// A work that was sent around and not answered.
+struct UnderWay {
+    work: RingWork,
+    /// The first worker that computes it.
+    from: usize,
+}
+
+/// A KV sequence of the engine.
+struct Sequence {
+    /// Whose it is, or was last.
+    job: JobId,
+    /// Positions that came back.
+    back: u32,
 }
 
 struct Running {
     parts: RingParts,
+    /// Most rows in one work.
+    batch: u32,
     ours: NodeKey,
     said: mpsc::UnboundedSender<Said>,
     ear: mpsc::Sender<HopEvent>,
     events: mpsc::UnboundedSender<RingEvent>,
     jobs: BTreeMap<JobId, Job>,
     /// Works that were sent around and not answered.
-    works: BTreeMap<u64, RingWork>,
+    works: BTreeMap<u64, UnderWay>,
     /// Gaps that the engine was told of, by stage and sequence, and the first work that it sent because of each: those before
     /// that are refused for the same reason.
     gaps: BTreeMap<(u32, u32), Option<u64>>,
@@ -198,8 +223,9 @@ struct Running {
     /// Slots that the last worker may use, by the stream it opened.
     back: BTreeMap<HopId, (NodeKey, BTreeSet<u64>)>,
     avoided: BTreeSet<NodeKey>,
-    /// How far each sequence of the engine goes: what a new worker has to be told again.
-    sequences: BTreeMap<u32, u32>,
+    /// What a new worker has to be told again.
+    sequences: BTreeMap<u32, Sequence>,
+    next_rebuild: u64,
     next_call: u64,
     shown: BTreeMap<SessionId, Shown>,
 }
@@ -270,9 +296,10 @@ impl Running {
                 let _ = answer.send(self.jobs.keys().copied().collect());
                 Vec::new()
             }
+            Said::Rebuild(job, number) => self.rebuild_is_late(job, number),
             Said::Late(job) => {
                 // Who has not given a receipt by now is left with its last acknowledgement.
-                self.works.retain(|_, work| work.pieces.iter().all(|piece| piece.job != job));
+                self.works.retain(|_, one| one.work.pieces.iter().all(|piece| piece.job != job));
                 let Some(held) = self.jobs.get(&job) else { return Vec::new() };
                 let late = held.workers.iter().filter(|worker| !worker.over).map(|worker| worker.call);
                 let orders = late.map(|call| ConsumerMessage::Event(ConsumerEvent::Cancel { call })).collect();
@@ -315,7 +342,8 @@ impl Running {
             }
         });
         let (sent, returned) = (PartUsage::default(), PartUsage::default());
-        let worker = Worker { call, ordered: None, sent, returned, over: false };
+        let node = stage.listing.node_key;
+        let worker = Worker { call, node, ordered: None, sent, returned, over: false };
         (worker, ConsumerMessage::Call(Box::new(submit), emissions))
     }
 
@@ -334,6 +362,8 @@ impl Running {
             over: false,
             losses: 0,
             lost: None,
+            ticketed: false,
+            rebuild: None,
             answer: None,
         };
         self.jobs.insert(job, fresh);
@@ -363,9 +393,8 @@ impl Running {
                 };
                 out.send(HopFrame::Ticket(TicketFrame { slot: job.0, ticket }));
                 self.first = Some((to, out));
-                held.ready = true;
-                self.replayed(job);
-                self.flush()
+                held.ticketed = true;
+                self.ready(job)
             }
             Emission::Finished { bill, .. } | Emission::Failed { bill, .. } => {
                 held.workers[at].over = true;
@@ -383,19 +412,15 @@ impl Running {
         }
     }
 
-    /// Every worker has its order: each learns where its rows go.
+    /// Every worker has its order: each learns where its rows go, and after a loss one of them what it is to send again.
     fn routes(&mut self, job: JobId) -> Vec<ConsumerMessage> {
+        let mut again = self.rebuild_lost(job);
+        // What is to be rebuilt is ordered before it is asked for.
+        let mut orders = self.tell(job);
         let Some(held) = self.jobs.get(&job) else { return Vec::new() };
-        let mut orders = Vec::new();
-        for (at, worker) in held.workers.iter().enumerate() {
-            let next = held.workers.get(at + 1).zip(self.parts.plan.get(at + 1));
-            let (downstream, next, addresses) = match next {
-                Some((next, stage)) => (Some(next.call), stage.listing.node_key, stage.listing.addresses.clone()),
-                None => (None, self.ours, self.parts.addresses.clone()),
-            };
-            let (slot, resend) = (job.0, Vec::<Resend>::new());
-            let route = ConsumerEvent::Route { call: worker.call, slot, downstream, next, addresses, resend };
-            orders.push(ConsumerMessage::Event(route));
+        for at in 0..held.workers.len() {
+            let resend = again.take_if(|(worker, _)| *worker == at).map_or_else(Vec::new, |(_, resend)| resend);
+            orders.extend(self.route(job, at, resend));
         }
         if let Some((session, _, request)) = held.workers.last().and_then(|worker| worker.ordered) {
             self.parts.switchboard.expect(session, request, self.ear.clone());
@@ -406,16 +431,30 @@ impl Running {
         orders
     }
 
-    /// Sends what waits, in order, as far as its jobs are ready.
+    /// Where the rows of one worker go.
+    fn route(&self, job: JobId, at: usize, resend: Vec<Resend>) -> Option<ConsumerMessage> {
+        let held = self.jobs.get(&job)?;
+        let call = held.workers.get(at)?.call;
+        let next = held.workers.get(at + 1).zip(self.parts.plan.get(at + 1));
+        let (downstream, next, addresses) = match next {
+            Some((next, stage)) => (Some(next.call), stage.listing.node_key, stage.listing.addresses.clone()),
+            None => (None, self.ours, self.parts.addresses.clone()),
+        };
+        let route = ConsumerEvent::Route { call, slot: job.0, downstream, next, addresses, resend };
+        Some(ConsumerMessage::Event(route))
+    }
+
+    /// Sends what waits, in order, as far as its jobs are ready. A job that still orders holds up nobody else's rows.
     fn flush(&mut self) -> Vec<ConsumerMessage> {
-        let mut orders = Vec::new();
-        while let Some(work) = self.held_back.front() {
-            let ready =
-                |piece: &satgrid_engine::stage::ring::RingPiece| self.jobs.get(&piece.job).is_none_or(|job| job.ready);
-            if !work.pieces.iter().all(ready) {
-                break;
+        let (mut orders, mut blocked, mut at) = (Vec::new(), BTreeSet::new(), 0);
+        while let Some(work) = self.held_back.get(at) {
+            let ready = |job: &JobId| !blocked.contains(job) && self.jobs.get(job).is_none_or(|job| job.ready);
+            if !work.pieces.iter().all(|piece| ready(&piece.job)) {
+                blocked.extend(work.pieces.iter().map(|piece| piece.job));
+                at += 1;
+                continue;
             }
-            let Some(work) = self.held_back.pop_front() else { break };
+            let Some(work) = self.held_back.remove(at) else { break };
             orders.extend(self.send_around(work));
         }
         orders
@@ -429,8 +468,11 @@ impl Running {
         for piece in &work.pieces {
             let kind = piece.purpose;
             let bytes = piece.rows as usize * row_bytes;
-            let upto = self.sequences.entry(piece.sequence).or_default();
-            *upto = piece.start.saturating_add(piece.rows);
+            let sequence = self.sequences.entry(piece.sequence).or_insert(Sequence { job: piece.job, back: 0 });
+            sequence.job = piece.job;
+            if kind != WorkKind::Replay {
+                sequence.back = sequence.back.min(piece.start);
+            }
             if work.again || kind == WorkKind::Replay {
                 let told = self.gaps.iter_mut().filter(|((_, sequence), _)| *sequence == piece.sequence);
                 told.for_each(|(_, since)| *since = Some(since.unwrap_or(work.id.0)));
@@ -456,7 +498,7 @@ impl Running {
         let header =
             RowsHeader { work: work.id.0, pieces, wire: self.parts.wire, ends_after: work.ends_at, again: work.again };
         let rows = work.rows.bytes.clone();
-        self.works.insert(work.id.0, work);
+        self.works.insert(work.id.0, UnderWay { work, from: 0 });
         if let Some((_, out)) = &self.first {
             out.send(HopFrame::Rows(header, rows));
         }
@@ -471,92 +513,5 @@ impl Running {
             ConsumerMessage::Event(ConsumerEvent::Ordered { call, sent, returned, experts: Vec::new() })
         };
         held.workers.iter().filter(|worker| !worker.over).map(tell).collect()
-    }
-
-    fn hop(&mut self, event: HopEvent) -> Vec<ConsumerMessage> {
-        match event {
-            HopEvent::Begun { hop, upstream, .. } => {
-                self.back.insert(hop, (upstream, BTreeSet::new()));
-                Vec::new()
-            }
-            HopEvent::Frame { hop, frame: HopFrame::Ticket(frame) } => {
-                self.ticket_back(hop, &frame);
-                Vec::new()
-            }
-            HopEvent::Frame { hop, frame: HopFrame::Rows(header, rows) } => self.came_back(hop, &header, rows),
-            HopEvent::Frame { frame: HopFrame::Lost(_) | HopFrame::Call(..) | HopFrame::Answer(..), .. } => Vec::new(),
-            HopEvent::Ended { hop } => {
-                self.back.remove(&hop);
-                Vec::new()
-            }
-            HopEvent::Back { frame: HopFrame::Lost(lost), .. } => self.refused(&lost),
-            HopEvent::Back { .. } => Vec::new(),
-            HopEvent::Lost { to, reason } => {
-                tracing::info!(worker = %to.short(), %reason, "the hop to the first worker is gone");
-                if self.first.as_ref().is_some_and(|(node, _)| *node == to) {
-                    self.first = None;
-                }
-                Vec::new()
-            }
-        }
-    }
-
-    /// The last worker shows the ticket that this node signed for the way back.
-    fn ticket_back(&mut self, hop: HopId, frame: &TicketFrame) {
-        let Some((upstream, slots)) = self.back.get_mut(&hop) else { return };
-        let Some(ordered) = self.jobs.get(&JobId(frame.slot)).and_then(|job| job.workers.last()?.ordered) else {
-            return;
-        };
-        let (session, lead, request) = ordered;
-        let expected = Expected { lead, upstream: *upstream, downstream: self.ours, session, request };
-        match take_ticket(&frame.ticket, &expected, self.shown.entry(session).or_default(), now()) {
-            Ok(_) => {
-                slots.insert(frame.slot);
-            }
-            Err(fault) => tracing::warn!(worker = %upstream.short(), %fault, "a ticket for the way back was refused"),
-        }
-    }
-
-    fn came_back(&mut self, hop: HopId, header: &RowsHeader, bytes: Vec<u8>) -> Vec<ConsumerMessage> {
-        let Some((upstream, slots)) = self.back.get(&hop) else { return Vec::new() };
-        if !header.pieces.iter().all(|piece| slots.contains(&piece.slot)) {
-            tracing::warn!(worker = %upstream.short(), "rows came back without a ticket");
-            return Vec::new();
-        }
-        // An answer to what is void is nobody's.
-        let Some(work) = self.works.remove(&header.work) else { return Vec::new() };
-        let row_bytes = work.rows.bytes.len() / work.rows.count.max(1) as usize;
-        let same = work.pieces.len() == header.pieces.len()
-            && work.pieces.iter().zip(&header.pieces).all(|(sent, back)| {
-                (sent.job.0, sent.sequence, sent.start, sent.rows) == (back.slot, back.sequence, back.start, back.rows)
-            });
-        let shape = bytes.len() == work.rows.bytes.len() || (work.ends_at.is_some() && bytes.is_empty());
-        let count = if bytes.is_empty() { 0 } else { work.rows.count };
-        let rows = HiddenRows { wire: self.parts.wire, count, bytes };
-        if !same || !shape || rows.check(self.parts.n_embd).is_err() {
-            let reason = format!("worker {} sent back what was not asked for", upstream.short());
-            tracing::warn!(%reason, "rows refused");
-            self.works.clear();
-            let _ = self.events.send(RingEvent::Failed { reason });
-            return Vec::new();
-        }
-        let mut at = 0;
-        let mut touched = BTreeSet::new();
-        for piece in &work.pieces {
-            let kind = piece.purpose;
-            let bytes = piece.rows as usize * row_bytes;
-            let Some(job) = self.jobs.get_mut(&piece.job) else { continue };
-            job.received.push(rows.bytes.get(at..at + bytes).unwrap_or_default());
-            at += bytes;
-            if kind != WorkKind::Replay {
-                job.positions = job.positions.saturating_add(piece.rows.into());
-            }
-            touched.insert(piece.job);
-        }
-        self.credit(&work, usize::MAX);
-        let _ = self.events.send(RingEvent::Done { work: WorkId(header.work), rows });
-        let mut orders: Vec<ConsumerMessage> = touched.iter().flat_map(|job| self.tell(*job)).collect();
-        orders.extend(touched.into_iter().flat_map(|job| self.wind_up(job)));
-        orders
     }
 }

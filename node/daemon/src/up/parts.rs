@@ -17,6 +17,7 @@ use crate::drive::{
     market::{Listening, Market},
     metered::Metered,
     now, payments,
+    probes::{Prober, Told},
     provider::{self, ProviderDriver, ProviderView},
     rings::Buys,
     space::Space,
@@ -41,9 +42,10 @@ use satgrid_protocol_quic::{
     Limits, QuicEndpoint,
     artefact::{ArtefactServer, ServeLimits},
 };
-use satgrid_types::{Digest, EngineProfile, Listing, Msat, NostrKey, RateCard, Terms, node_key};
+use satgrid_types::{Digest, EngineProfile, Listing, ModelRoot, Msat, NostrKey, RateCard, Terms, node_key};
 use satgrid_wallet::{FailureReason, Lightning, payment::Outcome};
 use std::{
+    collections::BTreeSet,
     net::{Ipv4Addr, SocketAddr},
     sync::{Arc, RwLock},
     time::Duration,
@@ -135,7 +137,9 @@ impl Node<'_> {
             })
         });
         let relays = self.config.market.relays.clone();
-        let heard = if self.config.is_consumer() && !relays.is_empty() {
+        // Who sells layers hears of the others, to measure how far they are.
+        let hears = self.config.is_consumer() || !stages.is_empty();
+        let heard = if hears && !relays.is_empty() {
             let notes = consumer.clone().map(|consumer| {
                 let (notes, heard) = mpsc::channel(NOTES);
                 tokio::spawn(compare_heads(heard, self.store.clone(), market.clone(), consumer));
@@ -146,6 +150,20 @@ impl Node<'_> {
         } else {
             None
         };
+        let mut roots: BTreeSet<ModelRoot> = stages.iter().map(|s| ModelRoot(s.stage.facts().model_root)).collect();
+        for lead in &self.config.provider.leads {
+            roots.insert(layers::root_of(lead)?);
+        }
+        if !roots.is_empty() {
+            let prober = Prober {
+                market: market.clone(),
+                endpoint: endpoint.clone(),
+                key: key.clone(),
+                roots: roots.clone(),
+                shutdown: self.shutdown.clone(),
+            };
+            tokio::spawn(prober.run());
+        }
         let first = first.saturating_add(u32::try_from(packs.len())?);
         let mut leads = Vec::new();
         let with = || -> anyhow::Result<LeadParts<'_>> {
@@ -234,7 +252,10 @@ impl Node<'_> {
         tokio::spawn(pump.run());
 
         let publisher = match &provider {
-            Some(provider) => Some(self.publish((&for_sale, &stages, &packs, &leads), &endpoint, provider).await?),
+            Some(provider) => {
+                let told = Told::new(market.clone(), node_key(&key), roots);
+                Some(self.publish((&for_sale, &stages, &packs, &leads), &endpoint, provider, told).await?)
+            }
             None => None,
         };
         let health = match (&heard, &publisher) {
@@ -299,6 +320,7 @@ impl Node<'_> {
         (for_sale, stages, packs, leads): (&[ForSale], &[LayersForSale], &[PackOnSale], &[LedForSale]),
         endpoint: &QuicEndpoint,
         provider: &mpsc::Sender<provider::Message>,
+        told: Told,
     ) -> anyhow::Result<Arc<Publisher>> {
         let addresses = self.addresses(endpoint)?;
         let by = Identity {
@@ -363,7 +385,7 @@ impl Node<'_> {
         });
         publisher.offer(listings).await?.context("the listing of this node is not valid")?;
         let publisher = Arc::new(publisher);
-        tokio::spawn(window::keep(shown, Arc::downgrade(&publisher), self.shutdown.clone()));
+        tokio::spawn(window::keep(shown, told, Arc::downgrade(&publisher), self.shutdown.clone()));
         Ok(publisher)
     }
 

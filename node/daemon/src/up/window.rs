@@ -2,7 +2,9 @@
 //!
 //! An engine that dies and comes back at once is nobody's business but its customers'. One that stays away (its card is gone,
 //! its file was changed) has its listing withdrawn, so that nobody is sent here for nothing, and put up again when it is back.
+//! What was measured of links to other nodes stands in it too, and is changed when it is news.
 
+use crate::drive::probes::Told;
 use satgrid_market_nostr::Publisher;
 use satgrid_types::Listing;
 use std::{
@@ -44,7 +46,7 @@ impl Absence {
 }
 
 /// Looks after the window until the node stops, whose publisher then withdraws everything.
-pub(super) async fn keep(mut all: Vec<Shown>, publisher: Weak<Publisher>, shutdown: CancellationToken) {
+pub(super) async fn keep(mut all: Vec<Shown>, mut told: Told, publisher: Weak<Publisher>, shutdown: CancellationToken) {
     let mut standing: Vec<bool> = vec![true; all.len()];
     loop {
         tokio::select! {
@@ -53,7 +55,8 @@ pub(super) async fn keep(mut all: Vec<Shown>, publisher: Weak<Publisher>, shutdo
         }
         let now = Instant::now();
         let stand: Vec<bool> = all.iter_mut().map(|shown| shown.absence.is_short((shown.is_up)(), now)).collect();
-        if stand == standing {
+        // The first look sees what was measured while the node came up.
+        if !told.has_news() && stand == standing {
             continue;
         }
         let Some(publisher) = publisher.upgrade() else { return };
@@ -66,7 +69,8 @@ pub(super) async fn keep(mut all: Vec<Shown>, publisher: Weak<Publisher>, shutdo
                 (true, true) | (false, false) => {}
             }
         }
-        let listings = all.iter().zip(&stand).filter(|(_, stands)| **stands).map(|(shown, _)| shown.listing.clone());
+        let listings =
+            all.iter().zip(&stand).filter(|(_, stands)| **stands).map(|(shown, _)| told.with_links(&shown.listing));
         match publisher.offer(listings.collect()).await {
             Ok(Ok(())) => standing = stand,
             Ok(Err(error)) => tracing::error!(%error, "the listings could not be changed"),

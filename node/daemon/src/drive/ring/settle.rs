@@ -1,7 +1,7 @@
 //! How a job of the ring ends or goes on without a worker: receipts asked for, the split put together, a replacement found
 //! and the engine told what to send again. Like the rest of the ring it decides nothing about money: the consumer role does.
 
-use super::{ConsumerMessage, MAX_LOSSES, Running, Settled};
+use super::{ConsumerMessage, MAX_LOSSES, Running, Settled, UnderWay, rebuild::is_rebuild};
 use satgrid_engine::{
     port::JobId,
     stage::ring::{Held, RingEvent, RingWork},
@@ -9,23 +9,30 @@ use satgrid_engine::{
 use satgrid_ledger::statements::{Split, stage_root};
 use satgrid_node::consumer::ConsumerEvent;
 use satgrid_protocol::hop::{Lost, LostFrame};
-use satgrid_types::{NodeKey, WorkKind};
-use std::collections::BTreeSet;
+use satgrid_types::{NodeKey, RequestId, WorkKind};
+use std::{collections::BTreeSet, ops::Range};
 
 impl Running {
     /// A worker refused rows. Where it lacks positions before them, the engine is told once: works that were on their way by
     /// then are refused for the same reason.
     pub(super) fn refused(&mut self, lost: &LostFrame) -> Vec<ConsumerMessage> {
         tracing::info!(worker = %lost.worker.short(), why = %lost.text, "a worker refused rows");
-        let Some(work) = self.works.remove(&lost.work) else { return Vec::new() };
+        let Some(UnderWay { work, from }) = self.works.remove(&lost.work) else { return Vec::new() };
         let stage = self.stage_of(&lost.worker);
         // Those before it did what was asked.
-        self.credit(&work, stage as usize);
+        self.credit(&work, from..stage as usize);
+        if is_rebuild(lost.work) {
+            return self.rebuilt(lost.work, false);
+        }
+        let mut orders = Vec::new();
         match lost.why {
             Lost::Gap(sequence, held) => {
                 let told = self.gaps.get(&(stage, sequence));
                 if told.is_none_or(|since| since.is_some_and(|since| since <= lost.work)) {
                     self.gaps.insert((stage, sequence), None);
+                    if let Some(orders) = self.rebuild_gap(stage, sequence, held) {
+                        return orders;
+                    }
                     let held = vec![Held { sequence, upto: held }];
                     let _ = self.events.send(RingEvent::NeedsReplay { stage, held });
                 }
@@ -39,17 +46,17 @@ impl Running {
             }
         }
         let jobs: BTreeSet<JobId> = work.pieces.iter().map(|piece| piece.job).collect();
-        let mut orders: Vec<ConsumerMessage> = jobs.iter().flat_map(|job| self.tell(*job)).collect();
+        orders.extend(jobs.iter().flat_map(|job| self.tell(*job)));
         orders.extend(jobs.into_iter().flat_map(|job| self.wind_up(job)));
         orders
     }
 
-    /// What the first `upto` workers computed of a work counts as returned: their statements are signed up to it.
-    pub(super) fn credit(&mut self, work: &RingWork, upto: usize) {
+    /// What these workers computed of a work counts as returned: their statements are signed up to it.
+    pub(super) fn credit(&mut self, work: &RingWork, workers: Range<usize>) {
         for piece in &work.pieces {
             let Some(job) = self.jobs.get_mut(&piece.job) else { continue };
-            for (index, (worker, stage)) in job.workers.iter_mut().zip(&self.parts.plan).enumerate().take(upto) {
-                let reached = work.ends_at.is_none_or(|last| index <= last as usize);
+            for (index, (worker, stage)) in job.workers.iter_mut().zip(&self.parts.plan).enumerate() {
+                let reached = workers.contains(&index) && work.ends_at.is_none_or(|last| index <= last as usize);
                 // A worker may book as replay what was under way when another was lost: either is ordered.
                 for kind in [Some(piece.purpose), work.again.then_some(WorkKind::Replay)].into_iter().flatten() {
                     let returned = worker.returned.plus(kind, piece.rows.into(), stage.range.layers());
@@ -63,7 +70,7 @@ impl Running {
 
     /// A job that is over and has nothing under way asks its workers for their receipts.
     pub(super) fn wind_up(&mut self, job: JobId) -> Vec<ConsumerMessage> {
-        let under_way = self.works.values().any(|work| work.pieces.iter().any(|piece| piece.job == job));
+        let under_way = self.works.values().any(|one| one.work.pieces.iter().any(|piece| piece.job == job));
         let Some(held) = self.jobs.get(&job).filter(|held| held.over && !under_way) else { return Vec::new() };
         let open = held.workers.iter().filter(|worker| !worker.over);
         open.map(|worker| {
@@ -121,15 +128,23 @@ impl Running {
         job.losses += 1;
         job.lost = Some(job.lost.map_or(at, |before| before.max(at)));
         let losses = job.losses;
-        job.ready = false;
-        let request = job.request;
-        let gone = stage.listing.node_key;
+        (job.ready, job.ticketed) = (false, false);
+        // What was being rebuilt of it went with another ring.
+        let rebuild = job.rebuild.take();
+        let (request, gone) = (job.request, job.workers[at].node);
+        self.works.retain(|work, _| !is_rebuild(*work) || !rebuild.as_ref().is_some_and(|one| one.is_left(*work)));
         tracing::warn!(worker = %gone.short(), layers = %stage.range, "a worker was lost");
         self.avoided.insert(gone);
+        if stage.listing.node_key != gone {
+            return self.order_again(id, request, at);
+        }
         // The first job to notice moves the plan; the others follow it.
         let others: BTreeSet<NodeKey> = self.parts.plan.iter().map(|planned| planned.listing.node_key).collect();
         let avoided: BTreeSet<NodeKey> = self.avoided.union(&others).copied().collect();
-        let next = match (losses <= MAX_LOSSES).then(|| (self.parts.replace)(&stage, &avoided)).flatten() {
+        let beside = |at: Option<usize>| at.and_then(|at| self.parts.plan.get(at)).map(|one| one.listing.node_key);
+        let ends = (at.checked_sub(1), at.checked_add(1));
+        let ends = (beside(ends.0).unwrap_or(self.ours), beside(ends.1).unwrap_or(self.ours));
+        let next = match (losses <= MAX_LOSSES).then(|| (self.parts.replace)(&stage, ends, &avoided)).flatten() {
             Some(next) => next,
             None => {
                 self.avoided.remove(&gone);
@@ -142,23 +157,16 @@ impl Running {
         };
         tracing::info!(worker = %next.node_key.short(), layers = %stage.range, "a replacement was found");
         self.parts.plan[at].listing = next;
+        self.order_again(id, request, at)
+    }
+
+    /// Orders of whoever the plan names now.
+    fn order_again(&mut self, id: JobId, request: RequestId, at: usize) -> Vec<ConsumerMessage> {
         let planned = self.parts.plan[at].clone();
         let (worker, order) = self.call(id, request, &planned);
         if let Some(job) = self.jobs.get_mut(&id) {
             job.workers[at] = worker;
         }
         vec![order]
-    }
-
-    /// A job is ready (again): where it had lost a worker, the engine is told what is missing.
-    pub(super) fn replayed(&mut self, id: JobId) {
-        let Some(job) = self.jobs.get_mut(&id) else { return };
-        let Some(stage) = job.lost.take() else { return };
-        self.works.clear();
-        self.gaps.clear();
-        self.held_back.clear();
-        let held: Vec<Held> = self.sequences.keys().map(|sequence| Held { sequence: *sequence, upto: 0 }).collect();
-        let stage = u32::try_from(stage).unwrap_or(0);
-        let _ = self.events.send(RingEvent::NeedsReplay { stage, held });
     }
 }

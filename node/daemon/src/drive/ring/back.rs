@@ -1,0 +1,111 @@
+//! What comes back to a lead: rows of works, by the ticket that it signed for the last worker, and words of refusal.
+
+use super::{ConsumerMessage, Running, UnderWay, rebuild::is_rebuild};
+use crate::drive::{
+    hops::{HopEvent, HopId},
+    now,
+};
+use satgrid_engine::{
+    port::JobId,
+    stage::{codec::HiddenRows, port::WorkId, ring::RingEvent},
+};
+use satgrid_protocol::hop::{Expected, HopFrame, RowsHeader, TicketFrame, take_ticket};
+use satgrid_types::WorkKind;
+use std::collections::BTreeSet;
+
+impl Running {
+    pub(super) fn hop(&mut self, event: HopEvent) -> Vec<ConsumerMessage> {
+        match event {
+            HopEvent::Begun { hop, upstream, .. } => {
+                self.back.insert(hop, (upstream, BTreeSet::new()));
+                Vec::new()
+            }
+            HopEvent::Frame { hop, frame: HopFrame::Ticket(frame) } => {
+                self.ticket_back(hop, &frame);
+                Vec::new()
+            }
+            HopEvent::Frame { hop, frame: HopFrame::Rows(header, rows) } => self.came_back(hop, &header, rows),
+            HopEvent::Frame { frame: HopFrame::Lost(_) | HopFrame::Call(..) | HopFrame::Answer(..), .. } => Vec::new(),
+            HopEvent::Ended { hop } => {
+                self.back.remove(&hop);
+                Vec::new()
+            }
+            HopEvent::Back { frame: HopFrame::Lost(lost), .. } => self.refused(&lost),
+            HopEvent::Back { .. } => Vec::new(),
+            HopEvent::Lost { to, reason } => {
+                tracing::info!(worker = %to.short(), %reason, "the hop to the first worker is gone");
+                if self.first.as_ref().is_some_and(|(node, _)| *node == to) {
+                    self.first = None;
+                }
+                Vec::new()
+            }
+        }
+    }
+
+    /// The last worker shows the ticket that this node signed for the way back.
+    fn ticket_back(&mut self, hop: HopId, frame: &TicketFrame) {
+        let Some((upstream, slots)) = self.back.get_mut(&hop) else { return };
+        let Some(ordered) = self.jobs.get(&JobId(frame.slot)).and_then(|job| job.workers.last()?.ordered) else {
+            return;
+        };
+        let (session, lead, request) = ordered;
+        let expected = Expected { lead, upstream: *upstream, downstream: self.ours, session, request };
+        match take_ticket(&frame.ticket, &expected, self.shown.entry(session).or_default(), now()) {
+            Ok(_) => {
+                slots.insert(frame.slot);
+            }
+            Err(fault) => tracing::warn!(worker = %upstream.short(), %fault, "a ticket for the way back was refused"),
+        }
+    }
+
+    fn came_back(&mut self, hop: HopId, header: &RowsHeader, bytes: Vec<u8>) -> Vec<ConsumerMessage> {
+        let Some((upstream, slots)) = self.back.get(&hop) else { return Vec::new() };
+        if !header.pieces.iter().all(|piece| slots.contains(&piece.slot)) {
+            tracing::warn!(worker = %upstream.short(), "rows came back without a ticket");
+            return Vec::new();
+        }
+        // An answer to what is void is nobody's.
+        let Some(UnderWay { work, from }) = self.works.remove(&header.work) else { return Vec::new() };
+        let row_bytes = work.rows.bytes.len() / work.rows.count.max(1) as usize;
+        let same = work.pieces.len() == header.pieces.len()
+            && work.pieces.iter().zip(&header.pieces).all(|(sent, back)| {
+                (sent.job.0, sent.sequence, sent.start, sent.rows) == (back.slot, back.sequence, back.start, back.rows)
+            });
+        let shape = bytes.len() == work.rows.bytes.len() || (work.ends_at.is_some() && bytes.is_empty());
+        let count = if bytes.is_empty() { 0 } else { work.rows.count };
+        let rows = HiddenRows { wire: self.parts.wire, count, bytes };
+        if !same || !shape || rows.check(self.parts.n_embd).is_err() {
+            let reason = format!("worker {} sent back what was not asked for", upstream.short());
+            tracing::warn!(%reason, "rows refused");
+            self.works.clear();
+            let _ = self.events.send(RingEvent::Failed { reason });
+            return Vec::new();
+        }
+        let mut at = 0;
+        let mut touched = BTreeSet::new();
+        for piece in &work.pieces {
+            let kind = piece.purpose;
+            let bytes = piece.rows as usize * row_bytes;
+            let Some(job) = self.jobs.get_mut(&piece.job) else { continue };
+            job.received.push(rows.bytes.get(at..at + bytes).unwrap_or_default());
+            at += bytes;
+            if kind != WorkKind::Replay {
+                job.positions = job.positions.saturating_add(piece.rows.into());
+                if let Some(sequence) = self.sequences.get_mut(&piece.sequence) {
+                    sequence.back = piece.start.saturating_add(piece.rows);
+                }
+            }
+            touched.insert(piece.job);
+        }
+        self.credit(&work, from..usize::MAX);
+        if is_rebuild(header.work) {
+            let mut orders: Vec<ConsumerMessage> = touched.iter().flat_map(|job| self.tell(*job)).collect();
+            orders.extend(self.rebuilt(header.work, true));
+            return orders;
+        }
+        let _ = self.events.send(RingEvent::Done { work: WorkId(header.work), rows });
+        let mut orders: Vec<ConsumerMessage> = touched.iter().flat_map(|job| self.tell(*job)).collect();
+        orders.extend(touched.into_iter().flat_map(|job| self.wind_up(job)));
+        orders
+    }
+}
