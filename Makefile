@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build build-gpu demo demo-experts demo-split bench-split bench-experts test test-fast lint deny bench bench-ledger fuzz-ledger sim fuzz clean-cache test-conformance bench-api test-wallet bench-wallet
+.PHONY: help build build-gpu demo demo-experts demo-split bench-split lengths-split bench-experts test test-fast lint deny bench bench-ledger fuzz-ledger sim fuzz clean-cache test-conformance bench-api test-wallet bench-wallet
 
 ENV := . tests/scripts/env.sh;
 
@@ -21,6 +21,9 @@ demo: build ## a whole market on this machine: chain, relay, two providers, a pa
 
 demo-split: build ## one model over a lead and three paid workers as processes: the plan, the answer, its proof (KILL=1 kills a worker)
 	@$(ENV) exec tests/scripts/demo-split.py --model "$$(tests/scripts/model.sh)" $(if $(filter-out 0,$(KILL)),--kill)
+
+lengths-split: build ## prompts of 1 to 2,000 tokens over a lead and paid workers, eight sessions at once, each held against one machine (KILL=1 kills a worker)
+	@$(ENV) exec tests/scripts/lengths-split.py $(if $(filter-out 0,$(KILL)),--kill) $(ARGS)
 
 bench-split: build ## what a split by layers costs: rings of 1 to 3 workers at 0 to 50 ms beside one machine, llama.cpp's RPC and the peer's law (ARGS="--workers 2 --rtt 20")
 	@$(ENV) exec tests/scripts/bench-split.py --out .bench-split.json $(ARGS)

@@ -1,12 +1,12 @@
 //! Whole, by layers, or by experts: which way a model gives the most tokens a second now.
 //!
 //! Each way is judged by the same figure, the time of a step of so many streams: a seller of the whole model by its own word;
-//! layers by the workers' own words and a hop for each; experts by what the lead measured ([`crate::estimate`]). A way that is not
+//! layers by the workers' own words and the hops between them ([`crate::links`]); experts by what the lead measured ([`crate::estimate`]). A way that is not
 //! to be had is named with its reason.
 
 use crate::{
     estimate::{listed_step_us, tokens_per_s},
-    layers::{HOP_US, Planned},
+    layers::Plan,
 };
 use core::fmt;
 use satgrid_types::{NodeKey, Part, VerifiedListing};
@@ -46,9 +46,9 @@ pub fn whole<'a>(
 
 /// A step over these workers, whose lead keeps the first and the last layer; `None` where one of them names no speed or holds
 /// fewer streams.
-pub fn layers_step_us(plan: &[Planned], batch: u32) -> Option<f64> {
+pub fn layers_step_us(plan: &Plan, batch: u32) -> Option<f64> {
     let (mut compute, mut layers) = (0.0, 0_u32);
-    for part in plan {
+    for part in &plan.stages {
         if part.listing.slots < batch {
             return None;
         }
@@ -60,7 +60,7 @@ pub fn layers_step_us(plan: &[Planned], batch: u32) -> Option<f64> {
     }
     // The lead's two layers are taken to be as the others; rows come back to it.
     let own = 2.0 * compute / f64::from(layers);
-    let hops = (plan.len() as f64 + 1.0) * HOP_US as f64;
+    let hops: f64 = plan.hops().map(|hop| hop.us() as f64).sum();
     Some(compute + own + hops)
 }
 
@@ -78,6 +78,8 @@ pub fn shown(batch: u32, step_us: Option<f64>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layers::Planned;
+    use crate::links::{HOP_US, Links};
     use crate::testing::Offer;
     use satgrid_types::LayerRange;
 
@@ -107,13 +109,19 @@ mod tests {
     fn layers_are_their_workers_and_their_hops() {
         let planned = |provider, a, b| {
             let range = LayerRange::new(a, b).unwrap();
-            Planned { range, listing: offer(provider, 100_000, 8, Part::Layers(range)) }
+            let listing = offer(provider, 100_000, 8, Part::Layers(range));
+            let (hop, compute_us) = (Links::default().hop(&NodeKey([9; 32]), &listing.node_key), 10_000);
+            Planned { range, listing, hop, compute_us }
         };
-        let step = layers_step_us(&[planned(1, 1, 5), planned(2, 5, 9)], 1).unwrap();
+        let plan = |stages: &[Planned]| {
+            let back = Links::default().hop(&NodeKey([8; 32]), &NodeKey([9; 32]));
+            Plan { stages: stages.to_vec(), back }
+        };
+        let step = layers_step_us(&plan(&[planned(1, 1, 5), planned(2, 5, 9)]), 1).unwrap();
         // 20 ms for 8 layers, 5 ms for the lead's 2, 3 hops.
         assert!((step - (20_000.0 + 5_000.0 + 3.0 * HOP_US as f64)).abs() < 1.0, "{step}");
-        assert_eq!(layers_step_us(&[planned(1, 1, 5)], 9), None);
-        assert_eq!(layers_step_us(&[], 1), None);
+        assert_eq!(layers_step_us(&plan(&[planned(1, 1, 5)]), 9), None);
+        assert_eq!(layers_step_us(&plan(&[]), 1), None);
     }
 
     #[test]

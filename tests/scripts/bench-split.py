@@ -26,6 +26,8 @@ from ring_market import CHILDREN, SAT, Market, Parts, Stream, fail, folder, free
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PEER_P_MS = 5.0
+# The end of an answer in the vocabulary of random models.
+END = "2"
 
 
 class Links:
@@ -122,7 +124,8 @@ def body(seed, tokens, **more):
 
 
 def many(market, node, bodies):
-    """Streams side by side: tokens a second over all, from the first token of any to the last of all."""
+    """Streams side by side: tokens a second over all while all of them run, from the last to begin to the first to end. How
+    long a stream takes to begin (orders, slices, a prompt) is no part of that."""
     out, threads = [None] * len(bodies), []
 
     def one(at, asked):
@@ -139,8 +142,11 @@ def many(market, node, bodies):
     for stream in out:
         if isinstance(stream, Exception):
             fail(f"one of {len(bodies)} streams: {stream}")
-    spent = max(s.times[-1] for s in out) - min(s.times[0] for s in out)
-    return sum(s.tokens - 1 for s in out) / spent, out
+    begin, end = max(s.times[0] for s in out), min(s.times[-1] for s in out)
+    if end <= begin:
+        fail(f"{len(bodies)} streams never ran at the same time: longer answers are needed")
+    said = sum(s.tokens / len(s.times) * sum(begin < at <= end for at in s.times) for s in out)
+    return said / (end - begin), out
 
 
 def load():
@@ -210,12 +216,14 @@ def measure(args, links, workers, rpc_binary, results):
 def streams(args, market, lead, results):
     ratios = []
     for n in range(args.rounds):
-        one, _ = many(market, lead, [body(300 + n, args.tokens)])
-        eight, answers = many(market, lead, [body(310 + 10 * n + at, args.tokens) for at in range(8)])
-        alone, _ = many(market, market.solo, [body(300 + n, args.tokens)])
-        together, _ = many(market, market.solo, [body(310 + 10 * n + at, args.tokens) for at in range(8)])
+        # Random weights end an answer when they will: that token is barred.
+        asked = lambda at: body(310 + 10 * n + at, args.stream_tokens, logit_bias={END: -100})
+        one, _ = many(market, lead, [asked(9)])
+        eight, answers = many(market, lead, [asked(at) for at in range(8)])
+        alone, _ = many(market, market.solo, [asked(9)])
+        together, _ = many(market, market.solo, [asked(at) for at in range(8)])
         ratios.append((one, eight, alone, together))
-        again = Stream(market, market.solo, body(310 + 10 * n + 3, args.tokens))
+        again = Stream(market, market.solo, asked(3))
         if args.wire == "f32" and again.text != answers[3].text:
             fail("one of eight streams is not what one machine says")
     one, eight, alone, together = (statistics.median(side) for side in zip(*ratios))
@@ -259,6 +267,7 @@ def main():
     parser.add_argument("--rtt", type=numbers, default=[0, 5, 20, 50])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--stream-tokens", type=int, default=192, help="tokens of each of eight streams")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--wire", default="f32", help="f32, bf16 or q8_0: only f32 is compared with one machine's text")

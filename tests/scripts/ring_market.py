@@ -292,7 +292,8 @@ class Stream:
         asked = market.only(node, {"stream": True, "stream_options": {"include_usage": True}} | body)
         began = time.perf_counter()
         link = HTTPConnection("127.0.0.1", market.consumer.api, timeout=600)
-        link.request("POST", "/v1/chat/completions", json.dumps(asked), {"content-type": "application/json"})
+        path = "/v1/completions" if "prompt" in body else "/v1/chat/completions"
+        link.request("POST", path, json.dumps(asked), {"content-type": "application/json"})
         answer = link.getresponse()
         if answer.status != 200:
             raise RuntimeError(answer.read().decode()[:400])
@@ -307,7 +308,7 @@ class Stream:
             self.usage = event.get("usage") or self.usage
             for choice in event.get("choices", []):
                 self.finish = choice.get("finish_reason") or self.finish
-                if piece := choice.get("delta", {}).get("content"):
+                if piece := choice.get("text") or choice.get("delta", {}).get("content"):
                     self.times.append(now)
                     self.text += piece
                     if heard:

@@ -202,6 +202,17 @@ fn experts_of_paid_workers_one_killed_and_one_lying() {
 
 #[test]
 #[ignore = "needs the built binary: tests/scripts/e2e.sh"]
+fn eight_prompts_of_many_lengths_over_paid_workers_one_of_them_killed() {
+    let dir = tempfile::tempdir().unwrap();
+    let few = ["--lengths", "1,2,65,300", "--tokens", "24", "--kill"];
+    let found = split::run_alone("lengths-split.py", dir.path(), &few);
+    assert!(found["same"] == true && found["clean"] == true, "{found:#}");
+    // Each of the eight was rebuilt from rows that the worker before the lost one had kept.
+    assert_eq!((found["rebuilds"].as_u64(), found["late"].as_u64()), (Some(8), Some(0)), "{found:#}");
+}
+
+#[test]
+#[ignore = "needs the built binary: tests/scripts/e2e.sh"]
 fn two_leads_take_each_others_places_at_their_workers() {
     let dir = tempfile::tempdir().unwrap();
     let found = split::run("crowd-split.py", dir.path(), &real_model(), &[]);
