@@ -196,9 +196,12 @@ fn ways(
     };
     let plan = LayerRange::new(1, layers.saturating_sub(1)).map(|range| {
         let (not, max_rate) = (demand.not.clone(), None);
+        // The lead is left out of its own demand.
+        let lead = not.first().copied().unwrap_or(NodeKey([0; 32]));
         let demand = LayerDemand {
             root: demand.root,
             range,
+            ends: (lead, lead),
             not,
             profile,
             build: demand.build.clone(),
@@ -210,13 +213,13 @@ fn ways(
     });
     let (plan, why) = match plan {
         Some(Ok(plan)) => {
-            let why = format!("{} workers by their own words, and {} hops", plan.len(), plan.len() + 1);
-            (plan, why)
+            let workers = plan.stages.len();
+            (Some(plan), format!("{workers} workers by their own words, and {} hops", workers + 1))
         }
-        Some(Err(why)) => (Vec::new(), why.to_string()),
-        None => (Vec::new(), "too few layers to cut".to_owned()),
+        Some(Err(why)) => (None, why.to_string()),
+        None => (None, "too few layers to cut".to_owned()),
     };
-    let layered = |batch| layers_step_us(&plan, batch);
+    let layered = |batch| layers_step_us(plan.as_ref()?, batch);
     all.push(WayRow { way: Way::Layers, steps: BATCHES.iter().map(|b| layered(*b)).collect(), why });
 
     let can = missing.is_none() && known.trunk().is_some();
