@@ -4,21 +4,24 @@
 //! methods, as Hugging Face runs it in Jinja2: blocks trimmed, `tojson` as Python writes JSON, `raise_exception`, and
 //! `strftime_now`, whose date the caller gives. Its size, its work and its output are bounded; every failure is a
 //! value. Its memory is bounded only loosely (one expression can double a string), so a template whose origin is not
-//! trusted belongs in a process that may die.
+//! trusted belongs in a process that may die: [`ChatOrder`] takes a conversation there.
 //!
 //! A base model has no template. Then [`Template::Plain`] stands in: the messages' contents, one after another, for
 //! the model to go on writing. It says so by its name, [`PLAIN_NAME`], which belongs in whatever the user sees.
 
 mod civil;
 mod json;
+mod order;
 
 use std::io;
 
+use minicbor::{Decode, Encode};
 use minijinja::value::Kwargs;
 use minijinja::{Environment, ErrorKind, Value};
 use serde_json::Value as Json;
 
 pub use civil::CivilTime;
+pub use order::ChatOrder;
 
 /// The name of the stand-in, to be shown where it is used.
 pub const PLAIN_NAME: &str = "plain-continuation";
@@ -44,35 +47,74 @@ pub struct ChatInput<'a> {
 }
 
 /// Text for the tokenizer, and how to tokenise it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct Prompt {
+    #[n(0)]
     pub text: String,
     /// Whether the tokenizer puts BOS in front; false where the template already wrote it.
+    #[n(1)]
     pub add_special: bool,
     /// Whether the names of control tokens in the text are those tokens.
+    #[n(2)]
     pub parse_special: bool,
 }
 
 /// Why there is no prompt.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Encode, Decode)]
 pub enum TemplateError {
+    #[n(0)]
     #[error("a chat template of {bytes} bytes is over the limit of {MAX_TEMPLATE_BYTES}")]
-    TooLarge { bytes: usize },
+    TooLarge {
+        #[n(0)]
+        bytes: usize,
+    },
+    #[n(1)]
     #[error("the model's chat template does not compile: {reason}")]
-    Syntax { reason: String },
+    Syntax {
+        #[n(0)]
+        reason: String,
+    },
+    #[n(2)]
     #[error("there are no messages")]
     NoMessages,
+    #[n(3)]
     #[error("message {index} has a content that is neither text nor absent")]
-    NotText { index: usize },
+    NotText {
+        #[n(0)]
+        index: usize,
+    },
     /// The template's own objection, for example to the order of roles.
+    #[n(4)]
     #[error("the model's chat template refuses these messages: {message}")]
-    Refused { message: String },
+    Refused {
+        #[n(0)]
+        message: String,
+    },
+    #[n(5)]
     #[error("the model's chat template takes more than {MAX_FUEL} steps")]
     OutOfFuel,
+    #[n(6)]
     #[error("the rendered prompt is over the limit of {MAX_RENDERED_BYTES} bytes")]
     OutputTooLarge,
+    #[n(7)]
     #[error("the model's chat template failed: {reason}")]
-    Failed { reason: String },
+    Failed {
+        #[n(0)]
+        reason: String,
+    },
+    /// It took the process with it that it ran in.
+    #[n(8)]
+    #[error("the model's chat template took more memory than it may, or broke its process, which {how}")]
+    Broke {
+        #[n(0)]
+        how: String,
+    },
+    #[n(9)]
+    #[error("the model's chat template took longer than {ms} ms")]
+    OutOfTime {
+        #[n(0)]
+        ms: u64,
+    },
 }
 
 /// A model's own template, or the stand-in.

@@ -113,6 +113,7 @@ impl Child {
                 FromWorker::Events(_)
                 | FromWorker::Tokenized(_)
                 | FromWorker::Named(_)
+                | FromWorker::Rendered(_)
                 | FromWorker::StageEvents(_)
                 | FromWorker::Ring(_)
                 | FromWorker::ExpertAnswer { .. } => {

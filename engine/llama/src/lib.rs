@@ -37,6 +37,7 @@ mod owners;
 mod pack;
 mod placed;
 mod plan;
+mod render;
 mod scheduler;
 mod settings;
 mod split;

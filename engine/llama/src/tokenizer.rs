@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use satgrid_engine::port::{SpecialTokens, Tokenizer, TokenizerError};
+use satgrid_engine::template::{ChatOrder, Prompt, TemplateError};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::Mutex;
 use tokio::time::timeout;
@@ -22,6 +23,8 @@ use crate::wire::{self, FromWorker, PieceBytes, PieceTable, ToWorker, VERSION, V
 pub const MAX_TEXT: usize = 8 * 1024 * 1024;
 /// Longest that one call may take in the child.
 const CALL_WITHIN: Duration = Duration::from_secs(30);
+/// Longest that a chat template may take; honest ones take a few milliseconds.
+const RENDER_WITHIN: Duration = Duration::from_secs(5);
 /// Most tokens whose names are asked for in one call.
 const MAX_NAMES: usize = 1_000_000;
 
@@ -78,6 +81,31 @@ impl LlamaTokenizer {
         self.running.lock().await.child.as_ref().and_then(Child::id)
     }
 
+    /// The model's chat template over a conversation, in the child: it is a stranger's program. One that takes too much
+    /// memory or time costs the child, which is started again for the next text.
+    pub async fn render(&self, order: ChatOrder) -> Result<Prompt, TemplateError> {
+        self.render_within(order, RENDER_WITHIN).await
+    }
+
+    /// As [`LlamaTokenizer::render`], for at most so long.
+    pub async fn render_within(&self, order: ChatOrder, within: Duration) -> Result<Prompt, TemplateError> {
+        let failed = |reason: String| TemplateError::Failed { reason };
+        let frame = wire::encode(&ToWorker::Render(order)).map_err(|error| failed(error.to_string()))?;
+        let mut running = self.running.lock().await;
+        let mut child = self.child(&mut running).await.map_err(|error| failed(error.to_string()))?;
+        match timeout(within, ask(&mut child, &frame)).await {
+            Ok(Ok(answer)) => {
+                *running = Running { child: Some(child), last_call: Instant::now() };
+                let out_of_turn = || failed("the process answered another question".into());
+                if let FromWorker::Rendered(prompt) = answer { prompt } else { Err(out_of_turn()) }
+            }
+            // Not asked again: it would break the next one too.
+            Ok(Err(_)) => Err(TemplateError::Broke { how: child.end().await }),
+            // The child goes with its handle, killed.
+            Err(_) => Err(TemplateError::OutOfTime { ms: u64::try_from(within.as_millis()).unwrap_or(u64::MAX) }),
+        }
+    }
+
     /// One question, one answer. A child that died is replaced once: the text may not be to blame.
     async fn call(&self, question: &ToWorker) -> Result<FromWorker, TokenizerError> {
         let failed = |reason: String| TokenizerError::Backend { reason };
@@ -85,10 +113,7 @@ impl LlamaTokenizer {
         let mut running = self.running.lock().await;
         let mut last = String::new();
         for _ in 0..2 {
-            let mut child = match running.child.take() {
-                Some(child) => child,
-                None => start(&self.config).await.map_err(|error| failed(error.to_string()))?.0,
-            };
+            let mut child = self.child(&mut running).await.map_err(|error| failed(error.to_string()))?;
             match timeout(CALL_WITHIN, ask(&mut child, &frame)).await {
                 Ok(Ok(answer)) => {
                     // Kept only after a whole answer: a caller that goes away in the middle leaves no half-read stream.
@@ -100,6 +125,14 @@ impl LlamaTokenizer {
             }
         }
         Err(failed(last))
+    }
+
+    /// The child that is there, or a new one.
+    async fn child(&self, running: &mut Running) -> Result<Child, SpawnError> {
+        match running.child.take() {
+            Some(child) => Ok(child),
+            None => Ok(start(&self.config).await?.0),
+        }
     }
 }
 

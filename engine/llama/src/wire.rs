@@ -11,12 +11,13 @@ use satgrid_engine::experts::{CallError, ExpertCall, ExpertRows, ExpertStep};
 use satgrid_engine::port::{Command, EngineEvent, EngineFacts, Profile, SpecialTokens, TokenizerError};
 use satgrid_engine::stage::port::{StageCommand, StageEvent, StageFacts};
 use satgrid_engine::stage::ring::{RingCommand, RingEvent};
+use satgrid_engine::template::{ChatOrder, Prompt, TemplateError};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
 /// Most bytes in one frame. The longest is a vocabulary's table of pieces, or a prompt of a very long context.
 pub(crate) const MAX_FRAME: u32 = 64 * 1024 * 1024;
 /// Both ends come from one binary; this catches a worker of another version.
-pub(crate) const VERSION: u32 = 2;
+pub(crate) const VERSION: u32 = 3;
 
 /// From the node to the process.
 #[derive(Debug, Encode, Decode)]
@@ -55,6 +56,9 @@ pub(crate) enum ToWorker {
         #[n(1)]
         call: ExpertCall,
     },
+    /// To a tokenizer: its chat template over a conversation.
+    #[n(7)]
+    Render(#[n(0)] ChatOrder),
 }
 
 /// From the process to the node.
@@ -101,6 +105,8 @@ pub(crate) enum FromWorker {
     },
     #[n(12)]
     PackReady(#[n(0)] Box<PackFacts>),
+    #[n(13)]
+    Rendered(#[n(0)] Result<Prompt, TemplateError>),
 }
 
 /// Why a pack's process gave no rows.

@@ -25,6 +25,7 @@ use crate::lead;
 use crate::model_file::{self, ModelFile};
 use crate::owners::Owners;
 use crate::pack::{PackBackend, Waiting};
+use crate::render::Renderer;
 use crate::scheduler::Scheduler;
 use crate::settings::{BATCH, EngineSettings, PackSettings, WorkerArgs};
 use crate::stage;
@@ -377,7 +378,10 @@ fn run_tokenizer(artefact: &Path, link: &mut Link) -> Result<(), Stop> {
     let config = ModelConfig { path: artefact, vocab_only: true, repack: false, offload: None };
     let model = Model::load(&config, |_| true).map_err(|error| Stop::LoadFailed(error.to_string()))?;
     let facts = vocab_facts(&model).map_err(Stop::LoadFailed)?;
+    let special = facts.special.clone();
     link.send(&FromWorker::TokenizerReady(Box::new(facts)))?;
+    // Compiled when it is first asked for: a template that breaks the process leaves the vocabulary of use.
+    let mut renderer = None;
     loop {
         match link.requests.recv().map_err(|_| Stop::ParentGone)? {
             ToWorker::Tokenize { text, add_special, parse_special } => {
@@ -392,6 +396,10 @@ fn run_tokenizer(artefact: &Path, link: &mut Link) -> Result<(), Stop> {
                     None => Err(TokenizerError::UnknownToken { token, vocab }),
                 };
                 link.send(&FromWorker::Named(ids.into_iter().map(name).collect()))?;
+            }
+            ToWorker::Render(order) => {
+                let renderer = renderer.get_or_insert_with(|| Renderer::new(&model, &special));
+                link.send(&FromWorker::Rendered(renderer.render(&order)))?;
             }
             other @ (ToWorker::Command(_)
             | ToWorker::Stage(_)

@@ -11,6 +11,8 @@ use std::time::Duration;
 use common::{TinyModel, program, tiny_bytes};
 use satgrid_engine::gguf::Gguf;
 use satgrid_engine::port::{Tokenizer, TokenizerError};
+use satgrid_engine::template::{ChatOrder, MAX_RENDERED_BYTES, TemplateError};
+use satgrid_engine::tiny;
 use satgrid_engine::tokenizer_artefact::TokenizerArtefact;
 use satgrid_engine_llama::{LlamaTokenizer, MAX_TEXT, SpawnError, TokenizerConfig};
 
@@ -118,4 +120,52 @@ async fn hostile_artefacts_hurt_only_their_own_process() {
         }
     }
     assert!(refused >= 3);
+}
+
+/// What a template of a stranger's model may cost: a child process, and nothing of ours.
+#[tokio::test]
+async fn a_hostile_chat_template_costs_a_process_and_a_moment() {
+    let tokenizer = async |template: &str| {
+        let model = tiny::TinyModel { chat_template: Some(template.to_owned()), ..tiny::TinyModel::default() };
+        let model = TinyModel::of(&model.to_bytes().unwrap());
+        let tokenizer = spawn(&model.path, LONG).await.unwrap();
+        (model, tokenizer)
+    };
+    let messages = [serde_json::json!({"role": "user", "content": "Hi"})];
+    let order = || ChatOrder::new(&messages, None, true, 1_700_000_000);
+    let doubling = "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}";
+    let slow =
+        "{% set s = 'ab' * 4000000 %}{% for i in range(100000) %}{% set t = s | replace('a', 'c') %}{% endfor %}";
+    let broke = |error: &TemplateError| matches!(error, TemplateError::Broke { .. });
+    let failed = |error: &TemplateError| matches!(error, TemplateError::Failed { .. });
+    let refused = |error: &TemplateError| matches!(error, TemplateError::Failed { .. } | TemplateError::Broke { .. });
+    let fuel = |error: &TemplateError| *error == TemplateError::OutOfFuel;
+    let time = |error: &TemplateError| *error == TemplateError::OutOfTime { ms: 500 };
+    let output = |error: &TemplateError| *error == TemplateError::OutputTooLarge;
+    let syntax = |error: &TemplateError| matches!(error, TemplateError::Syntax { .. });
+    let nested = "{% for a in range(10000) %}{% for b in range(10000) %}{% endfor %}{% endfor %}";
+    let many = "{{ 'x' * ".to_owned() + &(MAX_RENDERED_BYTES + 1).to_string() + " }}";
+    type Check<'a> = &'a dyn Fn(&TemplateError) -> bool;
+    let cases: [(&str, Check<'_>); 8] = [
+        ("{% for i in range(10**9) %}{{ i }}{% endfor %}", &failed),
+        (nested, &fuel),
+        (doubling, &broke),
+        ("{{ ('x' * 99999999999) | length }}", &refused),
+        ("{{ ([1] * 99999999999) | list | length }}", &refused),
+        (slow, &time),
+        (&many, &output),
+        ("{% for %}", &syntax),
+    ];
+    for (template, expected) in cases {
+        let (_model, tokenizer) = tokenizer(template).await;
+        let within = Duration::from_millis(if template == slow { 500 } else { 60_000 });
+        let error = tokenizer.render_within(order(), within).await.unwrap_err();
+        assert!(expected(&error), "{template}: {error:?}");
+        // The vocabulary serves as before.
+        let ids = tokenizer.tokenize("the quiet river", false, false).await.unwrap();
+        assert_eq!(text_of(&tokenizer, &ids).await, "the quiet river");
+    }
+    let (_model, tokenizer) = tokenizer("{{ bos_token }}{{ messages[0].content }}").await;
+    let prompt = tokenizer.render(order()).await.unwrap();
+    assert_eq!((prompt.text.as_str(), prompt.add_special), ("<s>Hi", false));
 }

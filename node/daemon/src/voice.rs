@@ -14,7 +14,7 @@ use satgrid_engine::{
     grammar::{Grammar, Json, SchemaError, any_object, from_schema},
     port::Tokenizer,
     stop::TextStream,
-    template::{ChatInput, CivilTime},
+    template::ChatOrder,
     tools::{END_THINK, Part, Reader, Signature, Style, THINK, forced},
 };
 use satgrid_protocol::frame::TokenLogprobs;
@@ -49,7 +49,7 @@ pub(crate) async fn asked(vocabulary: &Vocabulary, request: &CompletionRequest) 
     };
     let tools = offered(request);
     let style = style(vocabulary);
-    let mut text = render(vocabulary, messages, &tools, true)?;
+    let mut text = render(vocabulary, messages, &tools, true).await?;
     let ends_thinking = text.text.trim_end().ends_with(THINK);
     let mut begun = ends_thinking.then_some(THINK);
     let grammar = match (&request.tool_choice, &request.format) {
@@ -123,14 +123,14 @@ pub(crate) async fn tokens_of(
         Prompt::Embed(texts) => embeds::tokens_of(vocabulary, texts).await.map(|(tokens, _)| tokens),
         Prompt::Text(text) => vocabulary.tokenizer.tokenize(text, true, false).await.map_err(internal),
         Prompt::Messages(messages) => {
-            let text = render(vocabulary, messages, &[], open_turn)?;
+            let text = render(vocabulary, messages, &[], open_turn).await?;
             let tokenizer = &vocabulary.tokenizer;
             tokenizer.tokenize(&text.text, text.add_special, text.parse_special).await.map_err(internal)
         }
     }
 }
 
-fn render(
+async fn render(
     vocabulary: &Vocabulary,
     messages: &[Message],
     tools: &[&Tool],
@@ -145,9 +145,9 @@ fn render(
         tell_of_tools(&mut all, &style.instruction(&tools));
     }
     let tools = (!tools.is_empty() && knows_tools).then_some(Value::Array(tools));
-    let now = CivilTime::from_unix(i64::try_from(now().as_secs()).unwrap_or(0));
-    let input = ChatInput { messages: &all, tools: tools.as_ref(), add_generation_prompt: open_turn, now };
-    vocabulary.template.render(&input).map_err(|error| ServiceError::InvalidRequest {
+    let now = i64::try_from(now().as_secs()).unwrap_or(0);
+    let order = ChatOrder::new(&all, tools.as_ref(), open_turn, now);
+    vocabulary.tokenizer.render(order).await.map_err(|error| ServiceError::InvalidRequest {
         param: "messages".into(),
         message: format!("the model's chat template refuses them: {error}"),
     })

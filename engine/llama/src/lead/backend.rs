@@ -58,6 +58,7 @@ impl<'a> RingBackend<'a> {
             ToWorker::Stage(_)
             | ToWorker::Tokenize { .. }
             | ToWorker::Names { .. }
+            | ToWorker::Render(_)
             | ToWorker::ExpertOutputs(_)
             | ToWorker::ExpertCall { .. } => {
                 tracing::error!("a lead's engine was asked for something else than jobs");

@@ -72,6 +72,7 @@ impl Trade for Leading {
             | FromWorker::TokenizerReady(_)
             | FromWorker::Tokenized(_)
             | FromWorker::Named(_)
+            | FromWorker::Rendered(_)
             | FromWorker::StageReady(_)
             | FromWorker::StageEvents(_)
             | FromWorker::ExpertStep(_)

@@ -86,6 +86,7 @@ fn drive(queue: &mut StageQueue, layers: &mut LlamaLayers, link: &mut Link) -> R
                 ToWorker::Command(_)
                 | ToWorker::Tokenize { .. }
                 | ToWorker::Names { .. }
+                | ToWorker::Render(_)
                 | ToWorker::Ring(_)
                 | ToWorker::ExpertOutputs(_)
                 | ToWorker::ExpertCall { .. },

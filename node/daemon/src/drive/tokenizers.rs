@@ -1,11 +1,16 @@
 //! Tokenizers by hash: from the cache on disk, else from a provider that serves the model, checked either way.
 //!
-//! A vocabulary is a stranger's file: it is parsed in a child process and never here.
+//! A vocabulary is a stranger's file and its chat template a stranger's program: they are parsed, and it is run, in a child process
+//! and never here.
 
 use super::engines::worker_program;
 use anyhow::{Context, bail};
 use ed25519_dalek::SigningKey;
-use satgrid_engine::{port::Tokenizer, template::Template, tokenizer_artefact::MAX_ARTEFACT_BYTES};
+use satgrid_engine::{
+    port::Tokenizer,
+    template::{ChatOrder, MODEL_NAME, PLAIN_NAME, TemplateError},
+    tokenizer_artefact::MAX_ARTEFACT_BYTES,
+};
 use satgrid_engine_llama::{LlamaTokenizer, TokenizerConfig};
 use satgrid_protocol_quic::{AddressHint, QuicEndpoint, artefact::Download};
 use satgrid_types::{Digest, TokenizerHash, VerifiedListing};
@@ -31,7 +36,6 @@ const MARKS: [&str; 7] =
 /// One model's tokenizer and chat template.
 pub(crate) struct Vocabulary {
     pub tokenizer: Arc<LlamaTokenizer>,
-    pub template: Template,
     /// Control tokens that mark thinking and calls, whose pieces are empty.
     pub marks: BTreeMap<u32, &'static str>,
 }
@@ -73,17 +77,15 @@ impl Tokenizers {
         }
         let config = TokenizerConfig { program: worker_program()?, artefact: path, idle: IDLE };
         let tokenizer = LlamaTokenizer::spawn(config).await.context("the tokenizer cannot be loaded")?;
-        let special = tokenizer.special();
-        let text = async |id: Option<u32>| -> anyhow::Result<String> {
-            let Some(id) = id else { return Ok(String::new()) };
-            let pieces = tokenizer.pieces(&[id], true).await?;
-            Ok(String::from_utf8_lossy(&pieces.concat()).into_owned())
-        };
-        let (bos, eos) = (text(special.bos).await?, text(special.eos).await?);
-        let template = Template::new(tokenizer.chat_template().as_deref(), &bos, &eos)?;
-        tracing::info!(tokenizer = %hash.short(), template = template.name(), "tokenizer loaded");
+        // No messages: only whether there is a template that compiles.
+        match tokenizer.render(ChatOrder::new(&[], None, false, 0)).await {
+            Ok(_) | Err(TemplateError::NoMessages) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let template = if tokenizer.chat_template().is_some() { MODEL_NAME } else { PLAIN_NAME };
+        tracing::info!(tokenizer = %hash.short(), template, "tokenizer loaded");
         let marks = marks(&tokenizer).await?;
-        let vocabulary = Arc::new(Vocabulary { tokenizer, template, marks });
+        let vocabulary = Arc::new(Vocabulary { tokenizer, marks });
         if loaded.len() >= MAX_LOADED {
             loaded.pop_first();
         }
