@@ -3,7 +3,10 @@
 //! An entry is durable when `append` returns, and nothing that it authorises may begin before. One journal has one
 //! writer. The conformance suite in `testing` is what every implementation passes.
 
+mod named;
 pub mod stored;
+
+pub use named::named_by;
 
 use crate::{
     entry::{Draft, Entry, Head, MAX_ENTRY_LEN, MAX_OPENING_LEN},
@@ -72,6 +75,9 @@ pub trait JournalReader: Send + Sync {
     /// Numbers of entries in `[from, to)` whose bodies were pruned, at most [`MAX_READ`]: they read as entries without
     /// evidence, and their bytes are no leaves.
     fn pruned(&self, from: u64, to: u64) -> JournalFuture<'_, Vec<u64>>;
+    /// Those of these payment hashes and transaction ids that some entry names ([`named_by`]), in any order. At most
+    /// [`MAX_READ`] are asked for at once. Entries whose bodies were pruned since count on.
+    fn named(&self, hashes: Vec<Digest>) -> JournalFuture<'_, Vec<Digest>>;
     /// Checkpoints of another node's log as they were heard, newest first.
     fn witnessed(&self, node: NodeKey) -> JournalFuture<'_, Vec<SignedCheckpoint>>;
 

@@ -168,4 +168,7 @@ async fn a_hostile_chat_template_costs_a_process_and_a_moment() {
     let (_model, tokenizer) = tokenizer("{{ bos_token }}{{ messages[0].content }}").await;
     let prompt = tokenizer.render(order()).await.unwrap();
     assert_eq!((prompt.text.as_str(), prompt.add_special), ("<s>Hi", false));
+    let base = TinyModel::write();
+    let prompt = spawn(&base.path, LONG).await.unwrap().render(order()).await.unwrap();
+    assert_eq!((prompt.text.as_str(), prompt.add_special), ("Hi", true), "a base model has none");
 }

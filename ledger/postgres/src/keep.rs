@@ -1,12 +1,16 @@
-//! Checkpoints that others signed: what a node compares.
+//! What is kept beside the entries: checkpoints that others signed, and what entries name.
 
-use crate::reader::{row_number, storage};
+use crate::reader::{entry_of, row_number, storage};
 use satgrid_ledger::{
-    journal::{JournalError, Witness, stored::KEPT_PER_NODE},
+    entry::Entry,
+    journal::{JournalError, MAX_READ, Witness, named_by, stored::KEPT_PER_NODE},
     log::SignedCheckpoint,
 };
-use satgrid_types::UnixMs;
-use sqlx::PgConnection;
+use satgrid_types::{Digest, UnixMs};
+use sqlx::{Connection, PgConnection};
+
+/// Entries without a name that the index may lack: they are looked at again when the journal is opened.
+pub(crate) const NAMES_LAG: u64 = 4_096;
 
 pub(crate) async fn witness(
     connection: &mut PgConnection,
@@ -45,4 +49,53 @@ pub(crate) async fn witness(
     .await
     .map_err(|e| storage(&e))?;
     Ok(shows)
+}
+
+/// How many entries the index of what they name has.
+async fn named_upto(connection: &mut PgConnection) -> Result<u64, JournalError> {
+    let (len,): (i64,) = sqlx::query_as("SELECT len FROM named_upto WHERE one = 1")
+        .fetch_one(connection)
+        .await
+        .map_err(|e| storage(&e))?;
+    Ok(u64::try_from(len).unwrap_or(0))
+}
+
+/// Takes names into the index, which then has the first `len` entries.
+pub(crate) async fn name(connection: &mut PgConnection, names: &[Digest], len: u64) -> Result<(), JournalError> {
+    let names: Vec<&[u8]> = names.iter().map(|name| &name.0[..]).collect();
+    sqlx::query("INSERT INTO named (hash) SELECT * FROM UNNEST($1::bytea[]) ON CONFLICT DO NOTHING")
+        .bind(names)
+        .execute(&mut *connection)
+        .await
+        .map_err(|e| storage(&e))?;
+    sqlx::query("UPDATE named_upto SET len = $1 WHERE one = 1")
+        .bind(row_number(len))
+        .execute(connection)
+        .await
+        .map_err(|e| storage(&e))?;
+    Ok(())
+}
+
+/// Entries that the index has not: those of before there was one, or the last few without names.
+pub(crate) async fn name_the_rest(connection: &mut PgConnection, len: u64) -> Result<u64, JournalError> {
+    let mut upto = named_upto(connection).await?;
+    if len.saturating_sub(upto) > NAMES_LAG {
+        tracing::info!(entries = len.saturating_sub(upto), "what the ledger's entries name is indexed once");
+    }
+    while upto < len {
+        let rows = sqlx::query("SELECT seq, bytes, opening FROM entries WHERE seq >= $1 ORDER BY seq LIMIT $2")
+            .bind(row_number(upto))
+            .bind(i64::try_from(MAX_READ).unwrap_or(i64::MAX))
+            .fetch_all(&mut *connection)
+            .await
+            .map_err(|e| storage(&e))?;
+        let entries = rows.iter().map(entry_of).collect::<Result<Vec<Entry>, _>>()?;
+        let Some(last) = entries.last() else { break };
+        let (names, next) = (entries.iter().filter_map(named_by).collect::<Vec<_>>(), last.seq.saturating_add(1));
+        let mut transaction = connection.begin().await.map_err(|e| storage(&e))?;
+        name(&mut transaction, &names, next).await?;
+        transaction.commit().await.map_err(|e| storage(&e))?;
+        upto = next;
+    }
+    Ok(upto)
 }

@@ -6,7 +6,7 @@ use satgrid_ledger::{
     journal::{JournalError, JournalFuture, JournalReader, MAX_READ, stored},
     log::{SignedCheckpoint, TileCache, TileId},
 };
-use satgrid_types::NodeKey;
+use satgrid_types::{Digest, NodeKey};
 use sqlx::{
     PgPool, Row,
     postgres::{PgConnectOptions, PgPoolOptions, PgRow},
@@ -121,6 +121,16 @@ impl PostgresReader {
         Ok(rows.into_iter().filter_map(|(seq,)| u64::try_from(seq).ok()).collect())
     }
 
+    async fn names(&self, hashes: &[Digest]) -> Result<Vec<Digest>, JournalError> {
+        let hashes: Vec<&[u8]> = hashes.iter().map(|hash| &hash.0[..]).collect();
+        let rows: Vec<(Vec<u8>,)> = sqlx::query_as("SELECT hash FROM named WHERE hash = ANY($1::bytea[])")
+            .bind(hashes)
+            .fetch_all(&self.pool)
+            .await
+            .map_err(|e| storage(&e))?;
+        Ok(rows.into_iter().filter_map(|(hash,)| hash.try_into().ok().map(Digest)).collect())
+    }
+
     async fn heard(&self, node: NodeKey) -> Result<Vec<SignedCheckpoint>, JournalError> {
         let rows: Vec<(String,)> = sqlx::query_as("SELECT note FROM witnessed WHERE node = $1 ORDER BY size DESC")
             .bind(&node.0[..])
@@ -146,6 +156,9 @@ impl JournalReader for PostgresReader {
     }
     fn pruned(&self, from: u64, to: u64) -> JournalFuture<'_, Vec<u64>> {
         Box::pin(self.gone(from, to))
+    }
+    fn named(&self, hashes: Vec<Digest>) -> JournalFuture<'_, Vec<Digest>> {
+        Box::pin(async move { self.names(&hashes).await })
     }
     fn witnessed(&self, node: NodeKey) -> JournalFuture<'_, Vec<SignedCheckpoint>> {
         Box::pin(self.heard(node))

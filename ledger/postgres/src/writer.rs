@@ -13,12 +13,12 @@ use ed25519_dalek::SigningKey;
 use satgrid_ledger::{
     entry::{Draft, Entry, Head},
     journal::{
-        JournalError, Witness,
+        JournalError, Witness, named_by,
         stored::{Group, MAX_GROUP, Row, Tip},
     },
     log::{SignedCheckpoint, TileEdge, TileId},
 };
-use satgrid_types::UnixMs;
+use satgrid_types::{Digest, UnixMs};
 use sqlx::{Connection, PgConnection};
 use std::collections::BTreeMap;
 use tokio::sync::{mpsc, oneshot};
@@ -55,6 +55,8 @@ struct Waiting {
 pub(crate) struct Writer {
     connection: PgConnection,
     tip: Tip,
+    /// Entries that the index of names has in the database.
+    named: u64,
     /// Set when nothing more may be written.
     broken: Option<JournalError>,
 }
@@ -62,8 +64,10 @@ pub(crate) struct Writer {
 impl Writer {
     /// Takes up the journal where it ends, and checks that its end hangs together.
     pub(crate) async fn start(connection: PgConnection) -> Result<Writer, JournalError> {
-        let mut writer = Writer { connection, tip: Tip::empty(), broken: None };
+        let mut writer = Writer { connection, tip: Tip::empty(), named: 0, broken: None };
         writer.reload().await?;
+        let len = writer.tip.head().len;
+        writer.named = keep::name_the_rest(&mut writer.connection, len).await?;
         Ok(writer)
     }
 
@@ -144,7 +148,8 @@ impl Writer {
             }
         }
         let (rows, tiles, tip) = group.finish();
-        match self.commit(rows, tiles).await {
+        let names: Vec<Digest> = waiting.iter().flat_map(|w| &w.entries).filter_map(named_by).collect();
+        match self.commit(rows, tiles, (&names, tip.head().len)).await {
             Ok(()) => {
                 self.tip = tip;
                 waiting.into_iter().for_each(|w| drop(w.answer.send(Ok(w.entries))));
@@ -160,7 +165,12 @@ impl Writer {
         }
     }
 
-    async fn commit(&mut self, rows: Vec<Row>, tiles: BTreeMap<TileId, Vec<u8>>) -> Result<(), JournalError> {
+    async fn commit(
+        &mut self,
+        rows: Vec<Row>,
+        tiles: BTreeMap<TileId, Vec<u8>>,
+        (names, len): (&[Digest], u64),
+    ) -> Result<(), JournalError> {
         if rows.is_empty() {
             return Ok(());
         }
@@ -198,7 +208,15 @@ impl Writer {
         .execute(&mut *transaction)
         .await
         .map_err(|e| storage(&e))?;
-        transaction.commit().await.map_err(|e| storage(&e))
+        let indexed = !names.is_empty() || len.saturating_sub(self.named) >= keep::NAMES_LAG;
+        if indexed {
+            keep::name(&mut transaction, names, len).await?;
+        }
+        transaction.commit().await.map_err(|e| storage(&e))?;
+        if indexed {
+            self.named = len;
+        }
+        Ok(())
     }
 
     async fn checkpoint(&mut self, key: &SigningKey) -> Result<SignedCheckpoint, JournalError> {

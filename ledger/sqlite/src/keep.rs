@@ -1,14 +1,16 @@
-//! What is kept beside the entries, and what is let go: checkpoints that others signed, and pruned bodies.
+//! What is kept beside the entries, and what is let go: checkpoints that others signed, what entries name, pruned bodies.
 
 use crate::reader::{entry_of, row_number, storage};
 use satgrid_ledger::{
     entry::Entry,
-    journal::{JournalError, Witness, stored::KEPT_PER_NODE},
+    journal::{JournalError, MAX_READ, Witness, named_by, stored::KEPT_PER_NODE},
     log::{SignedCheckpoint, leaf_hash},
 };
-use satgrid_types::UnixMs;
+use satgrid_types::{Digest, UnixMs};
 use sqlx::{Connection, Row, SqliteConnection};
 
+/// Entries without a name that the index may lack: they are looked at again when the journal is opened.
+pub(crate) const NAMES_LAG: u64 = 4_096;
 /// Bodies pruned in one transaction.
 const PRUNED_AT_ONCE: usize = 1_000;
 
@@ -49,6 +51,56 @@ pub(crate) async fn witness(
     .await
     .map_err(|e| storage(&e))?;
     Ok(shows)
+}
+
+/// How many entries the index of what they name has.
+pub(crate) async fn named_upto(connection: &mut SqliteConnection) -> Result<u64, JournalError> {
+    let (len,): (i64,) = sqlx::query_as("SELECT len FROM named_upto WHERE one = 1")
+        .fetch_one(connection)
+        .await
+        .map_err(|e| storage(&e))?;
+    Ok(u64::try_from(len).unwrap_or(0))
+}
+
+/// Takes names into the index, which then has the first `len` entries.
+pub(crate) async fn name(connection: &mut SqliteConnection, names: &[Digest], len: u64) -> Result<(), JournalError> {
+    for name in names {
+        sqlx::query("INSERT OR IGNORE INTO named (hash) VALUES (?)")
+            .bind(&name.0[..])
+            .execute(&mut *connection)
+            .await
+            .map_err(|e| storage(&e))?;
+    }
+    sqlx::query("UPDATE named_upto SET len = ? WHERE one = 1")
+        .bind(row_number(len))
+        .execute(connection)
+        .await
+        .map_err(|e| storage(&e))?;
+    Ok(())
+}
+
+/// Entries that the index has not: those of before there was one, or the last few without names.
+pub(crate) async fn name_the_rest(connection: &mut SqliteConnection, len: u64) -> Result<u64, JournalError> {
+    let mut upto = named_upto(connection).await?;
+    if len.saturating_sub(upto) > NAMES_LAG {
+        tracing::info!(entries = len.saturating_sub(upto), "what the ledger's entries name is indexed once");
+    }
+    while upto < len {
+        let rows = sqlx::query("SELECT seq, bytes, opening FROM entries WHERE seq >= ? ORDER BY seq LIMIT ?")
+            .bind(row_number(upto))
+            .bind(i64::try_from(MAX_READ).unwrap_or(i64::MAX))
+            .fetch_all(&mut *connection)
+            .await
+            .map_err(|e| storage(&e))?;
+        let entries = rows.iter().map(entry_of).collect::<Result<Vec<Entry>, _>>()?;
+        let Some(last) = entries.last() else { break };
+        let (names, next) = (entries.iter().filter_map(named_by).collect::<Vec<_>>(), last.seq.saturating_add(1));
+        let mut transaction = connection.begin().await.map_err(|e| storage(&e))?;
+        name(&mut transaction, &names, next).await?;
+        transaction.commit().await.map_err(|e| storage(&e))?;
+        upto = next;
+    }
+    Ok(upto)
 }
 
 /// Replaces bodies by the same entries without evidence, and keeps their leaves.

@@ -6,7 +6,7 @@ use satgrid_ledger::{
     journal::{JournalError, JournalFuture, JournalReader, MAX_READ, stored},
     log::{SignedCheckpoint, TileCache, TileId},
 };
-use satgrid_types::NodeKey;
+use satgrid_types::{Digest, NodeKey};
 use sqlx::{
     Row, SqlitePool,
     sqlite::{SqlitePoolOptions, SqliteRow},
@@ -15,6 +15,8 @@ use std::path::Path;
 
 /// Connections that read at the same time.
 const CONNECTIONS: u32 = 4;
+/// Hashes that one query looks for.
+const NAMES_IN_A_QUERY: usize = 256;
 
 /// A journal that is only read. Clones share their connections.
 #[derive(Debug, Clone)]
@@ -110,6 +112,23 @@ impl SqliteReader {
         Ok(rows.into_iter().filter_map(|(seq,)| u64::try_from(seq).ok()).collect())
     }
 
+    /// Those of these payment hashes and transaction ids that some entry names.
+    pub async fn named(&self, hashes: &[Digest]) -> Result<Vec<Digest>, JournalError> {
+        let mut found = Vec::new();
+        let mut connection = self.pool.acquire().await.map_err(|e| storage(&e))?;
+        for piece in hashes.chunks(NAMES_IN_A_QUERY) {
+            let marks = vec!["?"; piece.len()].join(",");
+            let statement = format!("SELECT hash FROM named WHERE hash IN ({marks})");
+            let mut query = sqlx::query_as(&statement);
+            for hash in piece {
+                query = query.bind(&hash.0[..]);
+            }
+            let rows: Vec<(Vec<u8>,)> = query.fetch_all(&mut *connection).await.map_err(|e| storage(&e))?;
+            found.extend(rows.into_iter().filter_map(|(hash,)| hash.try_into().ok().map(Digest)));
+        }
+        Ok(found)
+    }
+
     /// Checkpoints of another node's log as they were heard, newest first.
     pub async fn witnessed(&self, node: &NodeKey) -> Result<Vec<SignedCheckpoint>, JournalError> {
         let rows: Vec<(String,)> = sqlx::query_as("SELECT note FROM witnessed WHERE node = ? ORDER BY size DESC")
@@ -162,6 +181,9 @@ impl JournalReader for SqliteReader {
     }
     fn pruned(&self, from: u64, to: u64) -> JournalFuture<'_, Vec<u64>> {
         Box::pin(SqliteReader::pruned(self, from, to))
+    }
+    fn named(&self, hashes: Vec<Digest>) -> JournalFuture<'_, Vec<Digest>> {
+        Box::pin(async move { SqliteReader::named(self, &hashes).await })
     }
     fn witnessed(&self, node: NodeKey) -> JournalFuture<'_, Vec<SignedCheckpoint>> {
         Box::pin(async move { SqliteReader::witnessed(self, &node).await })

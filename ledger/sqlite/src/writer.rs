@@ -12,12 +12,12 @@ use ed25519_dalek::SigningKey;
 use satgrid_ledger::{
     entry::{Draft, Entry, Head},
     journal::{
-        JournalError, Witness,
+        JournalError, Witness, named_by,
         stored::{Group, MAX_GROUP, Row, Tip},
     },
     log::{SignedCheckpoint, TileEdge, TileId},
 };
-use satgrid_types::UnixMs;
+use satgrid_types::{Digest, UnixMs};
 use sqlx::{Connection, SqliteConnection};
 use std::collections::BTreeMap;
 use tokio::sync::{mpsc, oneshot};
@@ -57,6 +57,8 @@ pub(crate) struct Writer {
     connection: SqliteConnection,
     tip: Tip,
     statements: Vec<String>,
+    /// Entries that the index of names has in the database.
+    named: u64,
     /// Set when even reading the state again failed: nothing more is written.
     broken: Option<JournalError>,
 }
@@ -69,8 +71,10 @@ impl Writer {
             format!("INSERT INTO entries (seq, at, bytes, opening) VALUES {values}")
         };
         let statements = ROWS.iter().map(|rows| insert(*rows)).collect();
-        let mut writer = Writer { connection, tip: Tip::empty(), statements, broken: None };
+        let mut writer = Writer { connection, tip: Tip::empty(), statements, named: 0, broken: None };
         writer.reload().await?;
+        let len = writer.tip.head().len;
+        writer.named = keep::name_the_rest(&mut writer.connection, len).await?;
         Ok(writer)
     }
 
@@ -159,7 +163,8 @@ impl Writer {
             }
         }
         let (rows, tiles, tip) = group.finish();
-        match self.commit(&rows, &tiles).await {
+        let names: Vec<Digest> = waiting.iter().flat_map(|w| &w.entries).filter_map(named_by).collect();
+        match self.commit(&rows, &tiles, (&names, tip.head().len)).await {
             Ok(()) => {
                 self.tip = tip;
                 waiting.into_iter().for_each(|w| drop(w.answer.send(Ok(w.entries))));
@@ -174,7 +179,12 @@ impl Writer {
         }
     }
 
-    async fn commit(&mut self, rows: &[Row], tiles: &BTreeMap<TileId, Vec<u8>>) -> Result<(), JournalError> {
+    async fn commit(
+        &mut self,
+        rows: &[Row],
+        tiles: &BTreeMap<TileId, Vec<u8>>,
+        (names, len): (&[Digest], u64),
+    ) -> Result<(), JournalError> {
         if rows.is_empty() {
             return Ok(());
         }
@@ -203,7 +213,15 @@ impl Writer {
                 .await
                 .map_err(|e| storage(&e))?;
         }
-        transaction.commit().await.map_err(|e| storage(&e))
+        let indexed = !names.is_empty() || len.saturating_sub(self.named) >= keep::NAMES_LAG;
+        if indexed {
+            keep::name(&mut transaction, names, len).await?;
+        }
+        transaction.commit().await.map_err(|e| storage(&e))?;
+        if indexed {
+            self.named = len;
+        }
+        Ok(())
     }
 
     async fn checkpoint(&mut self, key: &SigningKey) -> Result<SignedCheckpoint, JournalError> {

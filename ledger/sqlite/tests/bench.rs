@@ -6,14 +6,16 @@
 use satgrid_ledger::{
     Evidence, Journal, JournalReader,
     entry::Draft,
+    journal::{MAX_READ, named_by},
     log::{TileEdge, TileId, leaf_hash, verify_consistency, verify_inclusion},
+    own,
     testing::{Work, World},
 };
 use satgrid_ledger_sqlite::{SqliteJournal, SqliteReader};
-use satgrid_types::{Digest, Msat, UnixMs};
+use satgrid_types::{Digest, Msat, PaymentHash, UnixMs};
 use sqlx::{Connection, SqliteConnection, sqlite::SqliteConnectOptions};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
 
@@ -153,6 +155,60 @@ fn growth_of_a_journal() {
                 mark = if mark >= receipts { u64::MAX } else { (mark * 10).min(receipts) };
             }
         }
+        journal.close().await;
+    });
+}
+
+/// What the bookkeeper's start costs: every entry read for what it names, or each of the wallet's payments looked up.
+#[test]
+#[ignore = "a measurement"]
+fn what_entries_name_read_and_looked_up() {
+    const AT_ONCE: u64 = 4_096;
+    let payments = std::env::var("SATGRID_BENCH_PAYMENTS").map_or(200_000, |text| text.parse().unwrap());
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = folder.path().join("ledger.db");
+    let hash = |n: u64| leaf(n);
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap().block_on(async {
+        let journal = SqliteJournal::open(&path).await.unwrap();
+        for from in (0..payments).step_by(AT_ONCE as usize) {
+            let draft = |n| own::payment(PaymentHash(hash(n).0), true, Msat(1_000), Msat::ZERO, None);
+            journal.append(UnixMs(1), (from..payments.min(from + AT_ONCE)).map(draft).collect()).await.unwrap();
+        }
+        let began = Instant::now();
+        let (mut next, mut named) = (0, BTreeSet::new());
+        loop {
+            let entries = journal.read(next, MAX_READ).await.unwrap();
+            let Some(last) = entries.last() else { break };
+            next = last.seq + 1;
+            named.extend(entries.iter().filter_map(named_by));
+        }
+        let read = began.elapsed();
+        assert_eq!(named.len() as u64, payments);
+        let began = Instant::now();
+        let asked: Vec<Digest> = (0..payments).map(hash).collect();
+        let mut found = 0;
+        for piece in asked.chunks(MAX_READ) {
+            found += journal.reader().named(piece).await.unwrap().len() as u64;
+        }
+        assert_eq!(found, payments);
+        println!("{payments} payments: read from the journal in {read:?}, looked up in {:?}", began.elapsed());
+        let began = Instant::now();
+        assert_eq!(journal.reader().named(&asked[..100]).await.unwrap().len(), 100);
+        println!("  the last hundred of them, looked up in {:?}", began.elapsed());
+        journal.close().await;
+        let began = Instant::now();
+        let journal = SqliteJournal::open(&path).await.unwrap();
+        println!("  opened again in {:?}", began.elapsed());
+        journal.close().await;
+        let mut connection =
+            SqliteConnection::connect_with(&SqliteConnectOptions::new().filename(&path)).await.unwrap();
+        sqlx::query("DELETE FROM named").execute(&mut connection).await.unwrap();
+        sqlx::query("UPDATE named_upto SET len = 0").execute(&mut connection).await.unwrap();
+        connection.close().await.unwrap();
+        let began = Instant::now();
+        let journal = SqliteJournal::open(&path).await.unwrap();
+        println!("  opened by a program that indexes it for the first time in {:?}", began.elapsed());
+        assert_eq!(journal.reader().named(&asked[..100]).await.unwrap().len(), 100);
         journal.close().await;
     });
 }

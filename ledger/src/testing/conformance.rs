@@ -5,11 +5,12 @@
 use super::World;
 use crate::{
     entry::{Draft, Entry, Evidence, Head},
-    journal::{Journal, JournalError, JournalReader, MAX_APPEND, MAX_READ},
+    journal::{Journal, JournalError, JournalReader, MAX_APPEND, MAX_READ, named_by},
     log::{MemoryTiles, root_at, verify_consistency, verify_inclusion},
 };
 use core::{future::Future, pin::Pin};
-use satgrid_types::{Msat, UnixMs};
+use satgrid_types::{Digest, Msat, UnixMs};
+use std::collections::BTreeSet;
 
 /// A case on a journal.
 pub type Case = for<'a> fn(&'a dyn Journal) -> Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
@@ -32,6 +33,7 @@ pub type ReaderCase =
 pub const READER_CASES: &[(&str, ReaderCase)] = &[
     ("reads_what_was_appended", |journal, reader| Box::pin(reads_what_was_appended(journal, reader))),
     ("proves_from_its_tiles", |journal, reader| Box::pin(proves_from_its_tiles(journal, reader))),
+    ("knows_what_its_entries_name", |journal, reader| Box::pin(knows_what_its_entries_name(journal, reader))),
 ];
 
 /// A draft that says nothing but a number.
@@ -60,6 +62,24 @@ async fn reads_what_was_appended(journal: &dyn Journal, reader: &dyn JournalRead
     assert_eq!(reader.read(0, MAX_READ).await, Ok(world.consumer.journal.entries()));
     assert_eq!(reader.pruned(0, u64::MAX).await, Ok(Vec::new()));
     assert_eq!(reader.witnessed(satgrid_types::NodeKey([1; 32])).await, Ok(Vec::new()));
+}
+
+async fn knows_what_its_entries_name(journal: &dyn Journal, reader: &dyn JournalReader) {
+    let other = |n: u16| Digest([n.to_be_bytes(); 16].concat().try_into().expect("32 bytes"));
+    assert_eq!(reader.named(vec![other(1)]).await, Ok(Vec::new()));
+    let world = World::example();
+    let mut named = BTreeSet::new();
+    for entry in world.consumer.journal.entries() {
+        journal.append(entry.at, vec![entry.draft()]).await.expect("appended");
+        if let Some(name) = named_by(&entry) {
+            assert_eq!(reader.named(vec![other(1), name]).await, Ok(vec![name]), "what is durable is known at once");
+            named.insert(name);
+        }
+    }
+    assert!(named.len() >= 2, "the example names payments");
+    let asked: Vec<Digest> = (0..600).map(other).chain(named.iter().copied()).collect();
+    let found = reader.named(asked).await.expect("an answer");
+    assert_eq!((found.len(), found.into_iter().collect()), (named.len(), named));
 }
 
 async fn proves_from_its_tiles(journal: &dyn Journal, reader: &dyn JournalReader) {

@@ -3,13 +3,14 @@
 use ed25519_dalek::SigningKey;
 use satgrid_ledger::{
     entry::{Draft, Entry, Head},
-    journal::{Journal, JournalError, JournalFuture, JournalReader, Witness},
+    journal::{Journal, JournalError, JournalFuture, JournalReader, MAX_READ, Witness},
     log::SignedCheckpoint,
 };
 use satgrid_ledger_postgres::PostgresJournal;
 use satgrid_ledger_sqlite::SqliteJournal;
 use satgrid_protocol::frame::{LogAsk, LogProof};
-use satgrid_types::{NodeKey, UnixMs};
+use satgrid_types::{Digest, NodeKey, UnixMs};
+use std::collections::BTreeSet;
 
 /// The node's journal, opened for writing. Clones share it.
 #[derive(Debug, Clone)]
@@ -44,6 +45,14 @@ impl Store {
             Store::Sqlite(journal) => journal.witness(heard, at).await,
             Store::Postgres(journal) => journal.witness(heard, at).await,
         }
+    }
+    /// Those of these payment hashes and transaction ids that the journal names.
+    pub(crate) async fn named(&self, hashes: &[Digest]) -> Result<BTreeSet<Digest>, JournalError> {
+        let mut named = BTreeSet::new();
+        for piece in hashes.chunks(MAX_READ) {
+            named.extend(self.reader().named(piece.to_vec()).await?);
+        }
+        Ok(named)
     }
     /// Whether a tree head of this node was ever heard.
     pub(crate) async fn has_heard_of(&self, node: NodeKey) -> bool {

@@ -2,16 +2,11 @@
 //!
 //! Payments that the operator makes by hand are known by their hash before they are made ([`Own`]) and booked as soon as
 //! they are settled. The rest (other apps of theirs, payments of before a crash) is booked once it has been settled for
-//! [`GRACE`] and this process has run as long: until then a role may still book it as its own.
+//! [`GRACE_MS`] and this process has run as long: until then a role may still book it as its own.
 
 use super::{journal::JournalWriter, now};
 use crate::store::Store;
-use satgrid_ledger::{
-    audit::read_invoice,
-    entry::{Draft, Entry, Evidence},
-    journal::{Journal, MAX_READ},
-    own,
-};
+use satgrid_ledger::{entry::Draft, own};
 use satgrid_ledger_sqlite::KeyStore;
 use satgrid_types::{Digest, PaymentHash, UnixMs};
 use satgrid_wallet::{Direction, Embedded, Lightning, PaymentRecord, PaymentState, embedded::OnchainRow};
@@ -24,7 +19,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 /// A role books its payments within seconds of their end.
-const GRACE: Duration = Duration::from_secs(600);
+const GRACE_MS: u64 = 600_000;
 /// The wallet's list is read so often even where nobody says that something moved.
 const LOOK_EVERY: Duration = Duration::from_secs(120);
 /// A payment's row follows its event by a moment.
@@ -51,37 +46,29 @@ impl Own {
     }
 }
 
-/// What the journal explains.
-#[derive(Default)]
-struct Known {
-    next: u64,
-    payments: BTreeSet<PaymentHash>,
-    transactions: BTreeSet<Digest>,
+/// Rows of the wallet's list up to this time are explained, all of them. It is found anew at each start: the journal has an
+/// index of what its entries name, so that costs a look-up for each row.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+struct Explained {
+    upto: UnixMs,
 }
 
-impl Known {
-    fn entry(&mut self, entry: &Entry) {
-        self.next = entry.seq.saturating_add(1);
-        match &entry.evidence {
-            Some(Evidence::Invoice { bolt11, .. }) => {
-                self.payments.extend(read_invoice(bolt11).map(|facts| facts.payment_hash));
+impl Explained {
+    /// A row may be written a moment after its time: so much is looked at again.
+    fn is_over(self, row: &PaymentRecord) -> bool {
+        row.at.plus_ms(GRACE_MS) < self.upto
+    }
+
+    /// After a round that knew these rows as explained or as not.
+    fn after<'a>(self, rows: impl Iterator<Item = (&'a PaymentRecord, bool)>) -> Explained {
+        let (mut newest, mut open) = (self.upto, None::<UnixMs>);
+        for (row, explained) in rows {
+            newest = newest.max(row.at);
+            if !explained {
+                open = Some(open.map_or(row.at, |at| at.min(row.at)));
             }
-            Some(
-                Evidence::PaymentAttempted { payment_hash, .. }
-                | Evidence::PaymentSettled { payment_hash, .. }
-                | Evidence::PaymentReceived { payment_hash, .. }
-                | Evidence::RefundAttempted { payment_hash, .. }
-                | Evidence::RefundSettled { payment_hash, .. }
-                | Evidence::RefundReceived { payment_hash, .. }
-                | Evidence::WalletPayment { payment_hash, .. },
-            ) => {
-                self.payments.insert(*payment_hash);
-            }
-            Some(Evidence::OnChain { txid, .. }) => {
-                self.transactions.insert(*txid);
-            }
-            Some(_) | None => {}
         }
+        Explained { upto: open.map_or(newest, |at| at.min(newest)).max(self.upto) }
     }
 }
 
@@ -98,7 +85,7 @@ pub(crate) struct Bookkeeper {
 impl Bookkeeper {
     pub(crate) async fn run(self) {
         let began = now();
-        let mut known = Known::default();
+        let mut explained = Explained::default();
         let mut look = tokio::time::interval(LOOK_EVERY);
         loop {
             tokio::select! {
@@ -106,56 +93,58 @@ impl Bookkeeper {
                 _ = look.tick() => {}
                 () = self.own.bell.notified() => tokio::time::sleep(SETTLES_IN).await,
             }
-            if let Err(error) = self.round(began, &mut known).await {
-                tracing::warn!(%error, "the operator's own payments are not booked yet");
+            match self.round(began, explained).await {
+                Ok(now_explained) => explained = now_explained,
+                Err(error) => tracing::warn!(%error, "the operator's own payments are not booked yet"),
             }
         }
     }
 
-    async fn round(&self, began: UnixMs, known: &mut Known) -> anyhow::Result<()> {
-        let rows = self.wallet.payments().await?;
-        let coins = match &self.embedded {
+    async fn round(&self, began: UnixMs, explained: Explained) -> anyhow::Result<Explained> {
+        let mut rows = self.wallet.payments().await?;
+        rows.retain(|row| !explained.is_over(row));
+        let mut coins = match &self.embedded {
             Some(embedded) => embedded.onchain_rows().await?,
             None => Vec::new(),
         };
+        coins.retain(|row| row.confirmed);
+        let hashes = rows.iter().map(|row| Digest(row.hash.0)).chain(coins.iter().map(|row| row.txid));
         // The journal after the wallet: what a role has booked meanwhile is seen.
-        loop {
-            let entries = self.store.read(known.next, MAX_READ).await?;
-            if entries.is_empty() {
-                break;
-            }
-            entries.iter().for_each(|entry| known.entry(entry));
-        }
+        let named = self.store.named(&hashes.collect::<Vec<_>>()).await?;
+        let is_named = |row: &PaymentRecord| named.contains(&Digest(row.hash.0));
         let mut drafts = Vec::new();
-        for row in &rows {
-            let Some(draft) = self.payment(began, known, row) else { continue };
-            // A stranger's money, which the front door books.
-            if self.keys.invoice(row.hash).await?.is_none() && !self.keys.has_refund(row.hash).await? {
-                drafts.push(draft);
+        let mut doors = BTreeSet::new();
+        for row in rows.iter().filter(|row| !is_named(row)) {
+            if !matches!(row.state, PaymentState::Settled { .. }) {
+                continue;
             }
+            // A stranger's money, which the front door books.
+            if self.keys.invoice(row.hash).await?.is_some() || self.keys.has_refund(row.hash).await? {
+                doors.insert(row.hash);
+                continue;
+            }
+            drafts.extend(self.payment(began, row));
         }
-        drafts.extend(coins.iter().filter_map(|row| coin(known, row)));
+        drafts.extend(coins.iter().filter(|row| !named.contains(&row.txid)).map(coin));
         for drafts in drafts.chunks(AT_ONCE) {
             self.journal.append(drafts.to_vec()).await.map_err(anyhow::Error::msg)?;
         }
-        Ok(())
+        // What is not settled has a new time when it is.
+        let settled = |row: &PaymentRecord| matches!(row.state, PaymentState::Settled { .. });
+        let over = |row: &PaymentRecord| is_named(row) || doors.contains(&row.hash) || !settled(row);
+        Ok(explained.after(rows.iter().map(|row| (row, over(row)))))
     }
 
-    fn payment(&self, began: UnixMs, known: &Known, row: &PaymentRecord) -> Option<Draft> {
+    fn payment(&self, began: UnixMs, row: &PaymentRecord) -> Option<Draft> {
         let PaymentState::Settled { preimage, .. } = row.state else { return None };
-        if known.payments.contains(&row.hash) {
-            return None;
-        }
-        let grace = u64::try_from(GRACE.as_millis()).unwrap_or(u64::MAX);
-        let old = now().since(row.at.max(began)) >= grace;
+        let old = now().since(row.at.max(began)) >= GRACE_MS;
         let inbound = row.direction == Direction::Inbound;
         (old || self.own.has(&row.hash)).then(|| own::payment(row.hash, inbound, row.amount, row.fee, Some(preimage)))
     }
 }
 
-fn coin(known: &Known, row: &OnchainRow) -> Option<Draft> {
-    let new = row.confirmed && !known.transactions.contains(&row.txid);
-    new.then(|| own::on_chain(row.txid, row.inbound, row.amount, row.fee))
+fn coin(row: &OnchainRow) -> Draft {
+    own::on_chain(row.txid, row.inbound, row.amount, row.fee)
 }
 
 #[cfg(test)]
@@ -164,20 +153,28 @@ mod tests {
     use satgrid_types::Msat;
 
     #[test]
-    fn coins_are_booked_when_they_are_confirmed_and_once() {
-        let row = |confirmed| OnchainRow {
-            txid: Digest([7; 32]),
-            inbound: false,
-            amount: Msat(5_000_000),
-            fee: Msat(141_000),
-            confirmed,
+    fn what_is_explained_is_not_looked_at_again() {
+        let row = |at: u64| PaymentRecord {
+            hash: PaymentHash([7; 32]),
+            direction: Direction::Inbound,
+            amount: Msat(1),
+            fee: Msat::ZERO,
+            state: PaymentState::InFlight,
+            at: UnixMs(at),
         };
-        let mut known = Known::default();
-        assert_eq!(coin(&known, &row(false)), None);
-        let draft = coin(&known, &row(true)).unwrap();
-        let entry = Entry::chain(&satgrid_ledger::Head::EMPTY, UnixMs(1), draft);
-        known.entry(&entry);
-        assert_eq!(known.next, 1);
-        assert_eq!(coin(&known, &row(true)), None);
+        const DAY: u64 = 24 * 3_600_000;
+        let rows = [row(3 * DAY), row(DAY), row(2 * DAY)];
+        let round = |explained: Explained, open: &[u64]| {
+            let left: Vec<&PaymentRecord> = rows.iter().filter(|row| !explained.is_over(row)).collect();
+            let seen = left.len();
+            (explained.after(left.into_iter().map(|row| (row, !open.contains(&row.at.0)))), seen)
+        };
+        let (explained, seen) = round(Explained::default(), &[2 * DAY]);
+        assert_eq!((explained.upto, seen), (UnixMs(2 * DAY), 3), "up to the one that is not");
+        let (explained, seen) = round(explained, &[2 * DAY]);
+        assert_eq!((explained.upto, seen), (UnixMs(2 * DAY), 2));
+        let (explained, seen) = round(explained, &[]);
+        assert_eq!((explained.upto, seen), (UnixMs(3 * DAY), 2));
+        assert_eq!(round(explained, &[]).1, 1, "the newest is looked at for a while");
     }
 }
