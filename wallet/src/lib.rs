@@ -13,6 +13,7 @@
 //! - [`message`]: signatures by a Lightning node key over a text, as other Lightning implementations make them;
 //! - [`reopen`]: opening a force-closed channel again without a person;
 //! - [`sweep`]: what goes to where the owner keeps money, and when;
+//! - [`sealed`]: the seed under a passphrase, as an age file;
 //! - [`restore`]: lost channels coming back, and the guard against old copies of them;
 //! - `fake` (feature): wallets that fail by script, for the simulator;
 //! - `conformance` (feature): the suite that the fake and every adapter pass.
@@ -33,6 +34,7 @@ pub mod payment;
 pub mod port;
 pub mod reopen;
 pub mod restore;
+pub mod sealed;
 pub mod sweep;
 
 pub use embedded::Embedded;
