@@ -16,7 +16,7 @@ use crate::{
 use minicbor::{Decode, Encode};
 use satgrid_types::{
     AckId, BothSigned, Digest, LightningKey, Msat, NodeKey, NostrKey, Numerators, PaymentHash, Preimage, Quote,
-    RequestId, SessionId, Signed, UnixMs, cbor, cbor::CodecError,
+    RequestId, SessionId, Signed, SignedSuccession, UnixMs, cbor, cbor::CodecError,
 };
 
 /// No entry is longer, in bytes. A listing event is the largest thing that one holds.
@@ -30,7 +30,8 @@ pub const MAX_OPENING_LEN: usize = 32 * 1024;
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 #[cbor(map)]
 pub enum Evidence {
-    /// The first entry: whose journal this is. Sessions where `node` is the provider are its provider side.
+    /// The first entry: whose journal this is. Sessions where `node`, or a key that came after it, is the provider are its
+    /// provider side.
     #[n(0)]
     Genesis {
         #[n(0)]
@@ -239,6 +240,9 @@ pub enum Evidence {
         #[n(3)]
         fee: Msat,
     },
+    /// This node's key gave way to another, which signs from here on, or to none.
+    #[n(26)]
+    Succession(#[n(0)] SignedSuccession),
 }
 
 impl Evidence {
@@ -271,6 +275,7 @@ impl Evidence {
             Evidence::CreditTransfer(_) => "credit-transfer",
             Evidence::WalletPayment { .. } => "wallet-payment",
             Evidence::OnChain { .. } => "on-chain",
+            Evidence::Succession(_) => "succession",
         }
     }
 }

@@ -97,6 +97,7 @@ fn may_go(evidence: &Evidence) -> bool {
         | Evidence::ChannelClosed { .. }
         | Evidence::WalletPayment { .. }
         | Evidence::OnChain { .. }
+        | Evidence::Succession(_)
         | Evidence::Misbehaviour { .. }
         | Evidence::WalletSnapshot { .. }
         | Evidence::Checkpoint { .. } => false,

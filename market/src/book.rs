@@ -4,6 +4,8 @@
 //! Two limits bound memory, one per provider and one over all; beyond a limit the oldest listing goes. Both rules look
 //! at the listings alone, so **the same listings give the same book in whatever order relays deliver them**.
 //!
+//! A listing by a key that was given up ([`Lineage`]) is refused, whatever it says.
+//!
 //! Expiry is enforced here at every reading. An expired listing stays in its place, invisible, until no older version of
 //! it can be live either ([`MAX_LIFETIME_S`] after it was made): so a relay cannot bring back a price by replaying it.
 
@@ -13,6 +15,8 @@ use std::sync::Arc;
 
 use satgrid_types::{ListingId, MAX_LIFETIME_S, ModelRoot, NostrKey, UnixMs, VerifiedListing};
 use thiserror::Error;
+
+use crate::lineage::{LastWord, Lineage, LineageRefusal};
 
 /// Bounds of a book.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,7 +39,7 @@ pub enum Applied {
 }
 
 /// Why a verified listing is not in the book. None of these is a crime: relays repeat and reorder.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum BookRefusal {
     #[error("this very event is in the book")]
     Duplicate,
@@ -47,6 +51,8 @@ pub enum BookRefusal {
     ProviderFull { limit: usize },
     #[error("the book is full of newer listings ({limit})")]
     BookFull { limit: usize },
+    #[error("its key was {fate}")]
+    GivenUp { fate: String },
 }
 
 impl BookRefusal {
@@ -58,6 +64,7 @@ impl BookRefusal {
             BookRefusal::Expired { .. } => "expired",
             BookRefusal::ProviderFull { .. } => "provider_full",
             BookRefusal::BookFull { .. } => "book_full",
+            BookRefusal::GivenUp { .. } => "given_up",
         }
     }
 }
@@ -76,6 +83,7 @@ pub struct Book {
     by_age: BTreeSet<Age>,
     by_provider: BTreeMap<NostrKey, BTreeSet<Age>>,
     refused: BTreeMap<&'static str, u64>,
+    lineage: Lineage,
 }
 
 impl Book {
@@ -117,6 +125,21 @@ impl Book {
         &self.refused
     }
 
+    /// Which keys were given up, and for whom.
+    pub fn lineage(&self) -> &Lineage {
+        &self.lineage
+    }
+
+    /// A key was given up: its listings go, now and whenever one comes again. Returns how many went.
+    pub fn give_up(&mut self, word: LastWord, dealt_with: bool) -> Result<usize, LineageRefusal> {
+        let old = word.said.old;
+        self.lineage.apply(word, dealt_with)?;
+        let its: Vec<ListingId> =
+            self.listings.values().filter(|listing| listing.node_key == old).map(|listing| listing.id()).collect();
+        its.iter().for_each(|id| self.remove(id));
+        Ok(its.len())
+    }
+
     /// Counts an event that was refused before it came here.
     pub fn count_refusal(&mut self, reason: &'static str) {
         *self.refused.entry(reason).or_default() += 1;
@@ -151,6 +174,9 @@ impl Book {
         }
         if !listing.is_live(now) {
             return Err(BookRefusal::Expired { expires_at: listing.expires_at });
+        }
+        if let Some(fate) = self.lineage.fate(&listing.node_key) {
+            return Err(BookRefusal::GivenUp { fate: fate.to_string() });
         }
         let provider = listing.nostr_key();
         let older = self.places.get(&(provider, listing.d().to_owned())).copied();
@@ -224,6 +250,7 @@ mod tests {
     use super::*;
     use crate::testing::{NOW_S, Offer, now};
     use proptest::prelude::*;
+    use satgrid_types::{GivenUp, SignedSuccession};
     use std::sync::LazyLock;
 
     const SMALL: BookLimits = BookLimits { per_provider: 2, total: 5 };
@@ -253,6 +280,24 @@ mod tests {
         assert_eq!(ids(&book), vec![new.id()]);
         assert_eq!(book.refusals()[&"superseded"], 1);
         assert_eq!(book.refusals()[&"duplicate"], 1);
+        assert_consistent(&book);
+    }
+
+    #[test]
+    fn a_key_that_was_given_up_sells_nothing_any_more() {
+        let mut book = Book::default();
+        let (stays, goes) = (Offer::new(2).verified(), Offer::new(1).verified());
+        book.apply(now(), stays.clone()).unwrap();
+        book.apply(now(), goes.clone()).unwrap();
+        let old = (&Offer::new(1).signing(), goes.nostr_key());
+        let signed = SignedSuccession::revoke(old, now(), GivenUp::Stolen);
+        let word = LastWord { said: signed.verify().unwrap(), signed };
+        assert_eq!(book.give_up(word.clone(), false), Ok(1));
+        assert_eq!(book.give_up(word, false), Err(LineageRefusal::Known));
+        assert_eq!(ids(&book), vec![stays.id()]);
+        let newer = Offer { age_s: -10, ..Offer::new(1) }.verified();
+        assert!(matches!(book.apply(now(), newer), Err(BookRefusal::GivenUp { fate }) if fate.contains("stolen")));
+        assert_eq!(book.refusals()[&"given_up"], 1);
         assert_consistent(&book);
     }
 

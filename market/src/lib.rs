@@ -7,6 +7,7 @@
 //! - [`layers`]: layers of a model, cut over those who sell them.
 //! - [`links`]: how far nodes are from each other, as they measured it.
 //! - [`demand`]: what one request needs, and at what price.
+//! - [`lineage`]: keys that were given up, and who came after them.
 //! - [`planner`]: the choice, its failover order, and a reason for every listing that was not chosen.
 //! - [`reputation`]: what this node itself has settled with a provider, and what it holds against it.
 //! - [`ways`]: a model whole, by layers or by experts, and which is fastest.
@@ -22,6 +23,7 @@ pub mod demand;
 pub mod estimate;
 pub mod experts;
 pub mod layers;
+pub mod lineage;
 pub mod links;
 pub mod planner;
 pub mod reputation;
@@ -32,6 +34,7 @@ pub mod ways;
 pub use book::{Applied, Book, BookLimits, BookRefusal};
 pub use catalogue::{Catalogue, CatalogueError, Model, UnknownModel};
 pub use demand::{Demand, MaxPrice, ProviderPattern, Sort, Wanted};
+pub use lineage::{Fate, LastWord, Lineage, LineageRefusal};
 pub use links::{HOP_US, Hop, Links};
 pub use planner::{Choice, Considered, NoPlan, Plan, Stage, Verdict, WhyNot, explain, plan};
 pub use reputation::{Fault, Record, Reputation};

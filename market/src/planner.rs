@@ -107,7 +107,7 @@ pub fn plan(now: UnixMs, book: &Book, demand: &Demand, reputation: &Reputation) 
     let mut best_of: BTreeMap<NodeKey, Candidate<'_>> = BTreeMap::new();
     for listing in considered_for(book, demand) {
         considered += 1;
-        match candidate(now, listing, demand, reputation) {
+        match candidate(now, book, listing, demand, reputation) {
             Ok(candidate) => {
                 let known = best_of.get(&listing.node_key);
                 if known.is_none_or(|known| candidate.rank < known.rank) {
@@ -142,7 +142,7 @@ pub fn explain(now: UnixMs, book: &Book, demand: &Demand, name: &str, reputation
     let mut ranked = Vec::new();
     let mut refused = Vec::new();
     for listing in all.into_values().take(MAX_CONSIDERED) {
-        match candidate(now, listing, demand, reputation) {
+        match candidate(now, book, listing, demand, reputation) {
             Ok(candidate) => ranked.push(candidate),
             Err(why) => refused.push(Considered { listing: listing.clone(), verdict: Verdict::Refused(why) }),
         }
@@ -185,11 +185,12 @@ fn considered_for<'a>(book: &'a Book, demand: &'a Demand) -> Box<dyn Iterator<It
 
 fn candidate<'a>(
     now: UnixMs,
+    book: &Book,
     listing: &'a Arc<VerifiedListing>,
     demand: &Demand,
     reputation: &Reputation,
 ) -> Result<Candidate<'a>, WhyNot> {
-    let record = reputation.get(&listing.node_key);
+    let record = reputation.of_line(now, book.lineage(), &listing.node_key);
     let cost = check(now, listing, demand, &record)?;
     let rank = rank(now, listing, demand, &record, &cost);
     Ok(Candidate { listing, expected_cost: cost.expected_cost, max_cost: cost.max_cost, rank })

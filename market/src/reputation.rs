@@ -11,6 +11,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::lineage::Lineage;
 use satgrid_types::{Msat, NodeKey, UnixMs};
 use serde::{Deserialize, Serialize};
 
@@ -100,6 +101,21 @@ impl Record {
         whole - whole * (passed % HALF_LIFE_MS) / HALF_LIFE_MS / 2
     }
 
+    /// Both records as one. Means are those of the first that has any.
+    fn with(&self, now: UnixMs, other: &Record) -> Record {
+        let first = |a: u64, b: u64| if a == 0 { b } else { a };
+        Record {
+            settled: self.settled.saturating_add(other.settled),
+            requests: self.requests.saturating_add(other.requests),
+            faults: self.faults.saturating_add(other.faults),
+            last_slice: self.last_slice.max(other.last_slice),
+            fee_ppm: if self.fee_ppm == 0 { other.fee_ppm } else { self.fee_ppm },
+            decode_mtok_s: first(self.decode_mtok_s, other.decode_mtok_s),
+            points: self.points(now).saturating_add(other.points(now)).min(MAX_POINTS),
+            points_at: now,
+        }
+    }
+
     pub fn is_refused(&self, now: UnixMs) -> bool {
         self.points(now) >= REFUSED_AT
     }
@@ -123,6 +139,13 @@ pub struct Reputation {
 impl Reputation {
     pub fn get(&self, provider: &NodeKey) -> Record {
         self.records.get(provider).copied().unwrap_or_default()
+    }
+
+    /// The record of a key and of those that it stands for: trust and penalties of a key that was given up go to its heir.
+    pub fn of_line(&self, now: UnixMs, lineage: &Lineage, provider: &NodeKey) -> Record {
+        let line = lineage.line(provider);
+        let known = line.iter().filter_map(|key| self.records.get(key));
+        known.fold(Record::default(), |sum, record| sum.with(now, record))
     }
 
     pub fn records(&self) -> &BTreeMap<NodeKey, Record> {

@@ -70,8 +70,12 @@ impl Offer {
         ModelRoot(seed(b'm', self.model))
     }
 
+    pub(crate) fn signing(&self) -> SigningKey {
+        SigningKey::from_bytes(&seed(b'n', self.provider))
+    }
+
     pub(crate) fn node(&self) -> NodeKey {
-        node_key(&SigningKey::from_bytes(&seed(b'n', self.provider)))
+        node_key(&self.signing())
     }
 
     pub(crate) fn verified(&self) -> VerifiedListing {

@@ -80,6 +80,8 @@ pub struct Consumer {
     settled_with: BTreeMap<NodeKey, Msat>,
     /// How long slices take with each provider.
     payment_times: BTreeMap<NodeKey, PaymentTimes>,
+    /// Keys that stand for others that were given up, with those.
+    lines: BTreeMap<NodeKey, Vec<NodeKey>>,
     /// Providers that are not asked again before this time.
     shunned: BTreeMap<NodeKey, (UnixMs, String)>,
     payable: Option<Msat>,
@@ -129,6 +131,7 @@ impl Consumer {
             by_payment: BTreeMap::new(),
             settled_with: BTreeMap::new(),
             payment_times: BTreeMap::new(),
+            lines: BTreeMap::new(),
             shunned: BTreeMap::new(),
             payable: None,
             paused: None,
@@ -227,7 +230,9 @@ impl Consumer {
         self.shunned.iter().filter(move |(_, (until, _))| *until > now).map(|(key, (_, why))| (key, why.as_str()))
     }
     pub fn settled_with(&self, provider: &NodeKey) -> Msat {
-        self.settled_with.get(provider).copied().unwrap_or_default()
+        let itself = std::slice::from_ref(provider);
+        let line = self.lines.get(provider).map_or(itself, Vec::as_slice);
+        line.iter().filter_map(|key| self.settled_with.get(key)).fold(Msat::ZERO, |sum, v| sum.saturating_add(*v))
     }
 
     // What happened.
@@ -274,6 +279,7 @@ impl Consumer {
                 let released = self.gate.durable(ticket);
                 self.actions.extend(released);
             }
+            ConsumerEvent::Line { key, line } => drop(self.lines.insert(key, line)),
             ConsumerEvent::SecondHistory(proof) => self.second_history(now, &proof),
             ConsumerEvent::JournalFailed { reason } => self.journal_failed(&reason),
             ConsumerEvent::Tick => {}
@@ -312,6 +318,7 @@ impl Consumer {
             | ConsumerEvent::Paused(_)
             | ConsumerEvent::DirectPeers(_)
             | ConsumerEvent::SecondHistory(_)
+            | ConsumerEvent::Line { .. }
             | ConsumerEvent::JournalFailed { .. }
             | ConsumerEvent::Tick => false,
         }

@@ -23,12 +23,14 @@ mod refunds;
 mod requests;
 mod resume;
 mod sessions;
+mod signers;
 mod start;
 mod types;
 mod words;
 
 pub use types::*;
 
+use self::signers::Signers;
 use crate::{LinkId, StreamId, gate::Gate};
 use ed25519_dalek::SigningKey;
 use rand_chacha::{
@@ -41,13 +43,13 @@ use satgrid_protocol::{
     frame::{ProviderControl, ProviderFrame, Refusal, reason},
     session::SessionState,
 };
-use satgrid_types::{ListingId, Msat, NodeKey, PaymentHash, RequestId, SessionId, UnixMs, node_key};
+use satgrid_types::{ListingId, Msat, NodeKey, PaymentHash, RequestId, SessionId, UnixMs};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// The provider role. See the module's documentation.
 pub struct Provider {
     config: ProviderConfig,
-    key: SigningKey,
+    keys: Signers,
     rng: ChaCha20Rng,
     gate: Gate<ProviderAction>,
     actions: VecDeque<ProviderAction>,
@@ -87,7 +89,7 @@ impl Provider {
     pub fn new(config: ProviderConfig, key: SigningKey, seed: [u8; 32]) -> Provider {
         Provider {
             config,
-            key,
+            keys: Signers::new(key),
             rng: ChaCha20Rng::from_seed(seed),
             gate: Gate::default(),
             actions: VecDeque::new(),
@@ -109,6 +111,13 @@ impl Provider {
         }
     }
 
+    /// Keys that this node had before: sessions that were opened under one go on under it.
+    #[must_use]
+    pub fn with_former(mut self, keys: Vec<SigningKey>) -> Provider {
+        self.keys.add_former(keys);
+        self
+    }
+
     /// Takes up the sessions that the journal holds. Their open requests wait for the consumer to resume.
     pub fn restore(&mut self, now: UnixMs, restored: Vec<SessionState>, refunds: Vec<PendingRefund>) {
         self.now = now;
@@ -124,7 +133,7 @@ impl Provider {
     // Getters.
 
     pub fn node_key(&self) -> NodeKey {
-        node_key(&self.key)
+        self.keys.node_key()
     }
     pub fn counters(&self) -> &ProviderCounters {
         &self.counters

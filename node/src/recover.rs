@@ -4,7 +4,7 @@ use crate::provider::PendingRefund;
 use satgrid_ledger::entry::{Entry, Evidence};
 use satgrid_protocol::session::{SessionState, Side, invoice_hash};
 use satgrid_types::{Msat, NodeKey, PaymentHash, Quote, QuoteId, SessionId, Verified};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Everything that the roles take up again.
 #[derive(Debug, Default)]
@@ -14,8 +14,10 @@ pub struct Recovered {
     pub refunds: Vec<PendingRefund>,
     /// Sessions that this node ever opened as a consumer: the next session key's index.
     pub opened: u64,
-    /// The journal holds a genesis entry.
-    pub has_genesis: bool,
+    /// The key that began the journal; absent where it is empty.
+    pub genesis: Option<NodeKey>,
+    /// How often that key and those after it gave way.
+    pub successions: usize,
     /// Value settled by receipts, by provider: what lets slices grow.
     pub settled_with: BTreeMap<NodeKey, Msat>,
 }
@@ -23,7 +25,8 @@ pub struct Recovered {
 /// Folds the journal, in order.
 #[derive(Debug)]
 pub struct Fold {
-    ours: NodeKey,
+    /// Every key that was this node's.
+    ours: BTreeSet<NodeKey>,
     quotes: BTreeMap<QuoteId, Verified<Quote>>,
     sessions: BTreeMap<SessionId, SessionState>,
     by_payment: BTreeMap<PaymentHash, SessionId>,
@@ -32,9 +35,9 @@ pub struct Fold {
 }
 
 impl Fold {
-    pub fn new(ours: NodeKey) -> Fold {
+    pub fn new(ours: impl IntoIterator<Item = NodeKey>) -> Fold {
         Fold {
-            ours,
+            ours: ours.into_iter().collect(),
             quotes: BTreeMap::new(),
             sessions: BTreeMap::new(),
             by_payment: BTreeMap::new(),
@@ -54,7 +57,8 @@ impl Fold {
             return;
         };
         match evidence {
-            Evidence::Genesis { .. } => self.out.has_genesis = true,
+            Evidence::Genesis { node, .. } => self.out.genesis = Some(*node),
+            Evidence::Succession(_) => self.out.successions += 1,
             Evidence::Quote(signed) => {
                 if let Ok(quote) = signed.peek()
                     && let Ok(quote) = signed.verify(&quote.provider)
@@ -67,7 +71,7 @@ impl Fold {
                 let Ok(open) = signed.peek() else { return };
                 let Ok(open) = signed.verify(&open.consumer) else { return };
                 let Some(quote) = self.quotes.get(&open.quote) else { return };
-                let side = if open.provider == self.ours { Side::Provider } else { Side::Consumer };
+                let side = if self.ours.contains(&open.provider) { Side::Provider } else { Side::Consumer };
                 if side == Side::Consumer {
                     self.out.opened = self.out.opened.saturating_add(1);
                 }

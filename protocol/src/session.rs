@@ -404,6 +404,7 @@ impl SessionState {
             | Evidence::ChannelClosed { .. }
             | Evidence::WalletPayment { .. }
             | Evidence::OnChain { .. }
+            | Evidence::Succession(_)
             | Evidence::Misbehaviour { .. }
             | Evidence::WalletSnapshot { .. }
             | Evidence::Checkpoint { .. }

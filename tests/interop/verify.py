@@ -18,7 +18,7 @@ from primitives import (
 )
 
 LIMITS = {"quote": 2048, "session-open": 4096, "request-open": 1024, "ack": 512, "receipt": 40960, "session-close": 4096,
-          "credit-note": 512, "inclusion-promise": 256, "credit-transfer": 256}  # fmt: skip
+          "credit-note": 512, "inclusion-promise": 256, "credit-transfer": 256, "succession": 256}  # fmt: skip
 MAX_ITEM, MAX_ENTRY, MAX_OPENING, HOUR, SKEW = 231_616, 196_608, 32_768, 3_600_000, 300_000
 LIGHTNING, PREPAID, INCOME, ASSET, EXPENSE, FEES, DUE, DUST, WORKER, EXTERNAL, CLIENTS = range(11)
 DEBIT_NORMAL, NEVER_NEGATIVE = {LIGHTNING, ASSET, EXPENSE, FEES}, {PREPAID, ASSET, DUE, WORKER, CLIENTS}
@@ -248,6 +248,7 @@ class Audit:
         self.findings, self.sessions, self.over = [], {}, {}
         self.listings, self.quotes, self.by_key, self.payments, self.books = {}, {}, {}, {}, Books()
         self.network, self.legs, self.expert_legs, self.accounted = None, {}, {}, set()
+        self.keys = []
         items = read_items(data)
         head = next(items, (None, None))
         if head[0] == 4:
@@ -364,7 +365,8 @@ class Audit:
         handler = {0: self.genesis, 1: self.listing, 2: self.quote, 3: self.opened, 4: self.invoice, 5: self.attempted, 6: self.settled,
                    7: self.failed, 8: self.received, 9: self.request, 10: self.ack, 12: self.abandon, 13: self.close, 14: self.credit_note,
                    15: self.refund_attempted, 16: self.refund_settled, 17: self.refund_received, 20: self.snapshot, 21: self.own_note,
-                   22: self.promise, 23: self.credit_transfer, 24: self.own_payment, 25: self.on_chain}.get(kind)  # fmt: skip
+                   22: self.promise, 23: self.credit_transfer, 24: self.own_payment, 25: self.on_chain,
+                   26: self.succession}.get(kind)  # fmt: skip
         if kind == 11:
             return self.receipt(f, opening)
         if handler:
@@ -382,8 +384,24 @@ class Audit:
         return None, ("exactly", {(FEES,): f[3], (EXTERNAL,): -f[3]})
 
     def genesis(self, f):
-        self.require(f[0] == self.node, "bundle/node")
+        self.keys = [f[0]]
         self.network = f[3] if f[3] in ("mainnet", "testnet", "signet", "regtest") else None
+        return None, ("nothing",)
+
+    def ours(self, key: bytes) -> bool:
+        return key == self.node or key in self.keys
+
+    def succession(self, f):
+        """The node's key gave way (3.11)."""
+        said = peek("succession", f[0])
+        self.version(said)
+        old, new = said[1], said.get(2)
+        if not (2 in said) == (4 in said) == (2 in f[0]) or old == new:
+            raise Refused("statement/signature")
+        statement("succession", f[0], *[key for key in (old, new) if key])
+        follows = self.keys and old == self.keys[-1] and new not in self.keys
+        if self.require(follows, "bundle/node") and new:
+            self.keys.append(new)
         return None, ("nothing",)
 
     def listing(self, f):
@@ -423,7 +441,7 @@ class Audit:
         quotes = self.quotes.pop(o[2], {})
         accepted = quotes.get(o[3])
         self.require(accepted and accepted[1] == o[1] and o[6] <= accepted[15] + SKEW, "open/quote")
-        self.sessions[ident] = Session(ident, o, quotes, o[1] == self.node)
+        self.sessions[ident] = Session(ident, o, quotes, self.ours(o[1]))
         self.by_key[o[2]] = ident
         return self.sessions[ident], ("nothing",)
 
@@ -577,7 +595,7 @@ class Audit:
         """One worker's part in a request of ours ended."""
         if not self.whole or s.as_provider:
             return
-        self.require(order[1] == self.node, "stage/work")
+        self.require(self.ours(order[1]), "stage/work")
         if order[2] in self.accounted:
             return self.find("stage/orphan")
         if 0 not in order:
@@ -780,7 +798,7 @@ class Audit:
 
     def own_note(self, f):
         node, size, _ = checkpoint(f[0])
-        self.require(node == self.node and size <= self.seq, "log/checkpoint")
+        self.require(self.ours(node) and size <= self.seq, "log/checkpoint")
         return None, ("nothing",)
 
     def promise(self, f):
@@ -844,6 +862,7 @@ class Audit:
         return len(payments) == 1 and len(fees) <= 1 and len(opened) == len(payments) + len(fees)
 
     def finish(self):
+        self.require(not self.keys or self.keys[-1] == self.node, "bundle/node")
         self.require(self.leaves, "entry/genesis", "no entries")
         if self.whole and self.checkpoint:
             if self.require(self.checkpoint[1] == len(self.leaves), "log/size"):
@@ -885,7 +904,7 @@ def cross(a: Audit, b: Audit) -> set:
     for one, other in ((a, b), (b, a)):
         for ident, s in one.sessions.items():
             if ident not in other.sessions:
-                if both and not s.as_provider and s.open[1] == other.node and (s.paid or s.charged):
+                if both and not s.as_provider and other.ours(s.open[1]) and (s.paid or s.charged):
                     rules.add("cross/missing")
             elif s.as_provider:
                 theirs = other.sessions[ident]

@@ -64,8 +64,11 @@ fn filter(args: &ExportArgs) -> Filter {
     }
 }
 
-/// Whose journal it is.
+/// Whose journal it is: who signed its newest checkpoint, else who began it.
 pub(crate) async fn owner(reader: &dyn JournalReader) -> anyhow::Result<NodeKey> {
+    if let Some(newest) = reader.checkpoint(reader.head().await?.len).await? {
+        return Ok(newest.node);
+    }
     let first = reader.read(0, 1).await?;
     match first.first().and_then(|entry| entry.evidence.as_ref()) {
         Some(Evidence::Genesis { node, .. }) => Ok(*node),

@@ -11,7 +11,7 @@ use satgrid_ledger::{
     transfer::{Account, TransferOp},
 };
 use satgrid_types::{Msat, NodeKey, PaymentHash, ReceiptId, SessionId, UnixMs, statement_id};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What a movement was for. The words stand in exports and do not change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,7 +84,7 @@ struct Known {
 pub(crate) struct Movements {
     books: Books,
     subjected: Subjected,
-    owner: Option<NodeKey>,
+    ours: BTreeSet<NodeKey>,
     sessions: BTreeMap<SessionId, Known>,
 }
 
@@ -133,11 +133,12 @@ impl Movements {
 
     fn learn(&mut self, entry: &Entry, session: Option<SessionId>) {
         match &entry.evidence {
-            Some(Evidence::Genesis { node, .. }) => self.owner = Some(*node),
+            Some(Evidence::Genesis { node, .. }) => drop(self.ours.insert(*node)),
+            Some(Evidence::Succession(signed)) => self.ours.extend(signed.heir()),
             Some(Evidence::Open(open)) => {
                 if let Ok(body) = open.peek() {
                     let id = SessionId(statement_id::<SessionOpen>(open.body()));
-                    let peer = if Some(body.provider) == self.owner { body.consumer } else { body.provider };
+                    let peer = if self.ours.contains(&body.provider) { body.consumer } else { body.provider };
                     self.sessions.insert(id, Known { peer, model: String::new() });
                 }
             }

@@ -147,6 +147,10 @@ fn what(evidence: &Evidence) -> String {
             let way = if *inbound { "in" } else { "out" };
             format!("{} {way}: {amount}, fee {fee}", payment_hash.short())
         }
+        Evidence::Succession(signed) => claim(signed.peek(), |s| {
+            let heir = s.new.map_or("nobody".to_owned(), |new| new.short());
+            format!("{} gives way to {heir}: {}", s.old.short(), s.why.name())
+        }),
         Evidence::OnChain { txid, inbound, amount, fee } => {
             let written = Digest(core::array::from_fn(|i| txid.0[31 - i]));
             format!("{written} {}: {amount}, fee {fee}", if *inbound { "in" } else { "out" })

@@ -17,7 +17,7 @@ use satgrid_ledger::{
 };
 use satgrid_types::{NodeKey, SessionId, UnixMs};
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Sums under one heading.
 #[derive(Debug, Default, Clone, Serialize)]
@@ -41,7 +41,7 @@ pub(crate) async fn run(args: StatementArgs) -> anyhow::Result<u8> {
     let mut source = Source::open(&args.db).await?;
     let mut books = Books::new();
     let mut subjected = Subjected::default();
-    let mut owner = None;
+    let mut ours = BTreeSet::new();
     let mut known: BTreeMap<SessionId, Known> = BTreeMap::new();
     let mut sums: BTreeMap<String, Sums> = BTreeMap::new();
     loop {
@@ -51,7 +51,7 @@ pub(crate) async fn run(args: StatementArgs) -> anyhow::Result<u8> {
         }
         for entry in entries {
             let session = subjected.of(&entry).sessions.first().copied();
-            learn(&entry, session, &mut owner, &mut known);
+            learn(&entry, session, &mut ours, &mut known);
             let before = figures(&books);
             books.apply(entry.at, &entry.draft()).with_context(|| format!("entry {}", entry.seq))?;
             let after = figures(&books);
@@ -109,14 +109,15 @@ fn figures(books: &Books) -> [i128; 3] {
 fn learn(
     entry: &Entry,
     session: Option<SessionId>,
-    owner: &mut Option<NodeKey>,
+    ours: &mut BTreeSet<NodeKey>,
     known: &mut BTreeMap<SessionId, Known>,
 ) {
     match &entry.evidence {
-        Some(Evidence::Genesis { node, .. }) => *owner = Some(*node),
+        Some(Evidence::Genesis { node, .. }) => drop(ours.insert(*node)),
+        Some(Evidence::Succession(signed)) => ours.extend(signed.heir()),
         Some(Evidence::Open(open)) => {
             if let (Some(session), Ok(open)) = (session, open.peek()) {
-                known.insert(session, Known { peer: peer(&open, *owner), model: String::new() });
+                known.insert(session, Known { peer: peer(&open, ours), model: String::new() });
             }
         }
         Some(Evidence::Receipt { receipt, .. }) => {
@@ -130,8 +131,8 @@ fn learn(
     }
 }
 
-fn peer(open: &SessionOpen, owner: Option<NodeKey>) -> NodeKey {
-    if Some(open.provider) == owner { open.consumer } else { open.provider }
+fn peer(open: &SessionOpen, ours: &BTreeSet<NodeKey>) -> NodeKey {
+    if ours.contains(&open.provider) { open.consumer } else { open.provider }
 }
 
 fn heading(by: By, at: UnixMs, known: Option<&Known>) -> String {

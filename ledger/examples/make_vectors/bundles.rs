@@ -8,6 +8,7 @@ use satgrid_ledger::{
     audit::{Detail, Report, Rule, audit, cross_check},
     bundle::{BundleError, Filter, Header, Item, Opened, open, write_fraud},
     log::{FraudProof, SignedCheckpoint},
+    testing::rotated,
 };
 use satgrid_types::{Digest, cbor, node_key};
 use serde_json::{Value, json};
@@ -54,6 +55,13 @@ pub(crate) fn write(files: &mut Files) {
     for (name, bytes) in credit::wrongly(&spent) {
         vectors.push(single(files, &format!("bad-{name}"), Some(Rule::CreditNoteSpent), bytes));
     }
+    let (rotated, _) = rotated();
+    let [provider_rotated, consumer_rotated] =
+        [&rotated.provider, &rotated.consumer].map(|party| party.bundle(Filter::All, false));
+    vectors.push(single(files, "provider-rotated", None, provider_rotated.clone()));
+    for (name, rule, bytes) in tampered::successions(&rotated) {
+        vectors.push(single(files, &format!("bad-{name}"), Some(rule), bytes));
+    }
     vectors.push(fraud(files, &lab));
     for (name, bytes) in unreadable(&provider) {
         assert!(judge(&bytes).is_err(), "{name}");
@@ -63,6 +71,7 @@ pub(crate) fn write(files: &mut Files) {
         );
     }
     vectors.push(pair(files, "honest", &[], &provider, &consumer));
+    vectors.push(pair(files, "rotated", &[], &provider_rotated, &consumer_rotated));
     vectors.push(pair(
         files,
         "provider-lacks-a-session",
@@ -123,7 +132,7 @@ fn pair(files: &mut Files, name: &str, must: &[Rule], provider: &[u8], consumer:
     let across = cross_check(&reports[0], &reports[1]);
     let all = reports.iter().flat_map(|report| &report.findings).chain(&across);
     let rules = ids(all.map(|finding| finding.rule));
-    assert_eq!(rules.is_empty(), name == "honest", "{name}: {rules:?}");
+    assert_eq!(rules.is_empty(), matches!(name, "honest" | "rotated"), "{name}: {rules:?}");
     files.bytes(&names[0], provider.to_vec());
     files.bytes(&names[1], consumer.to_vec());
     let must = ids(must.iter().copied());

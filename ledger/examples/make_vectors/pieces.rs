@@ -9,7 +9,7 @@ use satgrid_ledger::{
         verify_consistency, verify_inclusion,
     },
     statements::{ReceiptOpening, ReceiptPrivate, RequestPrivate, RunningHash, SliceDescriptor, prompt_hash},
-    testing::{EPOCH, Party, World, bolt11, bytes32, listing},
+    testing::{EPOCH, Party, World, bolt11, bytes32, listing, succession_of},
     transfer::{Account, Transfer, TransferKind, attempt, end_id, transfer_id},
 };
 use satgrid_pricing::{charge, cost_alone, marginal_charge, numerators};
@@ -511,6 +511,7 @@ fn entries() -> Vec<Value> {
             preimage: Some(Preimage(bytes32("preimage"))),
         },
         Evidence::OnChain { txid: Digest(bytes32("txid")), inbound: true, amount: Msat(9_000), fee: Msat(0) },
+        Evidence::Succession(succession_of(&World::new()).0),
         Evidence::Misbehaviour {
             peer: NodeKey(bytes32("peer")),
             rule: "quote/dearer".into(),

@@ -11,10 +11,10 @@ use satgrid_ledger::{
     testing::bytes32,
 };
 use satgrid_types::{
-    AckId, BuildId, Digest, EngineProfile, FinishReason, LightningKey, ListingId, ModelRoot, Msat, MsatPerMtok,
-    NodeKey, Numerators, PaymentHash, Quote, QuoteId, RateCard, ReceiptId, RequestId, SessionId, Signature, Statement,
-    Terms, TokenUsage, TokenizerHash, UnixMs, VerifyError, cbor, node_key, sign_body, signed_bytes, statement_id,
-    verify_body,
+    AckId, BuildId, Digest, EngineProfile, FinishReason, GivenUp, LightningKey, ListingId, ModelRoot, Msat,
+    MsatPerMtok, NodeKey, NostrKey, Numerators, PaymentHash, Quote, QuoteId, RateCard, ReceiptId, RequestId, SessionId,
+    Signature, Statement, Succession, Terms, TokenUsage, TokenizerHash, UnixMs, VerifyError, cbor, node_key, sign_body,
+    signed_bytes, statement_id, verify_body,
 };
 use serde_json::{Map, Value, json};
 
@@ -216,6 +216,20 @@ pub(crate) fn write(files: &mut Files) {
         amount: Msat(9_444),
     };
     kind(files, By::Both, &[("plain", transfer)]);
+    let succession = Succession {
+        version: 1,
+        old: provider,
+        new: Some(consumer),
+        old_nostr: NostrKey(bytes32("nostr")),
+        new_nostr: Some(NostrKey(bytes32("another nostr"))),
+        at: now,
+        why: GivenUp::Routine,
+    };
+    kind(
+        files,
+        By::Both,
+        &[("rotation: the provider's key stands for the old one, the consumer's for the new", succession)],
+    );
     let promise = InclusionPromise {
         version: 1,
         node: provider,

@@ -9,14 +9,14 @@ use satgrid_ledger::{
     statements::{Ack, SliceDescriptor},
     testing::{
         Party, Session, Work, World, bolt11, bundle_of, bytes32, chain_entries, checkpoint_of, drafts_of,
-        experts_bundle, lead_bundle, tiles_of,
+        experts_bundle, lead_bundle, succession_of, tiles_of,
     },
     transfer::{Account, Transfer, TransferKind, TransferOp, transfer_id},
 };
 use satgrid_pricing::{charge, numerators};
 use satgrid_types::{
-    AckId, BothSigned, Digest, ModelRoot, Msat, Numerators, PaymentHash, Preimage, QuoteId, RequestId, Salt, SessionId,
-    Signed, Statement, TransferId, UnixMs, node_key, sign_body,
+    AckId, BothSigned, Digest, GivenUp, ModelRoot, Msat, Numerators, PaymentHash, Preimage, QuoteId, RequestId, Salt,
+    SessionId, Signed, SignedSuccession, Statement, TransferId, UnixMs, cbor, node_key, nostr_key, sign_body,
 };
 
 /// The history that is tampered with.
@@ -550,4 +550,30 @@ fn raw(header: &Header, checkpoint: &SignedCheckpoint, items: Vec<EntryItem>) ->
     let mut writer = BundleWriter::start(Vec::new(), header, checkpoint).unwrap();
     items.into_iter().for_each(|item| writer.item(item).unwrap());
     writer.finish().unwrap()
+}
+
+/// The rotated provider's export with a succession that does not follow from the key before, or that nobody signed.
+pub(crate) fn successions(world: &World) -> Vec<(&'static str, Rule, Vec<u8>)> {
+    let with = |bend: &dyn Fn(&mut Vec<(UnixMs, Draft)>, usize)| {
+        let mut drafts = drafts_of(&world.provider.journal.entries());
+        let at = drafts.iter().position(|(_, draft)| matches!(draft.evidence, Some(Evidence::Succession(_)))).unwrap();
+        bend(&mut drafts, at);
+        bundle_of(&chain_entries(drafts), &world.provider.node, Filter::All, false)
+    };
+    let instead = |signed: SignedSuccession| {
+        with(&|drafts, at| drafts[at].1.evidence = Some(Evidence::Succession(signed.clone())))
+    };
+    let consumer = (&world.consumer.node, nostr_key(&world.consumer.nostr));
+    let usurped = SignedSuccession::rotate(consumer, (&world.provider.node, consumer.1), world.now, GivenUp::Stolen);
+    let ended = SignedSuccession::revoke((&World::new().provider.node, consumer.1), world.now, GivenUp::Ended);
+    let (signed, ..) = succession_of(&World::new());
+    let mut bytes = cbor::encode(&signed);
+    *bytes.last_mut().unwrap() ^= 1;
+    let unaccepted = cbor::decode_limited(&bytes, bytes.len()).unwrap();
+    vec![
+        ("succession-missing", Rule::BundleNode, with(&|drafts, at| drop(drafts.remove(at)))),
+        ("succession-of-another-key", Rule::BundleNode, instead(usurped)),
+        ("succession-to-nobody", Rule::BundleNode, instead(ended)),
+        ("succession-not-accepted", Rule::StatementSignature, instead(unaccepted)),
+    ]
 }

@@ -37,12 +37,15 @@ pub fn cross_check(a: &Report, b: &Report) -> Vec<Finding> {
 
 /// Sessions of `a` that its counterparty's export `b` should hold too.
 fn sessions_between(a: &Report, b: &Report) -> impl Iterator<Item = SessionId> {
-    let other: NodeKey = b.node;
+    let others: Vec<NodeKey> = b.keys.iter().copied().chain([b.node]).collect();
     let whole = |report: &Report| report.filter == crate::bundle::Filter::All;
     let (b_has, both_whole) = (b.sessions.keys().copied().collect::<BTreeSet<_>>(), whole(a) && whole(b));
     let ids = a.sessions.iter().filter(move |(id, summary)| {
         // A provider cannot tell whose a session key is: only the consumer's export can miss one of the provider's.
-        b_has.contains(id) || (both_whole && !summary.as_provider && summary.provider == Some(other))
+        b_has.contains(id)
+            || (both_whole
+                && !summary.as_provider
+                && summary.provider.is_some_and(|provider| others.contains(&provider)))
     });
     ids.map(|(id, _)| *id).collect::<Vec<_>>().into_iter()
 }

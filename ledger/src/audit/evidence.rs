@@ -14,8 +14,8 @@ use crate::{
     transfer::Account,
 };
 use satgrid_types::{
-    Digest, Msat, NostrEvent, PaymentHash, Quote, SessionId, Signed, Statement, TransferId, UnixMs, VerifyError,
-    verify_listing,
+    Digest, Msat, NostrEvent, PaymentHash, Quote, SessionId, Signed, SignedSuccession, Statement, Succession,
+    SuccessionRefusal, TransferId, UnixMs, VerifyError, verify_listing,
 };
 
 /// How far two parties' clocks may be apart.
@@ -42,10 +42,13 @@ impl Auditor {
         let opened = || -> Vec<TransferId> { flows.opened.iter().map(|(id, _)| *id).collect() };
         match evidence {
             Evidence::Genesis { node, network, .. } => {
-                notes.require(*node == self.report.node, Rule::BundleNode, Party::Exporter, || {
-                    format!("the header says {}, the journal is of {node}", self.report.node)
-                });
+                self.genesis = Some(entry.seq);
+                self.keys = vec![*node];
                 self.network = known_network(network);
+                (None, nothing(), false)
+            }
+            Evidence::Succession(signed) => {
+                self.succession(signed, notes);
                 (None, nothing(), false)
             }
             Evidence::Listing { event_json } => {
@@ -344,7 +347,7 @@ impl Auditor {
         notes.require(valid, Rule::OpenQuote, consumer, || {
             format!("quote {} of {} does not hold", open.quote, open.provider)
         });
-        let as_provider = open.provider == self.report.node;
+        let as_provider = self.is_ours(&open.provider);
         let keep = self.detail == Detail::Sessions;
         self.by_key.insert(open.consumer, id);
         self.sessions.insert(id, SessionAudit::new(id, as_provider, &open, quotes, keep));
@@ -352,10 +355,27 @@ impl Auditor {
         Some(id)
     }
 
+    /// The node's key gave way: what it signs from here on is by the heir.
+    fn succession(&mut self, signed: &SignedSuccession, notes: &mut Notes) {
+        let said = match signed.verify() {
+            Ok(said) => said,
+            Err(SuccessionRefusal::Signature(error)) => return notes.refuse(&error),
+            Err(SuccessionRefusal::Version(given)) => {
+                return notes.version(Succession::KIND, given, Succession::VERSION);
+            }
+            Err(other) => return notes.add(Rule::StatementSignature, Party::Exporter, other.to_string()),
+        };
+        let own = self.keys.last() == Some(&said.old) && said.new.is_none_or(|new| !self.keys.contains(&new));
+        let own = notes.require(own, Rule::BundleNode, Party::Exporter, || {
+            format!("{} is not, or no longer, this journal's key", said.old)
+        });
+        self.keys.extend(said.new.filter(|_| own));
+    }
+
     /// A checkpoint that the node journalled must be of the log up to that entry, where all of it is here.
     fn own_checkpoint(&mut self, entry: &Entry, note: &str, notes: &mut Notes) {
         match SignedCheckpoint::parse(note) {
-            Ok(signed) if signed.node != self.report.node => {
+            Ok(signed) if !self.is_ours(&signed.node) => {
                 notes.add(Rule::LogCheckpoint, Party::Exporter, format!("of another node, {}", signed.node));
             }
             Ok(signed) => {

@@ -290,7 +290,10 @@ pub struct SessionSummary {
 /// The verdict on one journal's bundle.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Report {
+    /// The key by which the checkpoint is signed.
     pub node: NodeKey,
+    /// Every key that was the node's, the newest last.
+    pub keys: Vec<NodeKey>,
     pub filter: Filter,
     /// Entries read, and entries that the checkpoint covers.
     pub entries: u64,

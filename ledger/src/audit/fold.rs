@@ -60,6 +60,9 @@ pub struct Auditor {
     /// The entry before: its number, leaf and time.
     pub(super) last: Option<(u64, Digest, UnixMs)>,
     pub(super) network: Option<String>,
+    /// The entry that began the journal; then every key that was its node's, the newest last.
+    pub(super) genesis: Option<u64>,
+    pub(super) keys: Vec<NodeKey>,
     pub(super) listings: BTreeMap<ListingId, VerifiedListing>,
     pub(super) quotes: BTreeMap<NodeKey, BTreeMap<QuoteId, Quote>>,
     pub(super) sessions: BTreeMap<SessionId, SessionAudit>,
@@ -80,6 +83,7 @@ impl Auditor {
     pub fn new(header: &Header, note: &str, detail: Detail) -> Auditor {
         let report = Report {
             node: header.node,
+            keys: Vec::new(),
             filter: header.filter,
             entries: 0,
             checkpoint_size: None,
@@ -103,6 +107,8 @@ impl Auditor {
             frontier: Frontier::new(),
             last: None,
             network: None,
+            genesis: None,
+            keys: Vec::new(),
             listings: BTreeMap::new(),
             quotes: BTreeMap::new(),
             sessions: BTreeMap::new(),
@@ -135,6 +141,11 @@ impl Auditor {
     fn find(&mut self, entry: Option<u64>, rule: Rule, detail: impl Into<String>) {
         let finding = Finding { rule, entry, session: None, party: Party::Exporter, detail: detail.into() };
         self.report.push(finding);
+    }
+
+    /// Whether a key is, or was, of the node whose journal this is.
+    pub(super) fn is_ours(&self, key: &NodeKey) -> bool {
+        *key == self.report.node || self.keys.contains(key)
     }
 
     /// Sessions that are not over yet: what memory grows with.
@@ -267,7 +278,8 @@ impl Auditor {
             return;
         }
         if let Some(leg) = leg {
-            return self.stages.bought(self.report.node, leg, counts, notes);
+            let ours = self.is_ours(&leg.order.lead);
+            return self.stages.bought(ours, leg, counts, notes);
         }
         match &entry.evidence {
             Some(Evidence::Receipt { receipt, .. }) if as_provider => {
@@ -335,6 +347,13 @@ impl Auditor {
         if self.report.entries == 0 {
             self.find(None, Rule::EntryGenesis, "no entries");
         }
+        if let (Some(newest), begun) = (self.keys.last().copied(), self.genesis)
+            && newest != self.report.node
+        {
+            let detail = format!("the header says {}, the journal is of {newest}", self.report.node);
+            self.find(begun, Rule::BundleNode, detail);
+        }
+        self.report.keys = core::mem::take(&mut self.keys);
         if let (Some(checkpoint), true) = (self.checkpoint.clone(), self.is_whole()) {
             if checkpoint.size != self.report.entries {
                 self.find(

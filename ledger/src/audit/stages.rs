@@ -8,7 +8,7 @@ use super::{Party, Rule, session::Notes};
 use crate::statements::{
     ExpertCount, ExpertLegs, Leg, Receipt, SplitFault, check_conservation, check_split, stage_root,
 };
-use satgrid_types::{NodeKey, RequestId};
+use satgrid_types::RequestId;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Legs of one request: more replacements than this are not tried.
@@ -26,10 +26,10 @@ pub(super) struct Stages {
 
 impl Stages {
     /// A worker's receipt, or its last acknowledgement, in a session in which this node buys.
-    /// `counts` are those of a receipt for experts.
-    pub(super) fn bought(&mut self, node: NodeKey, leg: Leg, counts: Option<Vec<ExpertCount>>, notes: &mut Notes) {
+    /// `counts` are those of a receipt for experts; `ours`: it was ordered in this node's name.
+    pub(super) fn bought(&mut self, ours: bool, leg: Leg, counts: Option<Vec<ExpertCount>>, notes: &mut Notes) {
         let request = leg.order.request;
-        notes.require(leg.order.lead == node, Rule::StageWork, Party::Exporter, || {
+        notes.require(ours, Rule::StageWork, Party::Exporter, || {
             format!("this node bought for {}, which leads", leg.order.lead)
         });
         if self.accounted.contains(&request) {

@@ -1,5 +1,6 @@
 mod own;
 mod stages;
+mod succession;
 
 use super::*;
 use crate::{

@@ -89,6 +89,7 @@ impl Subjected {
             | Evidence::ChannelClosed { .. }
             | Evidence::WalletPayment { .. }
             | Evidence::OnChain { .. }
+            | Evidence::Succession(_)
             | Evidence::Misbehaviour { .. }
             | Evidence::WalletSnapshot { .. }
             | Evidence::Checkpoint { .. } => None,
@@ -211,7 +212,8 @@ impl Selection {
     }
     /// Whether the export holds this entry. Called for every entry, in order.
     pub fn wants(&mut self, entry: &Entry) -> bool {
-        if self.whole || entry.seq == 0 {
+        // Whose journal it is, from its beginning to its newest key.
+        if self.whole || entry.seq == 0 || matches!(entry.evidence, Some(Evidence::Succession(_))) {
             return true;
         }
         let subjects = self.subjected.of(entry);

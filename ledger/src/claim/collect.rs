@@ -8,7 +8,7 @@ use crate::{
     transfer::Account,
 };
 use satgrid_types::{Msat, NodeKey, PaymentHash, RequestId, SessionId, UnixMs, statement_id};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A request that runs or ended without a receipt: its opening and its last acknowledgement.
 type Acked = (Evidence, Option<Evidence>);
@@ -17,7 +17,8 @@ type Acked = (Evidence, Option<Evidence>);
 #[derive(Debug)]
 pub struct ClaimCollector {
     session: SessionId,
-    node: Option<NodeKey>,
+    /// The keys that were this journal's node, one after the other.
+    ours: BTreeSet<NodeKey>,
     network: String,
     /// Quotes by session key: whose they are is known once the session opens.
     quotes: BTreeMap<NodeKey, Vec<Evidence>>,
@@ -40,7 +41,7 @@ impl ClaimCollector {
     pub fn new(session: SessionId) -> ClaimCollector {
         ClaimCollector {
             session,
-            node: None,
+            ours: BTreeSet::new(),
             network: String::new(),
             quotes: BTreeMap::new(),
             open: None,
@@ -62,9 +63,10 @@ impl ClaimCollector {
         let ours = |session: &SessionId| *session == self.session;
         match evidence {
             Evidence::Genesis { node, network, .. } => {
-                self.node = Some(*node);
+                self.ours.insert(*node);
                 self.network.clone_from(network);
             }
+            Evidence::Succession(signed) => self.ours.extend(signed.heir()),
             Evidence::Quote(quote) => {
                 if let Ok(body) = quote.peek()
                     && self.open.as_ref().is_none_or(|(_, open)| open.consumer == body.consumer)
@@ -160,7 +162,7 @@ impl ClaimCollector {
     /// The header and the pieces in the order of the format; `None` where the journal does not hold the session.
     pub fn finish(self) -> Option<(ClaimHeader, Vec<Evidence>)> {
         let (open, body) = self.open?;
-        let maker = if self.node == Some(body.provider) { Maker::Provider } else { Maker::Consumer };
+        let maker = if self.ours.contains(&body.provider) { Maker::Provider } else { Maker::Consumer };
         let mut pieces: Vec<Evidence> = self.quotes.into_values().flatten().collect();
         pieces.push(open);
         for (invoice, payment) in self.paid {
@@ -195,18 +197,19 @@ pub struct Stake {
 /// Which sessions of a journal hold money, for `claim` without a session.
 #[derive(Debug, Default)]
 pub struct Stakes {
-    node: Option<NodeKey>,
+    ours: BTreeSet<NodeKey>,
     sessions: BTreeMap<SessionId, Stake>,
 }
 
 impl Stakes {
     pub fn observe(&mut self, entry: &Entry) {
         match &entry.evidence {
-            Some(Evidence::Genesis { node, .. }) => self.node = Some(*node),
+            Some(Evidence::Genesis { node, .. }) => drop(self.ours.insert(*node)),
+            Some(Evidence::Succession(signed)) => self.ours.extend(signed.heir()),
             Some(Evidence::Open(open)) => {
                 if let Ok(body) = open.peek() {
                     let stake = Stake {
-                        as_provider: self.node == Some(body.provider),
+                        as_provider: self.ours.contains(&body.provider),
                         provider: body.provider,
                         consumer: body.consumer,
                         opened_at: body.opened_at,

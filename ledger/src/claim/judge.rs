@@ -250,6 +250,7 @@ impl ClaimAudit {
             | Evidence::ChannelClosed { .. }
             | Evidence::WalletPayment { .. }
             | Evidence::OnChain { .. }
+            | Evidence::Succession(_)
             | Evidence::Misbehaviour { .. }
             | Evidence::WalletSnapshot { .. }
             | Evidence::Checkpoint { .. }

@@ -35,6 +35,7 @@ pub fn named_by(entry: &Entry) -> Option<Digest> {
         | Evidence::Misbehaviour { .. }
         | Evidence::WalletSnapshot { .. }
         | Evidence::Checkpoint { .. }
+        | Evidence::Succession(_)
         | Evidence::Promise(_) => None,
     }
 }

@@ -7,9 +7,11 @@ mod bundles;
 pub mod conformance;
 mod lead;
 mod party;
+mod rotation;
 mod world;
 
 pub use bundles::*;
 pub use lead::*;
 pub use party::*;
+pub use rotation::*;
 pub use world::*;

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use nostr_sdk::{Filter, Kind, Relay, SubscribeOptions, SubscriptionId, Timestamp};
 use satgrid_types::{
-    CHECKPOINT_KIND, LISTING_KIND, ListingId, MAX_EVENT_BYTES, MAX_LIFETIME_S, NostrEvent, VerifiedListing,
-    verify_listing,
+    CHECKPOINT_KIND, LISTING_KIND, ListingId, MAX_EVENT_BYTES, MAX_LIFETIME_S, NostrEvent, SUCCESSION_KIND,
+    SignedSuccession, Succession, Verified, VerifiedListing, verify_listing, verify_succession,
 };
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -33,6 +33,10 @@ const STORED_LIMIT: usize = 5_000;
 /// No checkpoint's text is longer.
 const MAX_NOTE_BYTES: usize = 512;
 const SUBSCRIPTION: &str = "satgrid-listings";
+const SUCCESSIONS: &str = "satgrid-successions";
+
+/// A key that gave way: the statement, and what it says.
+pub type Succeeded = (SignedSuccession, Verified<Succession>);
 
 /// Where to listen.
 #[derive(Debug, Clone)]
@@ -43,11 +47,14 @@ pub struct SubscriberConfig {
     /// Where the texts of log checkpoints go, if they are to be heard at all: signed events, whose text is not judged here.
     /// What does not fit is dropped; the next one says more.
     pub notes: Option<mpsc::Sender<String>>,
+    /// Where keys that were given up are told, verified, if they are to be heard at all. What does not fit is dropped and
+    /// told again at the next connection.
+    pub successions: Option<mpsc::Sender<Succeeded>>,
 }
 
 impl SubscriberConfig {
     pub fn new(relays: RelayConfig) -> SubscriberConfig {
-        SubscriberConfig { relays, queue: 1_024, notes: None }
+        SubscriberConfig { relays, queue: 1_024, notes: None, successions: None }
     }
 }
 
@@ -77,13 +84,19 @@ impl Subscriber {
             .collect();
         let (report, health_seen) = watch::channel(health);
         let counters = Counters::default();
-        let hears_notes = config.notes.is_some();
-        let verifier =
-            Verifier { counters: counters.clone(), verified, mark_synced, seen: Seen::default(), notes: config.notes };
+        let hears = Hears { notes: config.notes.is_some(), successions: config.successions.is_some() };
+        let verifier = Verifier {
+            counters: counters.clone(),
+            verified,
+            mark_synced,
+            seen: Seen::default(),
+            notes: config.notes,
+            successions: config.successions,
+        };
         // The listings' receiver going away ends both tasks.
         let done = shutdown.child_token();
         tokio::spawn(verifier.run(inbox, done.clone()));
-        tokio::spawn(keep_subscribed(relays, config.relays.retry, hears_notes, report, done));
+        tokio::spawn(keep_subscribed(relays, config.relays.retry, hears, report, done));
         Ok((Subscriber { counters, health: health_seen, synced }, listings))
     }
 
@@ -125,7 +138,7 @@ struct Standing {
 async fn keep_subscribed(
     relays: Relays,
     retry: Duration,
-    hears_notes: bool,
+    hears: Hears,
     report: watch::Sender<Vec<RelayHealth>>,
     done: CancellationToken,
 ) {
@@ -142,7 +155,7 @@ async fn keep_subscribed(
         for (state, standing) in health.iter_mut().zip(&mut standings) {
             observe(state, &standing.relay);
             if state.connected
-                && let Err(reason) = subscribe_anew(standing, state.connections, retry, hears_notes).await
+                && let Err(reason) = subscribe_anew(standing, state.connections, retry, hears).await
             {
                 tracing::warn!(relay = %state.url, reason, "not subscribed; trying again");
                 state.last_error = Some(reason);
@@ -162,7 +175,7 @@ async fn subscribe_anew(
     standing: &mut Standing,
     connection: usize,
     retry: Duration,
-    hears_notes: bool,
+    hears: Hears,
 ) -> Result<(), String> {
     let id = SubscriptionId::new(SUBSCRIPTION);
     let fresh = standing.connection != connection;
@@ -175,10 +188,25 @@ async fn subscribe_anew(
     standing.not_before = Instant::now() + retry;
     // Listings older than their longest life are dead, whatever they say.
     let since = Timestamp::now() - Duration::from_secs(MAX_LIFETIME_S);
-    let kinds = [Some(LISTING_KIND), hears_notes.then_some(CHECKPOINT_KIND)].into_iter().flatten().map(Kind::Custom);
+    let kinds = [Some(LISTING_KIND), hears.notes.then_some(CHECKPOINT_KIND)].into_iter().flatten().map(Kind::Custom);
     let filter = Filter::new().kinds(kinds).since(since).limit(STORED_LIMIT);
     let asked = standing.relay.subscribe_with_id(id, filter, SubscribeOptions::default()).await;
-    asked.map(|_| ()).map_err(|error| error.to_string())
+    asked.map_err(|error| error.to_string())?;
+    if hears.successions {
+        // However old: a key that was given up stays so.
+        let filter = Filter::new().kind(Kind::Custom(SUCCESSION_KIND)).limit(STORED_LIMIT);
+        let id = SubscriptionId::new(SUCCESSIONS);
+        let asked = standing.relay.subscribe_with_id(id, filter, SubscribeOptions::default()).await;
+        asked.map_err(|error| error.to_string())?;
+    }
+    Ok(())
+}
+
+/// What is to be heard beside listings.
+#[derive(Debug, Clone, Copy)]
+struct Hears {
+    notes: bool,
+    successions: bool,
 }
 
 struct Verifier {
@@ -187,6 +215,7 @@ struct Verifier {
     mark_synced: watch::Sender<BTreeSet<String>>,
     seen: Seen,
     notes: Option<mpsc::Sender<String>>,
+    successions: Option<mpsc::Sender<Succeeded>>,
 }
 
 impl Verifier {
@@ -218,7 +247,7 @@ impl Verifier {
         done.cancel();
     }
 
-    /// A listing, or the word for why not; nothing where it was a checkpoint, which is passed on.
+    /// A listing, or the word for why not; nothing where it was a checkpoint or a succession, which are passed on.
     fn read(&mut self, text: &str) -> Result<Option<VerifiedListing>, &'static str> {
         if text.len() > MAX_MESSAGE_BYTES {
             return Err("too_large");
@@ -236,6 +265,13 @@ impl Verifier {
             self.seen.insert(event.id);
             // A full queue is no reason to hold up listings.
             let _ = notes.try_send(event.content);
+            return Ok(None);
+        }
+        if let Some(successions) = self.successions.as_ref().filter(|_| event.kind == SUCCESSION_KIND) {
+            let (signed, said) = verify_succession(&event).map_err(|refusal| refusal.reason())?;
+            if successions.try_send((signed, said)).is_ok() {
+                self.seen.insert(event.id);
+            }
             return Ok(None);
         }
         let listing = verify_listing(event, now()).map_err(|refusal| {

@@ -116,6 +116,11 @@ pub struct Submit {
 #[derive(Debug, Clone)]
 pub enum ConsumerEvent {
     Submit(Box<Submit>),
+    /// Keys that were given up, of which one stands for all now: what was settled with them counts for it.
+    Line {
+        key: NodeKey,
+        line: Vec<NodeKey>,
+    },
     /// The client went away.
     Cancel {
         call: CallId,

@@ -39,7 +39,7 @@ impl Provider {
         if !fits || lapsed || !takes {
             return self.keep(link, body.from, "its note is over another amount, on its way back, or has run out");
         }
-        let ours = sign_body::<CreditTransfer>(order.body(), &self.key);
+        let ours = sign_body::<CreditTransfer>(order.body(), self.keys.of(&body.provider));
         let both = BothSigned::from_parts(order.body().to_vec(), ours, *order.signature());
         let Some(draft) = SessionState::credit_draft(Side::Provider, &both) else { return };
         let applied = self.sessions.get_mut(&body.from).map(|owed| owed.state.apply(&draft));

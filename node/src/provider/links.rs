@@ -10,9 +10,7 @@ use satgrid_protocol::{
     frame::{ConsumerControl, Hello, MAX_OPEN_REQUESTS, ProviderControl, Refusal},
     session::{SessionState, Side, SliceStatus, invoice_hash},
 };
-use satgrid_types::{
-    ListingId, ModelRoot, Msat, NodeKey, PaymentHash, Quote, SessionId, Signed, UnixMs, Verified, node_key,
-};
+use satgrid_types::{ListingId, ModelRoot, Msat, NodeKey, PaymentHash, Quote, SessionId, Signed, UnixMs, Verified};
 use std::net::IpAddr;
 
 /// Invoices that a session may have issued and unpaid.
@@ -104,10 +102,19 @@ impl Provider {
         let Some(offering) = offering else {
             return self.refuse(link, Refusal::NotOffered, "this listing is not (or no longer) offered here");
         };
+        let ours = self.keys.node_key();
+        let former = self.links.get(&link).and_then(|l| l.session).and_then(|id| self.sessions.get(&id));
+        if former.is_some_and(|session| session.state.provider() != ours) {
+            return self.refuse(
+                link,
+                Refusal::NotOffered,
+                "this session is under a key that was given up: open another",
+            );
+        }
         let listed = &offering.listing;
         let quote = Quote {
             version: Quote::VERSION,
-            provider: node_key(&self.key),
+            provider: ours,
             lightning_node: listed.lightning_node,
             consumer: peer,
             listing: listed.id(),
@@ -124,8 +131,8 @@ impl Provider {
             valid_until: now.plus_ms(self.config.quote_validity_ms),
             nonce: self.nonce(),
         };
-        let signed = Signed::sign(&quote, &self.key);
-        let Ok(verified) = signed.verify(&node_key(&self.key)) else { return };
+        let signed = Signed::sign(&quote, self.keys.now());
+        let Ok(verified) = signed.verify(&ours) else { return };
         let session = self.links.get(&link).and_then(|l| l.session);
         match session.and_then(|id| self.sessions.get_mut(&id).map(|s| (id, s))) {
             Some((id, session)) => {
@@ -157,7 +164,7 @@ impl Provider {
         if let Some(why) = self.paused.clone() {
             return self.refuse(link, Refusal::Unavailable, why);
         }
-        let ours = node_key(&self.key);
+        let ours = self.keys.node_key();
         let fits = open.version == SessionOpen::VERSION
             && open.provider == ours
             && open.consumer == quote.consumer

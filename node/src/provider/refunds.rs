@@ -20,7 +20,7 @@ use satgrid_protocol::{
     frame::{ProviderControl, Refusal},
     session::invoice_hash,
 };
-use satgrid_types::{Msat, PaymentHash, Preimage, SessionId, Signed, UnixMs, node_key};
+use satgrid_types::{Msat, PaymentHash, Preimage, SessionId, Signed, UnixMs};
 use satgrid_wallet::invoice;
 
 impl Provider {
@@ -182,14 +182,14 @@ impl Provider {
         let note = CreditNote {
             version: CreditNote::VERSION,
             session: id,
-            provider: node_key(&self.key),
+            provider: session.state.provider(),
             consumer: session.state.consumer(),
             amount,
             reason,
             issued_at: now,
             valid_until: now.plus_ms(CreditNote::VALIDITY_MS),
         };
-        let signed = Signed::sign(&note, &self.key);
+        let signed = Signed::sign(&note, self.keys.of(&note.provider));
         let then = owed(signed.clone()).into_iter().collect();
         self.record(id, vec![Draft::of(Evidence::CreditNote(signed))], then);
     }

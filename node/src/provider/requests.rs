@@ -230,7 +230,7 @@ impl Provider {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         let Some(state) = session.state.request_state(&request) else { return };
         let (rates, seq) = (*state.rates(), state.acked_seq());
-        let terms = session.state.quote().terms;
+        let (terms, provider) = (session.state.quote().terms, session.state.provider());
         let Some(live) = session.requests.get_mut(&request) else { return };
         let waited = now.since(live.ack.offered_at);
         let due = live.is_running() && live.ack.out.is_none();
@@ -248,7 +248,7 @@ impl Provider {
             cost: charge(numerators),
             running_hash: live.running.value(),
         };
-        let signed = Signed::sign(&ack, &self.key);
+        let signed = Signed::sign(&ack, self.keys.of(&provider));
         live.ack = AckState { out: Some((ack, signed.clone())), offered: live.done, offered_at: now };
         let (link, stream) = live.stream;
         self.send(link, stream, ProviderFrame::Ack(signed));
@@ -405,7 +405,7 @@ impl Provider {
             // Figures that do not fit 64 bits: nothing can be billed for it.
             return self.abandon(id, request);
         };
-        let signed = Signed::sign(&body, &self.key);
+        let signed = Signed::sign(&body, self.keys.of(&body.provider));
         if let Some(live) = session.requests.get_mut(&request) {
             live.phase = Phase::Offered { body: Box::new(body), signed: signed.clone(), at: now };
         }

@@ -61,7 +61,7 @@ impl World {
         let mut seed = parts::bytes32(&format!("consumer {c} seed {}", self.options.seed));
         seed[0] ^= node.epoch as u8;
         let mut role = Consumer::new(node.config.clone(), node.master, seed);
-        let mut fold = Fold::new(node_key(&node.key));
+        let mut fold = Fold::new([node_key(&node.key)]);
         node.journal.entries().iter().for_each(|entry| fold.entry(entry));
         let recovered = fold.finish();
         role.restore(recovered.consumer_sessions, recovered.opened, recovered.settled_with);

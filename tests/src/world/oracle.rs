@@ -220,7 +220,7 @@ impl World {
         journal: &super::journal::SimJournal,
         live: impl Iterator<Item = &'a satgrid_protocol::session::SessionState>,
     ) {
-        let mut fold = satgrid_node::recover::Fold::new(node_key(key));
+        let mut fold = satgrid_node::recover::Fold::new([node_key(key)]);
         journal.entries().iter().for_each(|entry| fold.entry(entry));
         let recovered = fold.finish();
         let mut folded = recovered.provider_sessions;

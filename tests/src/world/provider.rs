@@ -31,7 +31,7 @@ impl World {
         let mut seed = parts::bytes32(&format!("provider {p} seed {}", self.options.seed));
         seed[0] ^= node.epoch as u8;
         let mut role = Provider::new(node.config.clone(), node.key.clone(), seed);
-        let mut fold = Fold::new(node_key(&node.key));
+        let mut fold = Fold::new([node_key(&node.key)]);
         node.journal.entries().iter().for_each(|entry| fold.entry(entry));
         let recovered = fold.finish();
         node.old_refunds = recovered.refunds.iter().map(|refund| refund.hash).collect();
