@@ -6,7 +6,7 @@
 //! | `a_paid_answer_on_the_real_model` | the demo as `make demo` runs it |
 //! | `a_killed_provider_is_replaced_in_mid_stream` | SIGKILL for the serving provider; the bill sums both legs |
 //! | `a_market_under_bad_input_and_bad_luck` | one market on a tiny model, left running, and everything that is done to it |
-//! | `budgets_hold` | keys on a running node: twenty at once on the balance of one, refusals, a crash |
+//! | `budgets_hold_and_a_key_is_given_up` | API keys on a running node: twenty at once on the balance of one, refusals, a crash; then a provider rotates its node key |
 //! | `a_model_over_paid_workers_one_of_them_killed` | `make demo-split KILL=1`: layers bought from processes, the text of one machine |
 //! | `strangers_at_the_front_door` | a provider with its door open: L402, a prepaid key, refunds, a kill, its house's ledger |
 //! | `two_leads_take_each_others_places_at_their_workers` | workers too small for both: rows are sent again, the text of one machine, clean ledgers |
@@ -25,6 +25,8 @@ mod budgets;
 mod front_door;
 #[path = "e2e/http.rs"]
 mod http;
+#[path = "e2e/identity.rs"]
+mod identity;
 #[path = "e2e/market.rs"]
 mod market;
 #[path = "e2e/openai.rs"]
@@ -100,6 +102,15 @@ fn second_verifier(market: &std::path::Path) {
     assert_eq!(out.matches(": clean").count(), 2, "{out}");
 }
 
+/// The verifier that shares no code with ours, on one export.
+#[track_caller]
+fn second_opinion(bundle: &std::path::Path) {
+    let script = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("interop/run.sh");
+    let said = std::process::Command::new(script).arg(bundle).output().unwrap();
+    let (out, err) = (String::from_utf8_lossy(&said.stdout), String::from_utf8_lossy(&said.stderr));
+    assert!(said.status.success() && out.matches(": clean").count() == 1, "{out}{err}");
+}
+
 #[test]
 #[ignore = "needs the built binary: tests/scripts/e2e.sh"]
 fn a_killed_provider_is_replaced_in_mid_stream() {
@@ -167,7 +178,7 @@ fn a_market_under_bad_input_and_bad_luck() {
 
 #[test]
 #[ignore = "needs the built binary: tests/scripts/e2e.sh"]
-fn budgets_hold() {
+fn budgets_hold_and_a_key_is_given_up() {
     let dir = tempfile::tempdir().unwrap();
     let model = tiny_model(dir.path());
     let mut market = Market::start(&dir.path().join("market"), &model);
@@ -177,6 +188,7 @@ fn budgets_hold() {
     });
     market.audit("after calls with budgets");
     budgets::survive(&mut market, &runtime);
+    identity::rotates(&mut market, &runtime);
     market.stop();
 }
 

@@ -3,9 +3,13 @@
 //! | key | from the BIP-39 seed by | path | why so |
 //! |---|---|---|---|
 //! | Lightning and on-chain | the seed itself, as the embedded node's entropy | its own (on chain BIP-84) | the same words open the funds in other wallets |
-//! | Nostr | BIP-32 over secp256k1, NIP-06 | `m/44'/1237'/0'/0/0` | the same words log in to other Nostr clients |
-//! | node identity (QUIC, receipts) | SLIP-0010 over ed25519 | `m/1935766631'/0'/0'` | `1935766631` is "satg" |
+//! | Nostr | BIP-32 over secp256k1, NIP-06 | `m/44'/1237'/i'/0/0` | the same words log in to other Nostr clients (account `i`) |
+//! | node identity (QUIC, receipts) | SLIP-0010 over ed25519 | `m/1935766631'/0'/i'` | `1935766631` is "satg" |
+//! | sign of life | BIP-32 over secp256k1 | `m/44'/1237'/1935766631'/0/0` | one for the seed, so that two nodes on it see each other |
 //! | session keys | SLIP-0010 over ed25519 | `m/1935766631'/1'/0'` is their master; key `i` is SHA-256(`"satgrid-session-key-v1\0"`, master, `i` as u64 big-endian) | a consumer shows each provider another key, and can still prove an old one |
+//!
+//! `i` is 0 until the identity is rotated, and then one more each time: the words give every key that ever was. The Lightning
+//! key does not rotate, since channels hang on it: money moves to other words by closing them.
 //!
 //! The curves' master keys come from HMACs under different names ("Bitcoin seed", "ed25519 seed"), and the secp256k1
 //! paths differ in their first hardened step, so no key tells anything about another. There is no passphrase: a second
@@ -29,6 +33,8 @@ const IDENTITY_BRANCH: u32 = 0;
 const SESSION_BRANCH: u32 = 1;
 /// Indices from here on are hardened.
 const HARDENED: u32 = 1 << 31;
+/// Identities per seed, one after the other.
+pub const MAX_IDENTITIES: u32 = 1_000;
 /// Session keys per seed.
 pub const MAX_SESSION_KEYS: u32 = HARDENED;
 
@@ -113,15 +119,24 @@ impl Seed {
         self.0.clone()
     }
 
-    /// The Nostr secret key by NIP-06, account 0.
-    pub fn nostr(&self) -> Zeroizing<[u8; 32]> {
-        let path = [44 | HARDENED, 1237 | HARDENED, HARDENED, 0, 0];
-        path.iter().fold(Node::secp256k1_master(&self.0[..]), |node, &i| node.secp256k1_child(i)).secret()
+    /// The Nostr secret key by NIP-06, of the `index`-th identity.
+    pub fn nostr(&self, index: u32) -> Zeroizing<[u8; 32]> {
+        self.nip_06(index % MAX_IDENTITIES)
     }
 
-    /// The node's own ed25519 key: its QUIC identity and its signature under receipts.
-    pub fn identity(&self) -> SigningKey {
-        self.ed25519(IDENTITY_BRANCH, 0)
+    /// The Nostr secret key under which the running node gives its sign of life.
+    pub fn sign_of_life(&self) -> Zeroizing<[u8; 32]> {
+        self.nip_06(PURPOSE)
+    }
+
+    /// The node's own ed25519 key: its QUIC identity and its signature under receipts; the `index`-th of them.
+    pub fn identity(&self, index: u32) -> SigningKey {
+        self.ed25519(IDENTITY_BRANCH, index % MAX_IDENTITIES)
+    }
+
+    fn nip_06(&self, account: u32) -> Zeroizing<[u8; 32]> {
+        let path = [44 | HARDENED, 1237 | HARDENED, account | HARDENED, 0, 0];
+        path.iter().fold(Node::secp256k1_master(&self.0[..]), |node, &i| node.secp256k1_child(i)).secret()
     }
 
     /// The key of the consumer's `index`-th session.
@@ -249,7 +264,7 @@ mod tests {
     fn nip_06_vectors() {
         #[track_caller]
         fn check(words: &str, secret: &str) {
-            assert_eq!(hex::encode(*Phrase::parse(words).unwrap().seed().nostr()), secret);
+            assert_eq!(hex::encode(*Phrase::parse(words).unwrap().seed().nostr(0)), secret);
         }
         check(
             "leader monkey parrot ring guide accident before fence cannon height naive bean",
@@ -297,14 +312,17 @@ mod tests {
     fn keys_of_one_seed_are_all_different_and_always_the_same() {
         let seed = Phrase::from_entropy(&[9; 32]).unwrap().seed();
         let keys: std::collections::BTreeSet<[u8; 32]> = [
-            seed.identity().to_bytes(),
+            seed.identity(0).to_bytes(),
+            seed.identity(1).to_bytes(),
             seed.session(0).to_bytes(),
             seed.session(1).to_bytes(),
-            *seed.nostr(),
+            *seed.nostr(0),
+            *seed.nostr(1),
+            *seed.sign_of_life(),
             seed.lightning()[..32].try_into().unwrap(),
         ]
         .into();
-        assert_eq!(keys.len(), 5);
+        assert_eq!(keys.len(), 8);
         let again = Phrase::from_entropy(&[9; 32]).unwrap().seed();
         assert_eq!(seed.session(7).to_bytes(), again.session(7).to_bytes());
     }

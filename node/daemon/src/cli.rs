@@ -84,6 +84,9 @@ pub(crate) enum Command {
     /// The wallet of the running node
     #[command(subcommand)]
     Wallet(WalletCommand),
+    /// The keys that others know this node by: show, rotate or revoke them
+    #[command(subcommand)]
+    Identity(IdentityCommand),
     /// API keys of the running node: what each may spend and has spent
     #[command(subcommand)]
     Keys(KeysCommand),
@@ -104,6 +107,8 @@ pub(crate) enum Command {
 pub(crate) enum MarketCommand {
     /// Every live listing on the configured relays
     List,
+    /// Providers' keys that were given up or revoked, with what proves it
+    Keys,
     /// Which listings of a model were considered, and why each was refused or where it ranks
     Why {
         model: String,
@@ -113,6 +118,30 @@ pub(crate) enum MarketCommand {
         /// Tokens of output to plan for
         #[arg(long, default_value_t = 256)]
         output: u32,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum IdentityCommand {
+    /// The key in use and those before it
+    Show,
+    /// Give the node key and the Nostr key up for the seed's next ones: the old key signs the new one, relays are told
+    Rotate {
+        /// Somebody else may have the old key
+        #[arg(long)]
+        stolen: bool,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Give them up for none: nothing is sold under them again, by whoever has them
+    Revoke {
+        /// Somebody else may have the key
+        #[arg(long)]
+        stolen: bool,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
     },
 }
 
@@ -279,7 +308,7 @@ pub(crate) struct InitArgs {
     /// This node buys (the default)
     #[arg(long)]
     pub consumer: bool,
-    /// Read the 24 words of an existing seed from standard input
+    /// Read the words of an existing seed from standard input
     #[arg(long)]
     pub restore: bool,
     /// A seed of 12 words instead of 24
@@ -288,6 +317,12 @@ pub(crate) struct InitArgs {
     /// Do not show the words of a new seed
     #[arg(long)]
     pub hide_words: bool,
+    /// Keep the seed encrypted, under a passphrase that is asked for
+    #[arg(long)]
+    pub passphrase: bool,
+    /// Keep it encrypted, under the passphrase at this place: env:NAME, file:PATH, credential:NAME or fd:NUMBER
+    #[arg(long, value_name = "PLACE", conflicts_with = "passphrase")]
+    pub passphrase_from: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]

@@ -50,6 +50,14 @@ pub(crate) enum WalletCommand {
     /// Other apps that may use this wallet (Nostr Wallet Connect)
     #[command(subcommand)]
     App(AppCommand),
+    /// Keep the seed under a passphrase, or under another one than before
+    Encrypt {
+        /// Where the new passphrase is, as env:NAME, file:PATH or fd:NUMBER [default: it is asked for]
+        #[arg(long, value_name = "PLACE")]
+        passphrase_from: Option<String>,
+    },
+    /// Keep the seed as plain words again, which only this user can read
+    Decrypt,
     /// End a session and ask for its remainder back
     Refund {
         /// The session's id, as the status or the ledger shows it

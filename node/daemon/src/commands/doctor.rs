@@ -14,6 +14,10 @@ use crate::config::{ChainSource, Config, Secret, problems};
 use crate::failure::Findings;
 use crate::models::{Store, free_bytes, inspect};
 use crate::progress::megabytes;
+use crate::seed;
+use satgrid_wallet::keys::Phrase;
+use satgrid_wallet::sealed::is_sealed;
+use zeroize::Zeroizing;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -52,7 +56,7 @@ pub(super) fn run(globals: &Globals) -> anyhow::Result<()> {
         None => warn("configuration", "no file; defaults only", "satgrid init"),
     }];
     findings.extend(problems(config).into_iter().map(|p| fail(p.key, p.fault, p.remedy)));
-    findings.push(seed(config));
+    findings.push(seed_finding(config));
     findings.push(disk(config));
     findings.extend(ports(config));
     findings.extend(relays(config));
@@ -86,28 +90,62 @@ fn show(format: Format, findings: &[Finding]) -> anyhow::Result<()> {
     print::out(&print::table(&["", "what", "found"], rows.collect()))
 }
 
-fn seed(config: &Config) -> Finding {
+fn seed_finding(config: &Config) -> Finding {
     let place = config.wallet.seed.to_string();
-    match config.wallet.seed.read() {
-        Ok(words) => match satgrid_wallet::keys::Phrase::parse(&words) {
-            Ok(_) => match &config.wallet.seed {
-                Secret::File(_) => ok(
-                    "seed",
-                    format!(
-                        "{place}, as plain text that only its owner can read (mode 0600)\nwho takes the disk, a backup \
-                         of it or root on this machine takes the money; `credential:NAME` keeps it encrypted on disk"
-                    ),
-                ),
-                Secret::Credential(_) => ok("seed", format!("{place}, decrypted by the service manager")),
-                Secret::Env(_) => warn(
-                    "seed",
-                    format!("{place}: every process of this user can read the environment"),
-                    "use file:PATH or credential:NAME",
-                ),
-            },
-            Err(error) => fail("seed", format!("{place}: {error}"), "restore it from paper: satgrid init --restore"),
-        },
-        Err(error) => fail("seed", error.to_string(), "satgrid init makes one; an existing file needs chmod 600"),
+    let text = match config.wallet.seed.read() {
+        Ok(text) => Zeroizing::new(text),
+        Err(error) => {
+            return fail("seed", error.to_string(), "satgrid init makes one; an existing file needs chmod 600");
+        }
+    };
+    if is_sealed(&text) {
+        return encrypted_seed(config, &place);
+    }
+    if let Err(error) = Phrase::parse(&text) {
+        return fail("seed", format!("{place}: {error}"), "restore it from paper: satgrid init --restore");
+    }
+    match &config.wallet.seed {
+        Secret::File(_) => ok(
+            "seed",
+            format!(
+                "{place}, as plain text that only its owner can read (mode 0600)\nwho takes the disk, a backup of it or root \
+                 on this machine takes the money; `satgrid wallet encrypt` puts it under a passphrase, `credential:NAME` \
+                 leaves it to systemd"
+            ),
+        ),
+        Secret::Credential(_) => ok("seed", format!("{place}, decrypted by the service manager")),
+        Secret::Fd(_) => ok("seed", format!("{place}, given by whoever starts the node")),
+        Secret::Env(_) => warn(
+            "seed",
+            format!("{place}: every process of this user can read the environment"),
+            "use file:PATH or credential:NAME",
+        ),
+    }
+}
+
+/// Opened where that needs nobody at the keyboard.
+fn encrypted_seed(config: &Config, place: &str) -> Finding {
+    let from = match &config.wallet.passphrase {
+        None => {
+            let detail =
+                format!("{place}, encrypted; `satgrid up` asks for its passphrase, so it starts on a terminal only");
+            return ok("seed", detail);
+        }
+        Some(from @ Secret::Fd(_)) => {
+            return ok("seed", format!("{place}, encrypted; its passphrase comes from {from}, not tried"));
+        }
+        Some(from @ (Secret::Env(_) | Secret::File(_) | Secret::Credential(_))) => from,
+    };
+    match (seed::read(config), from) {
+        (Err(error), _) => {
+            fail("seed", format!("{error:#}"), "set wallet.passphrase right; the words on paper open it too")
+        }
+        (Ok(_), Secret::File(path)) if path.parent() == Some(config.node.dir.as_path()) => warn(
+            "seed",
+            format!("{place}, encrypted, and its passphrase lies beside it: a copy of the folder has both"),
+            "keep the passphrase elsewhere: credential:NAME, fd:NUMBER, another disk",
+        ),
+        (Ok(_), _) => ok("seed", format!("{place}, encrypted; {from} opens it")),
     }
 }
 

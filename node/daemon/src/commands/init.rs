@@ -1,4 +1,4 @@
-//! `satgrid init`: a commented configuration, a data folder (0700) and a seed (0600). Overwrites nothing, ever.
+//! `satgrid init`: a commented configuration, a data folder (0700) and a seed (0600, encrypted if asked). Overwrites nothing, ever.
 
 use anyhow::{Context, bail};
 use rand::RngCore;
@@ -14,6 +14,7 @@ use super::print;
 use crate::cli::{Format, Globals, InitArgs};
 use crate::config::{self, Network, Secret};
 use crate::failure::HintExt;
+use crate::seed;
 
 /// 24 words, and 12 words.
 const ENTROPY_BYTES: usize = 32;
@@ -35,22 +36,33 @@ pub(super) fn run(globals: &Globals, args: &InitArgs) -> anyhow::Result<()> {
         .mode(0o700)
         .create(&dir)
         .with_context(|| format!("cannot make {}", dir.display()))?;
+    let place = args.passphrase_from.clone().map(Secret::try_from).transpose();
+    let place = place.map_err(anyhow::Error::msg).context("--passphrase-from")?;
     let (phrase, fresh) = if seed_file.exists() {
         if args.restore {
             bail!("{} is there already; it is not replaced", seed_file.display());
         }
-        (read_seed(&seed_file)?, false)
+        (seed::read_from(&Secret::File(seed_file.clone()), place.as_ref())?.0, false)
     } else {
+        // Before the words are read: standing input is for them alone, and plain words never touch the disk.
+        let passphrase = match (&place, args.passphrase) {
+            (None, false) => None,
+            (place, _) => Some(seed::new_passphrase(place.as_ref())?),
+        };
         let phrase = if args.restore { words_from_stdin()? } else { new_phrase(args.twelve)? };
-        write_new(&seed_file, &format!("{}\n", phrase.reveal()), 0o600)?;
+        let text = match passphrase {
+            Some(passphrase) => seed::sealed(&phrase, &passphrase)?,
+            None => format!("{}\n", phrase.reveal()),
+        };
+        write_new(&seed_file, &text, 0o600)?;
         (phrase, !args.restore)
     };
     let folder = file.parent().unwrap_or(Path::new("/"));
     std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    write_new(&file, &configuration(globals, args, network, &dir), 0o644)?;
+    write_new(&file, &configuration(globals, args, network, &dir, place.as_ref()), 0o644)?;
 
     let seed = phrase.seed();
-    let identity = hex::encode(seed.identity().verifying_key().to_bytes());
+    let identity = hex::encode(seed.identity(0).verifying_key().to_bytes());
     match globals.format {
         Format::Json => print::json(&json!({
             "config": file, "dir": dir, "seed": seed_file, "network": network, "identity": identity,
@@ -87,11 +99,6 @@ fn words_from_stdin() -> anyhow::Result<Phrase> {
     Phrase::parse(&text).hint("write them in order, with spaces between")
 }
 
-fn read_seed(file: &Path) -> anyhow::Result<Phrase> {
-    let text = Secret::File(file.to_owned()).read().hint(format!("chmod 600 {}", file.display()))?;
-    Phrase::parse(&text).with_context(|| format!("{} is no seed", file.display()))
-}
-
 /// Writes a file that must not be there yet, and waits until it is on disk.
 pub(super) fn write_new(path: &Path, text: &str, mode: u32) -> anyhow::Result<()> {
     let write = || -> std::io::Result<()> {
@@ -102,7 +109,7 @@ pub(super) fn write_new(path: &Path, text: &str, mode: u32) -> anyhow::Result<()
     write().with_context(|| format!("cannot write {}", path.display()))
 }
 
-fn configuration(globals: &Globals, args: &InitArgs, network: Network, dir: &Path) -> String {
+fn configuration(globals: &Globals, args: &InitArgs, network: Network, dir: &Path, place: Option<&Secret>) -> String {
     let mut roles = Vec::new();
     if args.provider {
         roles.push("\"provider\"");
@@ -116,6 +123,10 @@ fn configuration(globals: &Globals, args: &InitArgs, network: Network, dir: &Pat
     ]);
     if globals.dir.is_some() {
         set.insert("node.dir", toml::Value::String(dir.to_string_lossy().into_owned()).to_string());
+    }
+    // A descriptor is this call's alone.
+    if let Some(place) = place.filter(|place| !matches!(place, Secret::Fd(_))) {
+        set.insert("wallet.passphrase", toml::Value::String(place.to_string()).to_string());
     }
     config::render(&set, args.provider)
 }

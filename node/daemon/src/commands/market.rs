@@ -30,6 +30,7 @@ pub(super) fn run(globals: &Globals, command: &MarketCommand) -> anyhow::Result<
         let (market, listening) = read_relays(&config).await?;
         match command {
             MarketCommand::List => list(globals.format, &market, &listening),
+            MarketCommand::Keys => keys(globals.format, &market),
             MarketCommand::Why { model, prompt, output } => {
                 let led = config.provider.models.iter().find(|sold| sold.buy_experts && sold.listed_name() == *model);
                 if let Some(led) = led {
@@ -44,7 +45,7 @@ pub(super) fn run(globals: &Globals, command: &MarketCommand) -> anyhow::Result<
 async fn read_relays(config: &Config) -> anyhow::Result<(Market, Listening)> {
     let market = Market::new(crate::up::catalogue(config)?);
     let relays = config.market.relays.clone();
-    let listening = Listening::start(&market, relays, None, CancellationToken::new())
+    let listening = Listening::start(&market, relays, None, None, CancellationToken::new())
         .await
         .context("market.relays cannot be used")
         .hint("name at least one relay in market.relays")?;
@@ -93,6 +94,20 @@ fn list(format: Format, market: &Market, listening: &Listening) -> anyhow::Resul
         eprintln!("refused: {}", refused.join(", "));
     }
     Ok(())
+}
+
+fn keys(format: Format, market: &Market) -> anyhow::Result<()> {
+    let all = market.given_up();
+    match format {
+        Format::Json => {
+            let rows = all.iter().map(|(key, fate, proof)| json!({ "node_key": key, "fate": fate, "proof": proof }));
+            print::json(&rows.collect::<Vec<_>>())
+        }
+        Format::Text => {
+            let rows = all.iter().map(|(key, fate, _)| vec![key.to_string(), fate.clone()]).collect();
+            print::out(&print::table(&["NODE KEY", "WAS"], rows))
+        }
+    }
 }
 
 fn row(market: &Market, listing: &VerifiedListing) -> Vec<String> {

@@ -6,6 +6,7 @@ mod demo;
 mod devnet;
 mod doctor;
 pub(crate) mod engine_worker;
+mod identity;
 mod init;
 mod keys;
 mod ledger;
@@ -35,6 +36,7 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Status => status::run(&globals),
         Command::Market(command) => market::run(&globals, &command),
         Command::Wallet(command) => wallet::run(&globals, &command),
+        Command::Identity(command) => identity::run(&globals, &command),
         Command::Keys(command) => keys::run(&globals, &command),
         Command::Ledger { args } => return Ok(ledger::run(args)),
         Command::Doctor => doctor::run(&globals),

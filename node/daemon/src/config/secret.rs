@@ -13,6 +13,8 @@ pub(crate) enum Secret {
     File(PathBuf),
     /// A credential that systemd gave this service (`LoadCredentialEncrypted=`): encrypted on disk, decrypted in memory.
     Credential(String),
+    /// A file descriptor that this process inherited, such as a pipe; it can be read once.
+    Fd(u32),
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +27,8 @@ pub(crate) enum SecretError {
     Exposed { path: PathBuf, mode: u32 },
     #[error("no credential {0}: this process has none, or systemd gave it others")]
     NoCredential(String),
+    #[error("file descriptor {fd} cannot be read")]
+    Descriptor { fd: u32, source: std::io::Error },
     #[error("{0} is empty")]
     Empty(Secret),
 }
@@ -40,6 +44,8 @@ impl Secret {
                 let path = dir.map(|dir| PathBuf::from(dir).join(name)).filter(|path| path.is_file());
                 read_private(&path.ok_or_else(|| SecretError::NoCredential(name.clone()))?)?
             }
+            Secret::Fd(fd) => std::fs::read_to_string(format!("/dev/fd/{fd}"))
+                .map_err(|source| SecretError::Descriptor { fd: *fd, source })?,
         };
         let value = text.trim_end_matches(['\r', '\n']);
         if value.is_empty() { Err(SecretError::Empty(self.clone())) } else { Ok(value.to_owned()) }
@@ -69,11 +75,14 @@ impl TryFrom<String> for Secret {
             Some(("credential", name)) if !name.is_empty() && !name.contains('/') => {
                 Ok(Secret::Credential(name.to_owned()))
             }
-            // The text is not repeated: it may well be the secret itself.
-            _ => {
-                Err("a secret is never written here; say where it is: env:NAME, file:PATH or credential:NAME"
-                    .to_owned())
+            Some(("fd", number)) if number.bytes().all(|b| b.is_ascii_digit()) => {
+                number.parse().map(Secret::Fd).map_err(|_| "fd:NUMBER, such as fd:3".to_owned())
             }
+            // The text is not repeated: it may well be the secret itself.
+            _ => Err(
+                "a secret is never written here; say where it is: env:NAME, file:PATH, credential:NAME or fd:NUMBER"
+                    .to_owned(),
+            ),
         }
     }
 }
@@ -84,6 +93,7 @@ impl fmt::Display for Secret {
             Secret::Env(name) => write!(f, "env:{name}"),
             Secret::File(path) => write!(f, "file:{}", path.display()),
             Secret::Credential(name) => write!(f, "credential:{name}"),
+            Secret::Fd(fd) => write!(f, "fd:{fd}"),
         }
     }
 }
@@ -101,7 +111,8 @@ mod tests {
     #[test]
     fn references_only() {
         assert_eq!(Secret::try_from("env:TOKEN".to_owned()).unwrap(), Secret::Env("TOKEN".into()));
-        for bare in ["hunter2", "env:", "file:", "sk-abc:def"] {
+        assert_eq!(Secret::try_from("fd:3".to_owned()).unwrap(), Secret::Fd(3));
+        for bare in ["hunter2", "env:", "file:", "fd:hunter2", "sk-abc:def"] {
             let error = Secret::try_from(bare.to_owned()).unwrap_err();
             assert!(!error.contains("hunter2") && error.contains("env:NAME"), "{error}");
         }

@@ -383,6 +383,8 @@ pub(crate) struct Wallet {
     pub chain: Option<ChainSource>,
     pub chain_password: Option<Secret>,
     pub seed: Secret,
+    /// Opens `seed` where that is an encrypted file.
+    pub passphrase: Option<Secret>,
     pub listen: SocketAddr,
     pub alias: Option<String>,
     pub max_balance_sat: u64,

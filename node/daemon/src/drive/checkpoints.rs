@@ -73,7 +73,8 @@ mod tests {
         let (notes, heard) = mpsc::channel(NOTES);
         tokio::spawn(compare_heads(heard, store.clone(), market.clone(), inbox));
         let relays = vec![relay.url()];
-        let listening = super::super::market::Listening::start(&market, relays.clone(), Some(notes), token.clone());
+        let listening =
+            super::super::market::Listening::start(&market, relays.clone(), Some(notes), None, token.clone());
         let _listening = listening.await.unwrap();
 
         let keys = Keypair::from_seckey_slice(SECP256K1, &[9; 32]).unwrap();

@@ -296,11 +296,16 @@ impl Running {
 
     fn connect(&self, link: LinkId, provider: NodeKey, addresses: Vec<String>, session: SessionIndex) {
         let (endpoint, inbox) = (self.driver.endpoint.clone(), self.inbox.clone());
+        // A session lives on under its provider's newer key, and where that listens.
+        let (dialled, addresses) = match self.driver.market.heir(&provider) {
+            Some((heir, newer)) => (heir, newer.into_iter().chain(addresses).collect()),
+            None => (provider, addresses),
+        };
         let addresses = self.driver.at.map_or(addresses, |at| vec![at.to_string()]);
         let key = session_key(&self.driver.master, session);
         tokio::spawn(async move {
             let hints: Vec<AddressHint> = addresses.iter().filter_map(|text| text.parse().ok()).collect();
-            let connected = match endpoint.connect(&hints, provider, &key).await {
+            let connected = match endpoint.connect(&hints, dialled, &key).await {
                 Ok(quic) => match quic.open(StreamKind::Control).await {
                     Ok(control) => Ok((quic, control)),
                     Err(error) => Err(error.to_string()),

@@ -1,15 +1,16 @@
 //! The market as this node sees it: the book that a subscription fills, the catalogue, and what it knows of providers.
 
-use super::now;
+use super::{consumer, now};
 use satgrid_market::experts::{self, ExpertDemand};
 use satgrid_market::layers::{self, LayerDemand};
 use satgrid_market::{
-    Book, BookLimits, Catalogue, Choice, Considered, Demand, Fault, Links, NoPlan, Reputation, explain, plan,
+    Book, BookLimits, Catalogue, Choice, Considered, Demand, Fault, LastWord, Links, NoPlan, Reputation, explain, plan,
 };
-use satgrid_market_nostr::{RelayConfig, RelayHealth, StartError, Subscriber, SubscriberConfig};
+use satgrid_market_nostr::{RelayConfig, RelayHealth, StartError, Subscriber, SubscriberConfig, Succeeded};
+use satgrid_node::consumer::ConsumerEvent;
 use satgrid_types::{ModelRoot, Msat, NodeKey, Part, UnixMs, VerifiedListing};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
@@ -18,6 +19,8 @@ use tokio_util::sync::CancellationToken;
 
 /// How often expired listings are swept out.
 const PRUNE_EVERY: Duration = Duration::from_secs(30);
+/// Keys that were given up, waiting to be taken in.
+const SUCCESSIONS: usize = 4_096;
 
 /// A handle to the shared view. Clones see the same book.
 #[derive(Clone)]
@@ -114,6 +117,46 @@ impl Market {
         }
     }
 
+    /// The key that stands for this one now, and where it listens, if it was given up for another.
+    pub(crate) fn heir(&self, provider: &NodeKey) -> Option<(NodeKey, Vec<String>)> {
+        self.read(|state| {
+            let heir = state.book.lineage().current(provider).filter(|heir| heir != provider)?;
+            let newest =
+                state.book.live(now()).filter(|listing| listing.node_key == heir).max_by_key(|l| l.created_at());
+            Some((heir, newest.map(|listing| listing.addresses.clone()).unwrap_or_default()))
+        })
+    }
+    /// Every key that is known to be given up, with what became of it and what proves that.
+    pub(crate) fn given_up(&self) -> Vec<(NodeKey, String, String)> {
+        self.read(|state| {
+            let all = state.book.lineage().all();
+            all.map(|(key, fate)| (key, fate.to_string(), fate.proof())).collect()
+        })
+    }
+
+    /// A key gave way. Returns, of every key that this touches, the keys that it stands for now.
+    fn gave_way(&self, word: LastWord) -> Vec<(NodeKey, Vec<NodeKey>)> {
+        let (old, new) = (word.said.old, word.said.new);
+        self.write(|state| {
+            let dealt_with = state.reputation.records().contains_key(&old);
+            match state.book.give_up(word, dealt_with) {
+                Ok(gone) => {
+                    let fate = state.book.lineage().fate(&old).map(|fate| fate.to_string()).unwrap_or_default();
+                    tracing::info!(provider = %old.short(), fate, listings = gone, "a key was given up");
+                }
+                Err(refusal) => {
+                    tracing::debug!(provider = %old.short(), %refusal, "a key that was given up");
+                    return Vec::new();
+                }
+            }
+            let lineage = state.book.lineage();
+            let touched = [Some(old), new].into_iter().flatten().chain(lineage.heirs_named_by(&old));
+            let touched: BTreeSet<NodeKey> =
+                touched.flat_map(|key| [Some(key), lineage.current(&key)]).flatten().collect();
+            touched.into_iter().map(|key| (key, lineage.line(&key))).collect()
+        })
+    }
+
     fn apply(&self, listing: VerifiedListing) {
         let (name, provider) = (listing.model.clone(), listing.node_key);
         match self.write(|state| state.book.apply(now(), listing)) {
@@ -135,14 +178,19 @@ pub(crate) struct Listening {
 }
 
 impl Listening {
-    /// Fills the market's book from these relays, now and from here on. Texts of log checkpoints go to `notes`.
+    /// Fills the market's book from these relays, now and from here on. Texts of log checkpoints go to `notes`; which keys
+    /// stand for which, to `consumer`.
     pub(crate) async fn start(
         market: &Market,
         relays: Vec<String>,
         notes: Option<mpsc::Sender<String>>,
+        consumer: Option<mpsc::Sender<consumer::Message>>,
         shutdown: CancellationToken,
     ) -> Result<Listening, StartError> {
-        let config = SubscriberConfig { notes, ..SubscriberConfig::new(RelayConfig::new(relays)) };
+        let (successions, heard) = mpsc::channel(SUCCESSIONS);
+        let successions = Some(successions);
+        let config = SubscriberConfig { notes, successions, ..SubscriberConfig::new(RelayConfig::new(relays)) };
+        tokio::spawn(follow(market.clone(), heard, consumer));
         let (subscriber, listings) = Subscriber::start(config, shutdown.clone()).await?;
         tokio::spawn(fill(market.clone(), listings, shutdown));
         Ok(Listening { subscriber })
@@ -156,6 +204,22 @@ impl Listening {
     }
     pub(crate) fn counters(&self) -> BTreeMap<&'static str, u64> {
         self.subscriber.counters()
+    }
+}
+
+/// Hears which keys gave way.
+async fn follow(
+    market: Market,
+    mut heard: mpsc::Receiver<Succeeded>,
+    consumer: Option<mpsc::Sender<consumer::Message>>,
+) {
+    while let Some((signed, said)) = heard.recv().await {
+        for (key, line) in market.gave_way(LastWord { signed, said }) {
+            if let Some(consumer) = &consumer {
+                let event = ConsumerEvent::Line { key, line };
+                let _ = consumer.send(consumer::Message::Event(event)).await;
+            }
+        }
     }
 }
 

@@ -67,7 +67,7 @@ impl HouseBooks {
         let path = config.node.dir.join(LEDGER);
         let journal = SqliteJournal::open(&path).await;
         let journal = journal.with_context(|| format!("the house's ledger {} cannot be opened", path.display()))?;
-        let mut fold = Fold::new(NodeKey(identity.verifying_key().to_bytes()));
+        let mut fold = Fold::new([NodeKey(identity.verifying_key().to_bytes())]);
         let opened: Arc<dyn Journal> = Arc::new(journal.clone());
         let writer = JournalWriter::open(opened, |entry| {
             fold.entry(entry);
@@ -112,7 +112,7 @@ impl House {
         let Beside { config, nostr, journal: providers, key_store, wallet, provider, offered, quic_listen, shutdown } =
             beside;
         let store = Store::Sqlite(journal);
-        if !recovered.has_genesis {
+        if recovered.genesis.is_none() {
             let node = NodeKey(identity.verifying_key().to_bytes());
             let (lightning, network) = (wallet.node_id(), config.node.network.name().to_owned());
             let genesis = Evidence::Genesis { node, nostr, lightning, network };

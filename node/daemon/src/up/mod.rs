@@ -6,11 +6,12 @@
 
 mod checkpoints;
 mod house;
+mod identity;
 mod open;
 mod parts;
 mod window;
 
-pub(crate) use open::{backups, beside_journal, catalogue, chain_source, cold_keys, keys, wallet_network};
+pub(crate) use open::{backups, beside_journal, catalogue, chain_source, cold_keys, wallet_network};
 
 use house::{Beside, House, HouseBooks};
 
@@ -32,6 +33,7 @@ use crate::drive::{
     wallet::keep_connected,
 };
 use crate::failure::HintExt;
+use crate::seed;
 use crate::service::Gateway;
 use crate::signals;
 use crate::store::Store;
@@ -73,7 +75,13 @@ pub(crate) fn run(config: Config) -> anyhow::Result<()> {
         Ended::Anew => {
             // The same process, from the beginning: what is on the disk is all that counts.
             let exe = std::env::current_exe().context("this program does not find itself")?;
-            let error = std::process::Command::new(exe).args(std::env::args_os().skip(1)).exec();
+            let mut again = std::process::Command::new(exe);
+            again.args(std::env::args_os().skip(1));
+            let passphrase = seed::taken_along()?;
+            if let Some((_, place)) = &passphrase {
+                again.args(["--set", place]);
+            }
+            let error = again.exec();
             Err(error).context("this program cannot be started anew")
         }
     }
@@ -92,7 +100,7 @@ async fn node(config: Config) -> anyhow::Result<Ended> {
     if !config.is_provider() && !config.is_consumer() {
         bail!("node.roles is empty: nothing to run");
     }
-    let keys = open::keys(&config)?;
+    let keys = open::keys(&config).await?;
     let ours = node_key(&keys.identity);
     let nostr = NostrKey(keys.nostr.x_only_public_key().0.serialize());
     tracing::info!(node = %ours, network = config.node.network.name(), "starting");
@@ -111,7 +119,7 @@ async fn node(config: Config) -> anyhow::Result<Ended> {
     let journal = open::open_journal(&config).await?;
     let key_store = open::open_keys(&config).await?;
     let mut costs = Costs::of(&key_store).await?;
-    let mut fold = Fold::new(ours);
+    let mut fold = Fold::new(keys.all());
     let opened: Arc<dyn Journal> = Arc::new(journal.clone());
     let writer = JournalWriter::open(opened, |entry| {
         fold.entry(entry);
@@ -199,11 +207,12 @@ impl Opened {
         let shutdown = CancellationToken::new();
         // Whatever fails on the way up takes the drivers down with it.
         let _ends_with_this = shutdown.clone().drop_guard();
-        if !recovered.has_genesis {
+        if recovered.genesis.is_none() {
             let (lightning, network) = (lightning.node_id(), config.node.network.name().to_owned());
             let genesis = Evidence::Genesis { node: ours, nostr, lightning, network };
             writer.append(vec![Draft::of(genesis)]).await.map_err(anyhow::Error::msg)?;
         }
+        self::identity::follow(&config, &keys, &recovered, &writer, &journal).await?;
 
         let full = writer.full();
         let own = Own::default();

@@ -5,6 +5,7 @@ use crate::commands::wallet_process::NAME as WALLET_PROCESS;
 use crate::config::{ChainSource, Config, Network, lsp};
 use crate::drive::{channels::BACKUP_FILE, fresh_seed, restore};
 use crate::failure::HintExt;
+use crate::identity::{self, Pair, Standing};
 use crate::store::Store;
 use anyhow::Context;
 use ed25519_dalek::SigningKey;
@@ -16,11 +17,8 @@ use satgrid_market_nostr::{
     RelayConfig,
     heartbeat::{self, HeartbeatError},
 };
-use satgrid_wallet::{
-    Embedded, Lightning,
-    keys::{Phrase, Seed},
-    restore::Restoring,
-};
+use satgrid_types::{NodeKey, node_key};
+use satgrid_wallet::{Embedded, Lightning, keys::Seed, restore::Restoring};
 use satgrid_wallet_ldk::{ColdKeys, LdkConfig, Lsp, LspService, Program, WalletProcess};
 use satgrid_wallet_nwc::{Connections, NwcConfig, NwcService, NwcWallet, ServiceConfig};
 use sha2::{Digest, Sha256};
@@ -42,16 +40,29 @@ pub(crate) struct Keys {
     pub seed: Seed,
     pub identity: SigningKey,
     pub nostr: secp256k1::Keypair,
+    /// Which of the seed's identities these are, and how they came to be.
+    pub standing: Standing,
     /// From which the consumer's session keys are derived.
     pub sessions: [u8; 32],
 }
 
-pub(crate) fn keys(config: &Config) -> anyhow::Result<Keys> {
-    let words = config.wallet.seed.read().hint("`satgrid init` makes one; only its owner may read it (chmod 600)")?;
-    let seed = Phrase::parse(&words).context("the seed's words are not right")?.seed();
-    let nostr = secp256k1::Keypair::from_seckey_slice(secp256k1::SECP256K1, seed.nostr().as_ref())?;
-    let (identity, sessions) = (seed.identity(), seed.session(0).to_bytes());
-    Ok(Keys { seed, identity, nostr, sessions })
+pub(crate) async fn keys(config: &Config) -> anyhow::Result<Keys> {
+    let seed = crate::seed::read(config)?.0.seed();
+    let standing = identity::standing(config, &seed).await?;
+    let Pair { node: identity, nostr } = Pair::of(&seed, standing.index)?;
+    let sessions = seed.session(0).to_bytes();
+    Ok(Keys { seed, identity, nostr, standing, sessions })
+}
+
+impl Keys {
+    /// Every node key that was ever this node's, the newest last.
+    pub(super) fn all(&self) -> impl Iterator<Item = NodeKey> {
+        (0..=self.standing.index).map(|index| node_key(&self.seed.identity(index)))
+    }
+    /// The keys before the newest.
+    pub(super) fn former(&self) -> Vec<SigningKey> {
+        (0..self.standing.index).map(|index| self.seed.identity(index)).collect()
+    }
 }
 
 /// Refuses to run where another node with the same seed does. A relay that does not answer refuses nobody.
@@ -64,7 +75,8 @@ pub(super) async fn claim_seed(
         return Ok(None);
     }
     let relays = RelayConfig::new(config.market.relays.clone());
-    match heartbeat::claim(&relays, keys.nostr, instance(config)?, life).await {
+    let sign = secp256k1::Keypair::from_seckey_slice(secp256k1::SECP256K1, keys.seed.sign_of_life().as_ref())?;
+    match heartbeat::claim(&relays, sign, instance(config)?, life).await {
         Ok(beating) => Ok(Some(beating)),
         Err(error @ HeartbeatError::Elsewhere { .. }) => Err(anyhow::Error::new(error)).hint(format!(
             "stop the other one; two nodes on one seed lose channels. If it is gone for good, wait {} s",

@@ -145,7 +145,7 @@ impl Node<'_> {
                 tokio::spawn(compare_heads(heard, self.store.clone(), market.clone(), consumer));
                 notes
             });
-            let listening = Listening::start(market, relays, notes, self.shutdown.clone()).await;
+            let listening = Listening::start(market, relays, notes, consumer.clone(), self.shutdown.clone()).await;
             Some(Arc::new(listening.context("market.relays cannot be used")?))
         } else {
             None
@@ -190,7 +190,8 @@ impl Node<'_> {
         metered.extend(leads.iter().map(|m| Metered::new(m.engine.clone(), &m.name)));
         let provider_view = self.config.is_provider().then(Arc::default);
         let provider = provider_view.clone().map(|view| {
-            let mut role = Provider::new(self.provider_config(), self.keys.identity.clone(), fresh_seed());
+            let role = Provider::new(self.provider_config(), self.keys.identity.clone(), fresh_seed());
+            let mut role = role.with_former(self.keys.former());
             role.restore(now(), recovered.provider_sessions, recovered.refunds);
             let artefacts = for_sale.iter().map(|m| (Digest(m.engine.facts().tokenizer_hash), m.tokenizer.clone()));
             let led = leads.iter().map(|m| (Digest(m.engine.facts().tokenizer_hash), m.tokenizer.clone()));
@@ -252,11 +253,11 @@ impl Node<'_> {
         tokio::spawn(pump.run());
 
         let publisher = match &provider {
-            Some(provider) => {
+            Some(provider) if self.keys.standing.revoked().is_none() => {
                 let told = Told::new(market.clone(), node_key(&key), roots);
                 Some(self.publish((&for_sale, &stages, &packs, &leads), &endpoint, provider, told).await?)
             }
-            None => None,
+            Some(_) | None => None,
         };
         let health = match (&heard, &publisher) {
             (Some(listening), _) => listening.health(),

@@ -265,6 +265,7 @@ fn note(ledger: &mut Ledger, attempted: &mut Attempted, evidence: &Evidence) -> 
         | Evidence::WalletSnapshot { .. }
         | Evidence::Checkpoint { .. }
         | Evidence::CreditTransfer(_)
+        | Evidence::Succession(_)
         | Evidence::Promise(_) => {}
     }
     Ok(())

@@ -168,7 +168,7 @@ impl Node {
         let phrase = new_phrase(false)?;
         write_new(&dir.join("seed"), &format!("{}\n", phrase.reveal()), 0o600)?;
         // The same key that the seed gives, as `ledger export --key` reads it.
-        let identity = hex::encode(phrase.seed().identity().to_bytes());
+        let identity = hex::encode(phrase.seed().identity(0).to_bytes());
         write_new(&dir.join("identity.key"), &format!("{identity}\n"), 0o600)?;
 
         let [admin, lightning] = free_ports()?;

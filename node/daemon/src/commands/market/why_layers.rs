@@ -20,7 +20,9 @@ pub(super) fn run(
     model: &str,
     lead: &LeadForSale,
 ) -> anyhow::Result<()> {
-    let ours = node_key(&crate::up::keys(config)?.identity);
+    let seed = crate::seed::read(config)?.0.seed();
+    let standing = crate::identity::Standing::read(&config.node.dir, &seed)?;
+    let ours = node_key(&seed.identity(standing.map_or(0, |standing| standing.index)));
     let demand = layers::demand_of(lead, ours)?;
     let (plan, considered) = market.explain_layers(&demand);
     let missing = plan.as_ref().err().map(ToString::to_string);

@@ -7,6 +7,7 @@ mod qr;
 mod restore;
 mod show;
 mod sweep;
+mod vault;
 
 use super::admin_client::Admin;
 use crate::cli::{Globals, WalletCommand};
@@ -27,6 +28,9 @@ pub(super) fn run(globals: &Globals, command: &WalletCommand) -> anyhow::Result<
     }
     if let WalletCommand::Cold(command) = command {
         return runtime.block_on(sweep::cold(globals.format, &config, command));
+    }
+    if let WalletCommand::Encrypt { .. } | WalletCommand::Decrypt = command {
+        return vault::change(globals.format, &config, command);
     }
     let admin = Admin::of(&config)?;
     runtime.block_on(async {
@@ -50,6 +54,7 @@ pub(super) fn run(globals: &Globals, command: &WalletCommand) -> anyhow::Result<
             WalletCommand::Cold(command) => sweep::cold(format, &config, command).await,
             WalletCommand::Restore(_) => restore::status(format, &admin.get("wallet/restore").await?),
             WalletCommand::App(command) => apps::run(format, &admin, command).await,
+            WalletCommand::Encrypt { .. } | WalletCommand::Decrypt => vault::change(format, &config, command),
             WalletCommand::Refund { session } => {
                 admin.post(&format!("sessions/{session}/close"), &json!({})).await?;
                 eprintln!("asked; the refund arrives as a payment, or the ledger shows a credit note");

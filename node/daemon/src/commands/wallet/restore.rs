@@ -29,9 +29,9 @@ pub(super) async fn restore(format: Format, config: &Config, args: &RestoreArgs)
         file.network,
         network.name()
     );
-    let keys = up::keys(config)?;
+    let seed = crate::seed::read(config)?.0.seed();
     let chain = up::chain_source(config)?;
-    let found = rehearse(&keys.seed, up::wallet_network(network), &chain, &file.backup).await;
+    let found = rehearse(&seed, up::wallet_network(network), &chain, &file.backup).await;
     let found = found.map_err(anyhow::Error::msg).hint("`satgrid init --restore` takes the words of the lost node")?;
     show(format, &path, &file, &found)?;
     if args.rehearse {

@@ -79,7 +79,7 @@ fn confirm(yes: bool, question: &str) -> anyhow::Result<()> {
 }
 
 pub(super) async fn cold(format: Format, config: &Config, command: &ColdCommand) -> anyhow::Result<()> {
-    let (network, keys) = up::cold_keys(config, &up::keys(config)?.seed);
+    let (network, keys) = up::cold_keys(config, &crate::seed::read(config)?.0.seed());
     let mut cold = Cold::open(&config.node.dir, network, &keys)?;
     match command {
         ColdCommand::Address { label } => {
