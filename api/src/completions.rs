@@ -22,7 +22,7 @@ use crate::{
     choices::{self, Reply},
     collect,
     config::limits::{FIRST_EVENT_WAIT, MAX_IDEMPOTENCY_KEY_BYTES},
-    embeddings,
+    door, embeddings,
     error::ApiError,
     gate::Caller,
     idempotency::{Identity, JoinError, Joined, RunKey},
@@ -145,6 +145,7 @@ async fn complete(edge: Arc<Edge>, caller: Caller, endpoint: Endpoint, request: 
     let run_key = run_key(&parts.headers, &caller, endpoint)?;
     let body = body::read(&edge.config, body).await?;
     let (parsed, form) = endpoint.read(&edge, &body).await?;
+    let payer = caller.key.clone().map(|key| (key, caller.address.clone()));
     let (stream, include_usage) = (parsed.stream, parsed.include_usage);
     let run_key = run_key.map(|key| (key, Sha256::digest(&body).into()));
     drop((body, reading));
@@ -188,7 +189,10 @@ async fn complete(edge: Arc<Edge>, caller: Caller, endpoint: Endpoint, request: 
         }))
     };
     let mut response = tokio::select! {
-        answered = work => answered?,
+        answered = work => match answered {
+            Ok(response) => response,
+            Err(error) => return Err(door::with_top_up(&edge, payer, error).await),
+        },
         () = closing.aborted() => return Err(ServiceError::closing().into()),
         () = tokio::time::sleep_until(deadline) => {
             return Err(ServiceError::DeadlineExceeded { seconds: max_request.as_secs() }.into());

@@ -60,6 +60,11 @@ pub enum Order {
         key: String,
         amount: Msat,
     },
+    /// What a key lacks for one request; at least the smallest invoice.
+    Missing {
+        key: String,
+        amount: Msat,
+    },
     /// A token that carries its own key; at least so much.
     L402 {
         amount: Msat,
@@ -224,6 +229,22 @@ pub(crate) async fn challenge(edge: &Edge, address: &str, request: Request) -> R
         response.headers_mut().insert(header::WWW_AUTHENTICATE, value);
     }
     Ok(response)
+}
+
+/// A refusal for want of money on a prepaid key, with the invoice that fills it.
+pub(crate) async fn with_top_up(edge: &Edge, payer: Option<(String, String)>, error: ApiError) -> ApiError {
+    let (Some(door), Some((key, address)), Some(amount)) = (&edge.config.door, payer, error.lacks_on_key()) else {
+        return error;
+    };
+    // Whoever asks too often is told what is missing, and asks for an invoice by itself.
+    if edge.pace.take(&format!("invoice {address}"), INVOICES_PER_MINUTE).is_err() {
+        return error;
+    }
+    match door.invoice(Order::Missing { key, amount }, &address).await {
+        Ok(made) => error.with_top_up(made.bolt11, made.payment_hash, made.expires_at),
+        // A key of the operator's holds no balance.
+        Err(_) => error,
+    }
 }
 
 fn door(edge: &Edge) -> Result<&Arc<dyn Door>, ApiError> {

@@ -18,6 +18,7 @@ use axum::{
     http::{HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
+use satgrid_types::{Msat, PaymentHash, UnixMs};
 use serde::Serialize;
 
 use crate::{
@@ -129,6 +130,26 @@ impl ApiError {
     pub(crate) fn not_yet(wait: std::time::Duration, message: String) -> ApiError {
         let seconds = wait.as_secs().max(1);
         ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "not_paid_yet", message).retry(Retry::After(seconds))
+    }
+
+    /// What is missing on the key, where that is what the error says and no invoice is with it.
+    pub(crate) fn lacks_on_key(&self) -> Option<Msat> {
+        match &self.body.metadata {
+            Some(Metadata::Funds { limit_source, required_msat, available_msat, topup: None })
+                if *limit_source == LimitSource::Key.as_str() =>
+            {
+                Some(Msat(required_msat.saturating_sub(*available_msat)))
+            }
+            Some(Metadata::Funds { .. } | Metadata::Reasons { .. } | Metadata::Charged(_)) | None => None,
+        }
+    }
+
+    pub(crate) fn with_top_up(mut self, bolt11: String, payment_hash: PaymentHash, expires_at: UnixMs) -> ApiError {
+        if let Some(Metadata::Funds { topup, .. }) = &mut self.body.metadata {
+            let payment_hash = payment_hash.to_string();
+            *topup = Some(TopUpReply { bolt11, payment_hash, expires_at: expires_at.as_secs() });
+        }
+        self
     }
 
     /// Too many requests: the one case in which clients should come back by themselves.

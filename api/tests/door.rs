@@ -73,7 +73,7 @@ impl Door for Desk {
         let (amount, secret) = match order {
             Order::L402 { amount } => (amount, Some("TOKEN".to_owned())),
             Order::NewKey { amount } => (amount, Some("sk-satgrid-new".to_owned())),
-            Order::TopUp { amount, .. } => (amount, None),
+            Order::TopUp { amount, .. } | Order::Missing { amount, .. } => (amount, None),
         };
         let (payment_hash, expires_at) = (PaymentHash([5; 32]), UnixMs(1_700_000_600_000));
         Ok(DoorInvoice { bolt11: "lnbcrt1door".into(), payment_hash, amount, expires_at, secret })
@@ -125,6 +125,18 @@ fn chat(authorization: Option<&str>) -> Request<Body> {
         None => request,
     };
     request.body(Body::from(body.to_string())).unwrap()
+}
+
+#[tokio::test]
+async fn a_key_that_lacks_money_is_told_with_the_invoice_that_fills_it() {
+    let (_, router) = world();
+    let body = json!({"model": "key-limit", "messages": [{"role": "user", "content": "hi"}]});
+    let request = Request::post("/v1/chat/completions").header("authorization", "L402 TOKEN:aa");
+    let (status, headers, body) = call(&router, request.body(Body::from(body.to_string())).unwrap()).await;
+    assert_eq!((status, &body["error"]["code"]), (StatusCode::PAYMENT_REQUIRED, &json!("key_limit_exceeded")));
+    assert_eq!(headers["x-should-retry"], "false");
+    let topup = &body["error"]["metadata"]["topup"];
+    assert_eq!((&topup["bolt11"], &topup["expires_at"]), (&json!("lnbcrt1door"), &json!(1_700_000_600)));
 }
 
 #[tokio::test]

@@ -23,6 +23,7 @@ mod service;
 mod signals;
 mod store;
 mod telemetry;
+mod traces;
 mod up;
 mod voice;
 

@@ -24,7 +24,7 @@ use satgrid_api::{
 use satgrid_engine::port::Tokenizer;
 use satgrid_market::{Choice, Demand, NoPlan, ProviderPattern, Sort, Verdict, Wanted};
 use satgrid_node::consumer::{Bill, CallError, CallId, ConsumerEvent, Emission, FundsLimit, Submit};
-use satgrid_types::{Digest, FinishReason, ModelRoot, Msat, RequestId, TokenUsage, UnixMs, VerifiedListing};
+use satgrid_types::{Digest, FinishReason, ModelRoot, Msat, NodeKey, RequestId, TokenUsage, UnixMs, VerifiedListing};
 use satgrid_wallet::{InvoiceRequest, Lightning};
 use sha2::Digest as _;
 use std::{
@@ -242,7 +242,7 @@ impl Gateway {
                 return Err(stopped());
             }
             Some(Emission::Started { provider, request }) => {
-                run.leg(request).await?;
+                run.leg(request, provider).await?;
                 let print = prints.into_iter().find(|(known, _)| *known == provider).map(|(_, print)| print);
                 CompletionEvent::Started { model: name.to_owned(), fingerprint: print }
             }
@@ -420,11 +420,11 @@ impl Drop for Run {
             tokio::spawn(async move {
                 let _ = consumer.send(Message::Event(ConsumerEvent::Cancel { call })).await;
                 // What the client has left behind is still paid for: its end says how much that was.
-                let Some(budget) = budget else { return };
+                let Some(mut budget) = budget else { return };
                 let mut output = output;
                 while let Some(emission) = emissions.recv().await {
                     match emission {
-                        Emission::Started { request, .. } => drop(budget.leg(request).await),
+                        Emission::Started { request, provider } => drop(budget.leg(request, provider).await),
                         Emission::Ordered { .. }
                         | Emission::Ticket { .. }
                         | Emission::Embedded { .. }
@@ -445,9 +445,9 @@ impl Drop for Run {
 
 impl Run {
     /// Writes down which request to a provider the call now is.
-    async fn leg(&self, request: RequestId) -> Result<(), ServiceError> {
-        match &self.budget {
-            Some(budget) => budget.leg(request).await,
+    async fn leg(&mut self, request: RequestId, provider: NodeKey) -> Result<(), ServiceError> {
+        match &mut self.budget {
+            Some(budget) => budget.leg(request, provider).await,
             None => Ok(()),
         }
     }
@@ -471,8 +471,8 @@ impl Run {
             }
             match self.emissions.recv().await {
                 Some(Emission::Ordered { .. } | Emission::Ticket { .. }) => {}
-                Some(Emission::Started { request, .. }) => {
-                    if let Err(error) = self.leg(request).await {
+                Some(Emission::Started { request, provider }) => {
+                    if let Err(error) = self.leg(request, provider).await {
                         return Some(Err(error));
                     }
                 }

@@ -11,11 +11,12 @@
 
 use super::{Desk, detail};
 use crate::drive::now;
-use satgrid_api::{Bill, CallContext, CompletionRequest, LimitSource, ServiceError, Shortfall};
+use crate::traces::CallTrace;
+use satgrid_api::{Bill, CallContext, CompletionRequest, LimitSource, Prompt, ServiceError, Shortfall};
 use satgrid_ledger::keys::{KeyId, KeyKind, KeyRefusal, room};
 use satgrid_ledger_sqlite::{CallEnd, CallRef, CallState, KeyError, NewCall};
 use satgrid_pricing::{affordable_output, ceiling, with_margin, without_margin};
-use satgrid_types::{FinishReason, Msat, RateCard, RequestId, UnixMs};
+use satgrid_types::{FinishReason, Msat, NodeKey, RateCard, RequestId, UnixMs};
 use std::{sync::Arc, time::Instant};
 
 /// A call whose money is in hand.
@@ -30,6 +31,8 @@ pub(crate) struct Budget {
     margin: u64,
     began: UnixMs,
     clock: Instant,
+    /// Told to a collector at the end, if there is one.
+    trace: Option<CallTrace>,
     /// The most that the call may produce.
     pub max_output: u32,
 }
@@ -54,6 +57,8 @@ impl Budget {
         let Wanted { model, request, rates, prompt, mut max_output } = wanted;
         let key = context.key.as_deref().and_then(|key| key.parse::<KeyId>().ok());
         let (began, clock) = (now(), Instant::now());
+        let embeds = matches!(request.prompt, Prompt::Embed(_));
+        let trace = desk.traces.is_some().then(|| CallTrace::begin(context.request, model, embeds));
         let mut new = NewCall {
             id: context.request,
             key,
@@ -71,6 +76,7 @@ impl Budget {
                 margin: 0,
                 began,
                 clock,
+                trace,
                 max_output,
             });
         };
@@ -93,7 +99,7 @@ impl Budget {
             desk.meter.refused();
             refused(model, error)
         })?;
-        Ok(Budget { desk: desk.clone(), new, held: Some(held), prepaid, margin, began, clock, max_output })
+        Ok(Budget { desk: desk.clone(), new, held: Some(held), prepaid, margin, began, clock, trace, max_output })
     }
 
     /// The most that providers may ask for.
@@ -102,7 +108,8 @@ impl Budget {
     }
 
     /// A provider has taken the call under this id.
-    pub(crate) async fn leg(&self, request: RequestId) -> Result<(), ServiceError> {
+    pub(crate) async fn leg(&mut self, request: RequestId, provider: NodeKey) -> Result<(), ServiceError> {
+        self.trace.iter_mut().for_each(|trace| trace.leg(request, provider));
         let Some((call, _)) = self.held else { return Ok(()) };
         self.desk.keys.leg(call, request).await.map_err(|error| ServiceError::Internal { detail: error.to_string() })
     }
@@ -121,6 +128,9 @@ impl Budget {
     /// The call is over. Returns once that is written.
     pub(crate) async fn end(self, finish: Option<FinishReason>, bill: &Bill) {
         self.desk.meter.ended(finish.is_some(), self.clock.elapsed(), bill);
+        if let (Some(traces), Some(trace)) = (&self.desk.traces, self.trace) {
+            traces.end(trace, finish, bill);
+        }
         let state = if finish.is_some() { CallState::Done } else { CallState::Failed };
         let charged = with_margin(bill.cost, self.margin);
         let end = CallEnd { state, cost: bill.cost, charged, detail: detail::of(finish, bill) };

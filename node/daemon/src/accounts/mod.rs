@@ -20,6 +20,7 @@ pub(crate) mod recover;
 
 use crate::door::Till;
 use crate::drive::now;
+use crate::traces::Traces;
 use async_trait::async_trait;
 use meter::Meter;
 use rand::RngCore;
@@ -44,13 +45,15 @@ pub(crate) struct Desk {
     pub meter: Arc<Meter>,
     /// Where strangers' calls are charged.
     pub till: Till,
+    /// Where calls are traced, if a collector is named.
+    pub traces: Option<Traces>,
     /// Plans and tokenises for estimates; set once the gateway stands.
     gateway: OnceLock<Weak<crate::service::Gateway>>,
 }
 
 impl Desk {
-    pub(crate) fn new(keys: KeyStore, rate: Rate, till: Till) -> Arc<Desk> {
-        Arc::new(Desk { keys, rate, meter: Arc::default(), till, gateway: OnceLock::new() })
+    pub(crate) fn new(keys: KeyStore, rate: Rate, till: Till, traces: Option<Traces>) -> Arc<Desk> {
+        Arc::new(Desk { keys, rate, meter: Arc::default(), till, traces, gateway: OnceLock::new() })
     }
 
     pub(crate) fn serves(&self, gateway: &Arc<crate::service::Gateway>) {

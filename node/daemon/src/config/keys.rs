@@ -317,6 +317,12 @@ pub(super) const KEYS: &[Key] = &[
         "error, warn, info, debug, trace, or a filter such as info,satgrid=debug",
     ),
     key("log.format", Text, Value("\"text\""), "text or json"),
+    key(
+        "log.otlp_endpoint",
+        Text,
+        Unset,
+        "a collector that is told of calls, without their texts: http://127.0.0.1:4318",
+    ),
 ];
 
 /// The key with this path.

@@ -489,6 +489,8 @@ pub(crate) enum LogFormat {
 pub(crate) struct Log {
     pub level: String,
     pub format: LogFormat,
+    /// A collector of OpenTelemetry's, `http://host:4318`.
+    pub otlp_endpoint: Option<String>,
 }
 
 #[cfg(test)]

@@ -32,6 +32,15 @@ pub(crate) fn problems(config: &Config) -> Vec<Problem> {
     }
     market(config, &mut found);
     wallet(config, &mut found);
+    if let Some(endpoint) = &config.log.otlp_endpoint {
+        let known = endpoint.starts_with("http://") || endpoint.starts_with("https://");
+        found.check(
+            known,
+            "log.otlp_endpoint",
+            format!("{endpoint} is no http address"),
+            "name it as http://host:4318",
+        );
+    }
     if let Err(error) = crate::telemetry::parse_filter(&config.log.level) {
         found.add("log.level", error.to_string(), "use error, warn, info, debug, trace or TARGET=LEVEL,...");
     }

@@ -120,6 +120,18 @@ impl DoorDesk {
         }
     }
 
+    /// An invoice that fills this key, if it is one that holds a balance.
+    async fn fill(&self, asker: &str, key: &str, amount: Msat) -> Result<DoorInvoice, DoorError> {
+        let id = key_id(key)?;
+        let chain = self.keys.chain(id, now()).await.map_err(internal)?;
+        let prepaid = chain.first().is_some_and(|key| key.kind == satgrid_ledger::keys::KeyKind::Prepaid);
+        if !prepaid {
+            let message = "This key holds no balance; its owner sets what it may spend.".to_owned();
+            return Err(DoorError::Invalid { param: "authorization", message });
+        }
+        self.make(asker, amount, |_| InvoiceFor::Key(id)).await
+    }
+
     /// Whole sats within the door's bounds.
     fn bounded(&self, amount: Msat) -> Msat {
         let sat = amount.0.div_ceil(MSAT_PER_SAT).clamp(self.settings.min_sat.max(1), self.settings.max_sat.max(1));
@@ -156,15 +168,9 @@ impl Door for DoorDesk {
         match order {
             Order::TopUp { key, amount } => {
                 self.within(amount)?;
-                let id = key_id(&key)?;
-                let chain = self.keys.chain(id, now()).await.map_err(internal)?;
-                let prepaid = chain.first().is_some_and(|key| key.kind == satgrid_ledger::keys::KeyKind::Prepaid);
-                if !prepaid {
-                    let message = "This key holds no balance; its owner sets what it may spend.".to_owned();
-                    return Err(DoorError::Invalid { param: "authorization", message });
-                }
-                self.make(asker, amount, |_| InvoiceFor::Key(id)).await
+                self.fill(asker, &key, amount).await
             }
+            Order::Missing { key, amount } => self.fill(asker, &key, self.bounded(amount)).await,
             Order::NewKey { amount } => {
                 self.within(amount)?;
                 let secret = crate::accounts::secret();

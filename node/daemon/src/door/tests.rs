@@ -172,6 +172,8 @@ async fn a_key_is_made_by_its_payment_and_filled_again() {
     let find = || async { world.keys.find(hash, now()).await.unwrap().first().map(|key| key.id) };
     let key = until("made", find).await;
     let more = world.desk.invoice(Order::TopUp { key: key.to_string(), amount: Msat::sat(50) }, "a").await.unwrap();
+    let lacking = world.desk.invoice(Order::Missing { key: key.to_string(), amount: Msat(1) }, "a").await.unwrap();
+    assert!(lacking.amount >= Msat::sat(1) && lacking.amount.0 % 1_000 == 0, "{}", lacking.amount);
     world.pay(&more).await;
     until("filled", || async { (world.balance(key).await == Msat::sat(150)).then_some(()) }).await;
     for amount in [Msat::sat(9), Msat::sat(100_001), Msat(10_500)] {

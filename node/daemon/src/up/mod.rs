@@ -37,6 +37,7 @@ use crate::seed;
 use crate::service::Gateway;
 use crate::signals;
 use crate::store::Store;
+use crate::traces::Traces;
 use anyhow::{Context, bail};
 use parts::Node;
 use satgrid_api::{Api, MetricsRegistry, admin_router, metrics_router, serve_admin};
@@ -313,7 +314,8 @@ impl Opened {
         let edges = CancellationToken::new();
         let mut tasks = tokio::task::JoinSet::new();
         let rate = open::exchange_rate(&config, &shutdown)?;
-        let desk = Desk::new(key_store.clone(), rate.clone(), tills.0);
+        let traces = config.log.otlp_endpoint.as_deref().map(Traces::start).transpose()?;
+        let desk = Desk::new(key_store.clone(), rate.clone(), tills.0, traces.clone());
         let mut admin_routes = admin::router(admin_state, desk.clone());
         let mut registry = MetricsRegistry::default();
         registry.register(Arc::new(Figures {
@@ -374,7 +376,7 @@ impl Opened {
             (_, _, _, _) => None,
         };
         if let (Some(house), Some(port), Some(door)) = (&house, door_port, running.door.clone()) {
-            let desk = Desk::new(key_store, rate, tills.1);
+            let desk = Desk::new(key_store, rate, tills.1, traces);
             let dir = config.node.dir.join("tokenizers");
             let gateway = Arc::new(Gateway {
                 market: house.market.clone(),
