@@ -156,7 +156,7 @@ def main():
 
     second = engine()
     crowd(2, hog)
-    crowd(8, words=WORDS * 4)
+    crowd(8, words=WORDS * 2)
     died = "the engine process ended" in log().split("engine is back", 1)[-1] and engine() != second
     say(f"the engine {'died for want of memory' if died else 'had all that it needed and went on'}; process {engine()}")
     if engine() is not None:
@@ -191,11 +191,12 @@ def main():
 
     time.sleep(2)
     clean = market.verify()
-    card.child.terminate()
-    card.killed = True
-    card.child.wait(30)
+    for seller in (card, market.leads[0]):
+        seller.killed = True
+        seller.child.terminate()
+        seller.child.wait(30)
     until("the card's memory", lambda: on_card() <= free_before + 64, 30)
-    say(f"the provider is stopped; card: {on_card()} MiB taken, {free_before} before all this")
+    say(f"the providers are stopped; card: {on_card()} MiB taken, {free_before} before all this")
     print(f"every stream whole, every ledger {'clean' if clean else 'NOT CLEAN'}")
     return 0 if clean else 1
 

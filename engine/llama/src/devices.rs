@@ -65,6 +65,13 @@ pub struct Offload {
     pub layers: Option<u32>,
 }
 
+impl Offload {
+    /// The processor by name.
+    pub(crate) fn wants_processor(&self) -> bool {
+        self.device.as_deref().is_some_and(|name| name.eq_ignore_ascii_case("cpu"))
+    }
+}
+
 /// Where a model is put.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Placement {
@@ -97,7 +104,7 @@ pub(crate) fn place(
     host: Option<u64>,
 ) -> Result<Placement, PlaceError> {
     let candidate = match offload.device.as_deref() {
-        Some(name) if name.eq_ignore_ascii_case("cpu") => None,
+        Some(_) if offload.wants_processor() => None,
         Some(name) => {
             let found = devices.iter().find(|d| d.name.eq_ignore_ascii_case(name) && d.kind.holds_models());
             Some(found.ok_or_else(|| PlaceError::NoSuchDevice { asked: name.to_owned(), found: names(devices) })?)
@@ -116,10 +123,12 @@ pub(crate) fn place(
     let layers = match (offload.layers.map(|asked| asked.min(all)), fit) {
         (None, Fit::Whole { .. }) => all,
         (None, Fit::Part { layers, .. }) => layers,
-        (None, Fit::Nothing) => {
+        // A card that was chosen for having most free gives way to the processor; one that was named does not.
+        (None, Fit::Nothing) if offload.device.is_none() => {
             return place(&Offload { device: Some("cpu".into()), layers: None }, devices, needs, host);
         }
-        (Some(asked), fit) => {
+        (asked, fit) => {
+            let asked = asked.unwrap_or(1);
             let most = match fit {
                 Fit::Whole { .. } => all,
                 Fit::Part { layers, .. } => layers,
@@ -270,6 +279,9 @@ mod tests {
         check(ask(Some("CUDA0"), Some(10)), &all, 32 * GIB, Err("3 would fit"));
         check(ask(Some("CUDA7"), None), &all, 32 * GIB, Err("there are: CPU, CUDA0, CUDA1"));
         check(ask(Some("CPU "), None), &all, 32 * GIB, Err("no device"));
+        let full = [device("CPU", DeviceKind::Processor, 32 * GIB), device("CUDA0", DeviceKind::Gpu, GIB / 2)];
+        check(ask(None, None), &full, 32 * GIB, Ok(None));
+        check(ask(Some("CUDA0"), None), &full, 32 * GIB, Err("no layer fits"));
         // Neither the card's six nor the host's four hold it; four layers could be served from there.
         check(ask(None, None), &all[..2], 4 * GIB, Err("layers 0..4"));
         check(ask(Some("cpu"), None), &all, 4 * GIB, Err("the model needs 13.5 GiB"));

@@ -20,8 +20,7 @@ impl Placed {
 
     /// Decides for a file with this table and a context of this shape.
     pub(crate) fn of(gguf: &Gguf, offload: &Offload, shape: &ContextShape) -> Result<Self, PlaceError> {
-        let all = ffi::devices();
-        let known: Vec<Device> = all.iter().map(|(_, device)| device.clone()).collect();
+        let (all, known) = candidates(offload);
         let placement = place(offload, &known, &Needs::of(gguf, shape), host_memory())?;
         let offload = match &placement {
             Placement::Processor => None,
@@ -48,11 +47,18 @@ impl Placed {
     }
 }
 
+/// The devices to choose among. Who wants none asks none: a card that is only asked how much it has free gives the process a
+/// context of its own, some hundred megabytes.
+fn candidates(offload: &Offload) -> (Vec<(Handle, Device)>, Vec<Device>) {
+    let all = if offload.wants_processor() { Vec::new() } else { ffi::devices() };
+    let known = all.iter().map(|(_, device)| device.clone()).collect();
+    (all, known)
+}
+
 /// The card that a pack of experts goes to: the one that is named, else the one with the most free memory; `None` for the
 /// processor, also where no card has room for `bytes`.
 pub(crate) fn card_for(offload: &Offload, bytes: u64) -> Result<Option<(Handle, Device)>, PlaceError> {
-    let all = ffi::devices();
-    let known: Vec<Device> = all.iter().map(|(_, device)| device.clone()).collect();
+    let (all, known) = candidates(offload);
     // Experts have no layers of their own to divide: all of them, or none.
     let needs = Needs { layers: vec![bytes], embedding: 0, head: 0, kv_layer: 0, compute: 0 };
     match place(offload, &known, &needs, host_memory())? {
