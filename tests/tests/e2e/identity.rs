@@ -77,6 +77,12 @@ pub(crate) fn rotates(market: &mut Market, runtime: &tokio::runtime::Runtime) {
             (status["node_key"] == new.as_str()).then_some(())
         };
         wait_for("the provider under its new key", Duration::from_secs(60), back).await;
+        // Its wallet was away too. Who asks before the channel is up again finds no route, and leaves the provider for a while.
+        let paid = || async {
+            let channels = admin(&consumer, "wallet").await?["channels"].as_array()?.clone();
+            (!channels.is_empty() && channels.iter().all(|channel| channel["usable"] == true)).then_some(())
+        };
+        wait_for("the channels", Duration::from_secs(90), paid).await;
         let buys = || async { sellers(market, Some(&new)).await?.contains(&new).then_some(()) };
         wait_for("an answer by the new key", Duration::from_secs(60), buys).await;
         // What is left in the session that was opened under the old key comes back from the new one.
