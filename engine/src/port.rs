@@ -263,10 +263,8 @@ pub trait Engine: Send + Sync {
     /// shut down for good and every event was read.
     async fn next_event(&self) -> Option<EngineEvent>;
 
-    /// Whether it takes commands now. One that cannot go down takes them always.
-    fn is_up(&self) -> bool {
-        true
-    }
+    /// Whether it takes commands now.
+    fn is_up(&self) -> bool;
 }
 
 /// The ids with a meaning of their own.

@@ -144,9 +144,13 @@ impl Engine for UpstreamEngine {
         self.facts.clone()
     }
 
+    fn is_up(&self) -> bool {
+        !self.shared.down.load(Ordering::Acquire) && !self.shared.closed.load(Ordering::Acquire)
+    }
+
     fn send(&self, command: Command) -> Result<(), EngineDown> {
         let shared = &self.shared;
-        if shared.down.load(Ordering::Acquire) || shared.closed.load(Ordering::Acquire) {
+        if !self.is_up() {
             return Err(EngineDown);
         }
         let mut jobs = shared.jobs();

@@ -316,6 +316,7 @@ async fn a_server_that_goes_away_takes_the_engine_down() {
     engine.send(Command::Start(job(1, 5, 9))).unwrap();
     engine.send(Command::Grant { job: JobId(1), prompt_upto: 5, output_upto: 9 }).unwrap();
     assert!(matches!(next(&engine).await, EngineEvent::Down { .. }));
+    assert!(!engine.is_up());
     assert!(engine.send(Command::Start(job(2, 5, 9))).is_err());
     let gone = probe(&UpstreamConfig::new(&url, "m", 2, 2_048), &ToyTokenizer).await;
     assert!(matches!(gone, Err(ProbeError::NotServing { .. })), "{gone:?}");

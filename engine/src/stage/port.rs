@@ -305,8 +305,6 @@ pub trait Stage: Send + Sync {
     /// shut down for good and every event was read.
     async fn next_event(&self) -> Option<StageEvent>;
 
-    /// Whether it takes commands now. One that cannot go down takes them always.
-    fn is_up(&self) -> bool {
-        true
-    }
+    /// Whether it takes commands now.
+    fn is_up(&self) -> bool;
 }

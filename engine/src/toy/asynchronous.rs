@@ -62,6 +62,11 @@ impl Engine for AsyncToy {
         self.with(|toy| toy.handle(command))
     }
 
+    fn is_up(&self) -> bool {
+        let shared = self.lock();
+        !shared.shut && !shared.toy.is_down()
+    }
+
     async fn next_event(&self) -> Option<EngineEvent> {
         poll_fn(|context| {
             let mut shared = self.lock();

@@ -8,7 +8,7 @@ use std::{
     fmt::Write as _,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Instant,
 };
@@ -29,7 +29,6 @@ struct Figures {
     output_tokens: AtomicU64,
     finished: AtomicU64,
     failed: AtomicU64,
-    down: AtomicBool,
     first_token: Histogram,
     whole: Histogram,
 }
@@ -84,13 +83,11 @@ impl Metered {
                 self.jobs().remove(job);
             }
             EngineEvent::Down { .. } => {
-                figures.down.store(true, Ordering::Relaxed);
                 let mut jobs = self.jobs();
                 add(&figures.failed, jobs.len() as u64);
                 jobs.clear();
             }
-            EngineEvent::Logprobs { .. } | EngineEvent::Embedded { .. } => {}
-            EngineEvent::Up => figures.down.store(false, Ordering::Relaxed),
+            EngineEvent::Logprobs { .. } | EngineEvent::Embedded { .. } | EngineEvent::Up => {}
         }
     }
 }
@@ -127,9 +124,7 @@ impl MetricsSource for EngineFigures {
     fn render(&self, out: &mut String) {
         type Read = fn(&Metered) -> u64;
         let families: [(&str, &str, &str, Read); 8] = [
-            ("satgrid_engine_up", "gauge", "Whether the engine takes commands.", |e| {
-                u64::from(!e.figures.down.load(Ordering::Relaxed))
-            }),
+            ("satgrid_engine_up", "gauge", "Whether the engine takes commands.", |e| u64::from(e.engine.is_up())),
             ("satgrid_engine_slots", "gauge", "Requests that run at once.", |e| u64::from(e.engine.facts().slots)),
             ("satgrid_engine_running", "gauge", "Requests that the model works on.", |e| {
                 e.jobs().values().filter(|job| job.begun).count() as u64
