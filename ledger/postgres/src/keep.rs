@@ -3,14 +3,14 @@
 use crate::reader::{entry_of, row_number, storage};
 use satgrid_ledger::{
     entry::Entry,
-    journal::{JournalError, MAX_READ, Witness, named_by, stored::KEPT_PER_NODE},
+    journal::{
+        JournalError, MAX_READ, Witness, named_by,
+        stored::{KEPT_PER_NODE, NAMES_LAG},
+    },
     log::SignedCheckpoint,
 };
 use satgrid_types::{Digest, UnixMs};
 use sqlx::{Connection, PgConnection};
-
-/// Entries without a name that the index may lack: they are looked at again when the journal is opened.
-pub(crate) const NAMES_LAG: u64 = 4_096;
 
 pub(crate) async fn witness(
     connection: &mut PgConnection,

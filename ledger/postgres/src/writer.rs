@@ -13,14 +13,13 @@ use ed25519_dalek::SigningKey;
 use satgrid_ledger::{
     entry::{Draft, Entry, Head},
     journal::{
-        JournalError, Witness, named_by,
-        stored::{Group, MAX_GROUP, Row, Tip},
+        JournalError, Witness,
+        stored::{Group, MAX_GROUP, Tip, Written},
     },
-    log::{SignedCheckpoint, TileEdge, TileId},
+    log::{SignedCheckpoint, TileEdge},
 };
-use satgrid_types::{Digest, UnixMs};
+use satgrid_types::UnixMs;
 use sqlx::{Connection, PgConnection};
-use std::collections::BTreeMap;
 use tokio::sync::{mpsc, oneshot};
 
 /// Appends that wait in the queue before callers are made to wait.
@@ -147,9 +146,8 @@ impl Writer {
                 Ok(entries) => waiting.push(Waiting { entries, answer }),
             }
         }
-        let (rows, tiles, tip) = group.finish();
-        let names: Vec<Digest> = waiting.iter().flat_map(|w| &w.entries).filter_map(named_by).collect();
-        match self.commit(rows, tiles, (&names, tip.head().len)).await {
+        let (written, tip) = group.finish();
+        match self.commit(&written).await {
             Ok(()) => {
                 self.tip = tip;
                 waiting.into_iter().for_each(|w| drop(w.answer.send(Ok(w.entries))));
@@ -165,21 +163,16 @@ impl Writer {
         }
     }
 
-    async fn commit(
-        &mut self,
-        rows: Vec<Row>,
-        tiles: BTreeMap<TileId, Vec<u8>>,
-        (names, len): (&[Digest], u64),
-    ) -> Result<(), JournalError> {
-        if rows.is_empty() {
+    async fn commit(&mut self, written: &Written) -> Result<(), JournalError> {
+        if written.rows.is_empty() {
             return Ok(());
         }
         let (mut seqs, mut times, mut bodies, mut openings) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for row in rows {
+        for row in &written.rows {
             seqs.push(row_number(row.seq));
             times.push(row_number(row.at.0));
-            bodies.push(row.bytes);
-            openings.push(row.opening);
+            bodies.push(row.bytes.as_slice());
+            openings.push(row.opening.as_deref());
         }
         // Dropped without a commit, the transaction is rolled back.
         let mut transaction = self.connection.begin().await.map_err(|e| storage(&e))?;
@@ -194,10 +187,10 @@ impl Writer {
         .await
         .map_err(|e| storage(&e))?;
         let (mut levels, mut indices, mut hashes) = (Vec::new(), Vec::new(), Vec::new());
-        for (id, bytes) in tiles {
+        for (id, bytes) in &written.tiles {
             levels.push(i64::from(id.level));
             indices.push(row_number(id.index));
-            hashes.push(bytes);
+            hashes.push(bytes.as_slice());
         }
         sqlx::query(
             "INSERT INTO tiles (level, idx, hashes) SELECT * FROM UNNEST($1::bigint[], $2::bigint[], $3::bytea[]) ON CONFLICT (level, idx) DO UPDATE SET hashes = EXCLUDED.hashes",
@@ -208,14 +201,12 @@ impl Writer {
         .execute(&mut *transaction)
         .await
         .map_err(|e| storage(&e))?;
-        let indexed = !names.is_empty() || len.saturating_sub(self.named) >= keep::NAMES_LAG;
-        if indexed {
+        let index = written.index(self.named);
+        if let Some((names, len)) = index {
             keep::name(&mut transaction, names, len).await?;
         }
         transaction.commit().await.map_err(|e| storage(&e))?;
-        if indexed {
-            self.named = len;
-        }
+        self.named = index.map_or(self.named, |(_, len)| len);
         Ok(())
     }
 

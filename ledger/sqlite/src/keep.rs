@@ -3,14 +3,17 @@
 use crate::reader::{entry_of, row_number, storage};
 use satgrid_ledger::{
     entry::Entry,
-    journal::{JournalError, MAX_READ, Witness, named_by, stored::KEPT_PER_NODE},
+    journal::{
+        JournalError, MAX_READ, Witness, named_by,
+        stored::{KEPT_PER_NODE, NAMES_LAG},
+    },
     log::{SignedCheckpoint, leaf_hash},
 };
 use satgrid_types::{Digest, UnixMs};
 use sqlx::{Connection, Row, SqliteConnection};
 
-/// Entries without a name that the index may lack: they are looked at again when the journal is opened.
-pub(crate) const NAMES_LAG: u64 = 4_096;
+/// Names in one statement.
+const NAMED_AT_ONCE: usize = 64;
 /// Bodies pruned in one transaction.
 const PRUNED_AT_ONCE: usize = 1_000;
 
@@ -64,12 +67,14 @@ pub(crate) async fn named_upto(connection: &mut SqliteConnection) -> Result<u64,
 
 /// Takes names into the index, which then has the first `len` entries.
 pub(crate) async fn name(connection: &mut SqliteConnection, names: &[Digest], len: u64) -> Result<(), JournalError> {
-    for name in names {
-        sqlx::query("INSERT OR IGNORE INTO named (hash) VALUES (?)")
-            .bind(&name.0[..])
-            .execute(&mut *connection)
-            .await
-            .map_err(|e| storage(&e))?;
+    // Many in one statement: each is a trip to the connection's thread.
+    for names in names.chunks(NAMED_AT_ONCE) {
+        let statement = format!("INSERT OR IGNORE INTO named (hash) VALUES {}", vec!["(?)"; names.len()].join(","));
+        let mut query = sqlx::query(&statement);
+        for name in names {
+            query = query.bind(&name.0[..]);
+        }
+        query.execute(&mut *connection).await.map_err(|e| storage(&e))?;
     }
     sqlx::query("UPDATE named_upto SET len = ? WHERE one = 1")
         .bind(row_number(len))

@@ -12,14 +12,13 @@ use ed25519_dalek::SigningKey;
 use satgrid_ledger::{
     entry::{Draft, Entry, Head},
     journal::{
-        JournalError, Witness, named_by,
-        stored::{Group, MAX_GROUP, Row, Tip},
+        JournalError, Witness,
+        stored::{Group, MAX_GROUP, Tip, Written},
     },
-    log::{SignedCheckpoint, TileEdge, TileId},
+    log::{SignedCheckpoint, TileEdge},
 };
-use satgrid_types::{Digest, UnixMs};
+use satgrid_types::UnixMs;
 use sqlx::{Connection, SqliteConnection};
-use std::collections::BTreeMap;
 use tokio::sync::{mpsc, oneshot};
 
 /// Appends that wait in the queue before callers are made to wait.
@@ -162,15 +161,14 @@ impl Writer {
                 Ok(entries) => waiting.push(Waiting { entries, answer }),
             }
         }
-        let (rows, tiles, tip) = group.finish();
-        let names: Vec<Digest> = waiting.iter().flat_map(|w| &w.entries).filter_map(named_by).collect();
-        match self.commit(&rows, &tiles, (&names, tip.head().len)).await {
+        let (written, tip) = group.finish();
+        match self.commit(&written).await {
             Ok(()) => {
                 self.tip = tip;
                 waiting.into_iter().for_each(|w| drop(w.answer.send(Ok(w.entries))));
             }
             Err(error) => {
-                tracing::error!(%error, entries = rows.len(), "nothing of this group was written");
+                tracing::error!(%error, entries = written.rows.len(), "nothing of this group was written");
                 if let Err(reload) = self.reload().await {
                     self.broken = Some(reload);
                 }
@@ -179,18 +177,13 @@ impl Writer {
         }
     }
 
-    async fn commit(
-        &mut self,
-        rows: &[Row],
-        tiles: &BTreeMap<TileId, Vec<u8>>,
-        (names, len): (&[Digest], u64),
-    ) -> Result<(), JournalError> {
-        if rows.is_empty() {
+    async fn commit(&mut self, written: &Written) -> Result<(), JournalError> {
+        if written.rows.is_empty() {
             return Ok(());
         }
         // Dropped without a commit, the transaction is rolled back.
         let mut transaction = self.connection.begin().await.map_err(|e| storage(&e))?;
-        let mut rest = rows;
+        let mut rest = written.rows.as_slice();
         while !rest.is_empty() {
             let fits = ROWS.iter().zip(&self.statements).find(|(size, _)| **size <= rest.len());
             // The last size is 1, so something always fits.
@@ -204,7 +197,7 @@ impl Writer {
             query.execute(&mut *transaction).await.map_err(|e| storage(&e))?;
             rest = later;
         }
-        for (id, hashes) in tiles {
+        for (id, hashes) in &written.tiles {
             sqlx::query("INSERT OR REPLACE INTO tiles (level, idx, hashes) VALUES (?, ?, ?)")
                 .bind(i64::from(id.level))
                 .bind(row_number(id.index))
@@ -213,14 +206,12 @@ impl Writer {
                 .await
                 .map_err(|e| storage(&e))?;
         }
-        let indexed = !names.is_empty() || len.saturating_sub(self.named) >= keep::NAMES_LAG;
-        if indexed {
+        let index = written.index(self.named);
+        if let Some((names, len)) = index {
             keep::name(&mut transaction, names, len).await?;
         }
         transaction.commit().await.map_err(|e| storage(&e))?;
-        if indexed {
-            self.named = len;
-        }
+        self.named = index.map_or(self.named, |(_, len)| len);
         Ok(())
     }
 

@@ -19,22 +19,37 @@ pub struct InvoiceFacts {
     pub network: &'static str,
 }
 
-/// Parses an invoice and recovers (or checks) its payee's signature: one curve operation.
-pub fn read_invoice(bolt11: &str) -> Result<InvoiceFacts, String> {
+/// The payment hash that an invoice names, and nothing else of it: its signature is not looked at, which is most of the work.
+pub(crate) fn payment_hash(bolt11: &str) -> Option<PaymentHash> {
+    parse(bolt11).ok().and_then(|invoice| only_hash(&invoice).ok())
+}
+
+fn parse(bolt11: &str) -> Result<SignedRawBolt11Invoice, String> {
     if bolt11.len() > MAX_BOLT11_LEN {
         return Err(format!("{} characters, the limit is {MAX_BOLT11_LEN}", bolt11.len()));
     }
-    let invoice: SignedRawBolt11Invoice = bolt11.parse().map_err(|e| format!("{e}"))?;
-    let (mut hashes, mut descriptions) = (Vec::new(), Vec::new());
+    bolt11.parse().map_err(|e| format!("{e}"))
+}
+
+fn only_hash(invoice: &SignedRawBolt11Invoice) -> Result<PaymentHash, String> {
+    let mut hashes = invoice.known_tagged_fields().filter_map(|field| {
+        let TaggedField::PaymentHash(hash) = field else { return None };
+        Some(PaymentHash(*AsRef::<[u8; 32]>::as_ref(&hash.0)))
+    });
+    let (Some(hash), None) = (hashes.next(), hashes.next()) else { return Err("not exactly one payment hash".into()) };
+    Ok(hash)
+}
+
+/// Parses an invoice and recovers (or checks) its payee's signature: one curve operation.
+pub fn read_invoice(bolt11: &str) -> Result<InvoiceFacts, String> {
+    let invoice = parse(bolt11)?;
+    let payment_hash = only_hash(&invoice)?;
+    let mut descriptions = Vec::new();
     for field in invoice.known_tagged_fields() {
-        if let TaggedField::PaymentHash(hash) = field {
-            hashes.push(PaymentHash(*AsRef::<[u8; 32]>::as_ref(&hash.0)));
-        }
         if let TaggedField::DescriptionHash(hash) = field {
             descriptions.push(Digest(*AsRef::<[u8; 32]>::as_ref(&hash.0)));
         }
     }
-    let [payment_hash] = hashes[..] else { return Err("not exactly one payment hash".into()) };
     if descriptions.len() > 1 {
         return Err("more than one description hash".into());
     }

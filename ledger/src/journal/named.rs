@@ -1,7 +1,7 @@
 //! By which payment hashes and transaction ids an entry explains a line of a wallet's list.
 
 use crate::{
-    audit::read_invoice,
+    audit::payment_hash,
     entry::{Entry, Evidence},
 };
 use satgrid_types::{Digest, PaymentHash};
@@ -10,7 +10,7 @@ use satgrid_types::{Digest, PaymentHash};
 pub fn named_by(entry: &Entry) -> Option<Digest> {
     let payment = |hash: &PaymentHash| Some(Digest(hash.0));
     match entry.evidence.as_ref()? {
-        Evidence::Invoice { bolt11, .. } => read_invoice(bolt11).ok().and_then(|facts| payment(&facts.payment_hash)),
+        Evidence::Invoice { bolt11, .. } => payment_hash(bolt11).as_ref().and_then(payment),
         Evidence::PaymentAttempted { payment_hash, .. }
         | Evidence::PaymentSettled { payment_hash, .. }
         | Evidence::PaymentReceived { payment_hash, .. }

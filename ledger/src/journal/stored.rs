@@ -1,7 +1,7 @@
 //! What every stored journal does the same, whatever database it stands on: the end that a writer holds, the group of
 //! appends that one transaction writes, and entries read back from their rows. The adapters keep their SQL.
 
-use super::{JournalError, chain};
+use super::{JournalError, chain, named_by};
 use crate::{
     entry::{Draft, Entry, Head},
     log::{SignedCheckpoint, TILE_WIDTH, TileEdge, TileId, leaf_hash},
@@ -13,6 +13,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Entries in one transaction, at most.
 pub const MAX_GROUP: usize = 8_192;
+/// Entries without a name that the index of names may lack: they are looked at again when the journal is opened.
+pub const NAMES_LAG: u64 = 4_096;
 /// Checkpoints kept of one other node; older ones make room.
 pub const KEPT_PER_NODE: i64 = 64;
 
@@ -70,12 +72,34 @@ pub struct Group {
     rows: Vec<Row>,
     tiles: BTreeMap<TileId, Vec<u8>>,
     changed: BTreeSet<TileId>,
+    names: Vec<Digest>,
+}
+
+/// What the transaction of a group writes.
+#[derive(Debug)]
+pub struct Written {
+    pub rows: Vec<Row>,
+    pub tiles: BTreeMap<TileId, Vec<u8>>,
+    /// What the entries name.
+    names: Vec<Digest>,
+    /// Entries of the journal once this is committed.
+    len: u64,
+}
+
+impl Written {
+    /// What goes into the index of names, which has the first `upto` entries, and how many it has then. `None` while nothing
+    /// is named and it lags little.
+    pub fn index(&self, upto: u64) -> Option<(&[Digest], u64)> {
+        let due = !self.names.is_empty() || self.len.saturating_sub(upto) >= NAMES_LAG;
+        due.then_some((&self.names, self.len))
+    }
 }
 
 impl Group {
     /// An empty group after `tip`.
     pub fn after(tip: &Tip) -> Group {
-        Group { tip: tip.clone(), rows: Vec::new(), tiles: BTreeMap::new(), changed: BTreeSet::new() }
+        let (tiles, changed) = (BTreeMap::new(), BTreeSet::new());
+        Group { tip: tip.clone(), rows: Vec::new(), tiles, changed, names: Vec::new() }
     }
 
     /// Takes up one append, whole; a refused one leaves no trace. The entries are durable once the group is.
@@ -93,6 +117,7 @@ impl Group {
                 }
             });
             self.tip.head = Head { len: self.tip.head.len.saturating_add(1), last: leaf, at: entry.at };
+            self.names.extend(named_by(&entry));
             self.rows.push(Row { seq: entry.seq, at: entry.at, bytes, opening: entry.opening().map(cbor::encode) });
             entries.push(entry);
         }
@@ -100,11 +125,11 @@ impl Group {
     }
 
     /// What the transaction writes, and the journal's end once it is committed.
-    pub fn finish(self) -> (Vec<Row>, BTreeMap<TileId, Vec<u8>>, Tip) {
-        let Group { tip, rows, mut tiles, changed } = self;
+    pub fn finish(self) -> (Written, Tip) {
+        let Group { tip, rows, mut tiles, changed, names } = self;
         let partial = tip.edge.tiles().filter(|(id, hashes)| !hashes.is_empty() && changed.contains(id));
         tiles.extend(partial.map(|(id, hashes)| (id, bytes_of(hashes))));
-        (rows, tiles, tip)
+        (Written { rows, tiles, names, len: tip.head.len }, tip)
     }
 }
 
