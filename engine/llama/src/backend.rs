@@ -75,31 +75,16 @@ impl LlamaBackend {
         settings: &EngineSettings,
         hook: Option<Box<dyn ExpertHook>>,
         outputs: u32,
-        mut progress: impl FnMut(u32),
+        progress: impl FnMut(u32),
     ) -> Result<(Self, Shape), OpenError> {
         check_start(settings.profile)?;
-        if settings.slots == 0 || settings.slots > MAX_SLOTS {
-            return Err(OpenError::Slots { slots: settings.slots });
-        }
+        check_slots(settings.slots)?;
         let exact = settings.profile == Profile::Exact;
-        let mut told = None;
         // A trunk's trial would have to be paid for, so in the exact profile it is the processor's, which needs none.
         let placed = if hook.is_some() && exact { Placed::on_processor() } else { Self::place(settings)? };
         let config = ModelConfig { path: &settings.model, vocab_only: false, repack: !exact, offload: placed.offload };
-        let model = Model::load(&config, |fraction| {
-            let permille = (fraction.clamp(0.0, 1.0) * 1000.0) as u32;
-            if told.is_none_or(|told| permille >= told + 10) {
-                told = Some(permille);
-                progress(permille);
-            }
-            true
-        })?;
-        let trained = model.trained_context();
-        let context = match settings.context {
-            0 => trained.clamp(1, DEFAULT_CONTEXT),
-            asked if asked > trained => return Err(OpenError::ContextTooLong { asked, trained }),
-            asked => asked,
-        };
+        let model = Model::load(&config, progress)?;
+        let context = context_of(settings.context, model.trained_context())?;
         let shape = Shape {
             profile: settings.profile,
             slots: settings.slots,
@@ -265,6 +250,23 @@ pub(crate) fn check_start(profile: Profile) -> Result<(), OpenError> {
         return Err(OpenError::TiledProduct);
     }
     Ok(())
+}
+
+/// So many sequences can be held at once.
+pub(crate) fn check_slots(slots: u32) -> Result<(), OpenError> {
+    if slots == 0 || slots > MAX_SLOTS {
+        return Err(OpenError::Slots { slots });
+    }
+    Ok(())
+}
+
+/// Positions of each sequence, of what was asked for (0 for the model's own) and what the model was trained for.
+pub(crate) fn context_of(asked: u32, trained: u32) -> Result<u32, OpenError> {
+    match asked {
+        0 => Ok(trained.clamp(1, DEFAULT_CONTEXT)),
+        asked if asked > trained => Err(OpenError::ContextTooLong { asked, trained }),
+        asked => Ok(asked),
+    }
 }
 
 /// Refuses to start where the first product would be an illegal instruction.

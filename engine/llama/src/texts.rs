@@ -14,9 +14,9 @@ use satgrid_engine::embedder::{EmbedShape, TextRun, Texts};
 use satgrid_engine::facts::{ModelFacts, Pooling};
 use satgrid_engine::port::{Profile, Speed};
 
-use crate::backend::{OpenError, check_start};
+use crate::backend::{OpenError, check_slots, check_start, context_of};
 use crate::ffi::{BatchRow, Context, ContextConfig, Model, ModelConfig};
-use crate::settings::{BATCH, DEFAULT_CONTEXT, EngineSettings, MAX_SLOTS};
+use crate::settings::{BATCH, EngineSettings};
 
 /// Positions of the measurement at start.
 const MEASURE: u32 = 128;
@@ -31,35 +31,20 @@ impl LlamaTexts {
     pub(crate) fn open(
         settings: &EngineSettings,
         facts: &ModelFacts,
-        mut progress: impl FnMut(u32),
+        progress: impl FnMut(u32),
     ) -> Result<(LlamaTexts, EmbedShape), OpenError> {
         check_start(settings.profile)?;
-        if settings.slots == 0 || settings.slots > MAX_SLOTS {
-            return Err(OpenError::Slots { slots: settings.slots });
-        }
-        if let Some(device) = settings.offload.device.as_ref().filter(|device| !device.eq_ignore_ascii_case("cpu")) {
+        check_slots(settings.slots)?;
+        if let Some(device) = settings.offload.device.as_ref().filter(|_| !settings.offload.wants_processor()) {
             return Err(OpenError::EmbedsOnProcessor { device: device.clone() });
         }
         let exact = settings.profile == Profile::Exact;
         let config = ModelConfig { path: &settings.model, vocab_only: false, repack: !exact, offload: None };
-        let mut told = None;
-        let model = Model::load(&config, |fraction| {
-            let permille = (fraction.clamp(0.0, 1.0) * 1000.0) as u32;
-            if told.is_none_or(|told| permille >= told + 10) {
-                told = Some(permille);
-                progress(permille);
-            }
-            true
-        })?;
+        let model = Model::load(&config, progress)?;
         if model.pooled_width() != model.width() {
             return Err(OpenError::OddRows { width: model.width(), pooled: model.pooled_width() });
         }
-        let trained = model.trained_context();
-        let context = match settings.context {
-            0 => trained.clamp(1, DEFAULT_CONTEXT),
-            asked if asked > trained => return Err(OpenError::ContextTooLong { asked, trained }),
-            asked => asked,
-        };
+        let context = context_of(settings.context, model.trained_context())?;
         let whole = facts.pooling != Some(Pooling::Last) || facts.both_ways;
         let batch = if whole { context.max(BATCH) } else { BATCH };
         let shape =

@@ -376,7 +376,7 @@ fn drive(machine: &mut dyn Machine, link: &mut Link) -> Result<(), Stop> {
 fn run_tokenizer(artefact: &Path, link: &mut Link) -> Result<(), Stop> {
     link.send(&FromWorker::Loading { permille: 0 })?;
     let config = ModelConfig { path: artefact, vocab_only: true, repack: false, offload: None };
-    let model = Model::load(&config, |_| true).map_err(|error| Stop::LoadFailed(error.to_string()))?;
+    let model = Model::load(&config, |_| {}).map_err(|error| Stop::LoadFailed(error.to_string()))?;
     let facts = vocab_facts(&model).map_err(Stop::LoadFailed)?;
     let special = facts.special.clone();
     link.send(&FromWorker::TokenizerReady(Box::new(facts)))?;

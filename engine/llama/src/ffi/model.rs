@@ -42,8 +42,8 @@ unsafe impl Send for Model {}
 unsafe impl Sync for Model {}
 
 impl Model {
-    /// Loads a file; `progress` hears fractions from 0 to 1 and stops the load by answering false.
-    pub(crate) fn load(config: &ModelConfig<'_>, mut progress: impl FnMut(f32) -> bool) -> Result<Self, LoadError> {
+    /// Loads a file; `progress` hears thousandths, about every hundredth.
+    pub(crate) fn load(config: &ModelConfig<'_>, mut progress: impl FnMut(u32)) -> Result<Self, LoadError> {
         super::start_backend();
         let path = config.path.to_path_buf();
         // Opened once here, so that a missing file or right is told in the system's words.
@@ -54,7 +54,15 @@ impl Model {
             return Err(LoadError::Refused { path, reason: "the path is not UTF-8".into() });
         };
         super::log::take_complaints();
-        let mut callback: &mut dyn FnMut(f32) -> bool = &mut progress;
+        let mut told = None;
+        let mut tell = |fraction: f32| {
+            let permille = (fraction.clamp(0.0, 1.0) * 1000.0) as u32;
+            if told.is_none_or(|told| permille >= told + 10) {
+                told = Some(permille);
+                progress(permille);
+            }
+        };
+        let mut callback: &mut dyn FnMut(f32) = &mut tell;
         // Ended by null; without a device the list is empty, so that no card is taken unasked.
         let mut devices = [config.offload.map_or(std::ptr::null_mut(), |(device, _)| device.0), std::ptr::null_mut()];
         // The library counts the output head as one more layer.
@@ -239,6 +247,8 @@ impl Drop for Model {
 
 unsafe extern "C" fn on_progress(fraction: f32, user: *mut c_void) -> bool {
     // SAFETY: `load` passes a pointer to its own reference to the callback and waits for the load to end.
-    let callback = unsafe { &mut *user.cast::<&mut dyn FnMut(f32) -> bool>() };
-    callback(fraction)
+    let callback = unsafe { &mut *user.cast::<&mut dyn FnMut(f32)>() };
+    callback(fraction);
+    // False would stop the load.
+    true
 }

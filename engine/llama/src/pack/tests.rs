@@ -64,8 +64,7 @@ impl Split {
     fn backend(&self, name: &str, hook: Option<Box<dyn ExpertHook>>) -> LlamaBackend {
         let path = self.path(name);
         let model =
-            Model::load(&ModelConfig { path: &path, vocab_only: false, repack: false, offload: None }, |_| true)
-                .unwrap();
+            Model::load(&ModelConfig { path: &path, vocab_only: false, repack: false, offload: None }, |_| {}).unwrap();
         let (context, batch) = (128, 64);
         let shape = Shape {
             profile: Profile::Exact,

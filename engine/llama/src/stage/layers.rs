@@ -81,7 +81,7 @@ impl LlamaLayers {
         let shape = ContextShape { slots, context, batch: BATCH, outputs: BATCH, flash: !exact };
         let placed = Placed::of(gguf, &config.offload, &shape)?;
         let config_of_model = ModelConfig { path, vocab_only: false, repack: !exact, offload: placed.offload };
-        let model = Model::load(&config_of_model, |_| true)?;
+        let model = Model::load(&config_of_model, |_| {})?;
         let wanted = ContextConfig {
             slots,
             context,
