@@ -71,11 +71,7 @@ impl TinyModel {
     pub fn write<W: Write>(&self, out: &mut W) -> Result<(), WriteError> {
         let vocabulary = vocabulary();
         let writer = self.tensors(self.metadata(&vocabulary), vocabulary.len() as u64)?;
-        let names: Vec<String> = writer.tensors().iter().map(|tensor| tensor.name.clone()).collect();
-        writer.write(out, |tensor| {
-            let stream = names.iter().position(|name| *name == tensor.name).unwrap_or(0);
-            self.weights(tensor, stream as u64)
-        })
+        write_in_streams(writer, out, |tensor, stream| weights(self.seed, tensor, stream))
     }
 
     /// The file as bytes; under a megabyte by default.
@@ -145,11 +141,6 @@ impl TinyModel {
         }
         Ok(writer)
     }
-
-    /// One tensor's data; each tensor has a random stream of its own.
-    fn weights(&self, tensor: &Tensor, stream: u64) -> io::Result<Vec<u8>> {
-        weights(self.seed, tensor, stream)
-    }
 }
 
 /// llama.cpp's `llama_pooling_type`.
@@ -177,6 +168,19 @@ pub(crate) fn tokenizer(writer: GgufWriter, vocabulary: &[(String, i32)]) -> Ggu
         .set("tokenizer.ggml.eos_token_id", Value::U32(EOS))
         .set("tokenizer.ggml.add_bos_token", Value::Bool(true))
         .set("tokenizer.ggml.add_space_prefix", Value::Bool(false))
+}
+
+/// Writes the file; each tensor's data is made from a stream of random numbers of its own, told by its place.
+pub(crate) fn write_in_streams<W: Write>(
+    writer: GgufWriter,
+    out: &mut W,
+    data: impl Fn(&Tensor, u64) -> io::Result<Vec<u8>>,
+) -> Result<(), WriteError> {
+    let names: Vec<String> = writer.tensors().iter().map(|tensor| tensor.name.clone()).collect();
+    writer.write(out, |tensor| {
+        let stream = names.iter().position(|name| *name == tensor.name).unwrap_or(0);
+        data(tensor, stream as u64)
+    })
 }
 
 /// One tensor's data: around 0 in a matrix, around 1 in a norm.

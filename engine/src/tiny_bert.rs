@@ -7,7 +7,7 @@ use std::io::Write;
 
 use crate::facts::Pooling;
 use crate::gguf::{GgufWriter, TensorType, Value, WriteError};
-use crate::tiny::{pooling_number, tokenizer, vocabulary, weights};
+use crate::tiny::{pooling_number, tokenizer, vocabulary, weights, write_in_streams};
 
 const LAYERS: u32 = 2;
 const WIDTH: u32 = 64;
@@ -48,11 +48,7 @@ impl TinyBert {
             .set("bert.pooling_type", Value::U32(pooling_number(self.pooling)))
             .set("tokenizer.ggml.token_type_count", Value::U32(TOKEN_TYPES));
         let writer = self.tensors(tokenizer(writer, &vocabulary), vocabulary.len() as u64)?;
-        let names: Vec<String> = writer.tensors().iter().map(|tensor| tensor.name.clone()).collect();
-        writer.write(out, |tensor| {
-            let stream = names.iter().position(|name| *name == tensor.name).unwrap_or(0);
-            weights(self.seed, tensor, stream as u64)
-        })
+        write_in_streams(writer, out, |tensor, stream| weights(self.seed, tensor, stream))
     }
 
     /// The file as bytes.

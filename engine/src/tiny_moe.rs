@@ -4,7 +4,7 @@
 use std::io::Write;
 
 use crate::gguf::{GgufWriter, TensorType, Value, WriteError};
-use crate::tiny::{tokenizer, vocabulary, weights};
+use crate::tiny::{tokenizer, vocabulary, weights, write_in_streams};
 
 /// The shape of a tiny model with experts. `write` makes the file.
 #[derive(Debug, Clone)]
@@ -47,11 +47,7 @@ impl TinyMoe {
     pub fn write<W: Write>(&self, out: &mut W) -> Result<(), WriteError> {
         let vocabulary = vocabulary();
         let writer = self.tensors(self.metadata(&vocabulary), vocabulary.len() as u64)?;
-        let names: Vec<String> = writer.tensors().iter().map(|tensor| tensor.name.clone()).collect();
-        writer.write(out, |tensor| {
-            let stream = names.iter().position(|name| *name == tensor.name).unwrap_or(0);
-            weights(self.seed, tensor, stream as u64)
-        })
+        write_in_streams(writer, out, |tensor, stream| weights(self.seed, tensor, stream))
     }
 
     pub fn to_bytes(&self) -> Result<Vec<u8>, WriteError> {

@@ -7,7 +7,7 @@ use rand_chacha::ChaCha20Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use crate::gguf::{GgufWriter, Tensor, TensorType, Value, WriteError};
-use crate::tiny::store;
+use crate::tiny::{store, write_in_streams};
 
 const WIDTH: u64 = 64;
 const HEAD: u64 = 16;
@@ -60,12 +60,8 @@ impl TinyShape {
     /// The whole file.
     pub fn to_bytes(&self) -> Result<Vec<u8>, WriteError> {
         let writer = self.tensors(self.metadata())?;
-        let names: Vec<String> = writer.tensors().iter().map(|tensor| tensor.name.clone()).collect();
         let mut bytes = Vec::new();
-        writer.write(&mut bytes, |tensor| {
-            let stream = names.iter().position(|name| *name == tensor.name).unwrap_or(0);
-            self.weights(tensor, stream as u64)
-        })?;
+        write_in_streams(writer, &mut bytes, |tensor, stream| self.weights(tensor, stream))?;
         Ok(bytes)
     }
 
