@@ -40,18 +40,33 @@ impl Gathered {
     }
 }
 
-pub(crate) async fn whole(mut head: Head, mut events: CompletionStream) -> Result<Response, ApiError> {
-    let mut choices = vec![Gathered::default()];
-    let (mut current, mut bytes) = (0, 0_usize);
-    loop {
-        let event = match events.next().await {
-            Some(event) => event?,
-            None => return Err(ServiceError::no_result().into()),
-        };
-        bytes = bytes.saturating_add(event.bytes());
-        if bytes > MAX_REPLY_BYTES {
-            return Err(ServiceError::reply_too_large().into());
+/// Events of a reply that is held in memory until its end: no more of them than a reply may have.
+pub(crate) struct Bounded {
+    events: CompletionStream,
+    bytes: usize,
+}
+
+impl Bounded {
+    pub(crate) fn new(events: CompletionStream) -> Bounded {
+        Bounded { events, bytes: 0 }
+    }
+
+    /// The next event. There is one until the last: a stream that ends without it has failed.
+    pub(crate) async fn next(&mut self) -> Result<CompletionEvent, ServiceError> {
+        let event = self.events.next().await.ok_or_else(ServiceError::no_result)??;
+        self.bytes = self.bytes.saturating_add(event.bytes());
+        if self.bytes > MAX_REPLY_BYTES {
+            return Err(ServiceError::reply_too_large());
         }
+        Ok(event)
+    }
+}
+
+pub(crate) async fn whole(mut head: Head, events: CompletionStream) -> Result<Response, ApiError> {
+    let mut choices = vec![Gathered::default()];
+    let (mut current, mut events) = (0, Bounded::new(events));
+    loop {
+        let event = events.next().await?;
         if let CompletionEvent::Choice { index } = event {
             current = index.min(MAX_CHOICES) as usize;
             choices.resize_with(choices.len().max(current + 1), Gathered::default);

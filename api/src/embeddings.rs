@@ -5,17 +5,16 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use futures::StreamExt;
 use serde::Serialize;
 
 use crate::{
+    collect::Bounded,
     completions::{COST, log_end},
-    config::limits::MAX_REPLY_BYTES,
     error::ApiError,
     reply::{CostReply, Head},
     request::Encoding,
     router::Edge,
-    service::{Bill, CompletionEvent, CompletionStream, ServiceError},
+    service::{Bill, CompletionEvent, CompletionStream},
 };
 
 #[derive(Serialize)]
@@ -63,22 +62,10 @@ pub(crate) async fn check_dimensions(edge: &Edge, model: &str, asked: Option<u32
     }
 }
 
-pub(crate) async fn whole(
-    mut head: Head,
-    encoding: Encoding,
-    mut events: CompletionStream,
-) -> Result<Response, ApiError> {
-    let (mut data, mut bytes) = (Vec::new(), 0_usize);
+pub(crate) async fn whole(mut head: Head, encoding: Encoding, events: CompletionStream) -> Result<Response, ApiError> {
+    let (mut data, mut events) = (Vec::new(), Bounded::new(events));
     loop {
-        let event = match events.next().await {
-            Some(event) => event?,
-            None => return Err(ServiceError::no_result().into()),
-        };
-        bytes = bytes.saturating_add(event.bytes());
-        if bytes > MAX_REPLY_BYTES {
-            return Err(ServiceError::reply_too_large().into());
-        }
-        match event {
+        match events.next().await? {
             CompletionEvent::Started { model, fingerprint } => {
                 head.model = model;
                 head.fingerprint = fingerprint;
