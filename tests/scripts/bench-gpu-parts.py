@@ -13,7 +13,6 @@ import argparse
 import os
 import statistics
 import sys
-import threading
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -58,16 +57,9 @@ def main():
 
     def crowd(market, node, streams):
         """So many answers at once: tokens per second in all, from the first request to the last piece."""
-        done = []
-        one = lambda: done.append(ring_market.Stream(market, node, body(next(count))))
-        threads = [threading.Thread(target=one) for _ in range(streams)]
+        bodies = [body(next(count)) for _ in range(streams)]
         began = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if len(done) < streams:
-            ring_market.fail(f"{streams - len(done)} of {streams} streams at {node.name} failed")
+        done = ring_market.together(market, node, bodies)
         return sum(one.tokens for one in done) / (time.perf_counter() - began)
 
     def compare(market, what):

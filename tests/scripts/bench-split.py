@@ -18,11 +18,10 @@ import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from ring_market import CHILDREN, SAT, Market, Parts, Stream, fail, folder, free_port, run, run_script, say, stop_all
+from ring_market import CHILDREN, SAT, Market, Parts, Stream, fail, folder, free_port, run, run_script, say, stop_all, together
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PEER_P_MS = 5.0
@@ -126,22 +125,7 @@ def body(seed, tokens, **more):
 def many(market, node, bodies):
     """Streams side by side: tokens a second over all while all of them run, from the last to begin to the first to end. How
     long a stream takes to begin (orders, slices, a prompt) is no part of that."""
-    out, threads = [None] * len(bodies), []
-
-    def one(at, asked):
-        try:
-            out[at] = Stream(market, node, asked)
-        except (RuntimeError, OSError, ValueError, IndexError, TypeError) as error:
-            out[at] = error
-
-    for at, asked in enumerate(bodies):
-        threads.append(threading.Thread(target=one, args=(at, asked)))
-        threads[-1].start()
-    for thread in threads:
-        thread.join()
-    for stream in out:
-        if isinstance(stream, Exception):
-            fail(f"one of {len(bodies)} streams: {stream}")
+    out = together(market, node, bodies)
     begin, end = max(s.times[0] for s in out), min(s.times[-1] for s in out)
     if end <= begin:
         fail(f"{len(bodies)} streams never ran at the same time: longer answers are needed")
@@ -221,14 +205,14 @@ def streams(args, market, lead, results):
         one, _ = many(market, lead, [asked(9)])
         eight, answers = many(market, lead, [asked(at) for at in range(8)])
         alone, _ = many(market, market.solo, [asked(9)])
-        together, _ = many(market, market.solo, [asked(at) for at in range(8)])
-        ratios.append((one, eight, alone, together))
+        beside, _ = many(market, market.solo, [asked(at) for at in range(8)])
+        ratios.append((one, eight, alone, beside))
         again = Stream(market, market.solo, asked(3))
         if args.wire == "f32" and again.text != answers[3].text:
             fail("one of eight streams is not what one machine says")
-    one, eight, alone, together = (statistics.median(side) for side in zip(*ratios))
-    results["streams"] = {"one": one, "eight": eight, "ratio": eight / one, "solo_one": alone, "solo_eight": together, "all": ratios}
-    say(f"8 streams over 3 nodes at 20 ms: {eight:.1f} tokens/s, one {one:.1f}: {eight / one:.2f} times; on one machine {together:.1f} and {alone:.1f}: {together / alone:.2f} times")
+    one, eight, alone, beside = (statistics.median(side) for side in zip(*ratios))
+    results["streams"] = {"one": one, "eight": eight, "ratio": eight / one, "solo_one": alone, "solo_eight": beside, "all": ratios}
+    say(f"8 streams over 3 nodes at 20 ms: {eight:.1f} tokens/s, one {one:.1f}: {eight / one:.2f} times; on one machine {beside:.1f} and {alone:.1f}: {beside / alone:.2f} times")
 
 
 def guesses(args, market, results):

@@ -11,28 +11,12 @@ import argparse
 import json
 import os
 import sys
-import threading
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from ring_market import Market, Parts, Stream, folder, run_script, say
+from ring_market import Market, Parts, Stream, folder, run_script, say, together
 
 SAID = ["Gold was heavy, so people wrote notes.", "And then the notes were trusted more.", "Who keeps the books?", "Go on."]
-
-
-def both(market, lead, first, second):
-    """Two answers at once."""
-    out = [None, None]
-
-    def one(at, asked):
-        out[at] = Stream(market, lead, asked)
-
-    threads = [threading.Thread(target=one, args=pair) for pair in [(0, first), (1, second)]]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return out
 
 
 def main():
@@ -53,7 +37,7 @@ def main():
             talk = talks[lead.name]
             talk.append({"role": "user", "content": SAID[turn % len(SAID)]})
             asked = {"messages": list(talk), "max_tokens": 16, "temperature": 0.8, "seed": turn}
-            first, second = both(market, lead, asked, asked | {"seed": turn + 50})
+            first, second = together(market, lead, [asked, asked | {"seed": turn + 50}])
             solo = Stream(market, market.solo, asked)
             fits = args.wire != "f32" or first.text == solo.text
             say(f"turn {turn + 1} of {lead.name}: {'one machine says the same' if fits else 'DIFFERENT'}")

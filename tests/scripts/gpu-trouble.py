@@ -25,7 +25,7 @@ if len(sys.argv) > 1:
     # The market's module looks for the program when it is loaded.
     os.environ["SATGRID_BIN"] = os.path.join(os.path.abspath(sys.argv[1]), "satgrid")
 
-from ring_market import NOBODY, Market, Node, Stream, fail, folder, run, run_script, say, serve, until  # noqa: E402
+from ring_market import NOBODY, Market, Node, folder, run, run_script, say, serve, together, until  # noqa: E402
 
 TOKENS = 160
 WORDS = "The history of money is a history of trust. " * 10
@@ -107,34 +107,21 @@ def main():
     log = lambda: open(card.log).read()
     count = iter(range(10**6))
 
-    def ask(words=WORDS, heard=None):
+    def body(words):
         text = f"{next(count):06d} {words}"
-        body = {"messages": [{"role": "user", "content": text}], "max_tokens": TOKENS, "temperature": 0, "logit_bias": {"0": -100, "1": -100, "2": -100}}
-        return Stream(market, None, body, heard)
+        return {"messages": [{"role": "user", "content": text}], "max_tokens": TOKENS, "temperature": 0, "logit_bias": {"0": -100, "1": -100, "2": -100}}
 
     def crowd(streams, strike=None, words=WORDS):
         """So many at once; `strike` is called once, when the first of them has spoken for a while."""
-        done, failed, struck = [], [], threading.Lock()
+        struck = threading.Lock()
 
         def heard(pieces):
             if strike and pieces >= 8 and struck.acquire(blocking=False):
                 strike()
 
-        def one():
-            try:
-                done.append(ask(words, heard))
-            except Exception as error:
-                failed.append(error)
-
-        threads = [threading.Thread(target=one) for _ in range(streams)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        done = together(market, None, [body(words) for _ in range(streams)], heard)
         legs = [len(one.usage["cost_details"]["providers"]) for one in done]
-        say(f"{len(done)} of {streams} streams whole, {sum(one.tokens for one in done)} tokens, legs {legs}; failed: {failed}")
-        if failed:
-            fail("a stream did not come to its end")
+        say(f"{len(done)} of {streams} streams whole, {sum(one.tokens for one in done)} tokens, legs {legs}")
 
     say("1. as it should be")
     crowd(2)

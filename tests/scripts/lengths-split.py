@@ -12,11 +12,10 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from ring_market import Market, Parts, Stream, fail, folder, run, run_script, say
+from ring_market import Market, Parts, folder, run, run_script, say, together
 
 AT_ONCE = 8
 # The end of an answer in the vocabulary of random models.
@@ -30,27 +29,6 @@ def ids(seed, length):
     for _ in range(length):
         state = (state * 1_664_525 + 1_013_904_223) % 2**32
         out.append(300 + (state >> 9) % 1_700)
-    return out
-
-
-def together(market, node, bodies, heard=None):
-    """Streams side by side; what each said, or why it did not."""
-    out = [None] * len(bodies)
-
-    def one(at, asked):
-        try:
-            out[at] = Stream(market, node, asked, heard)
-        except (RuntimeError, OSError, ValueError, IndexError, TypeError) as error:
-            out[at] = error
-
-    threads = [threading.Thread(target=one, args=pair) for pair in enumerate(bodies)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for stream in out:
-        if isinstance(stream, Exception):
-            fail(f"one of {len(bodies)} streams at {node.name}: {stream}")
     return out
 
 
