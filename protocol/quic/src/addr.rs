@@ -73,6 +73,11 @@ impl From<SocketAddr> for AddressHint {
     }
 }
 
+/// Those of a listing's addresses that can be read, in its order.
+pub fn hints(addresses: &[String]) -> Vec<AddressHint> {
+    addresses.iter().filter_map(|text| text.parse().ok()).collect()
+}
+
 impl FromStr for AddressHint {
     type Err = HintError;
 

@@ -39,7 +39,7 @@ mod link;
 mod queue;
 mod stream;
 
-pub use addr::{AddressError, AddressHint, HintError, MAX_ADDRESSES, MAX_HINTS, Reach, resolve};
+pub use addr::{AddressError, AddressHint, HintError, MAX_ADDRESSES, MAX_HINTS, Reach, hints, resolve};
 pub use code::Code;
 pub use endpoint::{Attempt, AttemptError, BindError, ConnectError, QuicEndpoint};
 pub use error::{Fault, LinkError, Violation, Waiting};

@@ -16,7 +16,7 @@ use satgrid_node::{
 };
 use satgrid_protocol::frame::{ConsumerFrame, ProviderControl, ProviderFrame};
 use satgrid_protocol_quic::{
-    AddressHint, FrameReceiver, FrameSender, FrameStream, Link, LinkError, QuicEndpoint, StreamKind,
+    FrameReceiver, FrameSender, FrameStream, Link, LinkError, QuicEndpoint, StreamKind, hints,
 };
 use satgrid_types::{Digest, Msat, NodeKey, PaymentHash, SessionId};
 use satgrid_wallet::{InvoiceRequest, Lightning};
@@ -304,7 +304,7 @@ impl Running {
         let addresses = self.driver.at.map_or(addresses, |at| vec![at.to_string()]);
         let key = session_key(&self.driver.master, session);
         tokio::spawn(async move {
-            let hints: Vec<AddressHint> = addresses.iter().filter_map(|text| text.parse().ok()).collect();
+            let hints = hints(&addresses);
             let connected = match endpoint.connect(&hints, dialled, &key).await {
                 Ok(quic) => match quic.open(StreamKind::Control).await {
                     Ok(control) => Ok((quic, control)),

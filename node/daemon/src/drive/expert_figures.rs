@@ -15,7 +15,7 @@ use satgrid_market::{
     estimate::{ExpertSplit, Fit, Line, Shape, WorkerCost, tokens_per_s, trunk_of},
     experts::{Choosing, Role, Weights, choose},
 };
-use satgrid_protocol_quic::{AddressHint, QuicEndpoint};
+use satgrid_protocol_quic::{QuicEndpoint, hints};
 use satgrid_types::{ExpertSet, NodeKey, Speed, VerifiedListing, WireType};
 use std::{
     collections::BTreeMap,
@@ -96,7 +96,7 @@ impl Figures {
         for listing in sellers.iter().filter(|listing| !self.cost_of(listing).measured).take(MOST_PROBES) {
             let (figures, endpoint, key, listing) = (self.clone(), endpoint.clone(), key.clone(), listing.clone());
             probes.spawn(async move {
-                let hints: Vec<AddressHint> = listing.addresses.iter().filter_map(|text| text.parse().ok()).collect();
+                let hints = hints(&listing.addresses);
                 let connected = endpoint.connect(&hints, listing.node_key, &key);
                 let Ok(Ok(link)) = tokio::time::timeout(PROBE_WITHIN, connected).await else { return };
                 let rtt = link.path().min_rtt.as_nanos() as f64 / 1e3;

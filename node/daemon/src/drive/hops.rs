@@ -5,7 +5,7 @@
 
 use ed25519_dalek::SigningKey;
 use satgrid_protocol::hop::{HopFrame, TicketFrame};
-use satgrid_protocol_quic::{AddressHint, Code, FrameStream, Link, QuicEndpoint, StreamKind};
+use satgrid_protocol_quic::{AddressHint, Code, FrameStream, Link, QuicEndpoint, StreamKind, hints};
 use satgrid_types::{NodeKey, RequestId, SessionId};
 use std::{
     collections::BTreeMap,
@@ -152,7 +152,7 @@ impl Outgoing {
     ) -> Outgoing {
         // Bounded by what was granted: a worker computes nothing beyond its window, a lead sends nothing beyond its batches.
         let (frames, queue) = mpsc::unbounded_channel();
-        let hints: Vec<AddressHint> = addresses.iter().filter_map(|text| text.parse().ok()).collect();
+        let hints = hints(addresses);
         tokio::spawn(async move {
             let reason = match run(endpoint, &key, (lead, to), &hints, queue, &ear).await {
                 Ok(()) => return,

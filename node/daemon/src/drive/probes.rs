@@ -6,7 +6,7 @@
 
 use super::market::Market;
 use ed25519_dalek::SigningKey;
-use satgrid_protocol_quic::{AddressHint, QuicEndpoint};
+use satgrid_protocol_quic::{QuicEndpoint, hints};
 use satgrid_types::{Listing, MAX_LINKS, MeasuredLink, ModelRoot, NodeKey, VerifiedListing, node_key};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -85,7 +85,7 @@ async fn probe(
     listing: Arc<VerifiedListing>,
 ) -> (NodeKey, Option<Duration>) {
     let node = listing.node_key;
-    let hints: Vec<AddressHint> = listing.addresses.iter().filter_map(|text| text.parse().ok()).collect();
+    let hints = hints(&listing.addresses);
     let measured = async {
         let link = endpoint.connect(&hints, node, &key).await.ok()?;
         // Keep-alives go to and fro meanwhile.

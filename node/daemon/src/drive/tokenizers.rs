@@ -12,7 +12,7 @@ use satgrid_engine::{
     tokenizer_artefact::MAX_ARTEFACT_BYTES,
 };
 use satgrid_engine_llama::{LlamaTokenizer, TokenizerConfig};
-use satgrid_protocol_quic::{AddressHint, QuicEndpoint, artefact::Download};
+use satgrid_protocol_quic::{QuicEndpoint, artefact::Download, hints};
 use satgrid_types::{Digest, TokenizerHash, VerifiedListing};
 use sha2::{Digest as _, Sha256};
 use std::{
@@ -100,7 +100,7 @@ impl Tokenizers {
             // Fetching a public artefact needs no identity: the key is used once.
             let key = SigningKey::from_bytes(&super::fresh_seed());
             let addresses = self.at.map_or_else(|| seller.addresses.clone(), |at| vec![at.to_string()]);
-            let hints: Vec<AddressHint> = addresses.iter().filter_map(|text| text.parse().ok()).collect();
+            let hints = hints(&addresses);
             let fetched = async {
                 let link = self.endpoint.connect(&hints, seller.node_key, &key).await?;
                 Ok::<_, anyhow::Error>(download.run(&link).await?)
