@@ -13,6 +13,7 @@
 //! | [`bookkeeper`] | `ledger::own` | the wallet's own list |
 //! | [`channels`], [`restore`] | `wallet::reopen`, `wallet::restore` | the embedded Lightning node |
 //! | [`market`] | `market::book` | Nostr relays |
+//! | [`probes`] | `market::links` | QUIC connections to other sellers of parts |
 //! | [`engines`], [`layers`], [`tokenizers`] | the engine's ports | llama.cpp in child processes |
 //! | [`upstream`] | the engine's port | a server that runs the model already |
 //! | [`experts`], [`trunks`] | the experts' port of a trunk | packs in child processes, and of other nodes |
