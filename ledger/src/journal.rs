@@ -154,24 +154,34 @@ pub fn check_limits(drafts: &[Draft]) -> Result<(), JournalError> {
     Ok(())
 }
 
-/// Chains drafts onto `head`: the entries, with their canonical bytes.
-pub fn chain(mut head: Head, at: UnixMs, drafts: Vec<Draft>) -> Result<Vec<(Entry, Vec<u8>)>, JournalError> {
+/// An entry with what is stored of it. Encoded and hashed once.
+#[derive(Debug, Clone)]
+pub struct Chained {
+    pub entry: Entry,
+    /// Canonical.
+    pub bytes: Vec<u8>,
+    /// Their hash as a leaf of the log.
+    pub leaf: Digest,
+    /// The private fields kept beside them.
+    pub opening: Option<Vec<u8>>,
+}
+
+/// Chains drafts onto `head`.
+pub fn chain(mut head: Head, at: UnixMs, drafts: Vec<Draft>) -> Result<Vec<Chained>, JournalError> {
     check_limits(&drafts)?;
+    let within = |what, given, limit| match given <= limit {
+        true => Ok(()),
+        false => Err(JournalError::Limit { what, given, limit }),
+    };
     let mut out = Vec::with_capacity(drafts.len());
     for draft in drafts {
         let entry = Entry::chain(&head, at, draft);
-        let bytes = entry.bytes();
-        if bytes.len() > MAX_ENTRY_LEN {
-            return Err(JournalError::Limit { what: "bytes in one entry", given: bytes.len(), limit: MAX_ENTRY_LEN });
-        }
-        if let Some(opening) = entry.opening() {
-            let given = cbor::encode(opening).len();
-            if given > MAX_OPENING_LEN {
-                return Err(JournalError::Limit { what: "bytes of private fields", given, limit: MAX_OPENING_LEN });
-            }
-        }
-        head = Head { len: head.len.saturating_add(1), last: leaf_hash(&bytes), at: entry.at };
-        out.push((entry, bytes));
+        let (bytes, opening) = (entry.bytes(), entry.opening().map(cbor::encode));
+        within("bytes in one entry", bytes.len(), MAX_ENTRY_LEN)?;
+        within("bytes of private fields", opening.as_ref().map_or(0, Vec::len), MAX_OPENING_LEN)?;
+        let leaf = leaf_hash(&bytes);
+        head = Head { len: head.len.saturating_add(1), last: leaf, at: entry.at };
+        out.push(Chained { entry, bytes, leaf, opening });
     }
     Ok(out)
 }
@@ -198,7 +208,7 @@ impl MemoryJournal {
     pub fn append_now(&self, at: UnixMs, drafts: Vec<Draft>) -> Result<Vec<Entry>, JournalError> {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         let head = entries.last().map_or(Head::EMPTY, Entry::head);
-        let added: Vec<Entry> = chain(head, at, drafts)?.into_iter().map(|(entry, _)| entry).collect();
+        let added: Vec<Entry> = chain(head, at, drafts)?.into_iter().map(|chained| chained.entry).collect();
         entries.extend(added.iter().cloned());
         Ok(added)
     }

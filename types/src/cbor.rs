@@ -21,7 +21,7 @@ pub enum CodecError {
 
 /// Canonical bytes of a value.
 pub fn encode<T: Encode<()>>(value: &T) -> Vec<u8> {
-    let mut out = Vec::with_capacity(256);
+    let mut out = Vec::with_capacity(1_024);
     match minicbor::encode(value, &mut out) {
         Ok(()) => out,
         // Writing to a Vec is infallible and our types have no failing encoders.

@@ -10,10 +10,10 @@ use satgrid_ledger::{
     log::{SignedCheckpoint, leaf_hash},
 };
 use satgrid_types::{Digest, UnixMs};
-use sqlx::{Connection, Row, SqliteConnection};
+use sqlx::{Connection, QueryBuilder, Row, Sqlite, SqliteConnection};
 
-/// Names in one statement.
-const NAMED_AT_ONCE: usize = 64;
+/// Rows in one statement, largest first.
+const AT_ONCE: [usize; 4] = [256, 32, 4, 1];
 /// Bodies pruned in one transaction.
 const PRUNED_AT_ONCE: usize = 1_000;
 
@@ -65,23 +65,27 @@ pub(crate) async fn named_upto(connection: &mut SqliteConnection) -> Result<u64,
     Ok(u64::try_from(len).unwrap_or(0))
 }
 
-/// Takes names into the index, which then has the first `len` entries.
-pub(crate) async fn name(connection: &mut SqliteConnection, names: &[Digest], len: u64) -> Result<(), JournalError> {
-    // Many in one statement: each is a trip to the connection's thread.
-    for names in names.chunks(NAMED_AT_ONCE) {
-        let statement = format!("INSERT OR IGNORE INTO named (hash) VALUES {}", vec!["(?)"; names.len()].join(","));
-        let mut query = sqlx::query(&statement);
-        for name in names {
-            query = query.bind(&name.0[..]);
-        }
-        query.execute(&mut *connection).await.map_err(|e| storage(&e))?;
+/// Cuts into pieces of few lengths, so that few shapes of statement are prepared.
+pub(crate) fn pieces<T>(mut rest: &[T]) -> impl Iterator<Item = &[T]> {
+    std::iter::from_fn(move || {
+        let size = AT_ONCE.into_iter().find(|size| *size <= rest.len())?;
+        let (now, later) = rest.split_at(size);
+        rest = later;
+        Some(now)
+    })
+}
+
+/// Statements that take names into the index, which then has the first `len` entries. Names go as one value, so that any
+/// number of them is one statement.
+pub(crate) fn push_names(script: &mut QueryBuilder<'_, Sqlite>, names: &[Digest], len: u64) {
+    if !names.is_empty() {
+        let all: Vec<u8> = names.iter().flat_map(|name| name.0).collect();
+        script.push("WITH RECURSIVE given(names) AS (SELECT ").push_bind(all).push(
+            "), at(byte) AS (SELECT 1 UNION ALL SELECT byte + 32 FROM at, given WHERE byte + 32 < length(names)) \
+             INSERT OR IGNORE INTO named (hash) SELECT substr(names, byte, 32) FROM at, given;",
+        );
     }
-    sqlx::query("UPDATE named_upto SET len = ? WHERE one = 1")
-        .bind(row_number(len))
-        .execute(connection)
-        .await
-        .map_err(|e| storage(&e))?;
-    Ok(())
+    script.push("UPDATE named_upto SET len = ").push_bind(row_number(len)).push(" WHERE one = 1;");
 }
 
 /// Entries that the index has not: those of before there was one, or the last few without names.
@@ -101,7 +105,9 @@ pub(crate) async fn name_the_rest(connection: &mut SqliteConnection, len: u64) -
         let Some(last) = entries.last() else { break };
         let (names, next) = (entries.iter().filter_map(named_by).collect::<Vec<_>>(), last.seq.saturating_add(1));
         let mut transaction = connection.begin().await.map_err(|e| storage(&e))?;
-        name(&mut transaction, &names, next).await?;
+        let mut script = QueryBuilder::new("");
+        push_names(&mut script, &names, next);
+        script.build().persistent(false).execute(&mut *transaction).await.map_err(|e| storage(&e))?;
         transaction.commit().await.map_err(|e| storage(&e))?;
         upto = next;
     }

@@ -5,7 +5,7 @@
 //! of its appends fail and the state is read again from the database, which is the truth.
 
 use crate::{
-    keep,
+    keep::{self, pieces},
     reader::{entry_of, row_number, storage},
 };
 use ed25519_dalek::SigningKey;
@@ -17,14 +17,14 @@ use satgrid_ledger::{
     },
     log::{SignedCheckpoint, TileEdge},
 };
-use satgrid_types::UnixMs;
-use sqlx::{Connection, SqliteConnection};
+use satgrid_types::{Digest, UnixMs};
+use sqlx::{Connection, QueryBuilder, Sqlite, SqliteConnection};
 use tokio::sync::{mpsc, oneshot};
 
 /// Appends that wait in the queue before callers are made to wait.
 pub(crate) const QUEUE: usize = 1_024;
-/// Rows in one INSERT statement, largest first; the rest go one by one.
-const ROWS: [usize; 3] = [64, 8, 1];
+/// Entries up to which the script that writes a group stays prepared: larger ones are seldom of one shape.
+const PREPARED: usize = 256;
 
 /// Where the answer to an append goes.
 type Answer = oneshot::Sender<Result<Vec<Entry>, JournalError>>;
@@ -55,22 +55,16 @@ struct Waiting {
 pub(crate) struct Writer {
     connection: SqliteConnection,
     tip: Tip,
-    statements: Vec<String>,
     /// Entries that the index of names has in the database.
     named: u64,
-    /// Set when even reading the state again failed: nothing more is written.
+    /// Set when what failed could not be left, or the state not be read again: nothing more is written.
     broken: Option<JournalError>,
 }
 
 impl Writer {
     /// Takes up the journal where it ends, and checks that its end hangs together.
     pub(crate) async fn start(connection: SqliteConnection) -> Result<Writer, JournalError> {
-        let insert = |rows: usize| {
-            let values = vec!["(?,?,?,?)"; rows].join(",");
-            format!("INSERT INTO entries (seq, at, bytes, opening) VALUES {values}")
-        };
-        let statements = ROWS.iter().map(|rows| insert(*rows)).collect();
-        let mut writer = Writer { connection, tip: Tip::empty(), statements, named: 0, broken: None };
+        let mut writer = Writer { connection, tip: Tip::empty(), named: 0, broken: None };
         writer.reload().await?;
         let len = writer.tip.head().len;
         writer.named = keep::name_the_rest(&mut writer.connection, len).await?;
@@ -169,7 +163,9 @@ impl Writer {
             }
             Err(error) => {
                 tracing::error!(%error, entries = written.rows.len(), "nothing of this group was written");
-                if let Err(reload) = self.reload().await {
+                if self.broken.is_none()
+                    && let Err(reload) = self.reload().await
+                {
                     self.broken = Some(reload);
                 }
                 waiting.into_iter().for_each(|w| drop(w.answer.send(Err(error.clone()))));
@@ -177,42 +173,32 @@ impl Writer {
         }
     }
 
+    /// Writes a group in one transaction and one trip to the connection's thread: a trip costs what ten entries cost.
     async fn commit(&mut self, written: &Written) -> Result<(), JournalError> {
         if written.rows.is_empty() {
             return Ok(());
         }
-        // Dropped without a commit, the transaction is rolled back.
-        let mut transaction = self.connection.begin().await.map_err(|e| storage(&e))?;
-        let mut rest = written.rows.as_slice();
-        while !rest.is_empty() {
-            let fits = ROWS.iter().zip(&self.statements).find(|(size, _)| **size <= rest.len());
-            // The last size is 1, so something always fits.
-            let Some((size, statement)) = fits else { break };
-            let (now, later) = rest.split_at(*size);
-            let mut query = sqlx::query(statement);
-            for row in now {
-                let (seq, at) = (row_number(row.seq), row_number(row.at.0));
-                query = query.bind(seq).bind(at).bind(&row.bytes).bind(row.opening.as_ref());
-            }
-            query.execute(&mut *transaction).await.map_err(|e| storage(&e))?;
-            rest = later;
-        }
-        for (id, hashes) in &written.tiles {
-            sqlx::query("INSERT OR REPLACE INTO tiles (level, idx, hashes) VALUES (?, ?, ?)")
-                .bind(i64::from(id.level))
-                .bind(row_number(id.index))
-                .bind(hashes)
-                .execute(&mut *transaction)
-                .await
-                .map_err(|e| storage(&e))?;
-        }
         let index = written.index(self.named);
-        if let Some((names, len)) = index {
-            keep::name(&mut transaction, names, len).await?;
+        let mut script = script(written, index);
+        let query = script.build().persistent(written.rows.len() <= PREPARED);
+        if let Err(error) = query.execute(&mut self.connection).await {
+            self.abandon().await?;
+            return Err(storage(&error));
         }
-        transaction.commit().await.map_err(|e| storage(&e))?;
         self.named = index.map_or(self.named, |(_, len)| len);
         Ok(())
+    }
+
+    /// Leaves the transaction of a script that failed. SQLite may have left it by itself, so the rollback may fail; that
+    /// another one can begin is what tells.
+    async fn abandon(&mut self) -> Result<(), JournalError> {
+        let _ = sqlx::query("ROLLBACK").execute(&mut self.connection).await;
+        let left = sqlx::query("BEGIN; ROLLBACK").execute(&mut self.connection).await;
+        left.map(drop).map_err(|e| {
+            let broken = storage(&e);
+            self.broken = Some(broken.clone());
+            broken
+        })
     }
 
     async fn checkpoint(&mut self, key: &SigningKey) -> Result<SignedCheckpoint, JournalError> {
@@ -228,4 +214,30 @@ impl Writer {
             .map_err(|e| storage(&e))?;
         Ok(signed)
     }
+}
+
+/// The one transaction that writes a group.
+fn script<'a>(written: &'a Written, index: Option<(&'a [Digest], u64)>) -> QueryBuilder<'a, Sqlite> {
+    let mut script = QueryBuilder::new("BEGIN IMMEDIATE;");
+    for rows in pieces(&written.rows) {
+        script.push("INSERT INTO entries (seq, at, bytes, opening) ").push_values(rows, |mut values, row| {
+            values.push_bind(row_number(row.seq)).push_bind(row_number(row.at.0));
+            values.push_bind(&row.bytes[..]).push_bind(row.opening.as_deref());
+        });
+        script.push(";");
+    }
+    // An entry changes a tile at least.
+    script.push("INSERT OR REPLACE INTO tiles (level, idx, hashes) ").push_values(
+        &written.tiles,
+        |mut values, tile| {
+            let (id, hashes) = tile;
+            values.push_bind(i64::from(id.level)).push_bind(row_number(id.index)).push_bind(&hashes[..]);
+        },
+    );
+    script.push(";");
+    if let Some((names, len)) = index {
+        keep::push_names(&mut script, names, len);
+    }
+    script.push("COMMIT;");
+    script
 }

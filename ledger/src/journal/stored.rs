@@ -1,10 +1,10 @@
 //! What every stored journal does the same, whatever database it stands on: the end that a writer holds, the group of
 //! appends that one transaction writes, and entries read back from their rows. The adapters keep their SQL.
 
-use super::{JournalError, chain, named_by};
+use super::{Chained, JournalError, chain, named_by};
 use crate::{
     entry::{Draft, Entry, Head},
-    log::{SignedCheckpoint, TILE_WIDTH, TileEdge, TileId, leaf_hash},
+    log::{SignedCheckpoint, TILE_WIDTH, TileEdge, TileId},
     statements::ReceiptOpening,
 };
 use ed25519_dalek::SigningKey;
@@ -106,8 +106,7 @@ impl Group {
     pub fn append(&mut self, at: UnixMs, drafts: Vec<Draft>) -> Result<Vec<Entry>, JournalError> {
         let chained = chain(self.tip.head, at, drafts)?;
         let mut entries = Vec::with_capacity(chained.len());
-        for (entry, bytes) in chained {
-            let leaf = leaf_hash(&bytes);
+        for Chained { entry, bytes, leaf, opening } in chained {
             let (changed, tiles) = (&mut self.changed, &mut self.tiles);
             self.tip.edge.push(leaf, &mut |id, hashes| {
                 changed.insert(id);
@@ -118,7 +117,7 @@ impl Group {
             });
             self.tip.head = Head { len: self.tip.head.len.saturating_add(1), last: leaf, at: entry.at };
             self.names.extend(named_by(&entry));
-            self.rows.push(Row { seq: entry.seq, at: entry.at, bytes, opening: entry.opening().map(cbor::encode) });
+            self.rows.push(Row { seq: entry.seq, at: entry.at, bytes, opening });
             entries.push(entry);
         }
         Ok(entries)
