@@ -127,7 +127,7 @@ dir = "{world['models']}"
 """
         if "provider" in roles:
             door = world["door"](self.quic) if "door" in world else self.quic
-            text += f'[provider]\nquic_listen = "127.0.0.1:{self.quic}"\npublic_addresses = ["127.0.0.1:{door}"]\n{tables}\n'
+            text += f'[provider]\nrequests_per_peer = 64\nquic_listen = "127.0.0.1:{self.quic}"\npublic_addresses = ["127.0.0.1:{door}"]\n{tables}\n'
         with open(config, "w") as out:
             out.write(text)
         os.chmod(config, 0o600)
