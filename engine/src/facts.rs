@@ -122,7 +122,7 @@ fn both_ways(gguf: &Gguf, architecture: &str) -> bool {
 }
 
 /// llama.cpp's `llama_pooling_type`; a model that generates has none, or 0.
-fn pooling(gguf: &Gguf, architecture: &str) -> Result<Option<Pooling>, FactsError> {
+pub(crate) fn pooling(gguf: &Gguf, architecture: &str) -> Result<Option<Pooling>, FactsError> {
     let key = format!("{architecture}.pooling_type");
     match gguf.uint(&key).unwrap_or(0) {
         0 if both_ways(gguf, architecture) => Err(FactsError::Mute { key }),
@@ -158,7 +158,7 @@ fn small(key: String, value: Option<u64>) -> Result<Option<u32>, FactsError> {
 }
 
 /// The name that the file gives itself by `general.file_type`; else the type that takes the most bytes.
-fn quantisation(gguf: &Gguf) -> String {
+pub fn quantisation(gguf: &Gguf) -> String {
     if let Some(name) = gguf.uint("general.file_type").and_then(file_type_name) {
         return name.to_owned();
     }

@@ -4,6 +4,7 @@
 //! name, and so is a file of an admitted one that holds something the test has not seen: merged gate and up,
 //! biases or scales per expert, groups of experts, widths that differ from layer to layer.
 
+use crate::facts;
 use crate::gguf::{Gguf, Value};
 
 /// An admitted architecture.
@@ -51,6 +52,8 @@ pub enum Refused {
     Architecture(String),
     #[error("the model has no experts")]
     Dense,
+    #[error("the model embeds or ranks texts (its pooling_type says so) and writes none; sell it whole")]
+    Pooled,
     #[error("metadata {key:?} is missing or not one number for all layers")]
     Metadata { key: String },
     #[error("{what} is {value}, at most {limit} are possible")]
@@ -88,6 +91,9 @@ impl MoeShape {
         let needed = |name: &str, limit: u32| {
             number(name, limit)?.ok_or_else(|| Refused::Metadata { key: format!("{architecture}.{name}") })
         };
+        if !matches!(facts::pooling(gguf, architecture), Ok(None)) {
+            return Err(Refused::Pooled);
+        }
         let experts = number("expert_count", MAX_EXPERTS)?.unwrap_or(0);
         if experts < 2 {
             return Err(Refused::Dense);

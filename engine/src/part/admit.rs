@@ -1,5 +1,6 @@
 //! Which models may be cut: architectures *and* shapes, each held to the same bits by the whole-against-staged tests.
 
+use crate::facts;
 use crate::gguf::Gguf;
 
 /// Architectures whose layers are all alike and know nothing of each other's number, and whose last tensor of each layer is
@@ -43,6 +44,10 @@ pub fn admit(gguf: &Gguf) -> Result<u32, Refused> {
     }
     if architecture == "gemma3" && layers == GEMMA3_SCALED_BY_LAYERS {
         return refuse(format!("with {layers} layers its attention is scaled by the number of layers"));
+    }
+    // A text's row is pooled over all positions behind the last layer: there is no head that a lead could sample from.
+    if !matches!(facts::pooling(gguf, &architecture), Ok(None)) {
+        return refuse("it embeds or ranks texts (its pooling_type says so) and writes none; sell it whole".to_owned());
     }
     let experts = gguf.arch_uint("expert_count").unwrap_or(0);
     if experts > 0 && architecture != "qwen3moe" {

@@ -153,6 +153,15 @@ fn only_models_of_the_allow_list_are_cut() {
         (admit(&header("llama", 1, plain)), Some("1 layers")),
         (admit(&header("llama", 4, |w| w.set("llama.expert_count", Value::U32(8)))), Some("8 experts")),
         (admit(&header("qwen3moe", 4, |w| w.set("qwen3moe.expert_count", Value::U32(8)))), None),
+        // Embedding models of cut architectures: by mean, by the last text token, and one that ranks.
+        (admit(&header("qwen3", 4, |w| w.set("qwen3.pooling_type", Value::U32(3)))), Some("embeds or ranks texts")),
+        (admit(&header("llama", 4, |w| w.set("llama.pooling_type", Value::U32(1)))), Some("embeds or ranks texts")),
+        (admit(&header("qwen3", 4, |w| w.set("qwen3.pooling_type", Value::U32(4)))), Some("embeds or ranks texts")),
+        (
+            admit(&header("gemma3", 4, |w| w.set("gemma3.attention.causal", Value::Bool(false)))),
+            Some("embeds or ranks"),
+        ),
+        (admit(&header("qwen3", 4, |w| w.set("qwen3.pooling_type", Value::U32(0)))), None),
         (
             admit(&header("qwen3moe", 4, |w| w.set("qwen3moe.leading_dense_block_count", Value::U32(1)))),
             Some("leading_dense_block_count"),
