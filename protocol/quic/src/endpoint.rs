@@ -29,6 +29,10 @@ const UNDECIDED_BYTES_TOTAL: u64 = 4 << 20;
 /// The next address is tried when the one before has not answered for this long (RFC 8305).
 const NEXT_ADDRESS_AFTER: Duration = Duration::from_millis(250);
 
+/// What the system may hold of packets for the one socket of a node. Rows of several workers come at the same moment; what
+/// does not fit is lost, and a lost tail is noticed after some 30 ms.
+const SOCKET_BUFFER_BYTES: usize = 4 << 20;
+
 /// Why no endpoint came to be.
 #[derive(Debug, Error)]
 pub enum BindError {
@@ -140,6 +144,7 @@ impl QuicEndpoint {
         limits.check()?;
         let server = tls.map(|tls| server_config(tls, &limits));
         let quinn = UdpSocket::bind(address)
+            .inspect(roomy)
             .and_then(|socket| quinn::Endpoint::new(EndpointConfig::default(), server, socket, Arc::new(TokioRuntime)))
             .map_err(|source| BindError::Socket { address, source })?;
         Ok(QuicEndpoint::start(quinn, limits, shutdown))
@@ -269,6 +274,16 @@ async fn attempt(
             (None, _) => AttemptError::Link(LinkError::from_connection(&error, limits.idle)),
         }),
         Err(_) => Err(AttemptError::TimedOut { after: wait }),
+    }
+}
+
+/// Asks for larger buffers than the system's usual ones; it gives what its own limit (`net.core.rmem_max`) allows.
+fn roomy(socket: &UdpSocket) {
+    let socket = socket2::SockRef::from(socket);
+    for asked in [socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES), socket.set_send_buffer_size(SOCKET_BUFFER_BYTES)] {
+        if let Err(error) = asked {
+            debug!(%error, "the socket's buffers stay as they are");
+        }
     }
 }
 

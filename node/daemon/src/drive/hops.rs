@@ -205,5 +205,10 @@ async fn run(
         }
     };
     reader.abort();
+    let path = link.path();
+    tracing::debug!(
+        to = %to.short(), rtt_us = path.rtt.as_micros(), sent = path.sent_packets, lost = path.lost_packets,
+        window = path.congestion_window_bytes, mtu = path.mtu_bytes, "a hop is over"
+    );
     outcome
 }
