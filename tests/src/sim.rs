@@ -1,10 +1,12 @@
-//! The whole market as one seeded run: consumers and providers, some of which cheat, under faults, and then quiet.
+//! The whole market as one seeded run: consumers, providers, some of which cheat, leads and those who sell them layers, under
+//! faults, and then quiet.
 //!
 //! What a seed decides: how many nodes, who cheats and how, latencies, how rough the Lightning network is, which calls are
 //! made when, and when what dies, breaks or fails to write. What must be true: the bounds of [`crate::world::oracle`] at
 //! every step; and at the end, with everything up again,
 //!
-//! * every call has ended, and honest providers serve every consumer again;
+//! * every call has ended, honest providers serve every consumer again, and workers every lead;
+//! * layers tile the model, each evaluated the same positions, and nobody signed for more than came back ([`crate::world::ring`]);
 //! * no payment was settled twice, none is without an end, and the books agree with the wallets;
 //! * audits are clean, and each pair's journals agree, session by session;
 //! * nobody honest was accused;
@@ -14,7 +16,7 @@ mod faults;
 
 pub use faults::Fault;
 
-use crate::world::{Ask, Cheat, EPOCH, Options, World};
+use crate::world::{Ask, Cheat, EPOCH, Options, World, ring::layers_of};
 use rand::{Rng, SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 use satgrid_ledger::{entry::Evidence, statements::CreditTransfer};
@@ -43,11 +45,15 @@ pub struct Stats {
     pub engine_deaths: u64,
     pub broken_links: u64,
     pub broken_journals: u64,
+    pub rings: u64,
+    pub rings_done: u64,
+    pub workers_lost: u64,
+    pub replayed: u64,
     pub steps: u64,
 }
 
 impl Stats {
-    fn fields(&mut self) -> [&mut u64; 19] {
+    fn fields(&mut self) -> [&mut u64; 23] {
         [
             &mut self.calls,
             &mut self.finished,
@@ -67,6 +73,10 @@ impl Stats {
             &mut self.engine_deaths,
             &mut self.broken_links,
             &mut self.broken_journals,
+            &mut self.rings,
+            &mut self.rings_done,
+            &mut self.workers_lost,
+            &mut self.replayed,
             &mut self.steps,
         ]
     }
@@ -90,6 +100,8 @@ pub struct Sim {
     next: u64,
     /// When the faults end.
     end: UnixMs,
+    /// Providers of whole models; those after them sell layers.
+    whole: usize,
 }
 
 /// Runs a seed to its quiet end.
@@ -123,6 +135,12 @@ impl Sim {
         options.consumer.refund_idle = rng.gen_bool(0.3);
         options.provider.quote_validity_ms = rng.gen_range(20_000..600_000);
         let (providers, consumers) = (rng.gen_range(2..=4), rng.gen_range(1..=3));
+        // Some consumers lead: workers for two or three ranges, and for one of them a second one.
+        let places = if rng.gen_bool(0.4) { rng.gen_range(2..=3) } else { 0 };
+        options.layers = (0..places).map(layers_of).collect();
+        if places > 0 && rng.gen_bool(0.6) {
+            options.layers.push(layers_of(rng.gen_range(0..places)));
+        }
         let mut world = World::new(options, providers, consumers);
         for p in 0..providers {
             world.providers[p].step_ms = rng.gen_range(5..60);
@@ -140,7 +158,8 @@ impl Sim {
             }
         }
         let end = EPOCH.plus_ms(rng.gen_range(20_000..90_000));
-        let mut sim = Sim { world, rng, stats: Stats::default(), agenda: BTreeMap::new(), next: 0, end };
+        let mut sim =
+            Sim { world, rng, stats: Stats::default(), agenda: BTreeMap::new(), next: 0, end, whole: providers };
         sim.plan();
         sim
     }
@@ -152,6 +171,25 @@ impl Sim {
             let fault = self.random_call();
             self.add(EPOCH.plus_ms(at), fault);
         }
+        if self.world.providers.len() > self.whole {
+            for _ in 0..self.rng.gen_range(1..4) {
+                let at = self.rng.gen_range(0..span);
+                let consumer = self.rng.gen_range(0..self.world.consumers.len());
+                let (prompt, decode) = (self.rng.gen_range(1..120), self.rng.gen_range(1..60));
+                let workers = self.workers(true);
+                let struck = *workers.choose(&mut self.rng).expect("each range has a seller");
+                self.add(EPOCH.plus_ms(at), Fault::Lead { consumer, workers, prompt, decode });
+                if self.rng.gen_bool(0.4) {
+                    let (at, for_ms) = (at + self.rng.gen_range(200..3_000), self.rng.gen_range(50..3_000));
+                    let fault = match self.rng.gen_range(0..3) {
+                        0 => Fault::KillEngine { provider: struck, for_ms },
+                        1 => Fault::BreakLinks { consumer, provider: struck },
+                        _ => Fault::KillProvider { provider: struck, for_ms, lose_rows_ms: 0 },
+                    };
+                    self.add(EPOCH.plus_ms(at), fault);
+                }
+            }
+        }
         for _ in 0..self.rng.gen_range(0..7) {
             let at = self.rng.gen_range(500..span);
             let fault = faults::random(&mut self.rng, self.world.providers.len(), self.world.consumers.len());
@@ -161,7 +199,7 @@ impl Sim {
 
     fn random_call(&mut self) -> Fault {
         let consumer = self.rng.gen_range(0..self.world.consumers.len());
-        let mut providers: Vec<usize> = (0..self.world.providers.len()).collect();
+        let mut providers: Vec<usize> = (0..self.whole).collect();
         providers.shuffle(&mut self.rng);
         let prompt = if self.rng.gen_bool(0.2) { self.rng.gen_range(600..1_600) } else { self.rng.gen_range(1..200) };
         let mut ask = Ask::tokens(prompt, self.rng.gen_range(1..500)).to(&providers);
@@ -173,6 +211,19 @@ impl Sim {
             ask: Box::new(ask),
             cancel_after_ms: self.rng.gen_bool(0.15).then(|| self.rng.gen_range(0..4_000)),
         }
+    }
+
+    /// One seller for each range of layers; where there are two, the first, or `any`.
+    fn workers(&mut self, any: bool) -> Vec<usize> {
+        let (sold, rng) = (&self.world.options.layers, &mut self.rng);
+        let mut chosen: BTreeMap<u32, usize> = BTreeMap::new();
+        for (at, range) in sold.iter().enumerate() {
+            let first = !chosen.contains_key(&range.start());
+            if first || (any && rng.gen_bool(0.5)) {
+                chosen.insert(range.start(), self.whole + at);
+            }
+        }
+        chosen.into_values().collect()
     }
 
     pub(super) fn add(&mut self, at: UnixMs, fault: Fault) {
@@ -199,16 +250,24 @@ impl Sim {
             self.world.restart_engine(p);
             self.world.publish(p);
         }
-        self.world.run_while("every call ends", 600_000, |w| w.open_calls() > 0);
+        self.world.run_while("every call ends", 600_000, |w| w.open_calls() + w.open_rings() > 0);
         self.world.run_ms(240_000);
-        let mut last = Vec::new();
+        let (mut last, mut rings) = (Vec::new(), Vec::new());
+        let workers = self.workers(false);
         for c in 0..self.world.consumers.len() {
-            for p in 0..providers {
+            if !workers.is_empty() {
+                rings.push((c, self.world.lead(c, &workers, 20, 10)));
+            }
+            for p in 0..self.whole {
                 let call = self.world.submit(c, Ask::tokens(20, 30).to(&[p]));
                 last.push((c, p, call));
             }
         }
-        self.world.run_while("the last calls end", 300_000, |w| w.open_calls() > 0);
+        self.world.run_while("the last calls end", 300_000, |w| w.open_calls() + w.open_rings() > 0);
+        for (c, ring) in rings {
+            let ring = &self.world.consumers[c].rings[&ring];
+            assert!(ring.done && ring.losses() == 0, "consumer {c} cannot lead over these workers any more: {ring:#?}");
+        }
         for (c, p, call) in last {
             let (log, honest) = (self.world.call(c, call), self.world.providers[p].cheat == Cheat::None);
             assert!(!honest || log.is_ok(), "consumer {c} cannot be served by provider {p} any more: {:?}", log.end);
@@ -273,6 +332,12 @@ impl Sim {
                 self.stats.failed += u64::from(log.end.as_ref().is_some_and(Result::is_err));
                 self.stats.orphaned += u64::from(log.orphaned && log.end.is_none());
                 self.stats.failovers += u64::from(log.end.is_some() && log.bill().legs.len() > 1);
+            }
+            for ring in world.consumers[c].rings.values() {
+                self.stats.rings += 1;
+                self.stats.rings_done += u64::from(ring.done);
+                self.stats.workers_lost += u64::from(ring.losses());
+                self.stats.replayed += ring.replayed();
             }
             let journal = &world.consumers[c].journal;
             self.stats.receipts += journal.count("receipt") as u64;

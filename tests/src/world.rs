@@ -14,6 +14,7 @@ pub mod oracle;
 mod parts;
 mod provider;
 mod purse;
+pub mod ring;
 
 pub use cheat::Cheat;
 pub use consumer::Ask;
@@ -22,14 +23,17 @@ pub use parts::*;
 use links::Payload;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use satgrid_engine::toy::{ToyConfig, ToyEngine};
+use satgrid_engine::{
+    port::JobId,
+    toy::{ToyConfig, ToyEngine},
+};
 use satgrid_ledger::entry::Evidence;
 use satgrid_node::{
     LinkId, StreamId, Ticket,
     consumer::{ConsumerConfig, ConsumerEvent},
     provider::{InvoiceTicket, ProviderConfig, ProviderEvent},
 };
-use satgrid_types::{Msat, RateCard, SessionId, UnixMs, node_key, nostr_key};
+use satgrid_types::{LayerRange, Msat, MsatPerMtok, RateCard, SessionId, UnixMs, node_key, nostr_key};
 use satgrid_wallet::fake::{FakeNetwork, FaultRates};
 use std::collections::BTreeMap;
 
@@ -51,6 +55,8 @@ pub struct Options {
     pub consumer: ConsumerConfig,
     pub toy: ToyConfig,
     pub rates: RateCard,
+    /// Beside those who sell whole models: who sells these layers of one.
+    pub layers: Vec<LayerRange>,
     /// Keep a readable trace.
     pub trace: bool,
 }
@@ -69,6 +75,7 @@ impl Default for Options {
             consumer: ConsumerConfig { log_ms: u64::MAX / 4, ..ConsumerConfig::default() },
             toy: ToyConfig::default(),
             rates: usual_rates(),
+            layers: Vec::new(),
             trace: std::env::var_os("SATGRID_TRACE").is_some(),
         }
     }
@@ -82,6 +89,9 @@ enum What {
     Engine { provider: usize, epoch: u64 },
     Invoice { provider: usize, epoch: u64, ticket: InvoiceTicket, result: Result<String, String> },
     CloseInvoice { consumer: usize, epoch: u64, session: SessionId, result: Result<String, String> },
+    Late { consumer: usize, epoch: u64, ring: u64 },
+    Rows { epoch: u64, work: Box<ring::Work> },
+    Computed { provider: usize, epoch: u64, job: JobId, work: Box<ring::Work> },
 }
 
 /// See the module.
@@ -100,8 +110,10 @@ pub struct World {
 }
 
 impl World {
-    /// Providers and consumers that are up, each consumer with a channel to each provider.
-    pub fn new(options: Options, providers: usize, consumers: usize) -> World {
+    /// Providers and consumers that are up, each consumer with a channel to each provider. Those who sell layers come after
+    /// the others.
+    pub fn new(options: Options, whole: usize, consumers: usize) -> World {
+        let providers = whole + options.layers.len();
         let mut world = World {
             now: EPOCH,
             net: FakeNetwork::new(options.seed, options.wallet),
@@ -117,7 +129,8 @@ impl World {
         };
         world.net.handle_timeout(EPOCH);
         for p in 0..providers {
-            world.add_provider(p);
+            let layers = p.checked_sub(whole).map(|at| world.options.layers[at]);
+            world.add_provider(p, layers);
         }
         for c in 0..consumers {
             world.add_consumer(c);
@@ -132,18 +145,25 @@ impl World {
         world
     }
 
-    fn add_provider(&mut self, p: usize) {
+    fn add_provider(&mut self, p: usize, layers: Option<LayerRange>) {
         let lightning = self.net.add_wallet();
         let key = ed25519_dalek::SigningKey::from_bytes(&parts::bytes32(&format!("provider {p}")));
         let nostr = parts::nostr_pair(&format!("provider {p} nostr"));
-        let (rates, toy) = (self.options.rates, self.options.toy.clone());
-        let listing = parts::listing_of(&self.net, self.now, (&key, &nostr, lightning), rates, &toy);
+        let toy = self.options.toy.clone();
+        // A position through all layers of a worker costs 40 msat.
+        let of_layers = RateCard { position_layer: Some(MsatPerMtok(10_000_000)), ..RateCard::default() };
+        let rates = if layers.is_some() { of_layers } else { self.options.rates };
+        let listing = parts::listing_of(&self.net, self.now, (&key, &nostr, lightning), (rates, layers), &toy);
+        let mut config = self.options.provider.clone();
+        config.part_batch = 32;
         let genesis = genesis(&key, &nostr, lightning);
         self.providers.push(ProviderNode {
             role: None,
             key,
             nostr,
-            config: self.options.provider.clone(),
+            config,
+            layers,
+            desk: ring::Desk::default(),
             rates,
             quoted: rates,
             listing,
@@ -183,6 +203,9 @@ impl World {
             purse: Purse::new(lightning),
             calls: BTreeMap::new(),
             next_call: 0,
+            rings: BTreeMap::new(),
+            next_ring: 0,
+            parts: BTreeMap::new(),
             never_signs: false,
             greed: 1,
             epoch: 0,
@@ -263,6 +286,9 @@ impl World {
             What::Invoice { provider, epoch, ticket, result } => {
                 self.tell_provider(provider, epoch, ProviderEvent::InvoiceMade { ticket, result });
             }
+            What::Late { consumer, epoch, ring } => self.ring_is_late(consumer, epoch, ring),
+            What::Rows { epoch, work } => self.rows_arrive(epoch, *work),
+            What::Computed { provider, epoch, job, work } => self.computed(provider, epoch, job, *work),
             What::CloseInvoice { consumer, epoch, session, result } => {
                 self.tell_consumer(consumer, epoch, ConsumerEvent::CloseInvoice { session, result });
             }

@@ -11,6 +11,7 @@ use satgrid_wallet::fake::Crash;
 #[derive(Debug, Clone)]
 pub enum Fault {
     Call { consumer: usize, ask: Box<Ask>, cancel_after_ms: Option<u64> },
+    Lead { consumer: usize, workers: Vec<usize>, prompt: u32, decode: u32 },
     Cancel { consumer: usize, call: CallId },
     KillProvider { provider: usize, for_ms: u64, lose_rows_ms: u64 },
     StartProvider { provider: usize },
@@ -54,6 +55,9 @@ impl Sim {
                 if let Some(ms) = cancel_after_ms {
                     self.add(now.plus_ms(ms), Fault::Cancel { consumer, call });
                 }
+            }
+            Fault::Lead { consumer, workers, prompt, decode } if consumer_up(self, consumer) => {
+                self.world.lead(consumer, &workers, prompt, decode);
             }
             Fault::Cancel { consumer, call } if consumer_up(self, consumer) => self.world.cancel(consumer, call),
             Fault::KillProvider { provider, for_ms, lose_rows_ms } if provider_up(self, provider) => {

@@ -1,6 +1,6 @@
 //! Driving the consumer role, and being its clients.
 
-use super::{CallLog, What, Who, World, parts};
+use super::{CallLog, What, Who, World, parts, ring};
 use rand::Rng;
 use satgrid_node::{
     consumer::{CallId, Consumer, ConsumerAction, ConsumerEvent, Emission, Submit},
@@ -82,6 +82,7 @@ impl World {
         for log in node.calls.values_mut().filter(|log| log.end.is_none()) {
             log.orphaned = true;
         }
+        node.rings.values_mut().for_each(ring::Ring::orphan);
         let lightning = node.purse.lightning;
         node.purse = super::Purse::new(lightning);
         self.net.crash(self.now, lightning, crash);
@@ -235,6 +236,13 @@ impl World {
 
     fn emission(&mut self, c: usize, call: CallId, emission: Emission) {
         let now = self.now;
+        if self.consumers[c].parts.contains_key(&call) {
+            return match emission {
+                Emission::Ordered { session, request, .. } => self.part_ordered(c, call, session, request),
+                Emission::Finished { bill, .. } | Emission::Failed { bill, .. } => self.part_ended(c, call, &bill),
+                other => assert!(matches!(other, Emission::Started { .. }), "{other:?} from a worker"),
+            };
+        }
         let log = self.consumers[c].calls.get_mut(&call).expect("the call was made");
         assert!(log.end.is_none(), "{call:?} hears {emission:?} after its end");
         match emission {

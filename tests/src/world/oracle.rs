@@ -14,7 +14,8 @@ use satgrid_ledger::{
 };
 use satgrid_node::LinkId;
 use satgrid_pricing::cost_alone;
-use satgrid_types::{Msat, TokenUsage, node_key};
+use satgrid_protocol::metering::part_terms;
+use satgrid_types::{Msat, PartUsage, TokenUsage, WorkKind, node_key};
 use std::collections::BTreeSet;
 
 /// The text that a run without any trouble gives.
@@ -79,12 +80,18 @@ impl World {
         for (p, node) in self.providers.iter().enumerate() {
             let Some(role) = &node.role else { continue };
             let terms = &node.config.terms;
-            let usage = TokenUsage {
+            let whole = TokenUsage {
                 prompt: terms.prefill_piece,
                 cached_prompt: 0,
                 completion: terms.window_tokens,
                 ..TokenUsage::default()
             };
+            let usage = node.layers.map_or(whole, |range| {
+                let terms =
+                    part_terms(terms, range.layers(), &node.rates, node.config.part_window, node.config.part_batch);
+                let usage = PartUsage::default().plus(WorkKind::Decode, terms.window_tokens.into(), range.layers());
+                TokenUsage::of_part(usage.unwrap())
+            });
             let window = cost_alone(&usage, &node.rates).unwrap();
             let open: usize = role.session_states().map(|s| s.requests().len()).sum();
             let cap = Msat(window.0 * open as u64);

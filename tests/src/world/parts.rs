@@ -1,6 +1,10 @@
 //! Who lives in a world: a provider with its engine, a consumer with its calls, and the link between two.
 
-use super::{cheat::Cheat, journal::SimJournal};
+use super::{
+    cheat::Cheat,
+    journal::SimJournal,
+    ring::{Desk, Ring},
+};
 use ed25519_dalek::SigningKey;
 use satgrid_engine::{
     port::JobId,
@@ -12,9 +16,9 @@ use satgrid_node::{
     provider::{Provider, ProviderConfig},
 };
 use satgrid_types::{
-    Bindings, BuildId, EngineProfile, FinishReason, LightningKey, Listing, ModelRoot, Msat, MsatPerMtok, NodeKey, Part,
-    PaymentHash, RateCard, RequestId, Sampling, Speed, TokenUsage, TokenizerHash, UnixMs, VerifiedListing,
-    lightning_binding_message, node_key, nostr_key, sign_node_binding, verify_listing,
+    Bindings, BuildId, EngineProfile, FinishReason, LayerRange, LightningKey, Listing, ModelRoot, Msat, MsatPerMtok,
+    NodeKey, Part, PaymentHash, RateCard, RequestId, Sampling, Speed, TokenUsage, TokenizerHash, UnixMs,
+    VerifiedListing, lightning_binding_message, node_key, nostr_key, sign_node_binding, verify_listing,
 };
 use satgrid_wallet::{fake::FakeNetwork, payment::Slices};
 use secp256k1::{Keypair, SECP256K1};
@@ -54,6 +58,9 @@ pub struct ProviderNode {
     pub key: SigningKey,
     pub nostr: Keypair,
     pub config: ProviderConfig,
+    /// It sells layers, which its desk computes; else it sells a whole model, which its engine runs.
+    pub layers: Option<LayerRange>,
+    pub desk: Desk,
     /// What is listed, and what is quoted.
     pub rates: RateCard,
     pub quoted: RateCard,
@@ -131,6 +138,10 @@ pub struct ConsumerNode {
     pub purse: Purse,
     pub calls: BTreeMap<CallId, CallLog>,
     pub next_call: u64,
+    /// What it leads, and the calls at its workers: of which ring, and in which place.
+    pub rings: BTreeMap<u64, Ring>,
+    pub next_ring: u64,
+    pub parts: BTreeMap<CallId, (u64, usize)>,
     /// Its countersignatures never leave: a consumer that takes and does not sign.
     pub never_signs: bool,
     /// Asks for so many times its remainder when it closes.
@@ -186,7 +197,7 @@ pub(super) fn listing_of(
     net: &FakeNetwork,
     now: UnixMs,
     (key, nostr, lightning): (&SigningKey, &Keypair, LightningKey),
-    rates: RateCard,
+    (rates, layers): (RateCard, Option<LayerRange>),
     toy: &ToyConfig,
 ) -> VerifiedListing {
     let facts = ToyEngine::new(toy.clone()).facts();
@@ -196,7 +207,7 @@ pub(super) fn listing_of(
         model_root: ModelRoot(facts.model_root),
         tokenizer: TokenizerHash(facts.tokenizer_hash),
         quantisation: facts.model.quantisation.clone(),
-        part: Part::Whole,
+        part: layers.map_or(Part::Whole, Part::Layers),
         rates,
         context_length: facts.context,
         slots: facts.slots,
@@ -213,7 +224,7 @@ pub(super) fn listing_of(
         lightning_address: None,
         lightning_unproven: false,
         experts_hash: None,
-        embeds: toy.embeds,
+        embeds: toy.embeds.filter(|_| layers.is_none()),
         links: Vec::new(),
         bindings: Bindings::default(),
     };

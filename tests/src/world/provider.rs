@@ -38,6 +38,7 @@ impl World {
         role.restore(now, recovered.provider_sessions, recovered.refunds);
         node.role = Some(role);
         node.engine = ToyEngine::new(node.toy.clone());
+        node.desk = Default::default();
         node.halted = None;
         self.publish(p);
         self.settle();
@@ -47,8 +48,8 @@ impl World {
     pub fn publish(&mut self, p: usize) {
         let now = self.now;
         let node = &self.providers[p];
-        let listing =
-            parts::listing_of(&self.net, now, (&node.key, &node.nostr, node.purse.lightning), node.rates, &node.toy);
+        let by = (&node.key, &node.nostr, node.purse.lightning);
+        let listing = parts::listing_of(&self.net, now, by, (node.rates, node.layers), &node.toy);
         let node = &mut self.providers[p];
         node.listing = listing.clone();
         let (profile, build) = (listing.profiles[0], listing.build);
@@ -79,6 +80,7 @@ impl World {
         node.epoch += 1;
         node.stepping = false;
         node.work.clear();
+        node.desk = Default::default();
         node.journal.crash(survive);
         let lightning = node.purse.lightning;
         node.purse = super::Purse::new(lightning);
@@ -116,11 +118,17 @@ impl World {
     /// The engine's process dies; the node lives.
     pub fn kill_engine(&mut self, p: usize) {
         self.say(|| format!("the engine of provider {p} dies"));
+        if self.providers[p].layers.is_some() {
+            return self.kill_desk(p);
+        }
         self.providers[p].engine.die("killed");
         self.kick_engine(p);
         self.settle();
     }
     pub fn restart_engine(&mut self, p: usize) {
+        if self.providers[p].layers.is_some() {
+            return self.restart_desk(p);
+        }
         self.providers[p].engine.restart();
         self.kick_engine(p);
     }
@@ -207,10 +215,15 @@ impl World {
                 let epoch = self.providers[p].epoch;
                 self.at(INVOICE_MS, What::Invoice { provider: p, epoch, ticket, result });
             }
-            ProviderAction::Engine { command, .. } => self.command(p, command),
-            ProviderAction::Admit { .. } | ProviderAction::Route { .. } | ProviderAction::Settle { .. } => {
-                panic!("the world sells whole models")
+            ProviderAction::Engine { command, .. } if self.providers[p].layers.is_some() => {
+                self.desk_command(p, command);
             }
+            ProviderAction::Engine { command, .. } => self.command(p, command),
+            ProviderAction::Admit { job, session, request, order, .. } => {
+                self.admit_part(p, job, order, (session, request));
+            }
+            ProviderAction::Settle { job, .. } => self.settle_part(p, job),
+            ProviderAction::Route { .. } => panic!("rows find their way in this world"),
             ProviderAction::WalletHandled { hash } => self.wallet_handled(who, hash),
             ProviderAction::PayRefund { hash, bolt11, amount, max_fee, .. } => {
                 let again = self.providers[p].old_refunds.contains(&hash);
