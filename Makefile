@@ -19,8 +19,8 @@ demo: build ## a whole market on this machine: chain, relay, two providers, a pa
 	@tests/scripts/model.sh >/dev/null
 	@$(ENV) exec "$$SATGRID_BIN" devnet demo $(if $(filter-out 0,$(KEEP)),--keep)
 
-demo-split: build ## one model over a lead and three paid workers as processes: the plan, the answer, its proof (KILL=1 kills a worker)
-	@$(ENV) exec tests/scripts/demo-split.py --model "$$(tests/scripts/model.sh)" $(if $(filter-out 0,$(KILL)),--kill)
+demo-split: build ## one model over a lead and three paid workers as processes: the plan, the answer, its proof (KILL=1 kills a worker, SLOW=1 makes one far slower than it lists)
+	@$(ENV) exec tests/scripts/demo-split.py --model "$$(tests/scripts/model.sh)" $(if $(filter-out 0,$(KILL)),--kill) $(if $(filter-out 0,$(SLOW)),--slow)
 
 lengths-split: build ## prompts of 1 to 2,000 tokens over a lead and paid workers, eight sessions at once, each held against one machine (KILL=1 kills a worker)
 	@$(ENV) exec tests/scripts/lengths-split.py $(if $(filter-out 0,$(KILL)),--kill) $(ARGS)

@@ -2,14 +2,23 @@
 //!
 //! A lead lacks the layers `[a, b)`. Each live listing of layers of that model is an edge from its first layer to its end;
 //! a plan is a path from a to b. The best path is the one that takes the least time for a token: the time of each worker's
-//! layers (by its own measurement) and every hop between them, from the lead to the first and from the last to the lead
+//! layers and every hop between them, from the lead to the first and from the last to the lead
 //! ([`Links`]); among those equally fast, the cheapest; then by keys, so that the same book gives the same plan on every
 //! machine. Fewer machines win by themselves: every hop costs.
 //!
+//! A worker's time is what it lists, until the lead has measured it: then it is what was measured ([`Paces`]), and who goes on
+//! listing what it does not do is left out. Who lists less memory than its layers and the wanted sequences take cannot hold
+//! them: it is left out too ([`LayerNeeds`]).
+//!
 //! Workers of one plan are of one engine build, profile and instruction set: in `exact` the answer is the same to the bit.
+
+mod needs;
+
+pub use needs::LayerNeeds;
 
 use crate::book::Book;
 use crate::links::{Hop, Links};
+use crate::paces::{Pace, Paces};
 use satgrid_types::{
     BuildId, EngineProfile, LayerRange, ModelRoot, MsatPerMtok, NodeKey, Part, UnixMs, VerifiedListing,
 };
@@ -39,9 +48,19 @@ pub struct LayerDemand {
     pub build: Option<(BuildId, String)>,
     /// The most that a million position-layers may cost.
     pub max_rate: Option<MsatPerMtok>,
-    /// Sequences that each worker has to hold at once, and positions of each.
+    /// Sequences that each worker has to hold at once, and positions of each; 0 positions: as many as it lists.
     pub slots: u32,
     pub context: u32,
+    /// What layers take of a worker's memory; nothing where the model's table is not at hand.
+    pub needs: LayerNeeds,
+}
+
+/// What a lead knows beside the listings.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Known {
+    pub links: Links,
+    /// What it has measured of workers.
+    pub paces: Paces,
 }
 
 /// One worker of a plan.
@@ -51,7 +70,7 @@ pub struct Planned {
     pub listing: Arc<VerifiedListing>,
     /// How rows come to it.
     pub hop: Hop,
-    /// Its layers, by its own measurement, in microseconds a token.
+    /// Its layers, as measured, else as listed, in microseconds a token.
     pub compute_us: u64,
 }
 
@@ -91,8 +110,13 @@ fn counts(refused: &BTreeMap<&'static str, usize>) -> String {
     counts.join(", ")
 }
 
+/// A listing that has less memory than it would take.
+const TOO_LITTLE_MEMORY: &str = "too small: less memory than its layers and the wanted sequences take";
+/// A listing whose speed was measured to be another, again and again.
+const OVERSTATED: &str = "lists a speed that it was measured not to have";
+
 /// Why a listing of layers is no part of any plan.
-pub fn refusal(listing: &VerifiedListing, demand: &LayerDemand) -> Option<&'static str> {
+pub fn refusal(now: UnixMs, listing: &VerifiedListing, demand: &LayerDemand, known: &Known) -> Option<&'static str> {
     let Part::Layers(range) = &listing.part else { return Some("not layers") };
     if demand.not.contains(&listing.node_key) {
         return Some("left out (the lead itself, or lost before)");
@@ -111,8 +135,18 @@ pub fn refusal(listing: &VerifiedListing, demand: &LayerDemand) -> Option<&'stat
         (Some(rate), Some(most)) if rate > most => Some("too dear"),
         (Some(_), _) if listing.slots < demand.slots => Some("too small: holds fewer sequences than are wanted"),
         (Some(_), _) if listing.context_length < demand.context => Some("too small: a shorter context than is wanted"),
+        (Some(_), _) if listing.memory_bytes < memory_needed(listing, range, demand) => Some(TOO_LITTLE_MEMORY),
+        (Some(_), _) if known.paces.is_overstated(now, &listing.node_key, range, listed_us(listing, range)) => {
+            Some(OVERSTATED)
+        }
         (Some(_), _) => None,
     }
+}
+
+/// Bytes that a worker's layers take with the sequences that are wanted of it.
+fn memory_needed(listing: &VerifiedListing, range: &LayerRange, demand: &LayerDemand) -> u64 {
+    let context = if demand.context == 0 { listing.context_length } else { demand.context };
+    demand.needs.of(range, demand.slots, context)
 }
 
 /// What takes most of the time on the best way through a listing.
@@ -146,8 +180,13 @@ pub enum LayerVerdict {
 pub struct LayersConsidered {
     pub listing: Arc<VerifiedListing>,
     pub range: LayerRange,
-    /// Its layers, by its own measurement, in microseconds a token.
+    /// Its layers, as planned with: as measured, else as listed, in microseconds a token.
     pub compute_us: u64,
+    pub listed_us: u64,
+    /// Bytes that its layers take with the sequences that are wanted; 0 where that is not known.
+    pub needs_bytes: u64,
+    /// What was measured of it.
+    pub pace: Option<Pace>,
     pub verdict: LayerVerdict,
 }
 
@@ -156,25 +195,33 @@ pub fn explain_layers(
     now: UnixMs,
     book: &Book,
     demand: &LayerDemand,
-    links: &Links,
+    known: &Known,
 ) -> (Result<Plan, NoLayers>, Vec<LayersConsidered>) {
-    let plan = plan_layers(now, book, demand, links);
+    let plan = plan_layers(now, book, demand, known);
     let (planned, plan_us) = plan.as_ref().map_or((&[][..], 0), |plan| (&plan.stages[..], plan.token_us()));
     let mut considered = Vec::new();
     for listing in book.live(now).filter(|listing| listing.model_root == demand.root) {
         let Part::Layers(range) = &listing.part else { continue };
-        let verdict = match (planned.iter().position(|one| one.listing == *listing), refusal(listing, demand)) {
-            (Some(at), _) => LayerVerdict::Planned { place: at.saturating_add(1) },
-            (None, Some(why)) => LayerVerdict::Refused(why),
-            (None, None) => match through(now, book, demand, links, listing) {
-                Some((with, at)) if with.token_us() > plan_us && !planned.is_empty() => {
-                    LayerVerdict::TooSlow { with_us: with.token_us(), plan_us, slowest: slowest(&with, at) }
-                }
-                Some(_) | None => LayerVerdict::Spare,
-            },
-        };
-        let compute_us = compute_us(listing, range);
-        considered.push(LayersConsidered { listing: Arc::clone(listing), range: *range, compute_us, verdict });
+        let verdict =
+            match (planned.iter().position(|one| one.listing == *listing), refusal(now, listing, demand, known)) {
+                (Some(at), _) => LayerVerdict::Planned { place: at.saturating_add(1) },
+                (None, Some(why)) => LayerVerdict::Refused(why),
+                (None, None) => match through(now, book, demand, known, listing) {
+                    Some((with, at)) if with.token_us() > plan_us && !planned.is_empty() => {
+                        LayerVerdict::TooSlow { with_us: with.token_us(), plan_us, slowest: slowest(&with, at) }
+                    }
+                    Some(_) | None => LayerVerdict::Spare,
+                },
+            };
+        considered.push(LayersConsidered {
+            listing: Arc::clone(listing),
+            range: *range,
+            compute_us: compute_us(now, listing, range, known),
+            listed_us: listed_us(listing, range),
+            needs_bytes: memory_needed(listing, range, demand),
+            pace: known.paces.of(now, &listing.node_key, range).copied(),
+            verdict,
+        });
     }
     considered.sort_by_key(|one| (one.range.start(), one.range.end(), one.listing.node_key));
     (plan, considered)
@@ -185,7 +232,7 @@ fn through(
     now: UnixMs,
     book: &Book,
     demand: &LayerDemand,
-    links: &Links,
+    known: &Known,
     listing: &Arc<VerifiedListing>,
 ) -> Option<(Plan, usize)> {
     let Part::Layers(range) = &listing.part else { return None };
@@ -201,17 +248,17 @@ fn through(
             build: Some((listing.build, listing.instruction_set.clone())),
             ..demand.clone()
         };
-        plan_layers(now, book, &demand, links).ok().map(|plan| plan.stages)
+        plan_layers(now, book, &demand, known).ok().map(|plan| plan.stages)
     };
     let (first, last) = demand.ends;
     let mut stages = side(demand.range.start(), range.start(), (first, listing.node_key), &[])?;
     let after = side(range.end(), demand.range.end(), (listing.node_key, last), &stages)?;
     let at = stages.len();
     let before = stages.last().map_or(first, |stage| stage.listing.node_key);
-    let (hop, compute_us) = (links.hop(&before, &listing.node_key), compute_us(listing, range));
+    let (hop, compute_us) = (known.links.hop(&before, &listing.node_key), compute_us(now, listing, range, known));
     stages.push(Planned { range: *range, listing: Arc::clone(listing), hop, compute_us });
     stages.extend(after);
-    let back = links.hop(&stages.last()?.listing.node_key, &last);
+    let back = known.links.hop(&stages.last()?.listing.node_key, &last);
     Some((Plan { stages, back }, at))
 }
 
@@ -225,8 +272,14 @@ fn slowest(plan: &Plan, at: usize) -> Slowest {
     }
 }
 
-/// Microseconds that a worker takes for a token through its layers.
-fn compute_us(listing: &VerifiedListing, range: &LayerRange) -> u64 {
+/// Microseconds that a worker takes for a token through its layers: as measured, else by its own word.
+fn compute_us(now: UnixMs, listing: &VerifiedListing, range: &LayerRange, known: &Known) -> u64 {
+    let measured = known.paces.of(now, &listing.node_key, range).map(|pace| pace.measured_us);
+    measured.unwrap_or_else(|| listed_us(listing, range))
+}
+
+/// The same by its own word.
+pub fn listed_us(listing: &VerifiedListing, range: &LayerRange) -> u64 {
     let decode = listing.speed.decode_mtok_s;
     1_000_000_000u64.checked_div(decode).unwrap_or(u64::from(range.layers()) * UNMEASURED_LAYER_US)
 }
@@ -243,7 +296,7 @@ struct Path {
 }
 
 /// Plans over the listings that are live.
-pub fn plan_layers(now: UnixMs, book: &Book, demand: &LayerDemand, links: &Links) -> Result<Plan, NoLayers> {
+pub fn plan_layers(now: UnixMs, book: &Book, demand: &LayerDemand, known: &Known) -> Result<Plan, NoLayers> {
     let of_root =
         |listing: &&Arc<VerifiedListing>| listing.model_root == demand.root && matches!(listing.part, Part::Layers(_));
     let all: Vec<&Arc<VerifiedListing>> = book.live(now).filter(of_root).collect();
@@ -253,7 +306,7 @@ pub fn plan_layers(now: UnixMs, book: &Book, demand: &LayerDemand, links: &Links
     let mut refused: BTreeMap<&'static str, usize> = BTreeMap::new();
     let mut kinds: BTreeMap<Kind, Vec<&Arc<VerifiedListing>>> = BTreeMap::new();
     for listing in all {
-        match refusal(listing, demand) {
+        match refusal(now, listing, demand, known) {
             Some(why) => *refused.entry(why).or_default() += 1,
             None => {
                 let kind = (listing.build, listing.instruction_set.clone(), listing.profiles.clone());
@@ -264,7 +317,7 @@ pub fn plan_layers(now: UnixMs, book: &Book, demand: &LayerDemand, links: &Links
     let mut best: Option<Path> = None;
     let mut furthest = demand.range.start();
     for listings in kinds.values() {
-        match path(listings, demand, links) {
+        match path(now, listings, demand, known) {
             Ok(found) => {
                 let better = best.as_ref().is_none_or(|best| (found.us, found.price) < (best.us, best.price));
                 if better {
@@ -276,11 +329,12 @@ pub fn plan_layers(now: UnixMs, book: &Book, demand: &LayerDemand, links: &Links
     }
     let found = best.ok_or(NoLayers::Gap { from: furthest, to: demand.range.end(), refused })?;
     let last = found.stages.last().map_or(demand.ends.0, |stage| stage.listing.node_key);
-    Ok(Plan { stages: found.stages, back: links.hop(&last, &demand.ends.1) })
+    Ok(Plan { stages: found.stages, back: known.links.hop(&last, &demand.ends.1) })
 }
 
 /// The best path over listings of one kind, or how far any path goes.
-fn path(listings: &[&Arc<VerifiedListing>], demand: &LayerDemand, links: &Links) -> Result<Path, u32> {
+fn path(now: UnixMs, listings: &[&Arc<VerifiedListing>], demand: &LayerDemand, known: &Known) -> Result<Path, u32> {
+    let links = &known.links;
     let wanted = &demand.range;
     let mut edges: Vec<(LayerRange, &Arc<VerifiedListing>)> = Vec::new();
     for listing in listings {
@@ -301,12 +355,12 @@ fn path(listings: &[&Arc<VerifiedListing>], demand: &LayerDemand, links: &Links)
                 continue;
             }
             let from = before.stages.last().map_or(&demand.ends.0, |stage| &stage.listing.node_key);
-            let (hop, compute_us) = (links.hop(from, &listing.node_key), compute_us(listing, &range));
+            let (hop, compute_us) = (links.hop(from, &listing.node_key), compute_us(now, listing, &range, known));
             let last = (range.end() == wanted.end()).then(|| links.hop(&listing.node_key, &demand.ends.1).us());
             let rate = listing.rates.position_layer.unwrap_or_default().0.saturating_mul(range.layers().into());
             let us = before.us.saturating_add(compute_us).saturating_add(hop.us()).saturating_add(last.unwrap_or(0));
             let price = before.price.saturating_add(rate);
-            if best.as_ref().is_none_or(|known| (us, price) < (known.us, known.price)) {
+            if best.as_ref().is_none_or(|best| (us, price) < (best.us, best.price)) {
                 let mut stages = before.stages.clone();
                 stages.push(Planned { range, listing: Arc::clone(listing), hop, compute_us });
                 best = Some(Path { us, price, stages });
@@ -323,135 +377,4 @@ fn path(listings: &[&Arc<VerifiedListing>], demand: &LayerDemand, links: &Links)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::book::BookLimits;
-    use crate::testing::{Offer, now};
-
-    /// Offers of layers: provider, first, end, decode speed, price.
-    type Row = (u32, u32, u32, u64, u64);
-
-    fn book(rows: &[Row]) -> Book {
-        let mut book = Book::new(BookLimits::default());
-        for (provider, from, to, decode_mtok_s, price) in rows {
-            let part = Part::Layers(LayerRange::new(*from, *to).unwrap());
-            let offer =
-                Offer { part, decode_mtok_s: *decode_mtok_s, layer_price: Some(*price), ..Offer::new(*provider) };
-            book.apply(now(), offer.verified()).unwrap();
-        }
-        book
-    }
-    fn demand() -> LayerDemand {
-        let (root, range) = (Offer::new(1).root(), LayerRange::new(2, 10).unwrap());
-        let (not, profile, ends) = (BTreeSet::new(), EngineProfile::Exact, (NodeKey([9; 32]), NodeKey([9; 32])));
-        LayerDemand { root, range, ends, not, profile, build: None, max_rate: None, slots: 1, context: 1 }
-    }
-    #[track_caller]
-    fn check(rows: &[Row], bend: impl Fn(&mut LayerDemand), expect: Result<&[(u32, u32, u32)], &str>) {
-        let mut demand = demand();
-        bend(&mut demand);
-        let given = plan_layers(now(), &book(rows), &demand, &Links::default()).map(|plan| plan.stages);
-        match (given, expect) {
-            (Ok(plan), Ok(want)) => {
-                let got: Vec<(NodeKey, u32, u32)> =
-                    plan.iter().map(|p| (p.listing.node_key, p.range.start(), p.range.end())).collect();
-                let want: Vec<(NodeKey, u32, u32)> =
-                    want.iter().map(|(p, a, b)| (Offer::new(*p).node(), *a, *b)).collect();
-                assert_eq!(got, want);
-            }
-            (Err(why), Err(text)) => assert!(why.to_string().contains(text), "{why}"),
-            (got, want) => panic!("{got:?}, wanted {want:?}"),
-        }
-    }
-
-    #[test]
-    fn layers_are_cut_by_speed_and_price() {
-        let three = [(1, 2, 5, 100_000, 10), (2, 5, 8, 100_000, 10), (3, 8, 10, 100_000, 10)];
-        check(&three, |_| (), Ok(&[(1, 2, 5), (2, 5, 8), (3, 8, 10)]));
-        let one = [three[0], three[1], three[2], (4, 2, 10, 40_000, 90)];
-        check(&one, |_| (), Ok(&[(4, 2, 10)]));
-        // Slower than three machines with their hops.
-        check(&[three[0], three[1], three[2], (4, 2, 10, 20_000, 90)], |_| (), Ok(&[(1, 2, 5), (2, 5, 8), (3, 8, 10)]));
-        // Equally fast: the cheaper.
-        check(&[(1, 2, 10, 50_000, 20), (2, 2, 10, 50_000, 19)], |_| (), Ok(&[(2, 2, 10)]));
-    }
-
-    #[test]
-    fn links_are_part_of_the_time() {
-        let node = |provider: u32| Offer::new(provider).node();
-        let lead = demand().ends.0;
-        // Two sellers of each half, equally fast: those who are near each other and the lead.
-        let rows = [(1, 2, 6, 100_000, 10), (2, 2, 6, 100_000, 9), (3, 6, 10, 100_000, 10), (4, 6, 10, 100_000, 9)];
-        let mut links = Links::default();
-        for (a, b, rtt_us) in [
-            (lead, node(1), 4_000),
-            (lead, node(2), 4_000),
-            (lead, node(3), 4_000),
-            (lead, node(4), 4_000),
-            (node(1), node(3), 1_000),
-            (node(1), node(4), 60_000),
-            (node(2), node(3), 60_000),
-            (node(2), node(4), 60_000),
-        ] {
-            links.measured(a, b, rtt_us);
-        }
-        let book = book(&rows);
-        let (plan, considered) = explain_layers(now(), &book, &demand(), &links);
-        let plan = plan.unwrap();
-        let who: Vec<NodeKey> = plan.stages.iter().map(|stage| stage.listing.node_key).collect();
-        assert_eq!(who, [node(1), node(3)]);
-        assert_eq!(plan.hops().map(Hop::us).collect::<Vec<_>>(), [2_000, 500, 2_000]);
-        assert_eq!(plan.token_us(), 24_500);
-        // Whoever is left out is told by how much, and by which link.
-        let verdict = |who: u32| considered.iter().find(|one| one.listing.node_key == node(who)).unwrap().verdict;
-        // Both halves beside it are equally far: the cheaper.
-        let far = links.hop(&node(2), &node(4));
-        let slow = LayerVerdict::TooSlow { with_us: 54_000, plan_us: 24_500, slowest: Slowest::Link(far) };
-        assert_eq!(verdict(2), slow);
-        // Without figures every hop is the same, and the price decides.
-        let blind = plan_layers(now(), &book, &demand(), &Links::default()).unwrap();
-        let who: Vec<NodeKey> = blind.stages.iter().map(|stage| stage.listing.node_key).collect();
-        assert_eq!(who, [node(2), node(4)]);
-        // Beside its neighbours a replacement is chosen by its links to them.
-        let half = LayerDemand { range: LayerRange::new(6, 10).unwrap(), ends: (node(2), lead), ..demand() };
-        links.measured(node(2), node(4), 900);
-        assert_eq!(plan_layers(now(), &book, &half, &links).unwrap().stages[0].listing.node_key, node(4));
-    }
-
-    #[test]
-    fn every_listing_has_its_verdict() {
-        let book =
-            book(&[(1, 2, 6, 100_000, 10), (2, 6, 10, 100_000, 10), (3, 6, 10, 100_000, 90), (4, 6, 10, 9_000, 20)]);
-        let demand = LayerDemand { max_rate: Some(MsatPerMtok(50)), ..demand() };
-        let (plan, considered) = explain_layers(now(), &book, &demand, &Links::default());
-        assert_eq!(plan.unwrap().stages.len(), 2);
-        let told: Vec<(NodeKey, LayerVerdict)> = considered.iter().map(|c| (c.listing.node_key, c.verdict)).collect();
-        let slow = Slowest::Layers(111_111);
-        for (provider, verdict) in [
-            (1, LayerVerdict::Planned { place: 1 }),
-            (2, LayerVerdict::Planned { place: 2 }),
-            (3, LayerVerdict::Refused("too dear")),
-            (4, LayerVerdict::TooSlow { with_us: 127_111, plan_us: 26_000, slowest: slow }),
-        ] {
-            assert!(told.contains(&(Offer::new(provider).node(), verdict)), "{provider}: {told:?}");
-        }
-        let demand = LayerDemand { slots: u32::MAX, ..demand };
-        let (none, considered) = explain_layers(now(), &book, &demand, &Links::default());
-        assert!(none.unwrap_err().to_string().contains("too small"), "nobody holds so many");
-        assert!(considered.iter().all(|c| matches!(c.verdict, LayerVerdict::Refused(_))));
-    }
-
-    #[test]
-    fn what_is_missing_is_named() {
-        check(&[], |_| (), Err("nobody lists layers"));
-        check(&[(1, 2, 5, 1_000, 1), (2, 6, 10, 1_000, 1)], |_| (), Err("layers 5 to 10 are sold by nobody"));
-        check(&[(1, 2, 10, 1_000, 50)], |d| d.max_rate = Some(MsatPerMtok(49)), Err("1 too dear"));
-        check(&[(1, 0, 10, 1_000, 50)], |_| (), Err("1 beyond the layers"));
-        check(&[(1, 2, 10, 1_000, 50)], |d| d.not = BTreeSet::from([Offer::new(1).node()]), Err("1 left out"));
-        let other = Some((BuildId([9; 32]), "avx2".to_owned()));
-        check(&[(1, 2, 10, 1_000, 50)], |d| d.build = other.clone(), Err("1 another engine build"));
-        check(&[(1, 2, 10, 1_000, 50)], |d| d.profile = EngineProfile::Fast, Err("1 another profile"));
-        // Two parts of one node are two hops to one machine: it sells them as one.
-        check(&[(1, 2, 5, 1_000, 1), (1, 5, 10, 1_000, 1)], |_| (), Err("layers 5 to 10"));
-    }
-}
+mod tests;

@@ -8,6 +8,7 @@
 //! - [`links`]: how far nodes are from each other, as they measured it.
 //! - [`demand`]: what one request needs, and at what price.
 //! - [`lineage`]: keys that were given up, and who came after them.
+//! - [`paces`]: how fast workers of a ring really are, beside what they list.
 //! - [`planner`]: the choice, its failover order, and a reason for every listing that was not chosen.
 //! - [`reputation`]: what this node itself has settled with a provider, and what it holds against it.
 //! - [`ways`]: a model whole, by layers or by experts, and which is fastest.
@@ -25,6 +26,7 @@ pub mod experts;
 pub mod layers;
 pub mod lineage;
 pub mod links;
+pub mod paces;
 pub mod planner;
 pub mod reputation;
 #[cfg(test)]

@@ -36,6 +36,7 @@ pub(crate) struct Offer {
     pub(crate) expert_price: Option<u64>,
     pub(crate) experts: Option<Digest>,
     pub(crate) links: Vec<MeasuredLink>,
+    pub(crate) memory_bytes: u64,
 }
 
 impl Offer {
@@ -59,6 +60,7 @@ impl Offer {
             expert_price: None,
             experts: None,
             links: Vec::new(),
+            memory_bytes: 1 << 30,
         }
     }
 
@@ -101,7 +103,7 @@ impl Offer {
             context_length: self.context_length,
             slots: self.slots,
             speed: Speed { prefill_mtok_s: 380_000, decode_mtok_s: self.decode_mtok_s },
-            memory_bytes: 1 << 30,
+            memory_bytes: self.memory_bytes,
             profiles: self.profiles.clone(),
             build: BuildId([self.build; 32]),
             instruction_set: "avx2".into(),

@@ -2,7 +2,7 @@
 """A model over several machines, paid: three workers that sell layers, a lead that buys them and sells answers, a consumer,
 and a node that sells the whole model, for comparison. Each is a process of its own, started from the shipped binary.
 
-    demo-split.py [--model FILE] [--dir DIR] [--kill] [--tokens N]
+    demo-split.py [--model FILE] [--dir DIR] [--kill] [--slow] [--tokens N]
 
 Exit 0: the answer of the ring is the answer of one machine, and every ledger is clean.
 """
@@ -15,7 +15,7 @@ import sys
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from ring_market import Market, Parts, Stream, folder, run_script, say
+from ring_market import Market, Parts, Slowed, Stream, fail, folder, run, run_script, say
 
 PROMPT = "The history of money is a history of trust. At first people traded goods for goods. Later they"
 
@@ -26,11 +26,12 @@ def main():
     parser.add_argument("--dir", default=".demo-split")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--kill", action="store_true", help="kill a worker in the middle of the answer")
+    parser.add_argument("--slow", action="store_true", help="first make a worker much slower than it lists: it is measured, told and replaced")
     args = parser.parse_args()
     dir = folder(args.dir, "satgrid-demo-split")
     parts = Parts(args.model, dir, 3)
     prices = [2_000_000, 1_500_000, 3_000_000]
-    market = Market(dir, parts, prices, spare=1 if args.kill else None)
+    market = Market(dir, parts, prices, spare=1 if args.kill or args.slow else None)
     market.start()
     lead, workers = market.leads[0], market.workers
     plan(lead, workers, parts.ranges, prices, parts.layers)
@@ -58,7 +59,13 @@ def main():
     with open(lead.log) as log:
         planned = next(line for line in log if "the ring is planned" in line)
     second = next(worker for worker in [workers[1], workers[-1]] if worker.status["node_key"][:8] in planned)
+    slow = None
+    if args.slow:
+        slow = measured(market, lead, second, answer)
+        second = next(worker for worker in [workers[1], workers[-1]] if worker is not second)
     split = answer(lead, second if args.kill else None)
+    if slow and (not slow["same"](alone) or lead.noticed("a slow worker gives way") == float("inf")):
+        fail(f"the slow worker kept its place, or changed the text: {slow}")
     time.sleep(2)
     clean = market.verify()
     same = alone.text == split.text
@@ -67,8 +74,33 @@ def main():
     if struck:
         say(f"the loss was noticed after {noticed:.2f} s; the stream's longest pause was {split.longest_gap_s():.2f} s")
     found = {"same": same, "clean": clean, "noticed_s": noticed, "longest_pause_s": split.longest_gap_s()}
+    found |= {"slow": {"told": slow["told"], "next": slow["next"]}} if slow else {}
     print(json.dumps(found | {"text": split.text, "usage": split.usage, "root": parts.root, "dir": dir}, indent=2))
     return 0 if same and clean else 1
+
+
+def measured(market, lead, worker, answer):
+    """An answer with a worker that is far slower than it lists, and what the lead says of it then."""
+    asked = lambda: json.loads(run("--config", lead.config, "--format", "json", "market", "why", market.name))
+    # A pause at each millisecond of its own: its layers take several of them, and so much longer than the whole plan.
+    slowed = Slowed(worker, max(0.03, asked()["plan"]["token_us"] / 1e6))
+    say(f"{worker.name} is much slower than it lists from now on")
+    try:
+        text = answer(lead).text
+    finally:
+        slowed.end()
+    time.sleep(1)  # figures are on the disk
+    why = asked()
+    told = next(one for one in why["considered"] if one["worker"] == worker.status["node_key"])
+    if not told["measured"] or told["measured"]["token_us"] <= 2 * told["listed_us"]:
+        fail(f"nobody noticed that {worker.name} is slower than it lists: {told}")
+    say(f"market why: {told['verdict']}: {told['why']}")
+    if told["verdict"].startswith("worker"):
+        fail(f"a plan made now would still take {worker.name}")
+    others = {one["worker"]: one["measured"] for one in why["considered"] if one is not told and one["measured"]}
+    if any(one["lies"] for one in others.values()):
+        fail(f"an honest worker was taken for slow: {others}")
+    return {"told": told["why"], "next": why["plan"], "same": lambda alone: alone.text == text}
 
 
 def plan(lead, workers, ranges, prices, layers):

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 
-from ring_market import NOBODY, Market, Node, run, say, serve
+from ring_market import NOBODY, Market, Node, engines, run, say, serve
 
 SHAPE = "slots = {slots}\ncontext = {context}\nthreads = {threads}\n"
 ASKS = "price_in_msat_per_mtok = 100000000\nprice_out_msat_per_mtok = 400000000\n"
@@ -31,19 +31,6 @@ class Packs:
             out = os.path.join(self.dir, "everything")
             self.everything = json.loads(run("--format", "json", "models", "split", self.model, "--experts", "--pack", "*:*", "--out", out))["files"][1]["path"]
         return self.everything
-
-
-def engines(node):
-    """The processes that compute for a node."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/stat") as stat, open(f"/proc/{pid}/cmdline") as line:
-                if int(stat.read().rsplit(")", 1)[1].split()[1]) == node.child.pid and "engine-worker" in line.read():
-                    found.append(int(pid))
-        except (OSError, IndexError, ValueError):
-            continue
-    return found
 
 
 def memory(pid):

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -159,6 +160,42 @@ dir = "{world['models']}"
     def tail(self, lines=25):
         with open(self.log) as log:
             return "".join(log.readlines()[-lines:])
+
+
+def engines(node):
+    """The processes that compute for a node."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat") as stat, open(f"/proc/{pid}/cmdline") as line:
+                if int(stat.read().rsplit(")", 1)[1].split()[1]) == node.child.pid and "engine-worker" in line.read():
+                    found.append(int(pid))
+        except (OSError, IndexError, ValueError):
+            continue
+    return found
+
+
+class Slowed:
+    """A worker that has become much slower than it lists: its engine's process gets a millisecond at a time, with pauses between
+    them, as on a machine that is sold twice."""
+
+    def __init__(self, node, pause_s):
+        self.pids, self.pause_s, self.over = engines(node), pause_s, threading.Event()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self):
+        while not self.over.is_set():
+            for pid in self.pids:
+                os.kill(pid, signal.SIGSTOP)
+            time.sleep(self.pause_s)
+            for pid in self.pids:
+                os.kill(pid, signal.SIGCONT)
+            time.sleep(0.001)
+
+    def end(self):
+        self.over.set()
+        self.thread.join()
 
 
 def folder(dir, mark):

@@ -7,7 +7,7 @@
 //! | `a_killed_provider_is_replaced_in_mid_stream` | SIGKILL for the serving provider; the bill sums both legs |
 //! | `a_market_under_bad_input_and_bad_luck` | one market on a tiny model, left running, and everything that is done to it |
 //! | `budgets_hold_and_a_key_is_given_up` | API keys on a running node: twenty at once on the balance of one, refusals, a crash; then a provider rotates its node key |
-//! | `a_model_over_paid_workers_one_of_them_killed` | `make demo-split KILL=1`: layers bought from processes, the text of one machine |
+//! | `a_model_over_paid_workers_one_of_them_killed` | `make demo-split SLOW=1 KILL=1`: layers bought from processes, one slower than it lists, the text of one machine |
 //! | `strangers_at_the_front_door` | a provider with its door open: L402, a prepaid key, refunds, a kill, its house's ledger |
 //! | `two_leads_take_each_others_places_at_their_workers` | workers too small for both: rows are sent again, the text of one machine, clean ledgers |
 //! | `ports_that_are_taken` | told at once, by number |
@@ -196,7 +196,10 @@ fn budgets_hold_and_a_key_is_given_up() {
 #[ignore = "needs the built binary: tests/scripts/e2e.sh"]
 fn a_model_over_paid_workers_one_of_them_killed() {
     let dir = tempfile::tempdir().unwrap();
-    split::holds(&split::run("demo-split.py", dir.path(), &real_model(), &["--kill"]), true);
+    // Before that, a worker that has become far slower than it lists: measured, told by `market why`, replaced by another.
+    let found = split::run("demo-split.py", dir.path(), &real_model(), &["--slow", "--kill"]);
+    split::holds(&found, true);
+    assert!(found["slow"]["told"].as_str().unwrap().contains("not believed"), "{found:#}");
 }
 
 #[test]

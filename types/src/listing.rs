@@ -68,6 +68,8 @@ pub struct Listing {
     /// The name that the provider claims. A catalogue says which root a name stands for.
     pub model: String,
     pub model_root: ModelRoot,
+    /// Of a part all zeros: layers and experts have no vocabulary, and a stage or a pack could prove none. Whoever leads lists
+    /// the whole model with its own.
     pub tokenizer: TokenizerHash,
     pub quantisation: String,
     pub part: Part,
@@ -77,7 +79,8 @@ pub struct Listing {
     /// Sequences at once.
     pub slots: u32,
     pub speed: Speed,
-    /// Memory that the engine may use, in bytes.
+    /// Memory that the engine may use, in bytes. Of layers: what was free before they were loaded, or the operator's cap;
+    /// plans hold it against what they take.
     pub memory_bytes: u64,
     pub profiles: Vec<EngineProfile>,
     pub build: BuildId,

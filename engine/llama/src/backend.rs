@@ -121,7 +121,7 @@ impl LlamaBackend {
             outputs: settings.slots,
             flash: settings.profile == Profile::Fast,
         };
-        Placed::of(&gguf, &settings.offload, &shape)
+        Placed::of(&gguf, &settings.offload, &shape, None)
     }
 
     /// The card that the model is on, if it is on one.

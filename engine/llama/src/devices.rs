@@ -94,6 +94,14 @@ pub(crate) enum PlaceError {
          layers 0..{layers} of it (satgrid models split)"
     )]
     TooLarge { needed: String, device: String, free: String, host: String, layers: u32 },
+    #[error("{needed} are needed and memory_mib allows {most}. Fewer slots or a shorter context need less")]
+    OverCap { needed: String, most: String },
+}
+
+impl PlaceError {
+    pub(crate) fn over_cap(needs: &Needs, most: u64) -> PlaceError {
+        PlaceError::OverCap { needed: gib(needs.total()), most: gib(most) }
+    }
 }
 
 /// Decides. `host` is the memory that the processor's part may take, where the system tells.

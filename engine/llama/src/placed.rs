@@ -11,24 +11,42 @@ pub(crate) struct Placed {
     pub(crate) placement: Placement,
     /// The device that holds the last layers, and how many.
     pub(crate) offload: Option<(Handle, u32)>,
+    /// Bytes that may be taken for it, on the device and beside it.
+    pub(crate) may_use: u64,
 }
 
 impl Placed {
     pub(crate) fn on_processor() -> Self {
-        Self { placement: Placement::Processor, offload: None }
+        Self { placement: Placement::Processor, offload: None, may_use: host_memory().unwrap_or(0) }
     }
 
-    /// Decides for a file with this table and a context of this shape.
-    pub(crate) fn of(gguf: &Gguf, offload: &Offload, shape: &ContextShape) -> Result<Self, PlaceError> {
+    /// Decides for a file with this table and a context of this shape, of which no more than `most` bytes are to be used.
+    pub(crate) fn of(
+        gguf: &Gguf,
+        offload: &Offload,
+        shape: &ContextShape,
+        most: Option<u64>,
+    ) -> Result<Self, PlaceError> {
         let (all, known) = candidates(offload);
-        let placement = place(offload, &known, &Needs::of(gguf, shape), host_memory())?;
+        let (needs, host) = (Needs::of(gguf, shape), host_memory());
+        let placement = place(offload, &known, &needs, host)?;
+        if let Some(most) = most.filter(|most| needs.total() > *most) {
+            return Err(PlaceError::over_cap(&needs, most));
+        }
+        let on_card = match &placement {
+            Placement::Processor => 0,
+            Placement::Device { device, .. } => device.free,
+        };
+        // A machine that does not tell has at least what it is about to give.
+        let free = host.map_or(needs.total(), |host| host.saturating_add(on_card));
+        let may_use = most.map_or(free, |most| free.min(most));
         let offload = match &placement {
             Placement::Processor => None,
             Placement::Device { device, layers, .. } => {
                 all.iter().find(|(_, one)| one.name == device.name).map(|(handle, _)| (*handle, *layers))
             }
         };
-        Ok(Self { placement, offload })
+        Ok(Self { placement, offload, may_use })
     }
 
     /// The card that takes part, if one does.

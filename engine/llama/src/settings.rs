@@ -45,6 +45,8 @@ pub struct StageSettings {
     pub context: u32,
     /// The device that the layers run on.
     pub offload: Offload,
+    /// The most memory that layers, cache and buffers may take. Unset: what is free.
+    pub memory_mib: Option<u32>,
 }
 
 /// The two ends of a model whose middle is elsewhere.
@@ -133,6 +135,9 @@ impl WorkerArgs {
                 for (name, value) in offload_args(&stage.offload) {
                     add(name, value);
                 }
+                if let Some(mib) = stage.memory_mib {
+                    add("--memory-mib", mib.to_string().into());
+                }
                 return args;
             }
             Self::Lead(lead) => {
@@ -192,7 +197,7 @@ impl WorkerArgs {
             offload: Offload::default(),
         };
         let (mut artefact, mut stage, mut head) = (None, None, None);
-        let mut guess = false;
+        let (mut guess, mut memory_mib) = (false, None);
         let mut ring = RingFacts { stages: Vec::new(), sequences: 0, context: 0, batch: 0, wire: WireType::F32 };
         let (mut pack, mut only, mut trunk) = (None, None, false);
         let mut load = crate::bare::Load { streams: 0, prompt: 0, output: 0 };
@@ -225,6 +230,7 @@ impl WorkerArgs {
                 "--context" => engine.context = number()?,
                 "--device" => engine.offload.device = Some(value.to_string_lossy().into_owned()),
                 "--gpu-layers" => engine.offload.layers = Some(number()?),
+                "--memory-mib" => memory_mib = Some(number()?),
                 "--devices" => return Ok(Self::Devices),
                 "--bare-streams" => load.streams = number()?,
                 "--bare-prompt" => load.prompt = number()?,
@@ -234,7 +240,8 @@ impl WorkerArgs {
         }
         if let Some(part) = stage {
             let EngineSettings { profile, threads, slots: sequences, context, offload, .. } = engine;
-            return Ok(Self::Stage(StageSettings { part, profile, threads, sequences, context, offload }));
+            let stage = StageSettings { part, profile, threads, sequences, context, offload, memory_mib };
+            return Ok(Self::Stage(stage));
         }
         if let Some(pack) = pack {
             let EngineSettings { profile, threads, offload, .. } = engine;
@@ -343,11 +350,13 @@ mod tests {
             sequences: 8,
             context: 1024,
             offload: Offload { device: Some("CUDA1".into()), layers: None },
+            memory_mib: Some(512),
         };
         let alone = RingFacts { stages: Vec::new(), ..ring.clone() };
         let only = Some(ExpertSet::new([(0, 3), (1, 0)]));
         let pack = PackSettings { pack: "p.gguf".into(), only, profile: Profile::Exact, threads: 2, device: None };
         for args in [
+            WorkerArgs::Stage(StageSettings { memory_mib: None, ..stage.clone() }),
             WorkerArgs::Stage(stage),
             WorkerArgs::Lead(LeadSettings { head: "head.gguf".into(), tail: engine.clone(), ring, guess: true }),
             WorkerArgs::Lead(LeadSettings {

@@ -70,7 +70,15 @@ impl Parts {
     fn stage_settings(&self, part: LayerRange, base: &EngineSettings) -> StageSettings {
         let (threads, sequences, context) = (base.threads, base.slots, base.context);
         let offload = base.offload.clone();
-        StageSettings { part: self.path(part), profile: base.profile, threads, sequences, context, offload }
+        StageSettings {
+            part: self.path(part),
+            profile: base.profile,
+            threads,
+            sequences,
+            context,
+            offload,
+            memory_mib: None,
+        }
     }
 
     /// The middle stages, a ring over them, and the lead.
@@ -282,6 +290,13 @@ async fn parts_that_do_not_fit_are_refused_in_words() {
     std::fs::write(&path, spoilt).unwrap();
     refused(stage(with(&path)).await, "its hash differs");
     refused(stage(StageSettings { sequences: 0, ..with(&parts.path(range(1, 2))) }).await, "0 sequences");
+    // What it may take is checked before anything is loaded, and listed.
+    let capped = |mib| StageSettings { memory_mib: Some(mib), ..with(&parts.path(range(1, 2))) };
+    refused(stage(capped(1)).await, "memory_mib allows 1 MiB");
+    let (small, free) = (stage(capped(64)).await.unwrap(), stage(with(&parts.path(range(1, 2)))).await.unwrap());
+    assert_eq!(small.facts().memory_bytes, 64 << 20);
+    assert!(free.facts().memory_bytes > 64 << 20, "{} bytes are free here", free.facts().memory_bytes);
+    assert_eq!(small.facts().quantisation, "F32");
 
     // A layer that nobody runs, and one that two run.
     for cut in [range(1, 2), range(1, 3)] {

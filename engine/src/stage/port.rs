@@ -257,6 +257,12 @@ pub struct StageFacts {
     /// `general.name`: a claim, never an identity.
     #[n(13)]
     pub name: Option<String>,
+    /// What the weights are stored as, as files are named.
+    #[n(14)]
+    pub quantisation: String,
+    /// Bytes that layers, cache and buffers may take here: what was free before they were loaded, or the cap that was set.
+    #[n(15)]
+    pub memory_bytes: u64,
 }
 
 impl StageWork {

@@ -49,10 +49,10 @@ impl Cost {
 /// The sums of lines, by whose they are.
 pub type Costs = BTreeMap<([u8; 32], Cost), [f64; 5]>;
 
-/// The figures of every model that this node leads.
+/// The figures of every model that this node leads, its workers' paces ([`crate::StagePace`]) among them.
 #[derive(Debug)]
 pub struct FigureStore {
-    connection: Mutex<SqliteConnection>,
+    pub(crate) connection: Mutex<SqliteConnection>,
 }
 
 impl FigureStore {

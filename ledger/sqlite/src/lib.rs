@@ -8,6 +8,7 @@
 //! | `keep` | checkpoints of others, and pruned bodies |
 //! | `keys` | [`KeyStore`]: API keys, what they may spend and what their calls cost |
 //! | `figures` | [`FigureStore`]: which experts a lead's router chose, and how fast its workers answered |
+//! | `paces` | [`StagePace`]: how fast those are whose layers a lead buys, beside what they list |
 //! | `lock` | a second process is refused |
 //!
 //! SQLite runs in WAL mode with `synchronous=FULL`: an append that returned is on the disk. This crate decides nothing
@@ -20,6 +21,7 @@ mod keep;
 mod keys;
 mod lock;
 mod open;
+mod paces;
 mod reader;
 mod writer;
 
@@ -30,4 +32,5 @@ pub use keys::{
     NewCall, NewInvoice, OpenCall, RefundRow,
 };
 pub use open::OpenError;
+pub use paces::{StagePace, read_paces};
 pub use reader::SqliteReader;

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use satgrid_ledger_sqlite::{Cost, ExpertRows, FigureStore, SqliteJournal, read_figures};
+use satgrid_ledger_sqlite::{Cost, ExpertRows, FigureStore, SqliteJournal, StagePace, read_figures, read_paces};
 use satgrid_types::UnixMs;
 use std::collections::BTreeMap;
 
@@ -45,4 +45,34 @@ async fn measurements_replace_what_was_measured_before() {
     store.keep(MODEL, &second, UnixMs(2)).await.unwrap();
     let (_, costs) = read_figures(&path, MODEL).await.unwrap();
     assert_eq!(costs, BTreeMap::from([(([7; 32], Cost::Link), line(9.0)), (([7; 32], Cost::Work), line(2.0))]));
+}
+
+#[tokio::test]
+async fn a_worker_keeps_its_newest_pace() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("figures.sqlite");
+    let pace = |node: u8, first: u32, measured_us: u64, lies: u32, at: u64| StagePace {
+        node: [node; 32],
+        first,
+        beyond: first + 4,
+        listed_us: 1_000,
+        measured_us,
+        lies,
+        at: UnixMs(at),
+    };
+    {
+        let store = FigureStore::open(&path).await.unwrap();
+        for (model, pace) in [
+            (MODEL, pace(7, 1, 40_000, 1, 10)),
+            (MODEL, pace(7, 1, 50_000, 2, 20)),
+            (MODEL, pace(7, 5, 900, 0, 20)),
+            ([2; 32], pace(7, 1, 1, 0, 30)),
+        ] {
+            store.keep_pace(model, &pace).await.unwrap();
+        }
+        assert_eq!(store.paces(MODEL).await.unwrap().len(), 2);
+    }
+    let found = read_paces(&path, MODEL).await.unwrap();
+    assert_eq!(found, [pace(7, 1, 50_000, 2, 20), pace(7, 5, 900, 0, 20)]);
+    assert_eq!(read_paces(&path, [3; 32]).await.unwrap(), []);
 }

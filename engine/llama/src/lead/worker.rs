@@ -107,6 +107,7 @@ fn open(settings: &LeadSettings, link: &mut Link) -> Result<Opened, String> {
         sequences: shape.slots,
         context: shape.context,
         offload: Offload { device: Some(device), layers: None },
+        memory: None,
     };
     let layers = LlamaLayers::open(head_path, &head.gguf, &config).map_err(|error| error.to_string())?;
     let embedding = Embedding::open(tail_path, &tail.gguf)?;

@@ -61,6 +61,8 @@ fn facts() -> StageFacts {
         speed: None,
         tensor_bytes: 0,
         name: None,
+        quantisation: "F32".to_owned(),
+        memory_bytes: 0,
     }
 }
 

@@ -39,8 +39,9 @@ pub(crate) fn run(settings: &StageSettings, link: &mut Link) -> Result<(), Stop>
         sequences: settings.sequences,
         context,
         offload: settings.offload.clone(),
+        memory: settings.memory_mib.map(|mib| u64::from(mib) << 20),
     };
-    let mut layers = LlamaLayers::open(&settings.part, &gguf, &config).map_err(|error| failed(&error))?;
+    let mut layers = LlamaLayers::open(&settings.part, &gguf, &config).map_err(|error| named(&error.to_string()))?;
     let facts = StageFacts {
         model_root: file.root,
         architecture: gguf.architecture().unwrap_or_default().to_owned(),
@@ -56,6 +57,8 @@ pub(crate) fn run(settings: &StageSettings, link: &mut Link) -> Result<(), Stop>
         speed: layers.measure(context),
         tensor_bytes: tensor_bytes(&gguf),
         name: gguf.str("general.name").map(str::to_owned),
+        quantisation: satgrid_engine::facts::quantisation(&file.whole),
+        memory_bytes: layers.may_use(),
     };
     link.send(&FromWorker::StageReady(Box::new(facts.clone())))?;
     drive(&mut StageQueue::new(facts), &mut layers, link)

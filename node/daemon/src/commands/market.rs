@@ -36,7 +36,7 @@ pub(super) fn run(globals: &Globals, command: &MarketCommand) -> anyhow::Result<
                 if let Some(led) = led {
                     return experts::why(globals.format, &config, &market, led).await;
                 }
-                why(globals.format, &config, &market, model, *prompt, *output)
+                why(globals.format, &config, &market, model, *prompt, *output).await
             }
         }
     })
@@ -140,9 +140,16 @@ fn listing_json(listing: &VerifiedListing) -> Value {
     })
 }
 
-fn why(format: Format, config: &Config, market: &Market, model: &str, prompt: u32, output: u32) -> anyhow::Result<()> {
+async fn why(
+    format: Format,
+    config: &Config,
+    market: &Market,
+    model: &str,
+    prompt: u32,
+    output: u32,
+) -> anyhow::Result<()> {
     if let Some(lead) = config.provider.leads.iter().find(|lead| lead.alias == model) {
-        return why_layers::run(format, config, market, model, lead);
+        return why_layers::run(format, config, market, model, lead).await;
     }
     let wanted = match market.catalogue.resolve(model, config.consumer.allow_unverified_names) {
         Ok(wanted) => wanted,

@@ -112,6 +112,7 @@ pub(super) const STAGE_KEYS: &[&str] = &[
     "threads",
     "device",
     "gpu_layers",
+    "memory_mib",
 ];
 
 /// Keys of one `[[provider.leads]]` table.

@@ -244,6 +244,8 @@ pub(crate) struct StageForSale {
     /// As for whole models.
     pub device: Option<String>,
     pub gpu_layers: Option<u32>,
+    /// The most memory that layers, cache and buffers may take; listed, so that leads plan with it. Unset: what is free.
+    pub memory_mib: Option<u32>,
 }
 
 /// Experts that a provider sells: a pack that `satgrid models split --experts` wrote.

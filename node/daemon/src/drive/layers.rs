@@ -6,6 +6,7 @@ use super::{
     hops::Switchboard,
     market::Market,
     ring::{PaidRing, Planned, RingParts},
+    scout::{self, Scout},
 };
 use crate::config::{self, LeadForSale, StageForSale};
 use crate::failure::HintExt;
@@ -14,6 +15,7 @@ use bytes::Bytes;
 use ed25519_dalek::SigningKey;
 use satgrid_engine::{
     gguf::Gguf,
+    memory::{ContextShape, Needs},
     part::PartFile,
     port::{Engine, Profile},
     stage::port::Stage,
@@ -22,9 +24,10 @@ use satgrid_engine_llama::{
     EngineSettings, LeadConfig, LeadSettings, LlamaLead, LlamaStage, Offload, StageConfig, StageSettings,
     default_threads,
 };
+use satgrid_ledger_sqlite::FigureStore;
 use satgrid_market::{
     Hop,
-    layers::{self, LayerDemand},
+    layers::{self, LayerDemand, LayerNeeds},
 };
 use satgrid_node::provider::EngineId;
 use satgrid_protocol_quic::QuicEndpoint;
@@ -46,6 +49,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How long a whole plan waits for figures of its links; then it reckons without those that are missing.
 const FIGURES_WITHIN: Duration = Duration::from_secs(8);
+
+/// Positions over which the cache of one is reckoned: it is taken in blocks.
+const CELLS: u32 = 1_024;
 
 /// Layers that are for sale, with their running engine.
 pub(crate) struct LayersForSale {
@@ -82,6 +88,7 @@ pub(crate) async fn start_stage(stage: &StageForSale, id: EngineId) -> anyhow::R
         sequences: stage.slots,
         context: stage.context.unwrap_or(0),
         offload: Offload { device: stage.device.clone(), layers: stage.gpu_layers },
+        memory_mib: stage.memory_mib,
     };
     let name = stage.alias.clone().unwrap_or_else(|| "layers".to_owned());
     let engine = LlamaStage::spawn(StageConfig { program: worker_program()?, settings }, |_| {}).await?;
@@ -103,13 +110,13 @@ pub(crate) fn stage_listing(layers: &LayersForSale, by: &Identity<'_>) -> Listin
         root: facts.model_root,
         // Layers have no vocabulary.
         tokenizer: TokenizerHash([0; 32]),
-        quantisation: "part".into(),
+        quantisation: facts.quantisation,
         part: Part::Layers(facts.layers),
         rates: layers.rates,
         context: facts.context,
         slots: facts.sequences,
         speed: facts.speed,
-        memory_bytes: facts.tensor_bytes,
+        memory_bytes: facts.memory_bytes,
         profile: facts.profile,
         build_id: facts.build_id,
         instruction_set: facts.instruction_set,
@@ -132,6 +139,8 @@ pub(crate) struct LeadParts<'a> {
     pub endpoint: QuicEndpoint,
     pub switchboard: Switchboard,
     pub consumer: mpsc::Sender<ConsumerMessage>,
+    /// Where measurements of workers are kept.
+    pub figures: Option<Arc<FigureStore>>,
 }
 
 fn read_part(path: &Path) -> anyhow::Result<(Gguf, PartFile)> {
@@ -160,7 +169,15 @@ fn demand(lead: &LeadForSale, head: &PartFile, tail: &PartFile, ours: NodeKey) -
         max_rate: lead.max_price_msat_per_million_position_layers.map(MsatPerMtok),
         slots: lead.slots,
         context: lead.context.unwrap_or(0),
+        needs: needs_of(&tail.whole),
     })
+}
+
+/// What each layer of a model takes, by the table that its root covers.
+fn needs_of(whole: &Gguf) -> LayerNeeds {
+    let shape = ContextShape { slots: 1, context: CELLS, batch: 0, outputs: 0, flash: true };
+    let needs = Needs::of(whole, &shape);
+    LayerNeeds { weights: needs.layers, position: needs.kv_layer / u64::from(CELLS) }
 }
 
 /// What a configured lead asks of the market.
@@ -180,26 +197,16 @@ pub(crate) async fn start_lead(lead: &LeadForSale, id: EngineId, with: LeadParts
     let name = lead.alias.clone();
     let wire = lead.wire.wire_type();
     let demand = demand(lead, &head, &tail, node_key(&with.key))?;
+    if let Some(figures) = &with.figures {
+        match figures.paces(head.root).await {
+            Ok(kept) => scout::recall(with.market, demand.root, kept),
+            Err(error) => tracing::warn!(%error, "measured paces of workers cannot be read; they are measured anew"),
+        }
+    }
     let plan = wait_for_plan(with.market, &demand, &name).await;
     let row = u32::try_from(tail_file.arch_uint("embedding_length").unwrap_or_default())?;
     tracing::info!(model = %name, picture = ?picture(&plan), "the ring is planned");
-    let market = with.market.clone();
-    let again = demand.clone();
-    let replace = move |lost: &Planned, ends: (NodeKey, NodeKey), avoid: &BTreeSet<NodeKey>| {
-        let demand = LayerDemand {
-            range: lost.range,
-            ends,
-            not: again.not.union(avoid).copied().collect(),
-            build: Some((lost.listing.build, lost.listing.instruction_set.clone())),
-            ..again.clone()
-        };
-        let found = market.plan_layers(&demand).ok()?;
-        // The ring's tiling stands: one worker for the very range.
-        match found.stages.as_slice() {
-            [only] if only.range == lost.range => Some(only.listing.clone()),
-            _ => None,
-        }
-    };
+    let scout = Scout { market: with.market.clone(), demand, store: with.figures };
     let memory_bytes = [&head_file, &tail_file].iter().flat_map(|file| &file.tensors).map(|tensor| tensor.bytes).sum();
     let ring = PaidRing::start(RingParts {
         plan: plan.stages.into_iter().map(|stage| Planned { range: stage.range, listing: stage.listing }).collect(),
@@ -212,7 +219,7 @@ pub(crate) async fn start_lead(lead: &LeadForSale, id: EngineId, with: LeadParts
         endpoint: with.endpoint,
         switchboard: with.switchboard,
         consumer: with.consumer,
-        replace: Box::new(replace),
+        scout,
     });
     let tokenizer = satgrid_engine::tokenizer_artefact::TokenizerArtefact::from_gguf(&tail.whole)?;
     let tail = EngineSettings {

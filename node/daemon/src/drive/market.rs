@@ -2,13 +2,14 @@
 
 use super::{consumer, now};
 use satgrid_market::experts::{self, ExpertDemand};
-use satgrid_market::layers::{self, LayerDemand};
+use satgrid_market::layers::{self, Known, LayerDemand};
+use satgrid_market::paces::{Pace, Paces};
 use satgrid_market::{
     Book, BookLimits, Catalogue, Choice, Considered, Demand, Fault, LastWord, Links, NoPlan, Reputation, explain, plan,
 };
 use satgrid_market_nostr::{RelayConfig, RelayHealth, StartError, Subscriber, SubscriberConfig, Succeeded};
 use satgrid_node::consumer::ConsumerEvent;
-use satgrid_types::{ModelRoot, Msat, NodeKey, Part, UnixMs, VerifiedListing};
+use satgrid_types::{LayerRange, ModelRoot, Msat, NodeKey, Part, UnixMs, VerifiedListing};
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{Arc, PoisonError, RwLock},
@@ -34,6 +35,8 @@ struct State {
     reputation: Reputation,
     /// What this node has measured itself.
     measured: Links,
+    /// And of those whose layers it bought, by model.
+    paces: BTreeMap<ModelRoot, Paces>,
 }
 
 impl State {
@@ -41,6 +44,10 @@ impl State {
     fn links(&self, root: &ModelRoot) -> Links {
         let of_root = self.book.live(now()).filter(|listing| listing.model_root == *root);
         Links::listed(of_root.map(Arc::as_ref)).join(&self.measured)
+    }
+    /// What is known for a plan over layers of a model.
+    fn known(&self, root: &ModelRoot) -> Known {
+        Known { links: self.links(root), paces: self.paces.get(root).cloned().unwrap_or_default() }
     }
 }
 
@@ -50,6 +57,7 @@ impl Market {
             book: Book::new(BookLimits::default()),
             reputation: Reputation::default(),
             measured: Links::default(),
+            paces: BTreeMap::new(),
         };
         Market { state: Arc::new(RwLock::new(state)), catalogue: Arc::new(catalogue) }
     }
@@ -58,13 +66,25 @@ impl Market {
         self.read(|state| plan(now(), &state.book, demand, &state.reputation))
     }
     pub(crate) fn plan_layers(&self, demand: &LayerDemand) -> Result<layers::Plan, layers::NoLayers> {
-        self.read(|state| layers::plan_layers(now(), &state.book, demand, &state.links(&demand.root)))
+        self.read(|state| layers::plan_layers(now(), &state.book, demand, &state.known(&demand.root)))
     }
     pub(crate) fn explain_layers(
         &self,
         demand: &LayerDemand,
     ) -> (Result<layers::Plan, layers::NoLayers>, Vec<layers::LayersConsidered>) {
-        self.read(|state| layers::explain_layers(now(), &state.book, demand, &state.links(&demand.root)))
+        self.read(|state| layers::explain_layers(now(), &state.book, demand, &state.known(&demand.root)))
+    }
+    /// What is known for a plan over layers of a model.
+    pub(crate) fn known(&self, root: &ModelRoot) -> Known {
+        self.read(|state| state.known(root))
+    }
+    /// This node has measured some layers of a worker, which lists `listed_us`.
+    pub(crate) fn paced(&self, root: ModelRoot, node: NodeKey, range: &LayerRange, listed_us: u64, us: u64) -> Pace {
+        self.write(|state| state.paces.entry(root).or_default().measured(now(), node, range, listed_us, us))
+    }
+    /// It measured them before.
+    pub(crate) fn keep_pace(&self, root: ModelRoot, node: NodeKey, range: &LayerRange, pace: Pace) {
+        self.write(|state| state.paces.entry(root).or_default().keep(node, range, pace));
     }
     /// This node has measured its link to another one.
     pub(crate) fn measured(&self, by: NodeKey, to: NodeKey, rtt: Duration) {

@@ -14,6 +14,7 @@
 //! | [`channels`], [`restore`] | `wallet::reopen`, `wallet::restore` | the embedded Lightning node |
 //! | [`market`] | `market::book` | Nostr relays |
 //! | [`probes`] | `market::links` | QUIC connections to other sellers of parts |
+//! | [`scout`] | `market::layers`, `market::paces` | the market view, the ledger's database |
 //! | [`engines`], [`layers`], [`tokenizers`] | the engine's ports | llama.cpp in child processes |
 //! | [`upstream`] | the engine's port | a server that runs the model already |
 //! | [`experts`], [`trunks`] | the experts' port of a trunk | packs in child processes, and of other nodes |
@@ -47,6 +48,7 @@ pub(crate) mod provider;
 pub(crate) mod restore;
 pub(crate) mod ring;
 pub(crate) mod rings;
+pub(crate) mod scout;
 pub(crate) mod space;
 pub(crate) mod sweep;
 pub(crate) mod tokenizers;

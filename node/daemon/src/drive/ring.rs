@@ -12,6 +12,7 @@
 //! | over | rows that are still under way, then the workers' receipts (`SETTLE`) | settled: split and stage root |
 
 mod back;
+mod pace;
 mod rebuild;
 mod settle;
 
@@ -19,9 +20,11 @@ use super::{
     consumer::Message as ConsumerMessage,
     hops::{HopEvent, HopId, Outgoing, Switchboard},
     rings::{Asked, Buys, Settled},
+    scout::Scout,
 };
 use async_trait::async_trait;
 use ed25519_dalek::SigningKey;
+use pace::Pacing;
 use rebuild::Rebuild;
 use satgrid_engine::{
     port::{EngineDown, JobId},
@@ -40,7 +43,7 @@ use satgrid_types::{
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio::sync::{Mutex, mpsc, oneshot};
 
@@ -52,10 +55,6 @@ const BATCH: u32 = 256;
 const FIRST_CALL: u64 = 1 << 62;
 /// Times that one job may lose a worker.
 const MAX_LOSSES: u32 = 4;
-
-/// Finds another seller of a stage between these two neighbours, none of those.
-pub(crate) type Replace =
-    dyn Fn(&Planned, (NodeKey, NodeKey), &BTreeSet<NodeKey>) -> Option<Arc<VerifiedListing>> + Send + Sync;
 
 /// One middle stage of the plan.
 #[derive(Clone)]
@@ -76,8 +75,8 @@ pub(crate) struct RingParts {
     pub endpoint: QuicEndpoint,
     pub switchboard: Switchboard,
     pub consumer: mpsc::Sender<ConsumerMessage>,
-    /// Another worker for the same layers, not one of these.
-    pub replace: Box<Replace>,
+    /// Finds other workers for the same layers, and hears how fast they are.
+    pub scout: Scout,
 }
 
 enum Said {
@@ -125,6 +124,8 @@ impl PaidRing {
             first: None,
             back: BTreeMap::new(),
             avoided: BTreeSet::new(),
+            pacing: Pacing::default(),
+            slow: BTreeSet::new(),
             sequences: BTreeMap::new(),
             next_rebuild: 0,
             batch: facts.batch,
@@ -192,6 +193,7 @@ struct UnderWay {
     work: RingWork,
     /// The first worker that computes it.
     from: usize,
+    sent: Instant,
 }
 
 /// A KV sequence of the engine.
@@ -223,6 +225,9 @@ struct Running {
     /// Slots that the last worker may use, by the stream it opened.
     back: BTreeMap<HopId, (NodeKey, BTreeSet<u64>)>,
     avoided: BTreeSet<NodeKey>,
+    pacing: Pacing,
+    /// Places in the plan of those who are slower than they list.
+    slow: BTreeSet<usize>,
     /// What a new worker has to be told again.
     sequences: BTreeMap<u32, Sequence>,
     next_rebuild: u64,
@@ -348,6 +353,7 @@ impl Running {
     }
 
     fn begin(&mut self, job: JobId, request: RequestId) -> Vec<ConsumerMessage> {
+        self.swap_slow();
         let plan = self.parts.plan.clone();
         let (workers, orders): (Vec<Worker>, Vec<ConsumerMessage>) =
             plan.iter().map(|stage| self.call(job, request, stage)).unzip();
@@ -498,7 +504,7 @@ impl Running {
         let header =
             RowsHeader { work: work.id.0, pieces, wire: self.parts.wire, ends_after: work.ends_at, again: work.again };
         let rows = work.rows.bytes.clone();
-        self.works.insert(work.id.0, UnderWay { work, from: 0 });
+        self.works.insert(work.id.0, UnderWay { work, from: 0, sent: Instant::now() });
         if let Some((_, out)) = &self.first {
             out.send(HopFrame::Rows(header, rows));
         }

@@ -166,6 +166,7 @@ impl Node<'_> {
         }
         let first = first.saturating_add(u32::try_from(packs.len())?);
         let mut leads = Vec::new();
+        let paces = if self.config.provider.leads.is_empty() { None } else { Some(self.figures().await?) };
         let with = || -> anyhow::Result<LeadParts<'_>> {
             let consumer = consumer.clone().context("a node that leads buys: add \"consumer\" to node.roles")?;
             Ok(LeadParts {
@@ -175,6 +176,7 @@ impl Node<'_> {
                 endpoint: endpoint.clone(),
                 switchboard: switchboard.clone(),
                 consumer,
+                figures: paces.clone(),
             })
         };
         let models = self.config.provider.models.iter().zip(0..).filter(|(model, _)| model.buy_experts);
@@ -290,10 +292,13 @@ impl Node<'_> {
         if !models.iter().any(|model| model.buy_experts || !model.experts.is_empty() || model.spare_experts.is_some()) {
             return Ok(None);
         }
+        Ok(Some(ExpertFigures { store: self.figures().await?, ours: node_key(&self.keys.identity) }))
+    }
+
+    async fn figures(&self) -> anyhow::Result<Arc<FigureStore>> {
         let path = beside_journal(self.config);
         let store = FigureStore::open(&path).await;
-        let store = store.with_context(|| format!("the figures in {} cannot be opened", path.display()))?;
-        Ok(Some(ExpertFigures { store: Arc::new(store), ours: node_key(&self.keys.identity) }))
+        Ok(Arc::new(store.with_context(|| format!("the figures in {} cannot be opened", path.display()))?))
     }
 
     fn endpoint(&self) -> anyhow::Result<QuicEndpoint> {

@@ -13,7 +13,7 @@ use satgrid_ledger_sqlite::{Cost, Costs, ExpertRows, read_figures};
 use satgrid_market::{
     estimate::{BATCHES, ExpertSplit, Fit, Line, WorkerCost, beats_from},
     experts::{Choosing, ExpertDemand, Role, Weights, choose, complete, refusal},
-    layers::LayerDemand,
+    layers::{LayerDemand, LayerNeeds},
     ways::{Way, layers_step_us, pick, shown, whole},
 };
 use satgrid_types::{EngineProfile, ExpertSet, LayerRange, ModelRoot, MsatPerMtok, NodeKey, Part, VerifiedListing};
@@ -208,6 +208,7 @@ fn ways(
             max_rate,
             slots: 1,
             context: 1,
+            needs: LayerNeeds::default(),
         };
         market.plan_layers(&demand)
     });

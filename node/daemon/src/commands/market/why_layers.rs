@@ -4,8 +4,9 @@
 use super::print;
 use crate::cli::Format;
 use crate::config::{Config, LeadForSale};
-use crate::drive::{layers, market::Market};
+use crate::drive::{layers, market::Market, scout};
 use crate::failure::Findings;
+use satgrid_ledger_sqlite::read_paces;
 use satgrid_market::{
     Hop,
     layers::{LayerVerdict, LayersConsidered, Plan, Slowest},
@@ -13,7 +14,7 @@ use satgrid_market::{
 use satgrid_types::{NodeKey, node_key};
 use serde_json::{Value, json};
 
-pub(super) fn run(
+pub(super) async fn run(
     format: Format,
     config: &Config,
     market: &Market,
@@ -24,6 +25,8 @@ pub(super) fn run(
     let standing = crate::identity::Standing::read(&config.node.dir, &seed)?;
     let ours = node_key(&seed.identity(standing.map_or(0, |standing| standing.index)));
     let demand = layers::demand_of(lead, ours)?;
+    let kept = read_paces(&crate::up::beside_journal(config), demand.root.0).await.unwrap_or_default();
+    scout::recall(market, demand.root, kept);
     let (plan, considered) = market.explain_layers(&demand);
     let missing = plan.as_ref().err().map(ToString::to_string);
     match format {
@@ -35,9 +38,13 @@ pub(super) fn run(
             )?;
         }
         Format::Text => {
-            let header = ["VERDICT", "WORKER", "LAYERS", "MSAT/M", "MS/TOKEN", "MIB", "WHY"];
+            let header = ["VERDICT", "WORKER", "LAYERS", "MSAT/M", "MS/TOKEN", "MIB OF", "WHY"];
             print::out(&print::table(&header, considered.iter().map(|one| row(one, ours)).collect()))?;
-            eprintln!("{model}: layers {} are wanted; times are each worker's own figure", demand.range);
+            eprintln!(
+                "{model}: layers {} are wanted, by {} sequences; times and memory are each worker's own figure where nothing \
+                 was measured",
+                demand.range, demand.slots
+            );
             if let Ok(plan) = &plan {
                 let hops: Vec<String> = plan.hops().map(|hop| hop_text(hop, ours)).collect();
                 eprintln!(
@@ -58,19 +65,33 @@ pub(super) fn run(
 }
 
 fn row(one: &LayersConsidered, ours: NodeKey) -> Vec<String> {
-    let ((verdict, why), listing) = (told(&one.verdict, ours), &one.listing);
+    let ((verdict, why), listing) = (told(one, ours), &one.listing);
     vec![
         verdict,
         listing.node_key.short(),
         one.range.to_string(),
         listing.rates.position_layer.unwrap_or_default().0.to_string(),
         ms(one.compute_us),
-        (listing.memory_bytes >> 20).to_string(),
+        format!("{} of {}", one.needs_bytes.div_ceil(1 << 20), listing.memory_bytes >> 20),
         why,
     ]
 }
 
-fn told(verdict: &LayerVerdict, ours: NodeKey) -> (String, String) {
+fn told(one: &LayersConsidered, ours: NodeKey) -> (String, String) {
+    let (verdict, why) = verdict(&one.verdict, ours);
+    let measured = one.pace.map(|pace| {
+        let (was, listed) = (ms(pace.measured_us), ms(one.listed_us));
+        match pace.lies {
+            0 => format!("measured at {was} ms, lists {listed}"),
+            1 => format!("measured at {was} ms, lists {listed}: not believed"),
+            times => format!("measured at {was} ms, lists {listed}: not believed, {times} times in a row"),
+        }
+    });
+    let why = [Some(why).filter(|why| !why.is_empty()), measured].into_iter().flatten();
+    (verdict, why.collect::<Vec<_>>().join("; "))
+}
+
+fn verdict(verdict: &LayerVerdict, ours: NodeKey) -> (String, String) {
     match verdict {
         LayerVerdict::Planned { place } => (format!("worker {place}"), String::new()),
         LayerVerdict::Spare => ("spare".to_owned(), "fits; the plan is as fast and cheaper, or whole".to_owned()),
@@ -99,7 +120,7 @@ fn hop_text(hop: &Hop, ours: NodeKey) -> String {
 
 fn considered_json(one: &LayersConsidered) -> Value {
     let listing = &one.listing;
-    let (verdict, why) = told(&one.verdict, NodeKey([0; 32]));
+    let (verdict, why) = told(one, NodeKey([0; 32]));
     let slow = match one.verdict {
         LayerVerdict::TooSlow { with_us, plan_us, slowest } => Some(json!({
             "with_us": with_us, "plan_us": plan_us,
@@ -112,7 +133,9 @@ fn considered_json(one: &LayersConsidered) -> Value {
     };
     json!({
         "worker": listing.node_key, "listing": listing.id(), "layers": one.range.to_string(), "verdict": verdict, "why": why,
-        "too_slow": slow, "token_us": one.compute_us, "rates": listing.rates, "memory_bytes": listing.memory_bytes,
+        "too_slow": slow, "token_us": one.compute_us, "listed_us": one.listed_us,
+        "measured": one.pace.map(|pace| json!({ "token_us": pace.measured_us, "lies": pace.lies, "at": pace.at.0 })),
+        "rates": listing.rates, "memory_bytes": listing.memory_bytes, "needs_bytes": one.needs_bytes,
     })
 }
 

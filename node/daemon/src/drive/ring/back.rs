@@ -1,6 +1,6 @@
 //! What comes back to a lead: rows of works, by the ticket that it signed for the last worker, and words of refusal.
 
-use super::{ConsumerMessage, Running, UnderWay, rebuild::is_rebuild};
+use super::{ConsumerMessage, Running, UnderWay, pace::is_probe, rebuild::is_rebuild};
 use crate::drive::{
     hops::{HopEvent, HopId},
     now,
@@ -65,7 +65,7 @@ impl Running {
             return Vec::new();
         }
         // An answer to what is void is nobody's.
-        let Some(UnderWay { work, from }) = self.works.remove(&header.work) else { return Vec::new() };
+        let Some(UnderWay { work, from, sent }) = self.works.remove(&header.work) else { return Vec::new() };
         let row_bytes = work.rows.bytes.len() / work.rows.count.max(1) as usize;
         let same = work.pieces.len() == header.pieces.len()
             && work.pieces.iter().zip(&header.pieces).all(|(sent, back)| {
@@ -103,9 +103,15 @@ impl Running {
             orders.extend(self.rebuilt(header.work, true));
             return orders;
         }
+        if is_probe(header.work) {
+            return self.probe_back(&work, true);
+        }
+        // What is measured goes before the next row, which the engine computes on hearing of this one.
+        let mut measured = self.whole_trip(&work, sent.elapsed());
         let _ = self.events.send(RingEvent::Done { work: WorkId(header.work), rows });
         let mut orders: Vec<ConsumerMessage> = touched.iter().flat_map(|job| self.tell(*job)).collect();
         orders.extend(touched.into_iter().flat_map(|job| self.wind_up(job)));
-        orders
+        measured.extend(orders);
+        measured
     }
 }

@@ -23,7 +23,7 @@ use satgrid_protocol::frame::{MAX_RESENDS, Resend};
 use satgrid_types::WorkKind;
 use std::{
     collections::{BTreeMap, BTreeSet},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// How long kept rows may take to come through.
@@ -111,7 +111,7 @@ impl Running {
             let none = HiddenRows::none(self.parts.wire);
             let ends_at = u32::try_from(stage).ok();
             let around = RingWork { id: WorkId(work), pieces: vec![piece], rows: none, ends_at, again: false };
-            self.works.insert(work, UnderWay { work: around, from: stage });
+            self.works.insert(work, UnderWay { work: around, from: stage, sent: Instant::now() });
             if let Some(worker) = job.workers.get_mut(stage)
                 && let Some(sent) = worker.sent.plus(WorkKind::Replay, rows.into(), layers)
             {

@@ -1,7 +1,7 @@
 //! How a job of the ring ends or goes on without a worker: receipts asked for, the split put together, a replacement found
 //! and the engine told what to send again. Like the rest of the ring it decides nothing about money: the consumer role does.
 
-use super::{ConsumerMessage, MAX_LOSSES, Running, Settled, UnderWay, rebuild::is_rebuild};
+use super::{ConsumerMessage, MAX_LOSSES, Running, Settled, UnderWay, pace::is_probe, rebuild::is_rebuild};
 use satgrid_engine::{
     port::JobId,
     stage::ring::{Held, RingEvent, RingWork},
@@ -17,10 +17,13 @@ impl Running {
     /// then are refused for the same reason.
     pub(super) fn refused(&mut self, lost: &LostFrame) -> Vec<ConsumerMessage> {
         tracing::info!(worker = %lost.worker.short(), why = %lost.text, "a worker refused rows");
-        let Some(UnderWay { work, from }) = self.works.remove(&lost.work) else { return Vec::new() };
+        let Some(UnderWay { work, from, .. }) = self.works.remove(&lost.work) else { return Vec::new() };
         let stage = self.stage_of(&lost.worker);
         // Those before it did what was asked.
         self.credit(&work, from..stage as usize);
+        if is_probe(lost.work) {
+            return self.probe_back(&work, false);
+        }
         if is_rebuild(lost.work) {
             return self.rebuilt(lost.work, false);
         }
@@ -141,10 +144,8 @@ impl Running {
         // The first job to notice moves the plan; the others follow it.
         let others: BTreeSet<NodeKey> = self.parts.plan.iter().map(|planned| planned.listing.node_key).collect();
         let avoided: BTreeSet<NodeKey> = self.avoided.union(&others).copied().collect();
-        let beside = |at: Option<usize>| at.and_then(|at| self.parts.plan.get(at)).map(|one| one.listing.node_key);
-        let ends = (at.checked_sub(1), at.checked_add(1));
-        let ends = (beside(ends.0).unwrap_or(self.ours), beside(ends.1).unwrap_or(self.ours));
-        let next = match (losses <= MAX_LOSSES).then(|| (self.parts.replace)(&stage, ends, &avoided)).flatten() {
+        let ends = self.beside(at);
+        let next = match (losses <= MAX_LOSSES).then(|| self.parts.scout.replace(&stage, ends, &avoided)).flatten() {
             Some(next) => next,
             None => {
                 self.avoided.remove(&gone);
@@ -157,7 +158,15 @@ impl Running {
         };
         tracing::info!(worker = %next.node_key.short(), layers = %stage.range, "a replacement was found");
         self.parts.plan[at].listing = next;
+        self.slow.remove(&at);
+        self.pacing.begin_anew();
         self.order_again(id, request, at)
+    }
+
+    /// Who sends to a worker and who it sends to.
+    pub(super) fn beside(&self, at: usize) -> (NodeKey, NodeKey) {
+        let node = |at: Option<usize>| at.and_then(|at| self.parts.plan.get(at)).map(|one| one.listing.node_key);
+        (node(at.checked_sub(1)).unwrap_or(self.ours), node(at.checked_add(1)).unwrap_or(self.ours))
     }
 
     /// Orders of whoever the plan names now.
