@@ -4,7 +4,7 @@
 //! |---|---|
 //! | a payment out | external / lightning the amount; routing-fees / lightning the fee |
 //! | a payment in | lightning / external |
-//! | coins that move | routing-fees / external what the miners got: coins are not in these books, their cost is |
+//! | coins that move | miners-fees / external what the miners got: coins are not in these books, their cost is |
 //!
 //! Ids come from the payment hash or the txid, so what is booked twice is booked once.
 
@@ -41,7 +41,7 @@ pub fn on_chain(txid: Digest, inbound: bool, amount: Msat, fee: Msat) -> Draft {
     let fee = if inbound { Msat::ZERO } else { fee };
     Draft::of(Evidence::OnChain { txid, inbound, amount, fee }).with(post(
         id(b"satgrid-chain-fee-v1\0", &txid.0),
-        Account::RoutingFees,
+        Account::MinersFees,
         Account::External,
         fee,
     ))
@@ -67,7 +67,8 @@ mod tests {
             books.apply(UnixMs(1), draft).unwrap();
         }
         assert_eq!(books.balance(&Account::Lightning), 50_000 - 20_000 - 30);
-        assert_eq!(books.balance(&Account::RoutingFees), 30 + 250_000);
+        assert_eq!(books.balance(&Account::RoutingFees), 30);
+        assert_eq!(books.balance(&Account::MinersFees), 250_000);
         assert_eq!(books.balance(&Account::External), 50_000 - 20_000 + 250_000);
         assert!(drafts[3].transfers.is_empty());
     }

@@ -45,6 +45,9 @@ pub enum Account {
     /// Liability: what clients of the front door, who have no node, have paid in and not used up.
     #[n(10)]
     Clients,
+    /// Expense: what miners took of the operator's coins.
+    #[n(11)]
+    MinersFees,
 }
 
 /// On which side of an account its balance normally stands.
@@ -59,7 +62,11 @@ pub enum Normal {
 impl Account {
     pub const fn normal(&self) -> Normal {
         match self {
-            Account::Lightning | Account::PrepaidAsset(_) | Account::Expense | Account::RoutingFees => Normal::Debit,
+            Account::Lightning
+            | Account::PrepaidAsset(_)
+            | Account::Expense
+            | Account::RoutingFees
+            | Account::MinersFees => Normal::Debit,
             Account::Prepaid(_)
             | Account::Income
             | Account::RefundsDue(_)
@@ -81,6 +88,7 @@ impl Account {
             | Account::Income
             | Account::Expense
             | Account::RoutingFees
+            | Account::MinersFees
             | Account::Dust
             | Account::External => false,
         }
@@ -97,6 +105,7 @@ impl Account {
             | Account::Income
             | Account::Expense
             | Account::RoutingFees
+            | Account::MinersFees
             | Account::Dust
             | Account::WorkerPayable(_)
             | Account::External
@@ -117,6 +126,7 @@ impl Account {
             Account::WorkerPayable(_) => "worker-payable",
             Account::External => "external",
             Account::Clients => "clients",
+            Account::MinersFees => "miners-fees",
         }
     }
 }
@@ -130,6 +140,7 @@ impl fmt::Display for Account {
             | Account::Income
             | Account::Expense
             | Account::RoutingFees
+            | Account::MinersFees
             | Account::Dust
             | Account::External
             | Account::Clients => f.write_str(self.name()),

@@ -53,6 +53,7 @@ pub(crate) async fn run(args: BalanceArgs) -> anyhow::Result<u8> {
             | Account::Income
             | Account::Expense
             | Account::RoutingFees
+            | Account::MinersFees
             | Account::Dust
             | Account::External => balance - i128::from(reserved),
         };

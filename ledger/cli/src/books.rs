@@ -166,7 +166,7 @@ fn koinly(movement: &Movement, rates: &Rates) -> Option<String> {
     let (sent, received) = if moved < 0 { (amount, String::new()) } else { (String::new(), amount) };
     let currency = |amount: &str| if amount.is_empty() { "" } else { "BTC" }.to_owned();
     let label = match movement.category {
-        Category::SlicePaid | Category::RoutingFee => "cost",
+        Category::SlicePaid | Category::RoutingFee | Category::MinersFee => "cost",
         Category::SliceReceived => "income",
         Category::Inference
         | Category::RemainderDue
@@ -220,6 +220,7 @@ fn beancount_account(account: Account) -> &'static str {
         Account::Dust => "Income:Dust",
         Account::Expense => "Expenses:Inference",
         Account::RoutingFees => "Expenses:RoutingFees",
+        Account::MinersFees => "Expenses:MinersFees",
         Account::External => "Equity:External",
         Account::Clients => "Liabilities:Clients",
     }
@@ -280,6 +281,7 @@ mod tests {
             Account::PrepaidAsset(session),
             Account::Expense,
             Account::RoutingFees,
+            Account::MinersFees,
             Account::Income,
             Account::Prepaid(session),
             Account::External,

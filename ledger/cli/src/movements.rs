@@ -19,6 +19,7 @@ pub(crate) enum Category {
     SlicePaid,
     SliceReceived,
     RoutingFee,
+    MinersFee,
     Inference,
     RemainderDue,
     RefundPaid,
@@ -40,6 +41,7 @@ impl Category {
             Category::SlicePaid => "slice-paid",
             Category::SliceReceived => "slice-received",
             Category::RoutingFee => "routing-fee",
+            Category::MinersFee => "miners-fee",
             Category::Inference => "inference",
             Category::RemainderDue => "remainder-due",
             Category::RefundPaid => "refund-paid",
@@ -197,6 +199,9 @@ fn names(evidence: Option<&Evidence>) -> (Option<PaymentHash>, Option<ReceiptId>
 fn category(evidence: Option<&Evidence>, debit: Account, credit: Account) -> Category {
     match (debit, credit) {
         (Account::RoutingFees, Account::PrepaidAsset(_)) => Category::RefundLoss,
+        (Account::MinersFees, _) => Category::MinersFee,
+        // Journals of before that account have what miners took here.
+        (Account::RoutingFees, Account::External) => Category::MinersFee,
         (Account::RoutingFees, _) => Category::RoutingFee,
         (Account::PrepaidAsset(_), Account::Lightning) => Category::SlicePaid,
         (Account::Lightning, Account::Prepaid(_)) => Category::SliceReceived,

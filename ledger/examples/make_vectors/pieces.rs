@@ -555,6 +555,7 @@ fn entries() -> Vec<Value> {
         Account::WorkerPayable(NodeKey(bytes32("worker"))),
         Account::External,
         Account::Clients,
+        Account::MinersFees,
     ];
     let mut transfers: Vec<Transfer> = accounts
         .windows(2)

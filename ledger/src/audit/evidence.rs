@@ -201,7 +201,7 @@ impl Auditor {
                 let backing = payments::own(*payment_hash, *inbound, (*amount, *fee), preimage.as_ref(), notes);
                 (None, backing, false)
             }
-            Evidence::OnChain { fee, .. } => (None, payments::miners(*fee), false),
+            Evidence::OnChain { fee, .. } => (None, Backing::Miners(*fee), false),
         }
     }
 

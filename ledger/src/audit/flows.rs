@@ -93,6 +93,9 @@ pub(super) enum Backing {
     RefundOut { session: SessionId, amount: Msat, fee: Msat },
     /// Consumer: a refund came in; what it cost on the way, at most `cap`, is lost.
     RefundIn { session: SessionId, amount: Msat, cap: Msat },
+    /// Coins are the owner's; what miners took of them is a cost, in an account of its own. Older journals have it among the
+    /// routing fees.
+    Miners(Msat),
     /// No evidence: only what needs none.
     Alone,
     /// The evidence is itself a finding; its transfers are not judged a second time.
@@ -155,6 +158,7 @@ pub(super) fn judge(backing: &Backing, flows: &Flows, notes: &mut Notes) {
             (is_refund_out(flows, *session, *amount, *fee), Reserves::Nothing)
         }
         Backing::RefundIn { session, amount, cap } => (is_refund_in(flows, *session, *amount, *cap), Reserves::Nothing),
+        Backing::Miners(fee) => (is_miners_fee(flows, *fee), Reserves::Nothing),
         Backing::Alone => {
             let session = flows.net.keys().find_map(Account::session);
             let moved = flows.net.is_empty()
@@ -224,6 +228,13 @@ fn is_refund_in(flows: &Flows, session: SessionId, amount: Msat, cap: Msat) -> b
     flows.only(&[Account::Lightning, asset, Account::RoutingFees, Account::Expense])
         && flows.of(Account::Lightning) == i128::from(amount.0)
         && (0..=i128::from(cap.0)).contains(&lost)
+}
+
+fn is_miners_fee(flows: &Flows, fee: Msat) -> bool {
+    let fee = i128::from(fee.0);
+    let kept_in = |account| flows.of(account) == fee && flows.only(&[account, Account::External]);
+    flows.of(Account::External) == fee.saturating_neg()
+        && (kept_in(Account::MinersFees) || kept_in(Account::RoutingFees))
 }
 
 fn reserves_fit(reserves: Reserves, flows: &Flows) -> bool {

@@ -43,13 +43,6 @@ pub(super) fn own(
     Backing::Exactly(nets, Reserves::Nothing)
 }
 
-/// Coins are the owner's; what miners took of them is a cost.
-pub(super) fn miners(fee: Msat) -> Backing {
-    let fee = i128::from(fee.0);
-    let nets = vec![(Account::RoutingFees, fee), (Account::External, fee.saturating_neg())];
-    Backing::Exactly(nets, Reserves::Nothing)
-}
-
 impl SessionAudit {
     /// An invoice of slice `k`. Gives the payment hash where the invoice could be read.
     pub(super) fn invoice(

@@ -125,6 +125,7 @@ fn accounts() -> impl Strategy<Value = Account> {
         Just(Account::Expense),
         Just(Account::External),
         Just(Account::Clients),
+        Just(Account::MinersFees),
         sessions.clone().prop_map(Account::Prepaid),
         sessions.clone().prop_map(Account::PrepaidAsset),
         sessions.prop_map(Account::RefundsDue),

@@ -27,6 +27,30 @@ fn it_is_clean_where_it_is_booked_right() {
     assert_eq!(report.findings, []);
 }
 
+/// Journals of before the account for miners' fees have them among the routing fees, and stay clean.
+#[test]
+fn miners_fees_of_old_journals_verify() {
+    let id = TransferId([7; 16]);
+    let booked = |transfers: Vec<Transfer>| {
+        let mut draft = own::on_chain(Digest([9; 32]), false, Msat(5_000), Msat(300));
+        draft.transfers = transfers;
+        with([draft]).findings
+    };
+    let post = |debit, msat| Transfer::post(id, debit, Account::External, Msat(msat));
+    assert_eq!(booked(vec![post(Account::RoutingFees, 300)]), []);
+    assert_eq!(booked(vec![post(Account::MinersFees, 300)]), []);
+    let other = Transfer { id: TransferId([8; 16]), ..post(Account::RoutingFees, 100) };
+    for wrong in [
+        vec![],
+        vec![post(Account::MinersFees, 299)],
+        vec![post(Account::Expense, 300)],
+        vec![post(Account::MinersFees, 200), other],
+    ] {
+        let found: Vec<Rule> = booked(wrong.clone()).iter().map(|finding| finding.rule).collect();
+        assert_eq!(found, [Rule::TransferUnbacked], "{wrong:?}");
+    }
+}
+
 #[test]
 fn it_is_found_where_it_is_not() {
     #[track_caller]

@@ -206,6 +206,7 @@ fn read(name: &'static str, node: NodeKey, file: &Path) -> anyhow::Result<Ledger
             Account::Income => balances.income += balance,
             Account::Expense => balances.expense += balance,
             Account::RoutingFees => balances.routing_fees += balance,
+            Account::MinersFees => balances.miner_fees += balance,
             Account::Prepaid(_) => balances.prepaid += balance,
             Account::PrepaidAsset(_) => balances.prepaid_asset += balance,
             Account::RefundsDue(_) => balances.refunds_due += balance,
@@ -213,8 +214,6 @@ fn read(name: &'static str, node: NodeKey, file: &Path) -> anyhow::Result<Ledger
             Account::WorkerPayable(_) | Account::External | Account::Clients => {}
         }
     }
-    // One account holds both; each entry of a transaction says what its miners got.
-    ledger.balances.routing_fees -= ledger.balances.miner_fees;
     Ok(ledger)
 }
 
@@ -224,9 +223,6 @@ fn note(ledger: &mut Ledger, attempted: &mut Attempted, evidence: &Evidence) -> 
     match evidence {
         Evidence::PaymentAttempted { session, k, payment_hash, .. } => {
             attempted.insert(*payment_hash, (*session, *k));
-        }
-        Evidence::OnChain { inbound, fee, .. } => {
-            ledger.balances.miner_fees += if *inbound { 0 } else { i128::from(fee.0) };
         }
         Evidence::PaymentSettled { payment_hash, amount, fee, .. } => {
             let place = attempted.get(payment_hash).copied();
@@ -262,6 +258,7 @@ fn note(ledger: &mut Ledger, attempted: &mut Attempted, evidence: &Evidence) -> 
         | Evidence::ChannelClosed { .. }
         | Evidence::WalletPayment { .. }
         | Evidence::Misbehaviour { .. }
+        | Evidence::OnChain { .. }
         | Evidence::WalletSnapshot { .. }
         | Evidence::Checkpoint { .. }
         | Evidence::CreditTransfer(_)
