@@ -3,7 +3,7 @@
 #   wallet.sh          the port's suites, just-in-time channels, the short kill trials, apps over Nostr Wallet Connect
 #   KILLS=100 wallet.sh       the long kill trials too, with the Lightning node killed (inside) and not (apart)
 #   BITCOIND="$(tests/scripts/bitcoind.sh)" wallet.sh  the chain conformance against a real bitcoind too
-#   wallet.sh bench    payment times, as ratios from one run
+#   wallet.sh bench    payment times as ratios from one run, the first earned sat, a start after 10,000 payments
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 tests/scripts/bootstrap.sh build
@@ -15,10 +15,13 @@ tests/scripts/bootstrap.sh build
 heavy=(-p satgrid -p satgrid-wallet-ldk)
 
 if [ "${1:-test}" = bench ]; then
-  exec cargo test $LOCKED "${heavy[@]}" --test speed -- --ignored --nocapture payments_over_a_direct_channel
+  for what in payments_over_a_direct_channel first_earned_sat start_after_many_payments; do
+    cargo test $LOCKED "${heavy[@]}" --test speed -- --ignored --nocapture --exact "$what"
+  done
+  exit
 fi
 phase "wallet, fake and apps" cargo test $LOCKED -p satgrid-wallet -p satgrid-wallet-nwc
-phase "real nodes" cargo test $LOCKED "${heavy[@]}" --test two_nodes --test process --test just_in_time --test restored --test cold
+phase "real nodes" cargo test $LOCKED "${heavy[@]}" --test two_nodes --test process --test just_in_time --test restored --test cold --test bad_luck
 phase "kill -9, short" cargo test $LOCKED "${heavy[@]}" --test killed -- --nocapture
 if [ -n "${KILLS:-}" ]; then
   phase "kill -9, $KILLS times" cargo test $LOCKED "${heavy[@]}" --test killed -- --ignored --exact trials --nocapture

@@ -44,6 +44,7 @@ pub async fn run_payments(pair: &Pair<'_>) {
     invoices_say_what_was_asked(pair).await;
     amounts_are_exact(pair).await;
     the_same_invoice_is_paid_once(pair).await;
+    the_list_goes_back_as_far_as_is_asked(pair).await;
     events_wait_for_their_acknowledgement(pair).await;
     a_payment_that_cannot_be_made_fails(pair).await;
     what_is_not_an_invoice_is_refused(pair).await;
@@ -114,6 +115,21 @@ async fn the_same_invoice_is_paid_once(pair: &Pair<'_>) {
     assert_eq!(after.received.checked_sub(before.received), Some(amount));
     let rows = pair.payer.payments().await.expect("lists");
     assert_eq!(rows.iter().filter(|row| row.hash == made.payment_hash).count(), 1);
+}
+
+async fn the_list_goes_back_as_far_as_is_asked(pair: &Pair<'_>) {
+    for wallet in [pair.payer, pair.payee] {
+        let all = wallet.payments().await.expect("lists");
+        let newest = all.iter().map(|row| row.at).max().expect("payments were made");
+        let begins = UnixMs::from_secs(newest.as_secs());
+        let late = wallet.payments_since(newest).await.expect("lists");
+        assert!(late.iter().all(|row| row.at >= begins), "nothing of before the second that was asked for");
+        for row in all.iter().filter(|row| row.at >= newest) {
+            assert!(late.iter().any(|listed| listed.hash == row.hash), "{} is not left out", row.hash);
+        }
+        let tomorrow = UnixMs::from_secs(newest.as_secs().saturating_add(24 * 3_600));
+        assert_eq!(wallet.payments_since(tomorrow).await.expect("lists"), []);
+    }
 }
 
 async fn events_wait_for_their_acknowledgement(pair: &Pair<'_>) {

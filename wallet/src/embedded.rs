@@ -29,6 +29,8 @@ pub trait Embedded: Lightning {
     async fn receive(&self, ask: Receive) -> Result<Received, InvoiceError>;
     /// Sends coins on chain; gives the transaction's id. The anchor reserve is never touched.
     async fn send_onchain(&self, send: OnchainSend) -> Result<String, SendError>;
+    /// What [`Embedded::send_onchain`] would cost: the transaction is built and signed, and not sent.
+    async fn draft_onchain(&self, send: OnchainSend) -> Result<OnchainDraft, SendError>;
     /// The preimage of an invoice of this wallet's own: whoever has it needs no payment to prove one. Never to be shown to
     /// anyone for whom nothing was paid.
     async fn preimage(&self, hash: PaymentHash) -> Result<Option<Preimage>, WalletError>;
@@ -81,6 +83,20 @@ pub struct OnchainSend {
     pub amount_sat: Option<u64>,
     /// `None` leaves it to the chain source's estimate.
     pub sat_per_vb: Option<u32>,
+}
+
+/// A transaction that was made to see what it costs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OnchainDraft {
+    /// What arrives.
+    pub amount_sat: u64,
+    pub fee_sat: u64,
+    /// Signed.
+    pub vsize: u64,
+    pub sat_per_vb: u64,
+    pub inputs: u64,
+    /// The real one is the same; else it may take other coins, and cost a little more or less.
+    pub exact: bool,
 }
 
 /// Why nothing was sent on chain.

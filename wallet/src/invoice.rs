@@ -22,7 +22,7 @@ pub struct Expected {
     pub network: Network,
 }
 
-/// Why an invoice is not the one that was agreed. All but `Expired` are the payee's fault.
+/// Why an invoice is not the one that was agreed. All but `Expired` are the payee's fault; that may be a clock's.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum InvoiceMismatch {
     #[error("not a BOLT 11 invoice: {reason}")]
@@ -37,7 +37,9 @@ pub enum InvoiceMismatch {
     DescriptionHash { expected: Digest, got: Option<Digest> },
     #[error("pays to {got}, the quote names {expected}")]
     Payee { expected: LightningKey, got: LightningKey },
-    #[error("expires at {expires_at:?}, now is {now:?}, and at least {MIN_REMAINING_SECS} s must remain")]
+    #[error(
+        "expires at {expires_at:?}, this machine's clock says {now:?}, and at least {MIN_REMAINING_SECS} s must remain; if it was just          made, one of the two clocks is wrong (`satgrid doctor` looks at this one)"
+    )]
     Expired { expires_at: UnixMs, now: UnixMs },
 }
 
@@ -174,6 +176,28 @@ mod tests {
         assert_eq!(wrong, Err(M::Network { expected: Network::Mainnet, got: Some(Network::Regtest) }));
         assert!(check_with(good, UnixMs(1_110_000)).is_ok());
         assert!(matches!(check_with(good, UnixMs(1_110_001)), Err(M::Expired { .. })));
+    }
+
+    /// The specification's invoice with an unknown feature (bit 100) that a payer must understand.
+    #[test]
+    fn a_feature_that_nobody_knows_is_refused() {
+        let unknown = "lnbc25m1pvjluezpp5qqqsyqcyq5rqwzqfqqqsyqcyq5rqwzqfqqqsyqcyq5rqwzqfqypqdq5vdhkven9v5sxyetpdeessp5zyg3zyg3zyg3zyg3zyg3zyg3zyg3zyg3zyg3zyg3zyg3zyg3zygs9q4psqqqqqqqqqqqqqqqqsgqtqyx5vggfcsll4wu246hz02kp85x4katwsk9639we5n5yngc3yhqkm35jnjw4len8vrnqnf5ejh0mzj9n3vz2px97evektfm2l6wqccp3y7372";
+        let refused = read(unknown);
+        assert!(
+            matches!(&refused, Err(InvoiceMismatch::Malformed { reason }) if reason.contains("eature")),
+            "{refused:?}"
+        );
+    }
+
+    /// An amount of zero is no amount, and a missing one is not the agreed one.
+    #[test]
+    fn an_invoice_over_nothing_is_not_the_agreed_one() {
+        let donation = "lnbc1pvjluezsp5zyg3zyg3zyg3zyg3zyg3zyg3zyg3zyg3zyg3zyg3zyg3zyg3zygspp5qqqsyqcyq5rqwzqfqqqsyqcyq5rqwzqfqqqsyqcyq5rqwzqfqypqdpl2pkx2ctnv5sxxmmwwd5kgetjypeh2ursdae8g6twvus8g6rfwvs8qun0dfjkxaq9qrsgq357wnc5r2ueh7ck6q93dj32dlqnls087fxdwk8qakdyafkq3yap9us6v52vjjsrvywa6rt52cm9r9zqt8r2t7mlcwspyetp5h2tztugp9lfyql";
+        let payee = read(donation).unwrap().payee;
+        let expected =
+            Expected { amount: Msat(250_000), description_hash: Digest([3; 32]), payee, network: Network::Mainnet };
+        let refused = check(donation, &expected, UnixMs(0));
+        assert_eq!(refused.map(drop), Err(InvoiceMismatch::Amount { expected: Msat(250_000), got: None }));
     }
 
     /// The specification's own examples: a description hash on mainnet, no amount, and broken texts.

@@ -35,8 +35,13 @@ pub trait Lightning: Send + Sync {
     async fn pay(&self, bolt11: &str, max_fee: Msat) -> Result<(), PayError>;
     /// What the wallet knows of a payment, of either direction.
     async fn lookup(&self, hash: PaymentHash) -> Result<PaymentState, WalletError>;
+    /// Every Lightning payment whose row was written at `since` or later, oldest first. A wallet may count a row by the
+    /// second: the last one of it comes again.
+    async fn payments_since(&self, since: UnixMs) -> Result<Vec<PaymentRecord>, WalletError>;
     /// Every Lightning payment that the wallet has a row for, oldest first.
-    async fn payments(&self) -> Result<Vec<PaymentRecord>, WalletError>;
+    async fn payments(&self) -> Result<Vec<PaymentRecord>, WalletError> {
+        self.payments_since(UnixMs(0)).await
+    }
 
     async fn balance(&self) -> Result<Balance, WalletError>;
     async fn channels(&self) -> Result<Vec<Channel>, WalletError>;
@@ -284,7 +289,9 @@ pub enum InvoiceError {
 pub enum PayError {
     #[error("not an invoice that this wallet can pay: {reason}")]
     BadInvoice { reason: String },
-    #[error("the invoice has expired")]
+    #[error(
+        "by this machine's clock the invoice has expired; if it was just made, look at the clock (`satgrid doctor`)"
+    )]
     Expired,
     #[error("no route for {amount} (payable now: {payable}, fee limit {max_fee})")]
     NoRoute { amount: Msat, payable: Msat, max_fee: Msat },

@@ -38,7 +38,8 @@ pub struct Coin {
     pub coinbase: bool,
 }
 
-/// A regtest chain from its genesis block, with its mempool.
+/// A regtest chain from its genesis block, with its mempool. A clone is another chain with the same past.
+#[derive(Clone)]
 pub struct Chain {
     blocks: Vec<Block>,
     heights: HashMap<BlockHash, u32>,
@@ -202,6 +203,40 @@ impl Chain {
         let txs: Vec<Transaction> = entries.into_iter().map(|entry| entry.tx).collect();
         let time = now_s.max(self.median_time(height - 1).saturating_add(1));
         let block = build_block(self.tip(), height, time, reward_to, fees_sat, txs);
+        self.connect(block)
+    }
+
+    /// Takes the last `depth` blocks back: as if others had been found in their place, which the caller mines. Their
+    /// transactions wait again where `again` says so, as far as they are still valid.
+    pub fn undo(&mut self, depth: u32, now_s: u32, again: impl Fn(&Transaction) -> bool) {
+        let kept = self.blocks.len().saturating_sub(depth as usize).max(1);
+        let gone = self.blocks.split_off(kept);
+        let confirmed = gone.into_iter().flat_map(|block| block.txdata.into_iter().skip(1));
+        let waited = self.mempool.txids().filter_map(|txid| self.mempool.get(txid)).map(|entry| entry.tx.clone());
+        let waiting: Vec<Transaction> = confirmed.chain(waited.collect::<Vec<_>>()).filter(again).collect();
+        let blocks = std::mem::take(&mut self.blocks);
+        *self = Self { estimate_sat_per_vb: self.estimate_sat_per_vb, ..Self::new() };
+        for block in blocks.into_iter().skip(1) {
+            let txs = block.txdata.clone();
+            self.connect(block);
+            for tx in &txs {
+                for script in self.touched_scripts(tx) {
+                    self.history.entry(script).or_default().insert(tx.compute_txid());
+                }
+            }
+        }
+        for tx in waiting {
+            if let Err(refused) = self.submit(tx, now_s) {
+                tracing::debug!(%refused, "a transaction is gone with its block");
+            }
+        }
+    }
+
+    /// A block that confirms nothing: what waits goes on waiting.
+    pub fn mine_empty(&mut self, now_s: u32) -> BlockHash {
+        let height = self.height() + 1;
+        let time = now_s.max(self.median_time(height - 1).saturating_add(1));
+        let block = build_block(self.tip(), height, time, ScriptBuf::new(), 0, Vec::new());
         self.connect(block)
     }
 

@@ -15,6 +15,7 @@ pub(crate) const MAX_TRANSACTIONS: usize = 5_000;
 pub(crate) const MAX_REPLACED: usize = 100;
 
 /// A transaction that waits.
+#[derive(Clone)]
 pub(crate) struct MempoolEntry {
     pub(crate) tx: Transaction,
     pub(crate) fee_sat: u64,
@@ -27,7 +28,7 @@ pub(crate) struct MempoolEntry {
     arrival: u64,
 }
 
-#[derive(Default)]
+#[derive(Default, Clone)]
 pub(crate) struct Mempool {
     entries: HashMap<Txid, MempoolEntry>,
     by_arrival: BTreeMap<u64, Txid>,

@@ -113,6 +113,34 @@ fn a_coinbase_matures_after_a_hundred_blocks() {
 }
 
 #[test]
+fn blocks_are_taken_back_and_others_found_in_their_place() {
+    let (mut chain, coinbase) = funded();
+    let first = chain.submit(open_spend(coinbase, COINBASE_SAT - 1_000), T0).unwrap();
+    mine(&mut chain, 1);
+    let child = open_spend(OutPoint::new(first, 0), COINBASE_SAT - 2_000);
+    let second = chain.submit(child, T0).unwrap();
+    mine(&mut chain, 2);
+    let (height, tip, before) = (chain.height(), chain.tip(), chain.clone());
+
+    chain.undo(2, T0, |_| true);
+    assert_eq!((chain.height(), chain.confirmed_at(&first)), (height - 2, Some(height - 2)));
+    assert!(chain.confirmed_at(&second).is_none() && chain.mempool().get(&second).is_some());
+    let script = script_hash(&open_address().script_pubkey());
+    assert!(chain.history(&script).0.contains(&second) && chain.history(&script).1.contains(&first));
+    assert_eq!(chain.height_of(&tip), None);
+    chain.mine(ScriptBuf::new(), T0 + 1_000);
+    assert_eq!(chain.confirmed_at(&second), Some(height - 1));
+
+    // One that is forgotten takes what spends it along.
+    let mut chain = before;
+    chain.undo(3, T0, |tx| tx.compute_txid() != first);
+    mine(&mut chain, 3);
+    assert_eq!((chain.height(), chain.tip() == tip), (height, false));
+    assert!(chain.tx(&first).is_none() && chain.tx(&second).is_none());
+    assert!(chain.coin(&coinbase).is_some());
+}
+
+#[test]
 fn scripts_are_judged_by_consensus() {
     let (mut chain, coinbase) = funded();
     // The right witness script with a wrong program, and a script that ends in false.

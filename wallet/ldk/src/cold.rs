@@ -139,6 +139,12 @@ impl Cold {
         Ok(ColdAddress { index, address, label: label.map(str::to_owned) })
     }
 
+    /// The address that would be given away next.
+    pub fn peek_address(&self) -> String {
+        let next = self.wallet.next_derivation_index(KeychainKind::External);
+        self.wallet.peek_address(KeychainKind::External, next).address.to_string()
+    }
+
     /// Every address that was given away, oldest first.
     pub fn addresses(&self) -> Vec<ColdAddress> {
         let Some(last) = self.wallet.derivation_index(KeychainKind::External) else { return Vec::new() };

@@ -24,8 +24,8 @@ use satgrid_types::{Digest, LightningKey, Msat, PaymentHash, Preimage};
 use satgrid_wallet::{
     Invoice, InvoiceError, Lightning, Network, PayError, WalletError,
     embedded::{
-        BackedUp, ChannelBackup, Embedded, FeesPaid, MAX_DESCRIPTION_BYTES, MAX_SAT_PER_VB, NodeFacts, OnchainRow,
-        OnchainSend, Receive, Received, SendError,
+        BackedUp, ChannelBackup, Embedded, FeesPaid, MAX_DESCRIPTION_BYTES, MAX_SAT_PER_VB, NodeFacts, OnchainDraft,
+        OnchainRow, OnchainSend, Receive, Received, SendError,
     },
     port::MAX_INVOICE_EXPIRY_SECS,
     restore::LostState,
@@ -166,16 +166,7 @@ impl Embedded for LdkWallet {
     }
 
     async fn send_onchain(&self, send: OnchainSend) -> Result<String, SendError> {
-        if let Some(given) = send.sat_per_vb
-            && !(1..=MAX_SAT_PER_VB).contains(&given)
-        {
-            return Err(SendError::FeeRate { given });
-        }
-        if let Some(amount_sat) = send.amount_sat
-            && amount_sat < DUST_SAT
-        {
-            return Err(SendError::Dust { amount_sat, least_sat: DUST_SAT });
-        }
+        check_send(&send)?;
         let address = address(&send.address, self.network)?;
         let sent = self
             .blocking(move |node| {
@@ -195,6 +186,10 @@ impl Embedded for LdkWallet {
             }
             Err(error) => Err(wallet_error(error).into()),
         }
+    }
+
+    async fn draft_onchain(&self, send: OnchainSend) -> Result<OnchainDraft, SendError> {
+        self.draft(send).await
     }
 
     async fn fees_paid(&self) -> Result<FeesPaid, WalletError> {
@@ -295,6 +290,21 @@ impl Embedded for LdkWallet {
     async fn recover(&self, lost: &BackedUp) -> Result<LostState, WalletError> {
         self.recover_channel(lost).await
     }
+}
+
+/// What can be refused without looking at a coin.
+pub(crate) fn check_send(send: &OnchainSend) -> Result<(), SendError> {
+    if let Some(given) = send.sat_per_vb
+        && !(1..=MAX_SAT_PER_VB).contains(&given)
+    {
+        return Err(SendError::FeeRate { given });
+    }
+    if let Some(amount_sat) = send.amount_sat
+        && amount_sat < DUST_SAT
+    {
+        return Err(SendError::Dust { amount_sat, least_sat: DUST_SAT });
+    }
+    Ok(())
 }
 
 pub(crate) fn address(text: &str, network: Network) -> Result<Address, SendError> {

@@ -23,6 +23,7 @@ mod balance;
 mod chain;
 mod cold;
 mod config;
+mod draft;
 mod embedded;
 mod log;
 mod port;

@@ -76,8 +76,12 @@ impl Lightning for LdkWallet {
         Ok(row.and_then(translate::record).map_or(PaymentState::Unknown, |record| record.state))
     }
 
-    async fn payments(&self) -> Result<Vec<PaymentRecord>, WalletError> {
-        let rows = self.blocking(Node::list_payments).await?;
+    async fn payments_since(&self, since: UnixMs) -> Result<Vec<PaymentRecord>, WalletError> {
+        // Its clock ticks in seconds.
+        let since = since.as_secs();
+        let rows = self
+            .blocking(move |node| node.list_payments_with_filter(|row| row.latest_update_timestamp >= since))
+            .await?;
         let mut records: Vec<PaymentRecord> = rows.into_iter().filter_map(translate::record).collect();
         records.sort_by_key(|record| (record.at, record.hash));
         Ok(records)

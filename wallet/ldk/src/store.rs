@@ -8,6 +8,7 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode},
 };
 use std::{
+    collections::BTreeMap,
     fs::{DirBuilder, File, OpenOptions, Permissions, set_permissions},
     io,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
@@ -62,6 +63,20 @@ pub(crate) async fn set_wal(dir: &Path) -> Result<(), StartError> {
         let reason = format!("its file system does not allow WAL (journal mode is {mode})");
         Err(StartError::Store { dir: dir.to_owned(), reason })
     }
+}
+
+/// ldk-node's record of its coins, part by part. Reads beside a running node.
+pub(crate) async fn coins(dir: &Path) -> Result<BTreeMap<String, Vec<u8>>, StartError> {
+    let failed = |e: sqlx::Error| StartError::Store { dir: dir.to_owned(), reason: e.to_string() };
+    let options = SqliteConnectOptions::new().filename(dir.join(DATABASE)).disable_statement_logging();
+    let mut connection = options.connect().await.map_err(failed)?;
+    let parts: Vec<(String, Vec<u8>)> =
+        sqlx::query_as("SELECT key, value FROM ldk_node_data WHERE primary_namespace = 'bdk_wallet'")
+            .fetch_all(&mut connection)
+            .await
+            .map_err(failed)?;
+    connection.close().await.map_err(failed)?;
+    Ok(parts.into_iter().collect())
 }
 
 /// Before a monitor's bytes stands this, where its newer updates are kept apart (LDK's `MonitorUpdatingPersister`).

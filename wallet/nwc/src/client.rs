@@ -31,7 +31,7 @@ const REPEAT_AFTER: Duration = Duration::from_secs(4);
 const PAID_WITHIN: Duration = Duration::from_secs(90);
 /// What is waited for is asked about so often; a notification asks at once.
 const POLL_EVERY: Duration = Duration::from_secs(1);
-/// Payments that `payments` lists at most.
+/// Payments asked for at once.
 const LISTED: usize = 1_000;
 const NO_CHANNELS: &str = "a wallet over Nostr Wallet Connect has no coins and channels of its own";
 
@@ -424,10 +424,23 @@ impl Lightning for NwcWallet {
         })
     }
 
-    async fn payments(&self) -> Result<Vec<PaymentRecord>, WalletError> {
-        let listed = self.ask("list_transactions", json!({ "limit": LISTED, "unpaid": true })).await?;
-        let rows = listed["transactions"].as_array().map_or(&[][..], Vec::as_slice);
-        let mut records: Vec<PaymentRecord> = rows.iter().filter_map(record).collect();
+    async fn payments_since(&self, since: UnixMs) -> Result<Vec<PaymentRecord>, WalletError> {
+        // The wallet reckons by when a transaction was begun, we by when it ended: as long as an invoice lives in between.
+        let from = since.as_secs().saturating_sub(u64::from(MAX_INVOICE_EXPIRY_SECS));
+        let mut records: BTreeMap<PaymentHash, PaymentRecord> = BTreeMap::new();
+        loop {
+            let ask = json!({ "from": from, "limit": LISTED, "offset": records.len(), "unpaid": true });
+            let listed = self.ask("list_transactions", ask).await?;
+            let rows = listed["transactions"].as_array().map_or(&[][..], Vec::as_slice);
+            let before = records.len();
+            records.extend(rows.iter().filter_map(record).map(|row| (row.hash, row)));
+            // A wallet that knows no offsets says the same again.
+            if rows.len() < LISTED || records.len() == before {
+                break;
+            }
+        }
+        let begins = UnixMs::from_secs(since.as_secs());
+        let mut records: Vec<PaymentRecord> = records.into_values().filter(|row| row.at >= begins).collect();
         records.sort_by_key(|record| (record.at, record.hash));
         Ok(records)
     }

@@ -14,7 +14,7 @@ use core::{
     net::SocketAddr,
     task::{Poll, Waker},
 };
-use satgrid_types::{LightningKey, Msat, PaymentHash};
+use satgrid_types::{LightningKey, Msat, PaymentHash, UnixMs};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A wallet of a shared [`FakeNetwork`]. Nothing sleeps: whoever waits for an event moves the network's time on.
@@ -68,8 +68,10 @@ impl Lightning for FakeLightning {
     async fn lookup(&self, hash: PaymentHash) -> Result<PaymentState, WalletError> {
         self.with_network(|n| n.lookup(self.id, hash))
     }
-    async fn payments(&self) -> Result<Vec<PaymentRecord>, WalletError> {
-        self.with_network(|n| n.payments(self.id))
+    async fn payments_since(&self, since: UnixMs) -> Result<Vec<PaymentRecord>, WalletError> {
+        let mut rows = self.with_network(|n| n.payments(self.id))?;
+        rows.retain(|row| row.at >= since);
+        Ok(rows)
     }
     async fn balance(&self) -> Result<Balance, WalletError> {
         self.with_network(|n| n.balance(self.id))

@@ -19,7 +19,7 @@ use crate::drive::{journal::JournalWriter, now, provider};
 use async_trait::async_trait;
 use satgrid_ledger_sqlite::{HousePayment, KeyStore};
 use satgrid_node::provider::ProviderEvent;
-use satgrid_types::{LightningKey, Msat, PaymentHash};
+use satgrid_types::{LightningKey, Msat, PaymentHash, UnixMs};
 use satgrid_wallet::{
     Balance, Channel, ChannelError, ChannelId, Embedded, Invoice, InvoiceError, InvoiceRequest, Lightning, Network,
     OpenChannel, PayError, PaymentRecord, PaymentState, WalletError, WalletEvent, invoice,
@@ -129,7 +129,7 @@ impl Lightning for HouseWallet {
             PaymentState::Settled { preimage, fee: Msat::ZERO, amount }
         }))
     }
-    async fn payments(&self) -> Result<Vec<PaymentRecord>, WalletError> {
+    async fn payments_since(&self, _: UnixMs) -> Result<Vec<PaymentRecord>, WalletError> {
         Ok(Vec::new())
     }
     async fn balance(&self) -> Result<Balance, WalletError> {

@@ -56,7 +56,12 @@ struct Explained {
 impl Explained {
     /// A row may be written a moment after its time: so much is looked at again.
     fn is_over(self, row: &PaymentRecord) -> bool {
-        row.at.plus_ms(GRACE_MS) < self.upto
+        row.at < self.since()
+    }
+
+    /// The wallet is asked for what came then and later.
+    fn since(self) -> UnixMs {
+        UnixMs(self.upto.0.saturating_sub(GRACE_MS))
     }
 
     /// After a round that knew these rows as explained or as not.
@@ -101,7 +106,7 @@ impl Bookkeeper {
     }
 
     async fn round(&self, began: UnixMs, explained: Explained) -> anyhow::Result<Explained> {
-        let mut rows = self.wallet.payments().await?;
+        let mut rows = self.wallet.payments_since(explained.since()).await?;
         rows.retain(|row| !explained.is_over(row));
         let mut coins = match &self.embedded {
             Some(embedded) => embedded.onchain_rows().await?,

@@ -13,7 +13,7 @@ use anyhow::{Context, bail, ensure};
 use satgrid_types::{Msat, UnixMs};
 use satgrid_wallet::{
     Embedded, PayError,
-    embedded::{OnchainSend, SendError},
+    embedded::{OnchainDraft, OnchainSend, SendError},
     invoice,
     sweep::{Destination, Rules, Sweep, Swept},
 };
@@ -49,6 +49,8 @@ pub(crate) struct Preview {
     pub keep_sat: u64,
     pub anchor_reserve_sat: u64,
     pub sat_per_vb: Option<u32>,
+    /// On chain: the transaction that would be sent.
+    pub onchain: Option<OnchainDraft>,
 }
 
 pub(crate) struct Sweeper {
@@ -139,13 +141,29 @@ impl Sweeper {
     pub(crate) async fn preview(&self, ask: &Ask) -> anyhow::Result<Preview> {
         let rules = self.asked(ask)?;
         let balance = self.wallet.balance().await?;
+        let sweep = rules.plan(&balance)?;
+        let sat_per_vb = ask.sat_per_vb.or(self.sat_per_vb);
+        let onchain = self.draft(&sweep, sat_per_vb).await?;
         Ok(Preview {
-            sweep: rules.plan(&balance)?,
+            sweep,
             holds_sat: rules.holds_sat(&balance),
             keep_sat: rules.keep_sat,
             anchor_reserve_sat: self.wallet.facts().await?.anchor_reserve_sat,
-            sat_per_vb: ask.sat_per_vb.or(self.sat_per_vb),
+            // The rate that was shown is the one to send with.
+            sat_per_vb: onchain.and_then(|draft| u32::try_from(draft.sat_per_vb).ok()).or(sat_per_vb),
+            onchain,
         })
+    }
+
+    /// The transaction of a sweep of coins, made and not sent. The cold account's next address is looked at, not given away.
+    async fn draft(&self, sweep: &Sweep, sat_per_vb: Option<u32>) -> anyhow::Result<Option<OnchainDraft>> {
+        let address = match &sweep.to {
+            Destination::LightningAddress { .. } | Destination::Offer(_) => return Ok(None),
+            Destination::OnChain(address) => address.clone(),
+            Destination::Cold => Cold::open(&self.dir, self.cold.0, &self.cold.1)?.peek_address(),
+        };
+        let amount_sat = (!sweep.all).then_some(sweep.amount_sat);
+        Ok(Some(self.wallet.draft_onchain(OnchainSend { address, amount_sat, sat_per_vb }).await?))
     }
 
     /// A sweep now, whatever the schedule says.

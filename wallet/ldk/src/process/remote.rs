@@ -3,11 +3,14 @@
 use super::wire::{self, Answered, Asked, Call, NotStarted, Started};
 use crate::{LdkConfig, StartError};
 use async_trait::async_trait;
-use satgrid_types::{LightningKey, Msat, PaymentHash, Preimage};
+use satgrid_types::{LightningKey, Msat, PaymentHash, Preimage, UnixMs};
 use satgrid_wallet::{
     Balance, Channel, ChannelError, ChannelId, Embedded, Invoice, InvoiceError, InvoiceRequest, Lightning, Network,
     OpenChannel, PayError, PaymentRecord, PaymentState, WalletError, WalletEvent,
-    embedded::{BackedUp, ChannelBackup, FeesPaid, NodeFacts, OnchainRow, OnchainSend, Receive, Received, SendError},
+    embedded::{
+        BackedUp, ChannelBackup, FeesPaid, NodeFacts, OnchainDraft, OnchainRow, OnchainSend, Receive, Received,
+        SendError,
+    },
     restore::LostState,
 };
 use serde::de::DeserializeOwned;
@@ -190,8 +193,8 @@ impl Lightning for WalletProcess {
     async fn lookup(&self, hash: PaymentHash) -> Result<PaymentState, WalletError> {
         self.ask::<Result<_, _>>(Call::Lookup(hash)).await?
     }
-    async fn payments(&self) -> Result<Vec<PaymentRecord>, WalletError> {
-        self.ask::<Result<_, _>>(Call::Payments).await?
+    async fn payments_since(&self, since: UnixMs) -> Result<Vec<PaymentRecord>, WalletError> {
+        self.ask::<Result<_, _>>(Call::Payments(since)).await?
     }
     async fn balance(&self) -> Result<Balance, WalletError> {
         self.ask::<Result<_, _>>(Call::Balance).await?
@@ -261,6 +264,9 @@ impl Embedded for WalletProcess {
     }
     async fn send_onchain(&self, send: OnchainSend) -> Result<String, SendError> {
         self.ask::<Result<_, _>>(Call::SendOnchain(send)).await?
+    }
+    async fn draft_onchain(&self, send: OnchainSend) -> Result<OnchainDraft, SendError> {
+        self.ask::<Result<_, _>>(Call::DraftOnchain(send)).await?
     }
     async fn preimage(&self, hash: PaymentHash) -> Result<Option<Preimage>, WalletError> {
         self.ask::<Result<_, _>>(Call::Preimage(hash)).await?

@@ -2,7 +2,7 @@
 //!
 //! Both ends are the same binary, so there are no versions here; what does not parse ends the connection.
 
-use satgrid_types::{LightningKey, Msat, PaymentHash};
+use satgrid_types::{LightningKey, Msat, PaymentHash, UnixMs};
 use satgrid_wallet::{
     ChannelId, InvoiceRequest, Network, OpenChannel,
     embedded::{BackedUp, OnchainSend, Receive},
@@ -34,7 +34,7 @@ pub(super) enum Call {
     CreateInvoice(InvoiceRequest),
     Pay { bolt11: String, max_fee: Msat },
     Lookup(PaymentHash),
-    Payments,
+    Payments(UnixMs),
     Balance,
     Channels,
     Connect { node: LightningKey, addr: SocketAddr },
@@ -50,6 +50,7 @@ pub(super) enum Call {
     Reconnect,
     Receive(Receive),
     SendOnchain(OnchainSend),
+    DraftOnchain(OnchainSend),
     FeesPaid,
     Preimage(PaymentHash),
     ChannelBackup,

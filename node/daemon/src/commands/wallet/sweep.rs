@@ -15,15 +15,23 @@ pub(super) async fn sweep(format: Format, admin: &Admin, args: &SweepArgs) -> an
     if args.list {
         return list(format, &admin.get("wallet/sweeps").await?);
     }
-    let ask = json!({
+    let mut ask = json!({
         "to": args.to, "keep_sat": args.keep_sat, "sat_per_vb": args.fee_rate, "label": args.label,
     });
     let plan = admin.post("wallet/sweeps/preview", &ask).await?;
     if format == Format::Json && !args.now {
         return print::json(&plan);
     }
-    let rate = plan["sat_per_vb"].as_u64().map_or("the estimated fee rate".to_owned(), |rate| format!("{rate} sat/vB"));
-    let lightning = plan["max_fee"].as_u64() > Some(0);
+    let draft = &plan["onchain"];
+    let lightning = draft.is_null();
+    let miners = format!(
+        "{}{} sat for miners ({} vB at {} sat/vB, {} coins)",
+        if draft["exact"] == true { "" } else { "about " },
+        draft["fee_sat"],
+        draft["vsize"],
+        draft["sat_per_vb"],
+        draft["inputs"],
+    );
     eprintln!(
         "to      {}\namount  {} sat of {}\nfee     {}\nstays   {} sat{}",
         plan["to"].as_str().unwrap_or_default(),
@@ -32,9 +40,9 @@ pub(super) async fn sweep(format: Format, admin: &Admin, args: &SweepArgs) -> an
         if lightning {
             format!("at most {} for the route", sats(&plan["max_fee"]))
         } else if plan["all"] == true {
-            format!("{rate}, out of the amount")
+            format!("{miners}, out of the amount: {} sat arrive", draft["amount_sat"])
         } else {
-            format!("{rate}, out of what stays")
+            format!("{miners}, out of what stays")
         },
         plan["keep_sat"],
         if lightning {
@@ -48,6 +56,8 @@ pub(super) async fn sweep(format: Format, admin: &Admin, args: &SweepArgs) -> an
         return Ok(());
     }
     confirm(args.yes, "sweep it? type yes: ")?;
+    // At the rate that was shown.
+    ask["sat_per_vb"] = plan["sat_per_vb"].clone();
     let swept = admin.post("wallet/sweeps", &ask).await?;
     match format {
         Format::Json => print::json(&swept),
