@@ -56,7 +56,16 @@ async fn a_provider_with_nothing_is_paid() {
     next(&provider, |e| *e == WalletEvent::PaymentReceived { hash: made.payment_hash, amount }).await;
     assert_eq!(provider.channels().await.unwrap().len(), 1);
 
-    // A liquidity provider that is gone opens nothing, and that is said before anyone pays.
+    // One that raises its fee above the operator's limit is not used, and one that is gone opens nothing: both are said
+    // before anyone pays.
+    lsp.stop().await.unwrap();
+    drop(lsp);
+    let dear = LspService { fee_ppm: 60_000, min_fee_msat: 100_000 };
+    let config = LdkConfig { lsp_service: Some(dear), ..world.config("lsp", listen) };
+    let lsp = LdkWallet::start(config).await.unwrap();
+    provider.ensure_connected(lsp.node_id(), listen).await.unwrap();
+    let refused = provider.receive(ask(900_000, None)).await;
+    assert!(matches!(refused, Err(InvoiceError::LspFee { limit: Msat(45_000_000), .. })), "{refused:?}");
     lsp.stop().await.unwrap();
     let gone = provider.receive(ask(900_000, None)).await;
     assert!(matches!(gone, Err(InvoiceError::NoRoom { .. })), "{gone:?}");

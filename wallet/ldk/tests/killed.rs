@@ -7,18 +7,25 @@
 //! Such a close has one more sting: an amount below the dust limit (354 sat) that was in flight is left to the miners.
 //! The payee may have claimed it and lists it as received, while the payer's wallet calls it failed, for good. Then the
 //! payee's word, which is the preimage, settles it; in the market it comes with the slice's credit, here in a file.
+//!
+//! A Lightning node that is killed itself may also forget a payment that it has a row for and has not sent: it waits in a channel for
+//! the peer's word, which is not on disk. The row says in flight for good. The payment's own rule ends it, as never sent, when its
+//! invoice has expired and nothing is out (two and a half minutes in the market); the invoices here live for hours, so the
+//! payer calls it unsent when nothing has been out for a while, and never pays that slice.
+//!
+//! What was force-closed is noticed by the payer, comes back to its coins, and is opened again, all without a person.
 #![allow(clippy::unwrap_used)]
 
 mod world;
 
 use satgrid_types::{Digest, LightningKey, Msat, PaymentHash};
 use satgrid_wallet::{
-    Direction, Embedded, InvoiceRequest, Lightning, OpenChannel, PaymentState, WalletEvent, invoice,
+    Direction, Embedded, FailureReason, InvoiceRequest, Lightning, OpenChannel, PaymentState, WalletEvent, invoice,
     payment::{Action, Input, Intent, Outcome, Phase, Slices},
 };
-use satgrid_wallet_ldk::{ChainSource, LdkConfig, LdkWallet, LogLevel, Program, WalletProcess};
+use satgrid_wallet_ldk::{ChainSource, LdkConfig, LdkWallet, LogLevel, Program, StartError, WalletProcess};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     env,
     ffi::OsString,
     fs,
@@ -46,7 +53,28 @@ enum Place {
     Inside,
     /// In a process of its own, as the daemon runs it.
     Apart,
+    /// The same, and it is the Lightning node's process that is killed. The payer ends with an error, and is started again.
+    Aimed,
 }
+
+/// What the kills have cost.
+#[derive(Debug, PartialEq, Eq)]
+struct Closed {
+    /// Channels that the payee saw force-closed.
+    forced: usize,
+    /// Channels that the payer was told of, as closed by force.
+    noticed: usize,
+    /// Payments that the Lightning node forgot before they left.
+    unsent: u32,
+    /// Sats that miners got of the payer's, for channels opened, closed and swept.
+    miners_sat: u64,
+}
+
+/// What a channel's opening, its forced close, and the sweep of what it held may cost at the chain's one sat a virtual byte.
+const MINERS_SAT_A_CHANNEL: u64 = 3_000;
+const REWARD_SAT: u64 = 50 * 100_000_000;
+const HALVING_BLOCKS: u32 = 150;
+const SEED: [u8; 16] = [42; 16];
 
 fn amount(slice: u32) -> Msat {
     Msat(2_500 + u64::from(slice))
@@ -58,10 +86,16 @@ async fn a_killed_payer_pays_every_slice_once() {
     kill_payer(Place::Inside, 3).await;
 }
 
+/// Somebody's aim, or the machine's out-of-memory killer: channels may be lost, money never.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_lightning_node_loses_no_money() {
+    kill_payer(Place::Aimed, 3).await;
+}
+
 /// The daemon's way: not even a channel is lost.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_payer_whose_wallet_is_apart_loses_no_channel() {
-    assert_eq!(kill_payer(Place::Apart, 4).await, 0);
+    assert_eq!(kill_payer(Place::Apart, 4).await.forced, 0);
 }
 
 /// The trials behind docs/adr/0012: `KILLS=100 cargo test -p satgrid-wallet-ldk --test killed -- --ignored trials --nocapture`
@@ -69,14 +103,21 @@ async fn a_killed_payer_whose_wallet_is_apart_loses_no_channel() {
 #[ignore = "long: set KILLS"]
 async fn trials() {
     let kills = env::var("KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(20);
-    if env::var("PLACE").as_deref() != Ok("apart") {
-        kill_payer(Place::Inside, kills).await;
+    let places = env::var("PLACE").unwrap_or_else(|_| "inside,aimed,apart".to_owned());
+    for place in places.split(',') {
+        let place = match place {
+            "inside" => Place::Inside,
+            "aimed" => Place::Aimed,
+            "apart" => Place::Apart,
+            other => panic!("PLACE is {other}"),
+        };
+        let closed = kill_payer(place, kills).await;
+        assert!(place != Place::Apart || closed.forced == 0, "{closed:?}");
     }
-    assert_eq!(kill_payer(Place::Apart, kills).await, 0);
 }
 
-/// Kills the payer so many times in mid-payment; gives how many channels were force-closed.
-async fn kill_payer(place: Place, kills: u32) -> u32 {
+/// Kills the payer, or its Lightning node, so many times in mid-payment.
+async fn kill_payer(place: Place, kills: u32) -> Closed {
     let slices = (kills + 1) * SLICES_A_KILL;
     let world = Arc::new(World::new().await);
     let payee = Arc::new(world.start("payee").await);
@@ -94,14 +135,16 @@ async fn kill_payer(place: Place, kills: u32) -> u32 {
     let events = tokio::spawn({
         let (payee, payer_dir) = (payee.clone(), payer_dir.clone());
         async move {
-            let mut forced = 0;
+            let mut forced = BTreeSet::new();
             while let Ok(event) = payee.next_event().await {
                 if let WalletEvent::PaymentReceived { hash, .. } = event
                     && let Ok(PaymentState::Settled { preimage, .. }) = payee.lookup(hash).await
                 {
                     append(&payer_dir.join("credits"), &format!("{hash} {preimage}"));
                 }
-                forced += u32::from(matches!(event, WalletEvent::ChannelClosed { forced: true, .. }));
+                if let WalletEvent::ChannelClosed { forced: true, channel, .. } = event {
+                    forced.insert(channel);
+                }
                 payee.event_handled().await.unwrap();
             }
             forced
@@ -117,30 +160,32 @@ async fn kill_payer(place: Place, kills: u32) -> u32 {
         }
     });
 
-    let mut funded = false;
+    let mut funded_sat = None;
     for kill in 0..=kills {
         let since = Instant::now();
         let mut payer = Payer::spawn(&world, &payee, &payer_dir, place);
         let goal = if kill < kills { 1 + kill * SLICES_A_KILL } else { slices };
         loop {
             assert!(since.elapsed() < PATIENCE, "{place:?}: stuck before kill {kill}: {}", report(&payer_dir));
-            if !funded && let Ok(address) = fs::read_to_string(payer_dir.join("address")) {
+            if funded_sat.is_none()
+                && let Ok(address) = fs::read_to_string(payer_dir.join("address"))
+            {
+                let height = world.chain.lock().unwrap().height() + 1;
+                funded_sat = Some(REWARD_SAT >> (height / HALVING_BLOCKS));
                 world.fund_address(&address);
-                funded = true;
             }
-            if Journal::read(&payer_dir).settled() >= goal {
+            if Journal::read(&payer_dir).over() >= goal {
                 break;
             }
             tokio::time::sleep(Duration::from_millis(15)).await;
         }
         // Somewhere in the payments after the last one that is in the journal.
         tokio::time::sleep(Duration::from_millis(u64::from(kill * 23 % 160))).await;
-        payer.0.kill().unwrap();
-        payer.0.wait().unwrap();
+        payer.kill(place, &payer_dir, since);
     }
 
     let journal = Journal::read(&payer_dir);
-    assert_eq!(journal.settled(), slices);
+    assert_eq!(journal.over(), slices);
     let received: Vec<_> = payee
         .payments()
         .await
@@ -149,33 +194,105 @@ async fn kill_payer(place: Place, kills: u32) -> u32 {
         .filter(|p| p.direction == Direction::Inbound && matches!(p.state, PaymentState::Settled { .. }))
         .collect();
     let sum: u64 = received.iter().map(|p| p.amount.0).sum();
-    assert_eq!(sum, (0..slices).map(|slice| amount(slice).0).sum::<u64>());
+    assert_eq!(sum, journal.0.values().filter(|row| is_settled(row)).map(|row| amount(row.0).0).sum::<u64>());
     assert!(received.iter().all(|p| matches!(journal.0.get(&p.hash), Some((_, Some(Outcome::Settled { .. }))))));
+    let left_sat = all_comes_back(&world, &payee, &payer_dir).await;
     payee.stop().await.unwrap();
     blocks.await.unwrap();
     let forced = events.await.unwrap();
+    let told = fs::read_to_string(payer_dir.join("closed")).unwrap_or_default();
+    let told: BTreeSet<&str> = told.lines().collect();
+    let miners_sat = funded_sat.unwrap() - sum.div_ceil(1_000) - left_sat;
+    let unsent = slices - journal.settled();
+    let closed = Closed { forced: forced.len(), noticed: told.len(), unsent, miners_sat };
     eprintln!(
-        "{place:?}: {kills} kills in mid-payment, {forced} channels force-closed, {slices} slices paid once, {sum} msat"
+        "{place:?}: {kills} kills in mid-payment, {} slices paid once, {sum} msat; {closed:?}",
+        journal.settled()
     );
-    forced
+    assert!(place != Place::Apart || unsent == 0, "{closed:?}");
+    assert!(forced.iter().all(|channel| told.contains(channel.to_string().as_str())), "not noticed: {forced:?}");
+    let channels = u64::try_from(forced.len() + 1).unwrap();
+    assert!(miners_sat <= channels * MINERS_SAT_A_CHANNEL, "lost beside the miners' share: {closed:?}");
+    closed
 }
+
+/// The payer's wallet once more, until nothing of closed channels is out any more. Gives what it has, in sat.
+async fn all_comes_back(world: &World, payee: &LdkWallet, dir: &Path) -> u64 {
+    let (since, mut looks) = (Instant::now(), 0);
+    let wallet = loop {
+        match LdkWallet::start(config(dir, &world.server.url())).await {
+            Ok(wallet) => break wallet,
+            // The process of the payer that was killed last stops its node.
+            Err(StartError::InUse { .. }) => tokio::time::sleep(Duration::from_millis(50)).await,
+            Err(error) => panic!("{error}"),
+        }
+        assert!(since.elapsed() < PATIENCE, "the store is not let go of");
+    };
+    loop {
+        looks += 1;
+        // An event that nobody read is a thing that is not yet told.
+        while let Ok(event) = tokio::time::timeout(Duration::from_millis(20), wallet.next_event()).await {
+            if let WalletEvent::ChannelClosed { forced: true, channel, .. } = event.unwrap() {
+                append(&dir.join("closed"), &channel.to_string());
+            }
+            wallet.event_handled().await.unwrap();
+        }
+        world.mine(8);
+        wallet.sync().await.unwrap();
+        let _ = wallet.connect(payee.node_id(), payee.listen_addr().unwrap()).await;
+        let (balance, channels) = (wallet.balance().await.unwrap(), wallet.channels().await.unwrap());
+        let settled = looks > 2 && channels.iter().all(|c| c.usable) && !balance.outbound_in_flight;
+        if settled && balance.closing_sat == 0 {
+            wallet.stop().await.unwrap();
+            return balance.onchain_total_sat + balance.lightning_total.0 / 1_000;
+        }
+        assert!(since.elapsed() < PATIENCE, "not all came back: {balance:?} {channels:?}");
+    }
+}
+
+fn config(dir: &Path, esplora: &str) -> LdkConfig {
+    let chain = ChainSource::Esplora { url: esplora.to_owned() };
+    let seed = satgrid_wallet::keys::Phrase::from_entropy(&SEED).unwrap().seed();
+    let log_level = LogLevel::Debug;
+    LdkConfig { listen: vec![free_addr()], log_level, ..LdkConfig::new(dir.join("ldk"), seed, chain) }
+}
+
+/// Where the payer says which process its Lightning node is.
+const WALLET_PID: &str = "wallet.pid";
 
 /// The payer's process.
 struct Payer(Child);
 
 impl Payer {
     fn spawn(world: &World, payee: &LdkWallet, dir: &Path, place: Place) -> Payer {
+        let _ = fs::remove_file(dir.join(WALLET_PID));
         let child = Command::new(env::current_exe().unwrap())
             .args(["--exact", "payer_process", "--ignored", "--nocapture"])
             .env("PAYER_DIR", dir)
-            .env("PAYER_APART", if place == Place::Apart { "1" } else { "" })
+            .env("PAYER_APART", if place == Place::Inside { "" } else { "1" })
             .env("PAYER_CHAIN", world.server.url())
             .env("PAYER_PEER", payee.node_id().to_string())
             .env("PAYER_PEER_ADDR", payee.listen_addr().unwrap().to_string())
             .stdout(Stdio::null())
+            // It dies of its wallet's death, and says so at length.
+            .stderr(if place == Place::Aimed { Stdio::null() } else { Stdio::inherit() })
             .spawn()
             .unwrap();
         Payer(child)
+    }
+
+    fn kill(&mut self, place: Place, dir: &Path, since: Instant) {
+        if place == Place::Aimed {
+            let wallet = fs::read_to_string(dir.join(WALLET_PID)).unwrap();
+            assert!(Command::new("kill").args(["-9", wallet.trim()]).status().unwrap().success());
+            while self.0.try_wait().unwrap().is_none() {
+                assert!(since.elapsed() < PATIENCE, "the payer outlives its wallet");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            return;
+        }
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
     }
 }
 
@@ -197,7 +314,8 @@ impl Journal {
             let [what, slice, hash, preimage] = line.split(' ').collect::<Vec<_>>()[..] else { continue };
             let outcome = match what {
                 "settled" => Some(Outcome::Settled { preimage: preimage.parse().unwrap(), fee: Msat(0) }),
-                "failed" => Some(Outcome::Failed { reason: satgrid_wallet::FailureReason::Other }),
+                "failed" => Some(Outcome::Failed { reason: FailureReason::Other }),
+                "unsent" => Some(UNSENT),
                 _ => None,
             };
             let row = rows.entry(hash.parse().unwrap()).or_insert((slice.parse().unwrap(), None));
@@ -210,8 +328,18 @@ impl Journal {
         append(&dir.join("journal"), line);
     }
     fn settled(&self) -> u32 {
-        u32::try_from(self.0.values().filter(|row| matches!(row.1, Some(Outcome::Settled { .. }))).count()).unwrap()
+        u32::try_from(self.0.values().filter(|row| is_settled(row)).count()).unwrap()
     }
+    /// Settled, or never to be paid.
+    fn over(&self) -> u32 {
+        self.settled() + u32::try_from(self.0.values().filter(|row| row.1 == Some(UNSENT)).count()).unwrap()
+    }
+}
+
+const UNSENT: Outcome = Outcome::Failed { reason: FailureReason::NeverSent };
+
+fn is_settled(row: &(u32, Option<Outcome>)) -> bool {
+    matches!(row.1, Some(Outcome::Settled { .. }))
 }
 
 fn append(path: &Path, line: &str) {
@@ -236,14 +364,13 @@ async fn payer_process() {
     let Ok(dir) = env::var("PAYER_DIR").map(PathBuf::from) else { return };
     let peer: LightningKey = env::var("PAYER_PEER").unwrap().parse().unwrap();
     let addr: SocketAddr = env::var("PAYER_PEER_ADDR").unwrap().parse().unwrap();
-    let chain = ChainSource::Esplora { url: env::var("PAYER_CHAIN").unwrap() };
-    let seed = satgrid_wallet::keys::Phrase::from_entropy(&[42; 16]).unwrap().seed();
-    let log_level = LogLevel::Debug;
-    let config = LdkConfig { listen: vec![free_addr()], log_level, ..LdkConfig::new(dir.join("ldk"), seed, chain) };
+    let config = config(&dir, &env::var("PAYER_CHAIN").unwrap());
     let wallet: Box<dyn Embedded> = if env::var("PAYER_APART").as_deref() == Ok("1") {
         let args = ["--exact", "wallet_process", "--ignored", "--nocapture"].map(OsString::from).to_vec();
         let program = Program { exe: env::current_exe().unwrap(), args };
-        Box::new(WalletProcess::start(&program, config).await.unwrap())
+        let wallet = WalletProcess::start(&program, config).await.unwrap();
+        fs::write(dir.join(WALLET_PID), wallet.pid().unwrap().to_string()).unwrap();
+        Box::new(wallet)
     } else {
         Box::new(LdkWallet::start(config).await.unwrap())
     };
@@ -266,7 +393,7 @@ async fn payer_process() {
         let intent = intents.iter().find(|i| i.hash == hash).unwrap().clone();
         slices.recover(unix_now(), slice, intent, outcome);
     }
-    let mut role = Role { wallet, dir, slices, intents };
+    let mut role = Role { wallet, dir, slices, intents, quiet_since: None };
     loop {
         role.keep_a_channel(peer, addr).await;
         role.turn().await;
@@ -285,7 +412,12 @@ struct Role {
     dir: PathBuf,
     slices: Slices<u32>,
     intents: Vec<Intent>,
+    /// Since when nothing is out.
+    quiet_since: Option<Instant>,
 }
+
+/// Nothing out for so long: what a row says of a payment in flight is no longer so.
+const QUIET: Duration = Duration::from_secs(8);
 
 impl Role {
     async fn keep_a_channel(&self, peer: LightningKey, addr: SocketAddr) {
@@ -310,6 +442,9 @@ impl Role {
                     self.tell(hash, Input::Settled { preimage, fee })
                 }
                 WalletEvent::PaymentFailed { hash, reason } => self.tell(hash, Input::Failed { reason }),
+                WalletEvent::ChannelClosed { forced: true, channel, .. } => {
+                    append(&self.dir.join("closed"), &channel.to_string());
+                }
                 WalletEvent::PaymentReceived { .. }
                 | WalletEvent::ChannelPending { .. }
                 | WalletEvent::ChannelReady { .. }
@@ -334,6 +469,7 @@ impl Role {
             self.tell(hash, input);
         }
         self.believe_the_payee();
+        self.give_up_what_was_forgotten().await;
         if !self.wallet.channels().await.unwrap().iter().any(|c| c.usable) {
             return;
         }
@@ -341,6 +477,23 @@ impl Role {
             if self.slices.may_start(&slice, intent.hash).is_ok() {
                 Journal::append(&self.dir, &format!("attempt {slice} {} -", intent.hash));
                 self.slices.start(unix_now(), slice, intent.clone()).unwrap();
+            }
+        }
+    }
+
+    async fn give_up_what_was_forgotten(&mut self) {
+        let flies = |intent: &&Intent| {
+            self.slices.payment(&intent.hash).is_some_and(|(_, payment)| *payment.phase() == Phase::InFlight)
+        };
+        let flying: Vec<PaymentHash> = self.intents.iter().filter(flies).map(|intent| intent.hash).collect();
+        let usable = self.wallet.channels().await.unwrap().iter().any(|c| c.usable);
+        if flying.is_empty() || !usable || self.wallet.balance().await.unwrap().outbound_in_flight {
+            self.quiet_since = None;
+            return;
+        }
+        if self.quiet_since.get_or_insert_with(Instant::now).elapsed() > QUIET {
+            for hash in flying {
+                self.tell(hash, Input::Failed { reason: FailureReason::NeverSent });
             }
         }
     }
@@ -365,6 +518,7 @@ impl Role {
             Some((slice, Outcome::Settled { preimage, .. })) => {
                 Journal::append(&self.dir, &format!("settled {slice} {hash} {preimage}"));
             }
+            Some((slice, UNSENT)) => Journal::append(&self.dir, &format!("unsent {slice} {hash} -")),
             Some((slice, Outcome::Failed { .. })) => Journal::append(&self.dir, &format!("failed {slice} {hash} -")),
             None => {}
         }
