@@ -66,6 +66,8 @@ pub(super) struct Session {
     pub uncredited_since: Option<UnixMs>,
     /// Payments that failed in a row.
     pub failed_payments: u32,
+    /// What the route to it is tried with after a payment failed; none while none has.
+    pub carries: Option<Msat>,
     pub waiting: VecDeque<CallId>,
     pub streams: BTreeMap<StreamId, RequestId>,
     pub requests: BTreeMap<RequestId, Live>,
@@ -112,6 +114,7 @@ impl Session {
             quote_wanted: None,
             uncredited_since: None,
             failed_payments: 0,
+            carries: None,
             waiting: VecDeque::new(),
             streams: BTreeMap::new(),
             requests: BTreeMap::new(),

@@ -91,7 +91,8 @@ impl Consumer {
         let (quote, provider) = (state.quote(), session.provider());
         let direct = self.direct_peers.contains(&quote.lightning_node);
         let first = if direct { self.config.slices.first } else { self.config.first_routed };
-        let policy = SlicePolicy { first, ..self.config.slices };
+        let largest = session.carries.map_or(self.config.slices.largest, |most| most.min(self.config.slices.largest));
+        let policy = SlicePolicy { first, largest };
         let floor = slices::floor(&quote.rates, &quote.terms);
         let sum = |amounts: &mut dyn Iterator<Item = Msat>| amounts.fold(Msat::ZERO, Msat::saturating_add);
         let running = match session.requests.is_empty() {
@@ -212,8 +213,16 @@ impl Consumer {
             return self.actions.push_back(handled);
         };
         self.counters.slices += 1;
+        let amount = self.attempted_amount(index);
+        let largest = self.config.slices.largest;
         if let Some(session) = self.sessions.get_mut(&index) {
             session.failed_payments = 0;
+            // The route carried what it was tried with: it is tried with twice as much.
+            if let (Some(most), Some(amount)) = (session.carries, amount)
+                && amount >= most
+            {
+                session.carries = Some(Msat(most.0.saturating_mul(2))).filter(|most| *most < largest);
+            }
         }
         self.record(index, vec![draft], vec![handled]);
         self.slice_over(now, index);
@@ -226,8 +235,19 @@ impl Consumer {
         let state = index.and_then(|i| self.sessions.get(&i)?.state.as_ref().map(|s| (i, s)));
         let failed = state.and_then(|(i, s)| s.failed(hash, reason.clone()).ok().map(|d| (i, d)));
         let Some((index, draft)) = failed else { return self.actions.push_back(handled) };
+        // A payment that fails costs nothing and tells what no probe would: the route does not carry so much now.
+        let amount = self.attempted_amount(index);
+        if let (Some(session), Some(amount)) = (self.sessions.get_mut(&index), amount) {
+            session.carries = Some(Msat(amount.0 / 2));
+        }
         self.record(index, vec![draft], vec![handled]);
         self.count_failure(now, index, &reason);
+    }
+
+    /// The amount of the slice whose payment is under way.
+    fn attempted_amount(&self, index: SessionIndex) -> Option<Msat> {
+        let state = self.sessions.get(&index)?.state.as_ref()?;
+        state.attempted().map(|(_, slice)| slice.amount)
     }
 
     /// A slice could not be paid; after a few in a row its calls go elsewhere.

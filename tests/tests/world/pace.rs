@@ -1,9 +1,11 @@
 //! Payments that keep up with the engine, and what that costs in exposure.
 
 use super::assert_undisturbed;
+use satgrid_ledger::{Account, Entry, Evidence, TransferOp};
 use satgrid_node::consumer::CallId;
 use satgrid_tests::world::{Ask, Options, World};
 use satgrid_types::{Msat, node_key};
+use satgrid_wallet::{fake::Fault, port::FailureReason};
 
 /// A market in which the engine makes so many tokens in 10 ms, and a payment takes so long.
 fn market(tokens_per_step: u32, payment_ms: u64) -> Options {
@@ -90,4 +92,49 @@ fn a_slow_engine_is_prepaid_no_more_than_before() {
     }
     // What the fixed figures of old (50 tokens/s, 500 ms) made of the same calls.
     assert_eq!(most, Msat(14_862));
+}
+
+/// What was attempted, in order, and whether it failed.
+fn attempted(world: &World) -> Vec<(Msat, bool)> {
+    let entries = world.consumers[0].journal.entries();
+    let of_failure = |entry: &Entry| match entry.evidence {
+        Some(Evidence::PaymentFailed { payment_hash, .. }) => Some(payment_hash),
+        Some(_) | None => None,
+    };
+    let failed = |hash| entries.iter().filter_map(of_failure).any(|failed| failed == hash);
+    let mut all = Vec::new();
+    for entry in entries {
+        let Some(Evidence::PaymentAttempted { payment_hash, .. }) = entry.evidence else { continue };
+        let amount = entry.transfers.iter().find_map(|transfer| {
+            let TransferOp::Pending { debit: Account::PrepaidAsset(_), amount, .. } = transfer.op else { return None };
+            Some(amount)
+        });
+        all.push((amount.unwrap(), failed(payment_hash)));
+    }
+    all
+}
+
+/// What a route carries is learnt from payments that fail: the next slice is half, and it grows again once that passes.
+#[test]
+fn a_slice_that_its_route_does_not_carry_is_tried_at_half() {
+    let mut world = World::new(market(30, 500), 1, 1);
+    while delivered(&world) < Msat::sat(2_000) {
+        keep_busy(&mut world, 12, 24, 200);
+    }
+    let before = attempted(&world).len();
+    let fail = Fault::Fail(FailureReason::RetriesExhausted);
+    world.net.script(world.consumers[0].purse.lightning, [fail, fail]);
+    keep_busy(&mut world, 12, 36, 200);
+    let all = attempted(&world);
+    let (tried, later) = all[before..].split_at(3);
+    let [(first, true), (second, true), (third, false)] = tried else { panic!("{tried:?}") };
+    let floor = Msat::sat(10);
+    assert!(*first > Msat(4 * floor.0), "there is something to halve: {first}");
+    assert!(second.0 <= first.0 / 2 && third.0 <= (second.0 / 2).max(floor.0), "{tried:?}");
+    let most = later.iter().map(|(amount, _)| amount.0).max().unwrap();
+    assert!(most > third.0, "it grows again: {later:?}");
+    assert!(later.iter().all(|(_, failed)| !failed));
+    world.run_ms(60_000);
+    world.assert_quiet();
+    world.assert_agree(0, 0);
 }
