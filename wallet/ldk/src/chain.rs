@@ -83,6 +83,28 @@ impl Chain {
         }
     }
 
+    /// What the newest block says of the time, in Unix seconds.
+    pub async fn tip_time(&self) -> Answer<u64> {
+        match &self.0 {
+            ChainSource::Esplora { url } => {
+                let client = esplora(url)?;
+                let tip = client.get_tip_hash().await.map_err(text)?;
+                Ok(client.get_header_by_hash(&tip).await.map_err(text)?.time.into())
+            }
+            ChainSource::Electrum { url } => {
+                let url = url.clone();
+                let ask = move || ElectrumClient::new(&url).and_then(|client| client.block_headers_subscribe());
+                let tip = tokio::task::spawn_blocking(ask).await.map_err(text)?.map_err(text)?;
+                Ok(tip.header.time.into())
+            }
+            ChainSource::BitcoindRpc { .. } => {
+                let tip = self.rpc("getblockchaininfo", json!([])).await?["bestblockhash"].clone();
+                let header = self.rpc("getblockheader", json!([tip])).await?;
+                header["time"].as_u64().ok_or_else(|| "its newest block has no time".to_owned())
+            }
+        }
+    }
+
     /// The estimate for a confirmation within an hour.
     pub async fn sat_per_vb(&self) -> Answer<u64> {
         let per_kvb = match &self.0 {

@@ -1,5 +1,6 @@
 //! `satgrid doctor`: what this machine lacks for what the configuration asks, each lack with its remedy.
 
+mod clock;
 mod devices;
 
 use serde::Serialize;
@@ -61,6 +62,7 @@ pub(super) fn run(globals: &Globals) -> anyhow::Result<()> {
     findings.extend(ports(config));
     findings.extend(relays(config));
     findings.extend(chain(config));
+    findings.extend(clock::findings(config));
     if config.is_provider() {
         findings.extend(models_for_sale(config));
         findings.push(processor());
