@@ -38,7 +38,7 @@ async fn world() -> World {
     let wallet: Arc<dyn Lightning> = Arc::new(node);
     let (handled, handled_inbox) = mpsc::unbounded_channel();
     let (ended, mut ended_inbox) = mpsc::unbounded_channel::<payments::Ended>();
-    let payments = payments::start(wallet.clone(), ended, handled.clone());
+    let payments = payments::start(wallet.clone(), None, ended, handled.clone());
     let settings = config::Door {
         listen: None,
         sells: None,
@@ -70,7 +70,7 @@ async fn world() -> World {
         consumer: None,
         door: Some(desk.clone()),
         handled: handled_inbox,
-        closed: mpsc::unbounded_channel().0,
+        changes: mpsc::unbounded_channel().0,
         own: crate::drive::bookkeeper::Own::default(),
         shutdown: shutdown.clone(),
     };

@@ -22,11 +22,21 @@ use tokio_util::sync::CancellationToken;
 
 /// How often channels are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// Blocks that a chain loses to chance: deeper reorganisations of a public network have a cause.
+const BLOCKS_BACK: u32 = 2;
 /// The backup below the node's folder.
 pub(crate) const BACKUP_FILE: &str = "channels.json";
 
 /// Channels that the operator asked to force-close: those stay closed.
 pub(crate) type Wished = Arc<Mutex<BTreeSet<String>>>;
+
+/// Why to look at the channels now.
+#[derive(Debug, Clone)]
+pub(crate) enum Change {
+    /// One is being opened, or is ready: from now on it is in the backup.
+    Opened,
+    Closed(Closed),
+}
 
 /// A channel that closed; the journal has it.
 #[derive(Debug, Clone)]
@@ -64,17 +74,18 @@ pub(crate) struct Keeper {
 }
 
 impl Keeper {
-    pub(crate) async fn run(self, mut closed: mpsc::UnboundedReceiver<Closed>) {
+    pub(crate) async fn run(self, mut changes: mpsc::UnboundedReceiver<Change>) {
         let mut reopen = read(&self.dir.join(BACKUP_FILE)).map(|file| file.reopen).unwrap_or_default();
         let mut told: Vec<&str> = Vec::new();
         // What the backup on disk says: how many channels of which size, and their states.
         let mut written: Option<ChannelBackup> = None;
+        let mut height = 0;
         let mut look = tokio::time::interval(LOOK_EVERY);
         loop {
             tokio::select! {
                 () = self.shutdown.cancelled() => return,
                 _ = look.tick() => {}
-                Some(gone) = closed.recv() => {
+                Some(change) = changes.recv() => if let Change::Closed(gone) = change {
                     let wished = self.wished.lock().unwrap_or_else(PoisonError::into_inner).remove(&gone.channel);
                     reopen.closed(now(), &gone.channel, gone.forced && !wished);
                     written = None;
@@ -99,7 +110,9 @@ impl Keeper {
             {
                 self.open(due).await;
             }
-            let lsp = self.wallet.facts().await.is_ok_and(|facts| facts.lsp.is_some());
+            let facts = self.wallet.facts().await.ok();
+            let lsp = facts.as_ref().is_some_and(|facts| facts.lsp.is_some());
+            height = went_back(height, facts.map_or(height, |facts| facts.height));
             self.tell(&channels, Shortage::all(&balance, &channels, lsp, self.wants.0, self.wants.1), &mut told);
         }
     }
@@ -152,6 +165,21 @@ impl Keeper {
         }
         Ok(())
     }
+}
+
+/// Says so where the chain source takes back more blocks than chance does; gives the height to hold the next one against.
+fn went_back(before: u32, now: u32) -> u32 {
+    let back = before.saturating_sub(now);
+    if back > BLOCKS_BACK {
+        let hint = "a channel whose funding is gone is closed, and its share comes back if the funding does; compare another chain source";
+        tracing::error!(
+            before,
+            now,
+            hint,
+            "the chain source takes {back} blocks back: a deep reorganisation, or it lies"
+        );
+    }
+    now
 }
 
 pub(crate) fn read(path: &Path) -> Option<BackupFile> {

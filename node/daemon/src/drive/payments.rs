@@ -1,16 +1,22 @@
 //! Outbound payments: the machine of `wallet::payment` that pays each slice once, driven against the wallet.
 
 use super::{now, until};
-use satgrid_types::{Msat, PaymentHash, Preimage, SessionId, UnixMs};
+use satgrid_types::{LightningKey, Msat, PaymentHash, Preimage, SessionId, UnixMs};
 use satgrid_wallet::{
-    FailureReason, Lightning, invoice,
+    Channel, Embedded, FailureReason, Lightning, invoice,
     payment::{Action, Input, InputError, Intent, Outcome, Slices, StartError},
 };
 use std::{
     collections::{BTreeSet, VecDeque},
     sync::Arc,
+    time::Duration,
 };
 use tokio::sync::mpsc;
+
+/// How long a payment waits for the channel with its payee to come back: one that was just restarted is found again and
+/// agrees on the channel's state within seconds. Far below an invoice's lifetime.
+const USABLE_WITHIN: Duration = Duration::from_secs(15);
+const USABLE_POLL: Duration = Duration::from_millis(200);
 
 /// Ended payments that are remembered, so that a slice which is paid stays paid whatever a role asks.
 const REMEMBERED: usize = 4_096;
@@ -68,6 +74,8 @@ pub(crate) struct Ended {
 
 struct Payments {
     wallet: Arc<dyn Lightning>,
+    /// The same wallet, where it has channels of its own.
+    embedded: Option<Arc<dyn Embedded>>,
     commands: mpsc::UnboundedSender<Command>,
     ended: mpsc::UnboundedSender<Ended>,
     /// Told of events about payments that are none of ours, or that the journal has: there is nothing to book.
@@ -83,12 +91,14 @@ struct Payments {
 /// Starts the driver; outcomes go to `ended`.
 pub(crate) fn start(
     wallet: Arc<dyn Lightning>,
+    embedded: Option<Arc<dyn Embedded>>,
     ended: mpsc::UnboundedSender<Ended>,
     handled: mpsc::UnboundedSender<PaymentHash>,
 ) -> mpsc::UnboundedSender<Command> {
     let (commands, inbox) = mpsc::unbounded_channel();
     let payments = Payments {
         wallet,
+        embedded,
         commands: commands.clone(),
         ended,
         handled,
@@ -215,12 +225,18 @@ impl Payments {
     fn act(&mut self) {
         while let Some((hash, action)) = self.slices.poll_action() {
             let (wallet, commands) = (self.wallet.clone(), self.commands.clone());
+            let embedded = self.embedded.clone();
             tokio::spawn(async move {
                 let input = match action {
-                    Action::Pay { bolt11, max_fee } => match wallet.pay(&bolt11, max_fee).await {
-                        Ok(()) => Some(Input::Accepted),
-                        Err(error) => Some(Input::Refused(error)),
-                    },
+                    Action::Pay { bolt11, max_fee } => {
+                        if let (Some(embedded), Ok(facts)) = (embedded, invoice::read(&bolt11)) {
+                            channel_is_back(embedded.as_ref(), facts.payee, USABLE_WITHIN).await;
+                        }
+                        match wallet.pay(&bolt11, max_fee).await {
+                            Ok(()) => Some(Input::Accepted),
+                            Err(error) => Some(Input::Refused(error)),
+                        }
+                    }
                     Action::Look { hash } => wallet.lookup(hash).await.ok().map(Input::Looked),
                     Action::Observe => observe(wallet.as_ref()).await,
                 };
@@ -232,8 +248,63 @@ impl Payments {
     }
 }
 
+/// Waits while a channel with the payee stands and its peer is away, and looks for the peer. Nothing is sent before, so a
+/// payment that waits here has been attempted by nobody; without this it would fail at once for want of a route.
+async fn channel_is_back(wallet: &dyn Embedded, payee: LightningKey, within: Duration) {
+    let waits = async {
+        let mut asked = false;
+        while wallet.channels().await.is_ok_and(|channels| is_away(&channels, payee)) {
+            // The peer may listen only a moment from now: it is asked for by others, too, every two seconds.
+            if !std::mem::replace(&mut asked, true) {
+                tracing::info!(peer = %payee, "waiting for the channel with the payee to come back");
+                let _ = wallet.reconnect().await;
+            }
+            tokio::time::sleep(USABLE_POLL).await;
+        }
+    };
+    let _ = tokio::time::timeout(within, waits).await;
+}
+
+/// Channels with the payee are agreed on, and none can be used.
+fn is_away(channels: &[Channel], payee: LightningKey) -> bool {
+    let mut with = channels.iter().filter(|channel| channel.counterparty == payee && channel.ready).peekable();
+    with.peek().is_some() && with.all(|channel| !channel.usable)
+}
+
 async fn observe(wallet: &dyn Lightning) -> Option<Input> {
     let usable = wallet.channels().await.ok()?.iter().any(|channel| channel.usable);
     let outbound_in_flight = wallet.balance().await.ok()?.outbound_in_flight;
     Some(Input::Observed { usable, outbound_in_flight })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use satgrid_wallet::ChannelId;
+
+    #[test]
+    fn a_payment_waits_for_its_payees_channel_alone() {
+        let (payee, other) = (LightningKey([2; 33]), LightningKey([3; 33]));
+        let channel = |counterparty, ready, usable| Channel {
+            id: ChannelId([0; 32]),
+            counterparty,
+            capacity_sat: 0,
+            ours: Msat::ZERO,
+            reserve_sat: 0,
+            payable: Msat::ZERO,
+            largest_payment: Msat::ZERO,
+            receivable: Msat::ZERO,
+            we_opened: true,
+            ready,
+            usable,
+            confirmations: 1,
+        };
+        let check = |channels: &[Channel], away: bool| assert_eq!(is_away(channels, payee), away, "{channels:?}");
+        check(&[], false);
+        check(&[channel(other, true, false)], false);
+        // One that still confirms is not waited for.
+        check(&[channel(payee, false, false)], false);
+        check(&[channel(payee, true, false), channel(other, true, true)], true);
+        check(&[channel(payee, true, false), channel(payee, true, true)], false);
+    }
 }

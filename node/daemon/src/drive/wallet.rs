@@ -44,8 +44,8 @@ pub(crate) struct WalletPump {
     pub door: Option<Arc<DoorDesk>>,
     /// Payment hashes whose events the roles have booked.
     pub handled: mpsc::UnboundedReceiver<PaymentHash>,
-    /// Told of every channel that closed, once the journal has it.
-    pub closed: mpsc::UnboundedSender<channels::Closed>,
+    /// Told of every channel that opens, and of every one that closed, once the journal has it.
+    pub changes: mpsc::UnboundedSender<channels::Change>,
     /// Rung whenever money moved: some of it may be the operator's own.
     pub own: Own,
     pub shutdown: CancellationToken,
@@ -117,10 +117,12 @@ impl WalletPump {
             }
             WalletEvent::ChannelPending { channel, counterparty } => {
                 tracing::info!(%channel, peer = %counterparty, "channel pending: waiting for its confirmation");
+                let _ = self.changes.send(channels::Change::Opened);
                 true
             }
             WalletEvent::ChannelReady { channel, counterparty, funding_confirmed, .. } => {
                 tracing::info!(%channel, peer = %counterparty, funding_confirmed, "channel ready");
+                let _ = self.changes.send(channels::Change::Opened);
                 true
             }
             WalletEvent::ChannelClosed { channel, reason, forced, counterparty } => {
@@ -132,7 +134,8 @@ impl WalletPump {
                 let evidence = Evidence::ChannelClosed { channel: channel.to_string(), reason, force: forced };
                 let booked = self.journal.append(vec![Draft::of(evidence)]).await.is_ok();
                 if booked {
-                    let _ = self.closed.send(channels::Closed { channel: channel.to_string(), counterparty, forced });
+                    let gone = channels::Closed { channel: channel.to_string(), counterparty, forced };
+                    let _ = self.changes.send(channels::Change::Closed(gone));
                 }
                 booked
             }

@@ -122,7 +122,7 @@ impl House {
         let lightning: Arc<dyn Lightning> = house.clone();
         let (handled, handled_inbox) = mpsc::unbounded_channel();
         let (ended, ended_inbox) = mpsc::unbounded_channel();
-        let payments = payments::start(lightning.clone(), ended, handled.clone());
+        let payments = payments::start(lightning.clone(), None, ended, handled.clone());
         let any = match quic_listen.ip() {
             IpAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
             IpAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
@@ -159,7 +159,7 @@ impl House {
             door: None,
             handled: handled_inbox,
             // It has no channels that could close.
-            closed: mpsc::unbounded_channel().0,
+            changes: mpsc::unbounded_channel().0,
             // The house has no money of its own.
             own: Own::default(),
             shutdown: shutdown.clone(),

@@ -243,6 +243,7 @@ impl Opened {
             journal: writer.clone(),
             store: journal.clone(),
             wallet: lightning.clone(),
+            embedded: embedded.clone(),
             key_store: key_store.clone(),
             own: own.clone(),
             shutdown: shutdown.clone(),
@@ -309,7 +310,7 @@ impl Opened {
                 wants: (sells(&config), buys(&config)),
                 shutdown: shutdown.clone(),
             };
-            tokio::spawn(keeper.run(running.closed));
+            tokio::spawn(keeper.run(running.changes));
         }
         let edges = CancellationToken::new();
         let mut tasks = tokio::task::JoinSet::new();

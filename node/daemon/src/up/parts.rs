@@ -43,7 +43,7 @@ use satgrid_protocol_quic::{
     artefact::{ArtefactServer, ServeLimits},
 };
 use satgrid_types::{Digest, EngineProfile, Listing, ModelRoot, Msat, NostrKey, RateCard, Terms, node_key};
-use satgrid_wallet::{FailureReason, Lightning, payment::Outcome};
+use satgrid_wallet::{Embedded, FailureReason, Lightning, payment::Outcome};
 use std::{
     collections::BTreeSet,
     net::{Ipv4Addr, SocketAddr},
@@ -64,6 +64,7 @@ pub(super) struct Node<'a> {
     pub journal: JournalWriter,
     pub store: Store,
     pub wallet: Arc<dyn Lightning>,
+    pub embedded: Option<Arc<dyn Embedded>>,
     pub key_store: KeyStore,
     pub own: Own,
     pub shutdown: CancellationToken,
@@ -86,15 +87,15 @@ pub(super) struct Running {
     pub provider: Option<mpsc::Sender<provider::Message>>,
     pub provider_view: Option<Arc<RwLock<ProviderView>>>,
     pub consumer_view: Option<Arc<RwLock<ConsumerView>>>,
-    /// Channels as they close, for whoever opens them again.
-    pub closed: mpsc::UnboundedReceiver<channels::Closed>,
+    /// Channels as they open and close, for whoever backs them up and opens them again.
+    pub changes: mpsc::UnboundedReceiver<channels::Change>,
 }
 
 impl Node<'_> {
     pub(super) async fn start(&self, recovered: Recovered, market: &Market) -> anyhow::Result<Running> {
         let (handled, handled_inbox) = mpsc::unbounded_channel();
         let (ended, ended_inbox) = mpsc::unbounded_channel();
-        let payments = payments::start(self.wallet.clone(), ended, handled.clone());
+        let payments = payments::start(self.wallet.clone(), self.embedded.clone(), ended, handled.clone());
         let figures = self.expert_figures().await?;
         let mut for_sale = match self.config.is_provider() {
             true => engines::start(self.config, figures.as_ref()).await?,
@@ -239,7 +240,7 @@ impl Node<'_> {
         }
         tokio::spawn(space(self.config).watch(provider.clone(), consumer.clone(), self.shutdown.clone()));
         tokio::spawn(route_ended(ended_inbox, provider.clone(), consumer.clone(), door.clone()));
-        let (tell_closed, closed) = mpsc::unbounded_channel();
+        let (tell_changes, changes) = mpsc::unbounded_channel();
         let pump = WalletPump {
             wallet: self.wallet.clone(),
             journal: self.journal.clone(),
@@ -248,7 +249,7 @@ impl Node<'_> {
             consumer: consumer.clone(),
             door: door.clone(),
             handled: handled_inbox,
-            closed: tell_closed,
+            changes: tell_changes,
             own: self.own.clone(),
             shutdown: self.shutdown.clone(),
         };
@@ -282,7 +283,7 @@ impl Node<'_> {
             provider,
             provider_view,
             consumer_view,
-            closed,
+            changes,
         })
     }
 
