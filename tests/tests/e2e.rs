@@ -8,6 +8,7 @@
 //! | `a_market_under_bad_input_and_bad_luck` | one market on a tiny model, left running, and everything that is done to it |
 //! | `budgets_hold_and_a_key_is_given_up` | API keys on a running node: twenty at once on the balance of one, refusals, a crash; then a provider rotates its node key |
 //! | `a_model_over_paid_workers_one_of_them_killed` | `make demo-split SLOW=1 KILL=1`: layers bought from processes, one slower than it lists, the text of one machine |
+//! | `the_operators_money_and_a_killed_wallet` | coins and channel money swept, with what it costs; SIGKILL for the process of the Lightning node in mid-payment |
 //! | `strangers_at_the_front_door` | a provider with its door open: L402, a prepaid key, refunds, a kill, its house's ledger |
 //! | `two_leads_take_each_others_places_at_their_workers` | workers too small for both: rows are sent again, the text of one machine, clean ledgers |
 //! | `ports_that_are_taken` | told at once, by number |
@@ -29,6 +30,8 @@ mod http;
 mod identity;
 #[path = "e2e/market.rs"]
 mod market;
+#[path = "e2e/money.rs"]
+mod money;
 #[path = "e2e/openai.rs"]
 mod openai;
 #[path = "e2e/split.rs"]
@@ -189,6 +192,24 @@ fn budgets_hold_and_a_key_is_given_up() {
     market.audit("after calls with budgets");
     budgets::survive(&mut market, &runtime);
     identity::rotates(&mut market, &runtime);
+    identity::revokes(&mut market, &runtime);
+    market.stop();
+}
+
+#[test]
+#[ignore = "needs the built binary: tests/scripts/e2e.sh"]
+fn the_operators_money_and_a_killed_wallet() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = tiny_model(dir.path());
+    let mut market = Market::start(&dir.path().join("market"), &model);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        market.case("coins swept to an address", money::sweep_on_chain(&market)).await;
+        market.case("a sweep to a Lightning address", money::sweep_to_lightning_address(&market)).await;
+    });
+    market.audit("after sweeps");
+    money::wallet_killed_while_paying(&mut market, &runtime);
+    market.audit("after the wallet was killed while paying");
     market.stop();
 }
 

@@ -77,14 +77,11 @@ pub(crate) fn rotates(market: &mut Market, runtime: &tokio::runtime::Runtime) {
             (status["node_key"] == new.as_str()).then_some(())
         };
         wait_for("the provider under its new key", Duration::from_secs(60), back).await;
-        // Its wallet was away too. Who asks before the channel is up again finds no route, and leaves the provider for a while.
-        let paid = || async {
-            let channels = admin(&consumer, "wallet").await?["channels"].as_array()?.clone();
-            (!channels.is_empty() && channels.iter().all(|channel| channel["usable"] == true)).then_some(())
-        };
-        wait_for("the channels", Duration::from_secs(90), paid).await;
+        // Its wallet was away too: whoever asks before the channel is up again waits for it.
         let buys = || async { sellers(market, Some(&new)).await?.contains(&new).then_some(()) };
         wait_for("an answer by the new key", Duration::from_secs(60), buys).await;
+        let failed = market.ledger("consumer").iter().filter(|entry| entry["kind"] == "payment-failed").count();
+        eprintln!("  {failed} payments failed while it came back");
         // What is left in the session that was opened under the old key comes back from the new one.
         admin_post(&consumer, &format!("sessions/{session}/close")).await;
         let settled = || async {
@@ -114,4 +111,64 @@ pub(crate) fn rotates(market: &mut Market, runtime: &tokio::runtime::Runtime) {
     assert!(verdict.status.success(), "{}", String::from_utf8_lossy(&verdict.stdout));
     assert!(String::from_utf8_lossy(&verdict.stdout).contains(&new));
     super::second_opinion(&bundle);
+}
+
+/// The key of a node that has open sessions is given up for good: it cannot be while the node runs; started again the node pays
+/// back and sells nothing, and its consumers buy of others.
+pub(crate) fn revokes(market: &mut Market, runtime: &tokio::runtime::Runtime) {
+    let consumer = market.node("consumer").clone();
+    // Whoever serves without being asked for; its session is open, with a balance.
+    let served = wait_for("an answer", Duration::from_secs(90), || sellers(market, None));
+    let key = runtime.block_on(served).pop().unwrap();
+    let (node, session) = runtime.block_on(async {
+        let mut found = None;
+        for name in ["provider-a", "provider-b"] {
+            let node = market.node(name);
+            if admin(node, "status").await.is_some_and(|status| status["node_key"] == key.as_str()) {
+                found = Some(node.clone());
+            }
+        }
+        let open = || async {
+            let status = admin(&consumer, "status").await?;
+            let of_key = |s: &&Value| s["provider"] == key.as_str();
+            let with = status["consumer"]["sessions"].as_array()?.iter().find(of_key)?.clone();
+            with["session"].as_str().map(str::to_owned)
+        };
+        let session = wait_for("the session in the status", Duration::from_secs(10), open).await;
+        (found.expect("a node that is still its first self"), session)
+    });
+    let refused = run(&node.config, &["identity", "revoke", "--yes"]);
+    assert!(!refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("stop it first"));
+    let shown = json_of(&run(&node.config, &["--format", "json", "identity", "show"]));
+    assert_eq!((&shown["revoked"], &shown["node_key"]), (&false.into(), &key.as_str().into()), "nothing was changed");
+
+    signal("TERM", node.pid);
+    let gone = || async { (!is_running(node.pid)).then_some(()) };
+    runtime.block_on(wait_for("the end of the provider", Duration::from_secs(30), gone));
+    let revoked = json_of(&run(&node.config, &["--format", "json", "identity", "revoke", "--yes"]));
+    assert_eq!(revoked["revoked"], true, "{revoked}");
+    let child = up(market, &node.name);
+    let pid = child.id();
+    market.restarted.push(child);
+    runtime.block_on(async {
+        wait_for("the node, revoked", Duration::from_secs(60), || admin(&node, "status")).await;
+        admin_post(&consumer, &format!("sessions/{session}/close")).await;
+        let settled = || async {
+            let entries = market.ledger("consumer");
+            let ends = |entry: &&Value| {
+                let kind = entry["kind"].as_str().unwrap_or_default();
+                matches!(kind, "refund-received" | "credit-note") && entry.to_string().contains(&session)
+            };
+            entries.iter().find(ends).map(|entry| entry["kind"].as_str().unwrap().to_owned())
+        };
+        let how = wait_for("the remainder of a revoked key", Duration::from_secs(60), settled).await;
+        eprintln!("  {} revoked its key; the open session ended by a {how}", node.name);
+        assert!(sellers(market, Some(&key)).await.is_none(), "nobody buys of it");
+    });
+    let known = json_of(&run(&consumer.config, &["--format", "json", "market", "keys"]));
+    let of_it = known.as_array().unwrap().iter().find(|known| known["node_key"] == key.as_str()).unwrap();
+    assert!(of_it["fate"].as_str().unwrap().contains("revoked"), "{of_it}");
+    signal("TERM", pid);
+    let gone = || async { (!is_running(pid)).then_some(()) };
+    runtime.block_on(wait_for("the end of the node", Duration::from_secs(30), gone));
 }
