@@ -65,6 +65,14 @@ impl Line {
         (n > 0.0).then(|| (x / n, y / n))
     }
 
+    /// Whether there were different x: a spread of less than a twentieth of the mean is noise.
+    pub fn tells_slope(&self) -> bool {
+        let [n, x, _, xx, _] = self.sums;
+        let mean = x / n;
+        let spread = xx / n - mean * mean;
+        self.is_measured() && spread > (mean / 20.0) * (mean / 20.0) && spread > 0.0
+    }
+
     /// The least squares, or none where too little was measured. Where all x were alike the slope is what is `assumed`.
     pub fn fit(&self, assumed: f64) -> Option<Fit> {
         let [n, x, y, xx, xy] = self.sums;
@@ -73,8 +81,7 @@ impl Line {
         }
         let (x, y) = (x / n, y / n);
         let spread = xx / n - x * x;
-        // A spread of less than a twentieth of the mean is noise.
-        let told = spread > (x / 20.0) * (x / 20.0) && spread > 0.0;
+        let told = self.tells_slope();
         let steepest = if x > 0.0 { y.max(0.0) / x } else { 0.0 };
         let slope = if told { (xy / n - x * y) / spread } else { assumed };
         let slope = slope.clamp(0.0, steepest);
@@ -129,6 +136,8 @@ pub struct ExpertSplit {
     pub trunk: Fit,
     /// What waiting takes beyond the mean of its parts, as it was measured; 1 where it was not.
     pub stretch: f64,
+    /// What a layer's wait was measured to be, by rows, over batches of several sizes: then nothing is modelled.
+    waited: Option<Fit>,
     costs: Vec<WorkerCost>,
     /// Of each layer, for each holder, the part of the slots that falls on it.
     shares: Vec<Vec<f64>>,
@@ -161,18 +170,26 @@ impl ExpertSplit {
             shares.push(here);
         }
         let costs = holders.iter().map(|(_, cost)| *cost).collect();
-        ExpertSplit { shape, trunk, stretch: 1.0, costs, shares }
+        ExpertSplit { shape, trunk, stretch: 1.0, waited: None, costs, shares }
     }
 
     /// What a step waits for experts, over all layers, in microseconds.
     pub fn wait_us(&self, batch: u32) -> f64 {
+        if let Some(waited) = self.waited {
+            return f64::from(self.shape.layers) * waited.at(f64::from(batch));
+        }
         let layers = self.shares.iter().map(|shares| self.layer_us(shares, f64::from(batch)));
         layers.sum::<f64>() * self.stretch
     }
 
-    /// Takes in what a layer's wait was measured to be, on the mean, for so many rows: the slowest of several is not the mean of
-    /// each, and they share a machine.
-    pub fn fit_wait(&mut self, rows: f64, wait_us: f64) {
+    /// Takes in what a layer's wait was measured to be, by rows: the slowest of several is not the mean of each, and they share a
+    /// machine. Where all batches were alike, the model is stretched to what they took.
+    pub fn fit_wait(&mut self, waits: &Line) {
+        if waits.tells_slope() {
+            self.waited = waits.fit(0.0);
+            return;
+        }
+        let Some((rows, wait_us)) = waits.mean().filter(|_| waits.is_measured()) else { return };
         let modelled = self.shares.iter().map(|shares| self.layer_us(shares, rows.max(1.0))).sum::<f64>();
         let modelled = modelled / f64::from(self.shape.layers.max(1));
         if modelled > 0.0 && wait_us > 0.0 {
@@ -302,6 +319,33 @@ mod tests {
         let four = split(&dealt(4), 1_000.0, &BTreeMap::new());
         assert!(four.step_us(64) < 0.5 * one.step_us(64));
         assert_eq!((0..4).map(|at| four.share_permille(at)).collect::<Vec<_>>(), vec![250; 4]);
+    }
+
+    #[test]
+    fn waits_that_were_measured_take_the_place_of_the_model() {
+        let mut one = split(&dealt(1), 1_000.0, &BTreeMap::new());
+        let modelled = one.wait_us(1);
+        let mut waits = Line::default();
+        // All alike: the model is stretched to them, at every batch.
+        (0..8).for_each(|_| waits.add(1.0, modelled / 2.0, 64.0));
+        one.fit_wait(&waits);
+        assert!(near(one.wait_us(1), 2.0 * modelled), "{} for four layers, {modelled} modelled", one.wait_us(1));
+        // Batches of 1 to 16: 3 ms and half a millisecond a row, at each of four layers, whatever calls and rows seem to cost.
+        let mut waits = Line::default();
+        for n in 0..64 {
+            let rows = f64::from([1, 4, 16][n % 3]);
+            waits.add(rows, 3_000.0 + 500.0 * rows, 64.0);
+        }
+        one.fit_wait(&waits);
+        for batch in [1, 8, 32] {
+            assert!(near(one.wait_us(batch), 4.0 * (3_000.0 + 500.0 * f64::from(batch))), "{}", one.wait_us(batch));
+        }
+        // Too few to say anything.
+        let mut fresh = split(&dealt(1), 1_000.0, &BTreeMap::new());
+        let mut few = Line::default();
+        few.add(1.0, 9e9, 64.0);
+        fresh.fit_wait(&few);
+        assert!(near(fresh.wait_us(1), modelled));
     }
 
     #[test]

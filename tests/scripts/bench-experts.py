@@ -17,7 +17,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from expert_market import ExpertMarket, Packs, engines, memory
-from ring_market import Stream, fail, folder, run, run_script, say
+from ring_market import Stream, fail, folder, run, run_script, say, together
 
 split = importlib.import_module("bench-split")
 WORKERS = 3
@@ -46,13 +46,15 @@ def measure(args, market, links, shape, results):
         links.rtt(r)
         # The planner measures these links, with other prompts and other batches than those of the table.
         for n, batch in enumerate((1, 4, 16)):
-            split.many(market, lead, [split.body(50_000 + 1_000 * turn + 100 * n + at, args.tokens // 2) for at in range(batch)])
+            together(market, lead, [split.body(50_000 + 1_000 * turn + 100 * n + at, args.tokens // 2) for at in range(batch)])
         time.sleep(KEPT_WITHIN_S)
         planned, shares, _ = estimates(market, lead)
         for batch in args.batch:
             rows = {"solo": [], "lead": [], "bytes": [], "load": []}
             for n in range(args.rounds):
-                asked = [split.body(100_000 * (turn + 1) + 1_000 * batch + 100 * n + at, args.tokens) for at in range(batch)]
+                # Prompts of many streams are read one after another: answers are longer than that takes.
+                tokens = args.tokens * (2 if batch >= 16 else 1)
+                asked = [split.body(100_000 * (turn + 1) + 1_000 * batch + 100 * n + at, tokens) for at in range(batch)]
                 rows["load"].append(split.load())
                 before = links.sent()
                 alone, solo_streams = split.many(market, solo, asked)

@@ -131,9 +131,10 @@ async fn load(
     let mut buys = None;
     let engine = if identified.inspected.is_trunk {
         let manifest = identified.inspected.manifest()?;
+        let layers = manifest.layers;
         let (group, heard) = experts::group(model, &engine_config.settings, manifest).await?;
         let kept = figures.context("the ledger's database is open before any trunk")?;
-        let figures = Figures::load(kept.store.clone(), identified.root, kept.ours).await;
+        let figures = Figures::load(kept.store.clone(), identified.root, layers, kept.ours).await;
         let timed = Arc::new(Timed::new(group.clone(), figures.clone(), model.buy_experts));
         let engine = LlamaEngine::spawn_trunk(engine_config, timed, |_| {}).await?;
         tokio::spawn(figures.clone().keep(Arc::downgrade(&group)));

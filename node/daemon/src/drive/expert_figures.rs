@@ -5,17 +5,16 @@
 
 use super::now;
 use async_trait::async_trait;
-use ed25519_dalek::SigningKey;
 use satgrid_engine::{
     experts::{ExpertStep, Experts, StepError, group::ExpertGroup, heat::Heat},
     port::JobId,
 };
 use satgrid_ledger_sqlite::{Cost, Costs, FigureStore};
 use satgrid_market::{
+    Links,
     estimate::{ExpertSplit, Fit, Line, Shape, WorkerCost, tokens_per_s, trunk_of},
     experts::{Choosing, Role, Weights, choose},
 };
-use satgrid_protocol_quic::{QuicEndpoint, hints};
 use satgrid_types::{ExpertSet, NodeKey, Speed, VerifiedListing, WireType};
 use std::{
     collections::BTreeMap,
@@ -25,16 +24,13 @@ use std::{
 
 /// Figures go to the disk so often.
 const SAVE_EVERY: Duration = Duration::from_secs(2);
-/// About so many of the newest measurements count.
-const MEMORY: f64 = 256.0;
+/// Measurements of about so many of the newest steps count.
+const STEPS: f64 = 64.0;
 /// Longer steps are prompts: they do not tell what a step of streams takes.
 const MOST_ROWS: usize = 64;
 
 /// A call's time beside the path's round trip, where no call was measured yet: wake-ups on both sides, in microseconds.
 const OWN_US: f64 = 300.0;
-/// Links that are probed at start, and how long each may take.
-const MOST_PROBES: usize = 64;
-const PROBE_WITHIN: Duration = Duration::from_secs(2);
 /// Streams for which roles are dealt, at the most.
 const MOST_STREAMS: u32 = 32;
 /// Rows of a prompt in one step, for what is listed.
@@ -43,6 +39,8 @@ const PROMPT_ROWS: u32 = 64;
 /// The figures of one model.
 pub(crate) struct Figures {
     model: [u8; 32],
+    /// Layers, each of which is measured at each step.
+    layers: f64,
     ours: NodeKey,
     store: Arc<FigureStore>,
     state: Mutex<State>,
@@ -58,14 +56,15 @@ struct State {
 
 impl Figures {
     /// With what was kept of the model before.
-    pub(crate) async fn load(store: Arc<FigureStore>, model: [u8; 32], ours: NodeKey) -> Arc<Figures> {
+    pub(crate) async fn load(store: Arc<FigureStore>, model: [u8; 32], layers: u32, ours: NodeKey) -> Arc<Figures> {
         let (heat, costs) = store.of(model).await.unwrap_or_else(|error| {
             tracing::warn!(%error, "figures of experts cannot be read; they are counted anew");
             Default::default()
         });
         let lines = costs.into_iter().map(|((node, what), sums)| ((NodeKey(node), what), Line { sums })).collect();
         let state = Mutex::new(State { heat, lines, changed: false });
-        Arc::new(Figures { model, ours, store, state })
+        let layers = f64::from(layers.max(1));
+        Arc::new(Figures { model, layers, ours, store, state })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -75,8 +74,16 @@ impl Figures {
     fn add(&self, node: NodeKey, what: Cost, x: usize, took: Duration) {
         let mut state = self.state();
         let line = state.lines.entry((node, what)).or_default();
-        line.add(x as f64, took.as_nanos() as f64 / 1e3, MEMORY);
+        line.add(x as f64, took.as_nanos() as f64 / 1e3, self.memory(what));
         state.changed = true;
+    }
+
+    /// Measurements that count, about.
+    fn memory(&self, what: Cost) -> f64 {
+        match what {
+            Cost::Trunk => STEPS,
+            Cost::Link | Cost::Work | Cost::Wait => STEPS * self.layers,
+        }
     }
 
     /// A worker answered: so many bytes both ways, rows in the answer, and of the wait its own time.
@@ -85,29 +92,17 @@ impl Figures {
         self.add(worker, Cost::Work, rows, busy.min(waited));
     }
 
-    /// Connects to those whose links nobody has measured, and takes the path's round trip for a first figure.
-    pub(crate) async fn probe(
-        self: &Arc<Self>,
-        endpoint: &QuicEndpoint,
-        key: &Arc<SigningKey>,
-        sellers: &[Arc<VerifiedListing>],
-    ) {
-        let mut probes = tokio::task::JoinSet::new();
-        for listing in sellers.iter().filter(|listing| !self.cost_of(listing).measured).take(MOST_PROBES) {
-            let (figures, endpoint, key, listing) = (self.clone(), endpoint.clone(), key.clone(), listing.clone());
-            probes.spawn(async move {
-                let hints = hints(&listing.addresses);
-                let connected = endpoint.connect(&hints, listing.node_key, &key);
-                let Ok(Ok(link)) = tokio::time::timeout(PROBE_WITHIN, connected).await else { return };
-                let rtt = link.path().min_rtt.as_nanos() as f64 / 1e3;
-                let mut state = figures.state();
-                let line = state.lines.entry((listing.node_key, Cost::Link)).or_default();
-                // As few as count at all: what is measured at work soon outweighs them.
-                (0..4).for_each(|_| line.add(0.0, rtt + OWN_US, MEMORY));
-                state.changed = true;
-            });
+    /// Where no call to a seller was measured yet, the link's round trip is a first figure: what a node measures of links is
+    /// one thing, whether layers or experts are behind them.
+    pub(crate) fn begin_with(&self, links: &Links, sellers: &[Arc<VerifiedListing>]) {
+        for listing in sellers.iter().filter(|listing| !self.cost_of(listing).measured) {
+            let Some(rtt) = links.rtt_us(&self.ours, &listing.node_key) else { continue };
+            let mut state = self.state();
+            let line = state.lines.entry((listing.node_key, Cost::Link)).or_default();
+            // As few as count at all: what is measured at work soon outweighs them.
+            (0..4).for_each(|_| line.add(0.0, rtt as f64 + OWN_US, self.memory(Cost::Link)));
+            state.changed = true;
         }
-        while probes.join_next().await.is_some() {}
     }
 
     /// The trunk's own measurement at start, while nothing better is known.
@@ -117,7 +112,7 @@ impl Figures {
         let line = state.lines.entry((self.ours, Cost::Trunk)).or_default();
         if !line.is_measured() {
             for rows in [1.0, 2.0, 4.0, 8.0, 16.0] {
-                line.add(rows, fit.at(rows), MEMORY);
+                line.add(rows, fit.at(rows), STEPS);
             }
             state.changed = true;
         }
@@ -139,9 +134,9 @@ impl Figures {
         self.state().lines.get(&(self.ours, Cost::Trunk))?.fit(0.0)
     }
 
-    /// Of a layer's waits, the mean number of rows and of microseconds.
-    fn mean_wait(&self) -> Option<(f64, f64)> {
-        self.state().lines.get(&(self.ours, Cost::Wait)).filter(|line| line.is_measured())?.mean()
+    /// A layer's waits, by rows.
+    fn waits(&self) -> Option<Line> {
+        self.state().lines.get(&(self.ours, Cost::Wait)).copied()
     }
 
     /// Takes what the group counted, and keeps it, until the group is gone.
@@ -207,8 +202,8 @@ impl Dealer {
             batch: self.batch.clamp(1, MOST_STREAMS),
         };
         let (roles, mut split) = choose(sellers, &self.weights, &choosing, &|listing| self.figures.cost_of(listing));
-        if let Some((rows, wait_us)) = self.figures.mean_wait() {
-            split.fit_wait(rows, wait_us);
+        if let Some(waits) = self.figures.waits() {
+            split.fit_wait(&waits);
         }
         (roles, split)
     }

@@ -37,6 +37,8 @@ struct State {
     measured: Links,
     /// And of those whose layers it bought, by model.
     paces: BTreeMap<ModelRoot, Paces>,
+    /// Models of which this node sells layers, or that it leads: how far others are that list parts of them is measured.
+    watched: BTreeSet<ModelRoot>,
 }
 
 impl State {
@@ -58,6 +60,7 @@ impl Market {
             reputation: Reputation::default(),
             measured: Links::default(),
             paces: BTreeMap::new(),
+            watched: BTreeSet::new(),
         };
         Market { state: Arc::new(RwLock::new(state)), catalogue: Arc::new(catalogue) }
     }
@@ -85,6 +88,13 @@ impl Market {
     /// It measured them before.
     pub(crate) fn keep_pace(&self, root: ModelRoot, node: NodeKey, range: &LayerRange, pace: Pace) {
         self.write(|state| state.paces.entry(root).or_default().keep(node, range, pace));
+    }
+    /// This node sells or leads parts of this model: the links to others that do are measured from now on.
+    pub(crate) fn watch(&self, root: ModelRoot) {
+        self.write(|state| state.watched.insert(root));
+    }
+    pub(crate) fn watched(&self) -> BTreeSet<ModelRoot> {
+        self.read(|state| state.watched.clone())
     }
     /// This node has measured its link to another one.
     pub(crate) fn measured(&self, by: NodeKey, to: NodeKey, rtt: Duration) {

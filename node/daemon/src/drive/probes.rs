@@ -7,12 +7,8 @@
 use super::market::Market;
 use ed25519_dalek::SigningKey;
 use satgrid_protocol_quic::{QuicEndpoint, hints};
-use satgrid_types::{Listing, MAX_LINKS, MeasuredLink, ModelRoot, NodeKey, VerifiedListing, node_key};
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-    time::Duration,
-};
+use satgrid_types::{Listing, MAX_LINKS, MeasuredLink, NodeKey, VerifiedListing, node_key};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use tokio::{task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -36,8 +32,6 @@ pub(crate) struct Prober {
     pub market: Market,
     pub endpoint: QuicEndpoint,
     pub key: Arc<SigningKey>,
-    /// Models of which this node sells layers, or that it leads.
-    pub roots: BTreeSet<ModelRoot>,
     pub shutdown: CancellationToken,
 }
 
@@ -49,7 +43,7 @@ impl Prober {
         let mut probes = JoinSet::new();
         loop {
             let mut listed: BTreeMap<NodeKey, Arc<VerifiedListing>> = BTreeMap::new();
-            for listing in self.roots.iter().flat_map(|root| self.market.parts_of(root)) {
+            for listing in self.market.watched().iter().flat_map(|root| self.market.parts_of(root)) {
                 listed.insert(listing.node_key, listing);
             }
             listed.remove(&ours);
@@ -100,19 +94,18 @@ async fn probe(
 pub(crate) struct Told {
     market: Market,
     ours: NodeKey,
-    roots: BTreeSet<ModelRoot>,
     known: Vec<MeasuredLink>,
     looked: Option<Instant>,
 }
 
 impl Told {
-    pub(crate) fn new(market: Market, ours: NodeKey, roots: BTreeSet<ModelRoot>) -> Told {
-        Told { market, ours, roots, known: Vec::new(), looked: None }
+    pub(crate) fn new(market: Market, ours: NodeKey) -> Told {
+        Told { market, ours, known: Vec::new(), looked: None }
     }
 
     /// Whether something was measured that is worth a listing; listings made from here on say it.
     pub(crate) fn has_news(&mut self) -> bool {
-        if self.roots.is_empty() || self.looked.is_some_and(|looked| looked.elapsed() < TELL_EVERY) {
+        if self.market.watched().is_empty() || self.looked.is_some_and(|looked| looked.elapsed() < TELL_EVERY) {
             return false;
         }
         self.looked = Some(Instant::now());
@@ -128,7 +121,7 @@ impl Told {
 
     /// The listing, with the links where it is of such a model.
     pub(crate) fn with_links(&self, listing: &Listing) -> Listing {
-        let links = if self.roots.contains(&listing.model_root) { self.known.clone() } else { Vec::new() };
+        let links = if self.market.watched().contains(&listing.model_root) { self.known.clone() } else { Vec::new() };
         Listing { links, ..listing.clone() }
     }
 }

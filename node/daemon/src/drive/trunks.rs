@@ -30,6 +30,8 @@ use tokio::sync::mpsc;
 /// How long a lead waits for workers to list the experts that it lacks, before it says what is missing; it goes on waiting.
 const PATIENCE: Duration = Duration::from_secs(30);
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// How long a lead waits for the round trips to all sellers, once every expert has a holder.
+const FIGURES_WITHIN: Duration = Duration::from_secs(4);
 /// A lead with a spare begins without workers after this.
 const SPARE_AFTER: Duration = Duration::from_secs(20);
 /// What a listing of experts says of its context: experts know no positions.
@@ -139,7 +141,8 @@ pub(crate) async fn buy(model: &ModelForSale, id: EngineId, trunk: Trunk, with: 
         batch: model.slots,
         figures,
     };
-    let (endpoint, key) = (with.endpoint.clone(), with.key.clone());
+    let ours = node_key(&with.key);
+    with.market.watch(demand.root);
     let bought = Bought::start(BoughtParts {
         engine: id,
         group: group.clone(),
@@ -153,7 +156,7 @@ pub(crate) async fn buy(model: &ModelForSale, id: EngineId, trunk: Trunk, with: 
         endpoint: with.endpoint,
         consumer: with.consumer,
     });
-    let (began, mut told) = (Instant::now(), false);
+    let (began, mut told, mut covered) = (Instant::now(), false, None::<Instant>);
     loop {
         let (sellers, refused) = with.market.sellers_of_experts(&demand);
         // A spare holds what nobody sells; those who do are given time to be heard.
@@ -162,7 +165,13 @@ pub(crate) async fn buy(model: &ModelForSale, id: EngineId, trunk: Trunk, with: 
         match complete {
             Ok(()) if group.ready().is_ok() => {
                 // What it lists until it has served: an estimate, with what was measured before where there is any.
-                dealer.figures.probe(&endpoint, &key, &sellers).await;
+                let links = with.market.known(&demand.root).links;
+                let figures = sellers.iter().all(|listing| links.rtt_us(&ours, &listing.node_key).is_some());
+                if !figures && covered.get_or_insert_with(Instant::now).elapsed() < FIGURES_WITHIN {
+                    tokio::time::sleep(LOOK_EVERY).await;
+                    continue;
+                }
+                dealer.figures.begin_with(&links, &sellers);
                 let speed = dealer.speed(&sellers);
                 let decode_tok_s = speed.map_or(0, |speed| speed.decode_millitokens_per_s / 1_000);
                 tracing::info!(model = %name, hosts = ?group.hosts(), decode_tok_s, "every expert has a holder");

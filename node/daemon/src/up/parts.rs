@@ -45,7 +45,6 @@ use satgrid_protocol_quic::{
 use satgrid_types::{Digest, EngineProfile, Listing, ModelRoot, Msat, NostrKey, RateCard, Terms, node_key};
 use satgrid_wallet::{Embedded, FailureReason, Lightning, payment::Outcome};
 use std::{
-    collections::BTreeSet,
     net::{Ipv4Addr, SocketAddr},
     sync::{Arc, RwLock},
     time::Duration,
@@ -151,16 +150,16 @@ impl Node<'_> {
         } else {
             None
         };
-        let mut roots: BTreeSet<ModelRoot> = stages.iter().map(|s| ModelRoot(s.stage.facts().model_root)).collect();
+        stages.iter().for_each(|layers| market.watch(ModelRoot(layers.stage.facts().model_root)));
         for lead in &self.config.provider.leads {
-            roots.insert(layers::root_of(lead)?);
+            market.watch(layers::root_of(lead)?);
         }
-        if !roots.is_empty() {
+        // Trunks that buy experts name their models as they start.
+        if self.config.is_provider() && heard.is_some() {
             let prober = Prober {
                 market: market.clone(),
                 endpoint: endpoint.clone(),
                 key: key.clone(),
-                roots: roots.clone(),
                 shutdown: self.shutdown.clone(),
             };
             tokio::spawn(prober.run());
@@ -257,7 +256,7 @@ impl Node<'_> {
 
         let publisher = match &provider {
             Some(provider) if self.keys.standing.revoked().is_none() => {
-                let told = Told::new(market.clone(), node_key(&key), roots);
+                let told = Told::new(market.clone(), node_key(&key));
                 Some(self.publish((&for_sale, &stages, &packs, &leads), &endpoint, provider, told).await?)
             }
             Some(_) | None => None,

@@ -111,8 +111,8 @@ pub(super) async fn why(format: Format, config: &Config, market: &Market, model:
         batch: model.slots.clamp(1, 32),
     };
     let (roles, mut split) = choose(&sellers, &weights, &choosing, &|listing| known.cost_of(listing));
-    if let Some((rows, wait)) = known.ours.and_then(|ours| known.line(ours, Cost::Wait)?.mean()) {
-        split.fit_wait(rows, wait);
+    if let Some(waits) = known.ours.and_then(|ours| known.line(ours, Cost::Wait)) {
+        split.fit_wait(&waits);
     }
     let lacking = match model.spare_experts {
         Some(_) => Ok(()),

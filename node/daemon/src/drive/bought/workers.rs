@@ -136,7 +136,9 @@ impl Running {
         let inside = self.workers.iter().filter(|(_, worker)| worker.inside);
         let mut sellers: Vec<Arc<VerifiedListing>> = inside.map(|(_, worker)| Arc::clone(&worker.listing)).collect();
         sellers.sort_by_key(|listing| (listing.rates.expert_row, listing.node_key));
-        let (roles, split) = self.parts.dealer.deal(&sellers);
+        let dealer = &self.parts.dealer;
+        dealer.figures.begin_with(&self.parts.market.known(&self.parts.demand.root).links, &sellers);
+        let (roles, split) = dealer.deal(&sellers);
         for (listing, role) in sellers.iter().zip(roles) {
             let Some(worker) = self.workers.get_mut(&listing.node_key) else { continue };
             let serves = role != Role::StandsBy;
