@@ -24,15 +24,28 @@ use tokio::{
 /// How long the process before us may take to stop its node and let go of the store.
 const PREDECESSOR_STOPS_WITHIN: Duration = Duration::from_secs(30);
 const PREDECESSOR_POLL: Duration = Duration::from_millis(50);
+/// Exit code after a panic, as of Rust programs that panic on their main thread.
+const PANICKED: i32 = 101;
 /// Answers that wait to be written.
 const ANSWERS: usize = 256;
 
 /// Serves a Lightning node on the socket that is this process's standard input, until it ends; then stops the node.
 pub fn worker_main() -> io::Result<()> {
+    end_with_a_panic();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let served = runtime.block_on(serve());
     runtime.shutdown_timeout(Duration::from_secs(1));
     served
+}
+
+/// ldk-node panics where it cannot go on safely, such as on a full disk, and then leaves the rest of the process standing: it would
+/// answer, and never again send or receive. Whatever it said before is on the disk; ended, it is started again.
+fn end_with_a_panic() {
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        tell(panic);
+        std::process::exit(PANICKED);
+    }));
 }
 
 async fn serve() -> io::Result<()> {
