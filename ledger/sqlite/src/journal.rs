@@ -44,7 +44,7 @@ impl SqliteJournal {
     pub async fn open_with(path: &Path, options: Options) -> Result<SqliteJournal, OpenError> {
         let lock = Lock::take(path)?;
         let connection = open::writer(path, options.max_pages).await?;
-        let writer = Writer::start(connection).await.map_err(|error| match error {
+        let writer = Writer::start(connection, open::turn(path)).await.map_err(|error| match error {
             JournalError::Damaged { seq, what } => OpenError::Damaged { path: path.to_owned(), seq, what },
             JournalError::Full | JournalError::Storage(_) | JournalError::Limit { .. } | JournalError::Closed => {
                 OpenError::Damaged { path: path.to_owned(), seq: 0, what: error.to_string() }

@@ -1,10 +1,11 @@
 //! Keys, budgets and calls on SQLite: every change is one transaction that proves its limits inside.
 //!
 //! The rules are `satgrid_ledger::keys`; here they meet rows. One connection does all the writing, in the same file as
-//! the journal: whoever copies the ledger copies the budgets with it.
+//! the journal: whoever copies the ledger copies the budgets with it. What each call writes goes in groups (`groups`).
 
 mod calls;
 mod door;
+mod groups;
 mod house;
 mod rows;
 
@@ -18,7 +19,7 @@ use satgrid_types::{Msat, RequestId, UnixMs};
 use sqlx::{Connection, Row, SqliteConnection};
 use std::{path::Path, sync::Arc};
 use thiserror::Error;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, mpsc};
 
 pub use calls::{CallEnd, CallRow, CallState, NewCall, OpenCall};
 pub use door::{InvoiceFor, InvoiceLimits, InvoiceRow, NewInvoice, RefundRow};
@@ -69,6 +70,8 @@ pub struct CallRef {
 #[derive(Debug, Clone)]
 pub struct KeyStore {
     connection: Arc<Mutex<SqliteConnection>>,
+    /// What calls write, in groups.
+    asks: mpsc::Sender<groups::Ask>,
 }
 
 impl KeyStore {
@@ -77,7 +80,9 @@ impl KeyStore {
         let sqlite = |source| OpenError::Sqlite { path: path.to_owned(), source };
         let mut connection = open::writer(path, None).await?;
         sqlx::query("PRAGMA foreign_keys = ON").execute(&mut connection).await.map_err(sqlite)?;
-        Ok(KeyStore { connection: Arc::new(Mutex::new(connection)) })
+        let connection = Arc::new(Mutex::new(connection));
+        let asks = groups::start(connection.clone(), open::turn(path));
+        Ok(KeyStore { connection, asks })
     }
 
     /// Makes a key whose secret hashes to `hash`.

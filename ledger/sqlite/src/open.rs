@@ -6,10 +6,12 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
 };
 use std::{
+    collections::BTreeMap,
     fs::OpenOptions,
     io,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError, Weak},
     time::Duration,
 };
 use thiserror::Error;
@@ -46,6 +48,21 @@ pub enum OpenError {
 
 fn process(holder: &str) -> String {
     if holder.is_empty() { String::new() } else { format!(" (process {holder})") }
+}
+
+/// Writers of one file within this process take turns by this: where two meet, SQLite has one of them sleep, for up to 100 ms
+/// at a time.
+pub(crate) fn turn(path: &Path) -> Arc<tokio::sync::Mutex<()>> {
+    static TURNS: Mutex<BTreeMap<PathBuf, Weak<tokio::sync::Mutex<()>>>> = Mutex::new(BTreeMap::new());
+    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let mut turns = TURNS.lock().unwrap_or_else(PoisonError::into_inner);
+    turns.retain(|_, turn| turn.strong_count() > 0);
+    if let Some(turn) = turns.get(&path).and_then(Weak::upgrade) {
+        return turn;
+    }
+    let turn = Arc::default();
+    turns.insert(path, Arc::downgrade(&turn));
+    turn
 }
 
 fn options(path: &Path) -> SqliteConnectOptions {

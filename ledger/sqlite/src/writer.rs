@@ -19,7 +19,8 @@ use satgrid_ledger::{
 };
 use satgrid_types::{Digest, UnixMs};
 use sqlx::{Connection, QueryBuilder, Sqlite, SqliteConnection};
-use tokio::sync::{mpsc, oneshot};
+use std::sync::Arc;
+use tokio::sync::{Mutex, mpsc, oneshot};
 
 /// Appends that wait in the queue before callers are made to wait.
 pub(crate) const QUEUE: usize = 1_024;
@@ -54,6 +55,8 @@ struct Waiting {
 /// The writer's state, always that of the last commit.
 pub(crate) struct Writer {
     connection: SqliteConnection,
+    /// Shared with whoever else writes to the file.
+    turn: Arc<Mutex<()>>,
     tip: Tip,
     /// Entries that the index of names has in the database.
     named: u64,
@@ -63,8 +66,8 @@ pub(crate) struct Writer {
 
 impl Writer {
     /// Takes up the journal where it ends, and checks that its end hangs together.
-    pub(crate) async fn start(connection: SqliteConnection) -> Result<Writer, JournalError> {
-        let mut writer = Writer { connection, tip: Tip::empty(), named: 0, broken: None };
+    pub(crate) async fn start(connection: SqliteConnection, turn: Arc<Mutex<()>>) -> Result<Writer, JournalError> {
+        let mut writer = Writer { connection, turn, tip: Tip::empty(), named: 0, broken: None };
         writer.reload().await?;
         let len = writer.tip.head().len;
         writer.named = keep::name_the_rest(&mut writer.connection, len).await?;
@@ -104,6 +107,8 @@ impl Writer {
             };
             match ask {
                 Ask::Append(append) => {
+                    let turn = self.turn.clone().lock_owned().await;
+                    // Those that came while another writer had its turn go with it.
                     let mut count = append.drafts.len();
                     let mut group = vec![append];
                     while count < MAX_GROUP {
@@ -120,6 +125,7 @@ impl Writer {
                         }
                     }
                     self.group(group).await;
+                    drop(turn);
                 }
                 Ask::Close => break,
                 Ask::Witness { heard, at, answer } => {

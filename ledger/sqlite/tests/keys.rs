@@ -121,3 +121,49 @@ async fn a_crash_leaves_the_reservation_and_what_it_was_for() {
     assert_eq!(keys.find([1; 32], NOW).await.unwrap()[0].id, key);
     assert!(keys.find([9; 32], NOW).await.unwrap().is_empty());
 }
+
+#[tokio::test]
+async fn calls_without_a_key_are_read_once_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_journal, keys) = store(&dir.path().join("l.sqlite")).await;
+    for n in 0..100u8 {
+        let new = NewCall { key: None, caller: Some("tom".into()), ..call(n, KeyId(1), 0, 0) };
+        keys.ended_call(&new, NOW, &end(u64::from(n)), UnixMs(NOW.0 + 7)).await.unwrap();
+        // Nobody waits for the disk, but whoever reads does.
+        let row = keys.calls(new.id).await.unwrap().remove(0);
+        assert_eq!(
+            (row.cost, row.state, row.key, row.reserved),
+            (Msat(u64::from(n)), CallState::Done, None, Msat::ZERO)
+        );
+        assert_eq!((row.at, row.ended_at, row.caller.as_deref()), (NOW, Some(UnixMs(NOW.0 + 7)), Some("tom")));
+    }
+    // The same request once more, as `n` choices are: the next part of it.
+    let again = NewCall { key: None, ..call(3, KeyId(1), 0, 0) };
+    keys.ended_call(&again, NOW, &end(5), NOW).await.unwrap();
+    let parts: Vec<u32> = keys.calls(again.id).await.unwrap().iter().map(|row| row.call.part).collect();
+    assert_eq!(parts, [0, 1]);
+    assert!(keys.open_calls().await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_refusal_leaves_its_group_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_journal, keys) = store(&dir.path().join("l.sqlite")).await;
+    let key = make(&keys, 1, None, KeyLimits { total: Some(Msat(10_000)), ..KeyLimits::default() }).await;
+    let (opened, _) = keys.open_call(&call(1, key, 4_000, 4_000), NOW).await.unwrap();
+    let other = CallRef { id: RequestId([9; 32]), part: 0 };
+    let (dear, nobodys, three, one) = (call(2, key, 7_000, 7_000), call(3, KeyId(77), 1, 1), end(3_000), end(1));
+    let (ended, unknown, refused, taken) = tokio::join!(
+        keys.end_call(opened, &three, NOW),
+        keys.end_call(other, &one, NOW),
+        keys.open_call(&nobodys, NOW),
+        keys.open_call(&dear, NOW),
+    );
+    assert_eq!(ended.unwrap(), Msat(3_000));
+    assert!(matches!(unknown, Err(KeyError::NotOpen(id)) if id == other.id));
+    assert!(matches!(refused, Err(KeyError::NoSuchKey(KeyId(77)))));
+    // 10,000 less 3,000 spent leaves the 7,000 that it needs: it came after the end of the first.
+    assert_eq!(taken.unwrap().1, Msat(7_000));
+    assert_eq!(figures(&keys, key).await, (3_000, 7_000));
+    assert!(keys.faults().await.unwrap().is_empty());
+}

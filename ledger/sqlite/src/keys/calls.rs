@@ -1,10 +1,10 @@
 //! Calls: opened with a reservation, ended once with what they cost.
 
-use super::{CallRef, KeyError, KeyStore, chain, rows::amount};
+use super::{CallRef, KeyError, KeyStore, chain, groups::Ask, rows::amount};
 use crate::reader::row_number;
 use satgrid_ledger::keys::{KeyId, KeyRecord, admit, day_of};
 use satgrid_types::{Msat, RequestId, UnixMs};
-use sqlx::{Connection, Row, SqliteConnection};
+use sqlx::{Row, SqliteConnection};
 
 /// Calls of one API request.
 const MAX_PARTS: u32 = 128;
@@ -81,91 +81,27 @@ impl KeyStore {
     /// Reserves at the call's key and at all above it, and writes the call down; gives what was reserved. Without a key
     /// nothing limits it.
     pub async fn open_call(&self, new: &NewCall, now: UnixMs) -> Result<(CallRef, Msat), KeyError> {
-        let mut connection = self.connection.lock().await;
-        let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
-        let (above, granted) = match new.key {
-            Some(key) => {
-                let chain = chain(&mut tx, key, now).await?;
-                if chain.is_empty() {
-                    return Err(KeyError::NoSuchKey(key));
-                }
-                let granted = admit(&chain, now, &new.model, new.needed, new.wanted)?;
-                (chain, granted)
-            }
-            None => (Vec::new(), new.wanted),
-        };
-        for key in &above {
-            sqlx::query("UPDATE api_keys SET reserved = reserved + ?, requests = requests + 1 WHERE id = ?")
-                .bind(row_number(granted.0))
-                .bind(row_number(key.id.0))
-                .execute(&mut *tx)
-                .await?;
-        }
-        let call = insert(&mut tx, new, granted, now).await?;
-        tx.commit().await?;
-        Ok((call, granted))
+        let new = Box::new(new.clone());
+        self.asked(|answer| Ask::Open { new, now, answer }).await
     }
 
     /// Writes down which request to a provider a call now is. Before any of its tokens is passed on.
     pub async fn leg(&self, call: CallRef, request: RequestId) -> Result<(), KeyError> {
-        let mut connection = self.connection.lock().await;
-        sqlx::query("INSERT OR IGNORE INTO api_call_legs (request, id, part) VALUES (?, ?, ?)")
-            .bind(request.0.as_slice())
-            .bind(call.id.0.as_slice())
-            .bind(i64::from(call.part))
-            .execute(&mut *connection)
-            .await?;
-        Ok(())
+        self.asked(|answer| Ask::Leg { call, request, answer }).await
     }
 
     /// Ends an open call: posts what it is charged and returns the rest of its reservation. Never posts more than was
     /// reserved at a key: that is what the reservation promised.
     pub async fn end_call(&self, call: CallRef, end: &CallEnd, now: UnixMs) -> Result<Msat, KeyError> {
-        let mut connection = self.connection.lock().await;
-        let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
-        let row = sqlx::query("SELECT key, reserved, day FROM api_calls WHERE id = ? AND part = ? AND state = 'open'")
-            .bind(call.id.0.as_slice())
-            .bind(i64::from(call.part))
-            .fetch_optional(&mut *tx)
-            .await?
-            .ok_or(KeyError::NotOpen(call.id))?;
-        let key: Option<i64> = row.get(0);
-        let (reserved, day): (i64, i64) = (row.get(1), row.get(2));
-        let charged = match key {
-            Some(_) => end.charged.min(amount(reserved)),
-            None => end.charged,
-        };
-        sqlx::query(
-            "UPDATE api_calls SET state = ?, ended_at = ?, cost = ?, charged = ?, detail = ? WHERE id = ? AND part = ?",
-        )
-        .bind(end.state.name())
-        .bind(row_number(now.0))
-        .bind(row_number(end.cost.0))
-        .bind(row_number(charged.0))
-        .bind(&end.detail)
-        .bind(call.id.0.as_slice())
-        .bind(i64::from(call.part))
-        .execute(&mut *tx)
-        .await?;
-        if let Some(key) = key {
-            for key in chain(&mut tx, KeyId(amount(key).0), now).await? {
-                post(&mut tx, &key, reserved, charged, day).await?;
-            }
-        }
-        tx.commit().await?;
-        Ok(charged)
+        let end = Box::new(end.clone());
+        self.asked(|answer| Ask::End { call, end, now, answer }).await
     }
 
-    /// Writes a call without a key down once it is over.
-    pub async fn ended_call(&self, new: &NewCall, at: UnixMs, end: &CallEnd, now: UnixMs) -> Result<CallRef, KeyError> {
-        let mut keyless = new.clone();
-        keyless.key = None;
-        let call = {
-            let mut connection = self.connection.lock().await;
-            insert(&mut connection, &keyless, Msat::ZERO, at).await?
-        };
-        self.end_call(call, end, now).await?;
-        Ok(call)
+    /// Writes a call without a key down once it is over. Returns before that is on the disk: nothing is owed by it, and the
+    /// journal has its receipts. Whoever reads calls waits for it.
+    pub async fn ended_call(&self, new: &NewCall, at: UnixMs, end: &CallEnd, now: UnixMs) -> Result<(), KeyError> {
+        let ended = Ask::Ended { new: Box::new(new.clone()), at, end: Box::new(end.clone()), now };
+        self.tell(ended).await
     }
 
     /// Calls that nobody ended: after a crash, before anything else is done.
@@ -195,6 +131,7 @@ impl KeyStore {
 
     /// The calls of one API request, in order.
     pub async fn calls(&self, id: RequestId) -> Result<Vec<CallRow>, KeyError> {
+        self.flush().await?;
         let mut connection = self.connection.lock().await;
         let rows = sqlx::query(
             "SELECT part, key, caller, model, at, ended_at, state, reserved, cost, charged, detail FROM api_calls \
@@ -225,35 +162,126 @@ impl KeyStore {
     }
 }
 
-fn request_id(bytes: &[u8]) -> Option<RequestId> {
-    bytes.try_into().ok().map(RequestId)
-}
-
-async fn insert(
-    connection: &mut SqliteConnection,
-    new: &NewCall,
-    reserved: Msat,
-    at: UnixMs,
-) -> Result<CallRef, KeyError> {
-    let (part,): (i64,) = sqlx::query_as("SELECT count(*) FROM api_calls WHERE id = ?")
-        .bind(new.id.0.as_slice())
-        .fetch_one(&mut *connection)
-        .await?;
-    let part = u32::try_from(part).ok().filter(|part| *part < MAX_PARTS).ok_or(KeyError::NotOpen(new.id))?;
+pub(super) async fn open(tx: &mut SqliteConnection, new: &NewCall, now: UnixMs) -> Result<(CallRef, Msat), KeyError> {
+    let (above, granted) = match new.key {
+        Some(key) => {
+            let chain = chain(tx, key, now).await?;
+            if chain.is_empty() {
+                return Err(KeyError::NoSuchKey(key));
+            }
+            let granted = admit(&chain, now, &new.model, new.needed, new.wanted)?;
+            (chain, granted)
+        }
+        None => (Vec::new(), new.wanted),
+    };
+    let call = CallRef { id: new.id, part: next_part(tx, new.id).await? };
     sqlx::query(
         "INSERT INTO api_calls (id, part, key, caller, model, at, day, reserved, state) VALUES (?,?,?,?,?,?,?,?,'open')",
     )
-    .bind(new.id.0.as_slice())
-    .bind(i64::from(part))
+    .bind(call.id.0.as_slice())
+    .bind(i64::from(call.part))
     .bind(new.key.map(|id| row_number(id.0)))
+    .bind(&new.caller)
+    .bind(&new.model)
+    .bind(row_number(now.0))
+    .bind(row_number(day_of(now)))
+    .bind(row_number(granted.0))
+    .execute(&mut *tx)
+    .await?;
+    for key in &above {
+        sqlx::query("UPDATE api_keys SET reserved = reserved + ?, requests = requests + 1 WHERE id = ?")
+            .bind(row_number(granted.0))
+            .bind(row_number(key.id.0))
+            .execute(&mut *tx)
+            .await?;
+    }
+    Ok((call, granted))
+}
+
+pub(super) async fn leg(tx: &mut SqliteConnection, call: CallRef, request: RequestId) -> Result<(), KeyError> {
+    sqlx::query("INSERT OR IGNORE INTO api_call_legs (request, id, part) VALUES (?, ?, ?)")
+        .bind(request.0.as_slice())
+        .bind(call.id.0.as_slice())
+        .bind(i64::from(call.part))
+        .execute(tx)
+        .await?;
+    Ok(())
+}
+
+pub(super) async fn end(
+    tx: &mut SqliteConnection,
+    call: CallRef,
+    end: &CallEnd,
+    now: UnixMs,
+) -> Result<Msat, KeyError> {
+    let row = sqlx::query("SELECT key, reserved, day FROM api_calls WHERE id = ? AND part = ? AND state = 'open'")
+        .bind(call.id.0.as_slice())
+        .bind(i64::from(call.part))
+        .fetch_optional(&mut *tx)
+        .await?
+        .ok_or(KeyError::NotOpen(call.id))?;
+    let key: Option<i64> = row.get(0);
+    let (reserved, day): (i64, i64) = (row.get(1), row.get(2));
+    let charged = match key {
+        Some(_) => end.charged.min(amount(reserved)),
+        None => end.charged,
+    };
+    sqlx::query(
+        "UPDATE api_calls SET state = ?, ended_at = ?, cost = ?, charged = ?, detail = ? WHERE id = ? AND part = ?",
+    )
+    .bind(end.state.name())
+    .bind(row_number(now.0))
+    .bind(row_number(end.cost.0))
+    .bind(row_number(charged.0))
+    .bind(&end.detail)
+    .bind(call.id.0.as_slice())
+    .bind(i64::from(call.part))
+    .execute(&mut *tx)
+    .await?;
+    if let Some(key) = key {
+        for key in chain(tx, KeyId(amount(key).0), now).await? {
+            post(tx, &key, reserved, charged, day).await?;
+        }
+    }
+    Ok(charged)
+}
+
+/// A call without a key, over before it is written down.
+pub(super) async fn ended(
+    tx: &mut SqliteConnection,
+    new: &NewCall,
+    at: UnixMs,
+    end: &CallEnd,
+    now: UnixMs,
+) -> Result<(), KeyError> {
+    let done = sqlx::query(
+        "INSERT INTO api_calls (id, part, caller, model, at, day, reserved, state, ended_at, cost, charged, detail) \
+         SELECT ?1, count(*), ?2, ?3, ?4, ?5, 0, ?6, ?7, ?8, ?9, ?10 FROM api_calls WHERE id = ?1 HAVING count(*) < ?11",
+    )
+    .bind(new.id.0.as_slice())
     .bind(&new.caller)
     .bind(&new.model)
     .bind(row_number(at.0))
     .bind(row_number(day_of(at)))
-    .bind(row_number(reserved.0))
-    .execute(connection)
+    .bind(end.state.name())
+    .bind(row_number(now.0))
+    .bind(row_number(end.cost.0))
+    .bind(row_number(end.charged.0))
+    .bind(&end.detail)
+    .bind(i64::from(MAX_PARTS))
+    .execute(tx)
     .await?;
-    Ok(CallRef { id: new.id, part })
+    if done.rows_affected() == 0 { Err(KeyError::NotOpen(new.id)) } else { Ok(()) }
+}
+
+async fn next_part(tx: &mut SqliteConnection, id: RequestId) -> Result<u32, KeyError> {
+    let (part,): (i64,) =
+        sqlx::query_as("SELECT count(*) FROM api_calls WHERE id = ?").bind(id.0.as_slice()).fetch_one(tx).await?;
+    u32::try_from(part).ok().filter(|part| *part < MAX_PARTS).ok_or(KeyError::NotOpen(id))
+}
+
+fn request_id(bytes: &[u8]) -> Option<RequestId> {
+    bytes.try_into().ok().map(RequestId)
 }
 
 async fn post(

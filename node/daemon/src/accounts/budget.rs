@@ -7,7 +7,8 @@
 //! | under way | the call's end | the journal knows each request: settled for what it says ([`super::recover`]) |
 //! | ended | nothing | posted |
 //!
-//! A call without a stored key reserves nothing; what it cost is written down when it is over, many in one transaction.
+//! A call without a stored key reserves nothing; what it cost is written down after it is over, many in one transaction, and
+//! its client does not wait for that.
 
 use super::{Desk, detail};
 use crate::drive::now;
@@ -125,7 +126,7 @@ impl Budget {
         Bill { rate: self.desk.rate.now(), charged, ..bill }
     }
 
-    /// The call is over. Returns once that is written.
+    /// The call is over. Returns once that is written, where a key's money is in it.
     pub(crate) async fn end(self, finish: Option<FinishReason>, bill: &Bill) {
         self.desk.meter.ended(finish.is_some(), self.clock.elapsed(), bill);
         if let (Some(traces), Some(trace)) = (&self.desk.traces, self.trace) {
@@ -148,7 +149,7 @@ impl Budget {
                     Err(reason) => Err(KeyError::Storage(reason)),
                 }
             }
-            None => self.desk.keys.ended_call(&self.new, self.began, &end, now()).await.map(drop),
+            None => self.desk.keys.ended_call(&self.new, self.began, &end, now()).await,
         };
         if let Err(error) = written {
             tracing::error!(%error, "what a call cost was not written down; a reservation is settled at the next start");
