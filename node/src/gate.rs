@@ -43,6 +43,23 @@ impl<A> Gate<A> {
             None => then,
         }
     }
+    /// As [`Gate::behind`], but what came after `entry` need not be durable, as long as that is no more than `newest` appends.
+    pub fn behind_entry(&mut self, entry: Option<Ticket>, newest: usize, then: Vec<A>) -> Vec<A> {
+        let beyond = self.waiting.len().checked_sub(newest.saturating_add(1));
+        let beyond = beyond.and_then(|nth| self.waiting.keys().nth(nth).copied());
+        let entry = entry.filter(|entry| self.waiting.contains_key(entry)).max(beyond);
+        match entry.and_then(|entry| self.waiting.get_mut(&entry)) {
+            Some(waiting) => {
+                waiting.then.extend(then);
+                Vec::new()
+            }
+            None => then,
+        }
+    }
+    /// The last append, if it is not durable yet.
+    pub fn newest(&self) -> Option<Ticket> {
+        self.waiting.last_key_value().map(|(ticket, _)| *ticket)
+    }
     /// The journal has it: the actions that were held back, and those that are free now because of it. Answers of a journal may
     /// overtake each other on their way here; actions never do.
     pub fn durable(&mut self, ticket: Ticket) -> Vec<A> {
@@ -92,6 +109,21 @@ mod tests {
         assert!(gate.durable(second.ticket).is_empty(), "its order is not out yet");
         assert_eq!(gate.durable(first.ticket), vec!["order", "ack", "route"]);
         assert_eq!(gate.backlog(), 0);
+    }
+
+    #[test]
+    fn some_may_go_ahead_of_the_newest() {
+        let mut gate = Gate::default();
+        assert_eq!(gate.behind_entry(None, 1, vec!["free"]), vec!["free"]);
+        let (first, second) = (gate.append(Vec::new(), vec!["a"]), gate.append(Vec::new(), vec!["b"]));
+        assert_eq!(gate.newest(), Some(second.ticket));
+        assert_eq!(gate.behind_entry(None, 2, vec!["c"]), vec!["c"]);
+        assert!(gate.behind_entry(None, 1, vec!["d"]).is_empty(), "no more than one is left behind");
+        assert!(gate.behind_entry(Some(first.ticket), 7, vec!["e"]).is_empty());
+        assert!(gate.behind_entry(Some(second.ticket), 7, vec!["f"]).is_empty());
+        assert_eq!(gate.durable(first.ticket), vec!["a", "d", "e"]);
+        assert_eq!(gate.behind_entry(Some(first.ticket), 7, vec!["g"]), vec!["g"], "it is on the disk");
+        assert_eq!(gate.durable(second.ticket), vec!["b", "f"]);
     }
 
     #[test]

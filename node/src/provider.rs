@@ -31,7 +31,7 @@ mod words;
 pub use types::*;
 
 use self::signers::Signers;
-use crate::{LinkId, StreamId, gate::Gate};
+use crate::{LinkId, StreamId, Ticket, gate::Gate};
 use ed25519_dalek::SigningKey;
 use rand_chacha::{
     ChaCha20Rng,
@@ -306,6 +306,14 @@ impl Provider {
     fn behind(&mut self, then: Vec<ProviderAction>) {
         if !self.gate.is_broken() {
             let free = self.gate.behind(then);
+            self.actions.extend(free);
+        }
+    }
+
+    /// As `behind`, though appends after `entry`, up to `newest` of them, may still be on their way to the disk.
+    fn behind_entry(&mut self, entry: Option<Ticket>, newest: usize, then: Vec<ProviderAction>) {
+        if !self.gate.is_broken() {
+            let free = self.gate.behind_entry(entry, newest, then);
             self.actions.extend(free);
         }
     }

@@ -133,9 +133,15 @@ pub enum ConsumerControl {
     #[n(3)]
     WantInvoice(#[n(0)] u32, #[n(1)] Msat),
     /// After a broken connection: every request that the consumer had open, to go on or to be ended at its last
-    /// acknowledgement, and the last receipt that it countersigned.
+    /// acknowledgement, the last receipt that it countersigned, and those before it, oldest first
+    /// ([`crate::session::MAX_RECEIPTS_AHEAD`] at most).
     #[n(4)]
-    Resume(#[n(0)] SessionId, #[n(1)] Vec<OpenRequest>, #[n(2)] Option<BothSigned<Receipt>>),
+    Resume(
+        #[n(0)] SessionId,
+        #[n(1)] Vec<OpenRequest>,
+        #[n(2)] Option<BothSigned<Receipt>>,
+        #[n(3)] Option<Vec<BothSigned<Receipt>>>,
+    ),
     #[n(5)]
     Close(#[n(0)] Signed<SessionClose>),
     /// Show that your log holds what you promised, or only grew. Only to a provider that speaks of its log.

@@ -35,7 +35,7 @@ use satgrid_types::{
     AckId, BothSigned, Msat, NodeKey, Numerators, PaymentHash, Preimage, Quote, QuoteId, ReceiptId, RequestId,
     SessionId, Signed, TransferId, UnixMs, Verified,
 };
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use thiserror::Error;
 
 pub use requests::{ReceiptFacts, RequestState};
@@ -94,6 +94,8 @@ pub struct SessionState {
     receipts: u32,
     last_receipt: Option<ReceiptId>,
     last_receipt_signed: Option<BothSigned<Receipt>>,
+    /// Those before it, oldest first: as many as a provider may have lost in a crash.
+    earlier_receipts: VecDeque<BothSigned<Receipt>>,
     abandoned: Vec<(RequestId, Option<BothSigned<Ack>>)>,
     receipted_slices: BTreeSet<u32>,
     receipted_paid: Msat,
@@ -114,6 +116,11 @@ pub struct SessionState {
     credits: Vec<BothSigned<CreditTransfer>>,
     credited: Msat,
 }
+
+/// Receipts that a provider may have countersigned and not yet on its disk when it offers the next one.
+pub const MAX_RECEIPTS_AHEAD: usize = 7;
+/// Only receipts up to this size are offered ahead of the disk: a resume shows them all in one frame.
+pub const MAX_AHEAD_BYTES: usize = 2_048;
 
 /// Requests that ended and are remembered, so that a late frame about one is not a new request.
 const MAX_ENDED: usize = 4_096;
@@ -138,6 +145,7 @@ impl SessionState {
             receipts: 0,
             last_receipt: None,
             last_receipt_signed: None,
+            earlier_receipts: VecDeque::new(),
             abandoned: Vec::new(),
             receipted_slices: BTreeSet::new(),
             receipted_paid: Msat::ZERO,

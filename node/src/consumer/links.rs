@@ -392,7 +392,8 @@ impl Consumer {
             let ended = state.abandoned_requests().iter().rev();
             let ended = ended.map(|(id, ack)| OpenRequest { request: *id, last_ack: ack.clone(), received: None });
             let open = session.held_requests().chain(ended).take(MAX_OPEN_REQUESTS).collect();
-            let resume = ConsumerControl::Resume(state.id(), open, state.last_receipt_signed().cloned());
+            let earlier = Some(state.earlier_receipts()).filter(|receipts| !receipts.is_empty());
+            let resume = ConsumerControl::Resume(state.id(), open, state.last_receipt_signed().cloned(), earlier);
             self.set_phase(now, index, Phase::Resuming);
             // It shows countersignatures: they are durable first.
             return self.behind(vec![ConsumerAction::Control { link, frame: resume }]);

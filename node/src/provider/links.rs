@@ -8,7 +8,7 @@ use satgrid_ledger::{
 };
 use satgrid_protocol::{
     frame::{ConsumerControl, Hello, MAX_OPEN_REQUESTS, ProviderControl, Refusal},
-    session::{SessionState, Side, SliceStatus, invoice_hash},
+    session::{MAX_RECEIPTS_AHEAD, SessionState, Side, SliceStatus, invoice_hash},
 };
 use satgrid_types::{ListingId, ModelRoot, Msat, NodeKey, PaymentHash, Quote, SessionId, Signed, UnixMs, Verified};
 use std::net::IpAddr;
@@ -85,10 +85,16 @@ impl Provider {
             ConsumerControl::WantQuote(listing, root) => self.want_quote(now, link, listing, root),
             ConsumerControl::Open(open) => self.open(now, link, &open),
             ConsumerControl::WantInvoice(k, amount) => self.want_invoice(now, link, k, amount),
-            ConsumerControl::Resume(_, open, _) if open.len() > MAX_OPEN_REQUESTS => {
+            ConsumerControl::Resume(_, open, _, _) if open.len() > MAX_OPEN_REQUESTS => {
                 self.violation(link, "too many open requests in a resume");
             }
-            ConsumerControl::Resume(session, open, receipt) => self.resume(now, link, session, open, receipt),
+            ConsumerControl::Resume(_, _, _, Some(earlier)) if earlier.len() > MAX_RECEIPTS_AHEAD => {
+                self.violation(link, "too many receipts in a resume");
+            }
+            ConsumerControl::Resume(session, open, last, earlier) => {
+                let receipts = earlier.into_iter().flatten().chain(last).collect();
+                self.resume(now, link, session, open, receipts);
+            }
             ConsumerControl::Close(close) => self.close(now, link, &close),
             ConsumerControl::WantProof(ask) => self.want_proof(link, ask),
             ConsumerControl::SpendCredit(order) => self.spend_credit(now, link, &order),

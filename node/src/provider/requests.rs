@@ -1,14 +1,14 @@
 //! A request that runs: metered, acknowledged, receipted.
 
 use super::{EngineId, Provider, ProviderAction, parts::PartLive};
-use crate::{LinkId, StreamId};
+use crate::{LinkId, StreamId, Ticket};
 use satgrid_engine::port::{Command, EngineEvent, FinishReason as EngineFinish, JobId};
 use satgrid_ledger::statements::{Ack, ExpertSplit, Receipt, ReceiptOpening, ReceiptPrivate, RunningHash, Split};
 use satgrid_pricing::{charge, numerators};
 use satgrid_protocol::{
     frame::{ConsumerFrame, MAX_CHUNK_TOKENS, ProviderFrame, TokenLogprobs},
     metering::{Grant, Meter},
-    session::{REQUEST_DEADLINE_MS, ReceiptFacts},
+    session::{MAX_AHEAD_BYTES, MAX_RECEIPTS_AHEAD, REQUEST_DEADLINE_MS, ReceiptFacts},
 };
 use satgrid_types::{
     BothSigned, Digest, FinishReason, Msat, RequestId, Salt, Sampling, SessionId, Signature, Signed, Terms, TokenUsage,
@@ -66,6 +66,8 @@ pub(super) struct AckState {
     pub out: Option<(Ack, Signed<Ack>)>,
     pub(super) offered: TokenUsage,
     pub offered_at: UnixMs,
+    /// The append that has the last one.
+    pub(super) entry: Option<Ticket>,
 }
 
 impl Request {
@@ -249,7 +251,8 @@ impl Provider {
             running_hash: live.running.value(),
         };
         let signed = Signed::sign(&ack, self.keys.of(&provider));
-        live.ack = AckState { out: Some((ack, signed.clone())), offered: live.done, offered_at: now };
+        live.ack =
+            AckState { out: Some((ack, signed.clone())), offered: live.done, offered_at: now, entry: live.ack.entry };
         let (link, stream) = live.stream;
         self.send(link, stream, ProviderFrame::Ack(signed));
     }
@@ -276,6 +279,10 @@ impl Provider {
         live.signed_upto(ack.usage.completion);
         let Ok((drafts, then)) = self.with_grant(now, id, request, Some((ack, both.clone()))) else { return };
         self.record(id, drafts, then);
+        let entry = self.gate.newest();
+        if let Some(live) = self.live(id, &request) {
+            live.ack.entry = entry;
+        }
         self.offer_ack_if_due(now, id, request);
         self.offer_next_receipt(id);
     }
@@ -368,19 +375,22 @@ impl Provider {
         self.offer_next_receipt(id);
     }
 
-    /// Offers the receipt whose turn it is, once its last acknowledgement is back.
+    /// Offers the next receipt, once none is out: of the first request that is over and whose last acknowledgement is back.
     pub(super) fn offer_next_receipt(&mut self, id: SessionId) {
         let (now, engine_name) = (self.now, self.config.engine_name.clone());
         let Some(session) = self.sessions.get_mut(&id) else { return };
-        let Some(&request) = session.finishing.front() else { return };
         if session.link.is_none() {
             return;
         }
-        let Some(live) = session.requests.get_mut(&request) else { return };
-        let Phase::Finishing { reason, error, at } = &live.phase else { return };
-        if live.ack.out.is_some() {
+        let live = |id: &RequestId| session.requests.get(id);
+        if session.finishing.iter().filter_map(live).any(|live| matches!(live.phase, Phase::Offered { .. })) {
             return;
         }
+        // One whose acknowledgement is out lets others pass.
+        let ready = |id: &&RequestId| live(id).is_some_and(|live| live.ack.out.is_none());
+        let Some(&request) = session.finishing.iter().find(ready) else { return };
+        let Some(live) = session.requests.get_mut(&request) else { return };
+        let Phase::Finishing { reason, error, at } = &live.phase else { return };
         let (reason, at) = (*reason, *at);
         let model = session.state.request_state(&request).and_then(|r| session.state.quote_of(&r.open().quote));
         let model = model.and_then(|q| self.offerings.values().find(|o| o.listing.model_root == q.model_root));
@@ -401,6 +411,10 @@ impl Provider {
             expert_split: live.expert_split.clone(),
         };
         let (link, stream) = live.stream;
+        let acked = live.ack.entry;
+        let before = session.state.last_receipt_signed();
+        let ahead = !session.in_order && stands_alone(&facts) && before.is_none_or(is_light);
+        session.in_order &= ahead;
         let Ok(body) = session.state.receipt(&request, facts) else {
             // Figures that do not fit 64 bits: nothing can be billed for it.
             return self.abandon(id, request);
@@ -409,10 +423,14 @@ impl Provider {
         if let Some(live) = session.requests.get_mut(&request) {
             live.phase = Phase::Offered { body: Box::new(body), signed: signed.clone(), at: now };
         }
-        // It names the receipt before it: that one must be durable, or a crash leaves the consumer with a chain that we
-        // have not.
-        let frame = ProviderFrame::Receipt(reason, signed);
-        self.behind(vec![ProviderAction::Send { link, stream, frame }]);
+        // It names the receipt before it, which must be durable, or among those that the consumer shows after a crash: else
+        // it has a chain that we have not.
+        let send = vec![ProviderAction::Send { link, stream, frame: ProviderFrame::Receipt(reason, signed) }];
+        match ahead {
+            // Its last acknowledgement, which it names, is there.
+            true => self.behind_entry(acked, MAX_RECEIPTS_AHEAD, send),
+            false => self.behind(send),
+        }
     }
 
     fn receipt_signed(&mut self, now: UnixMs, id: SessionId, request: RequestId, signature: Signature) {
@@ -473,6 +491,20 @@ impl Provider {
             }
         }
     }
+}
+
+/// Nothing of it is said elsewhere in the journal. Such a receipt is offered before the one that it names is on the disk: the
+/// consumer's copies bring both back. Else a session would end no more requests than two disks take turns.
+fn stands_alone(facts: &ReceiptFacts) -> bool {
+    facts.slices.is_empty()
+        && facts.part.is_none()
+        && facts.split.is_none()
+        && facts.expert_rows.is_none()
+        && facts.expert_split.is_none()
+}
+
+fn is_light(receipt: &BothSigned<Receipt>) -> bool {
+    receipt.body().len() <= MAX_AHEAD_BYTES
 }
 
 fn private(live: &Request) -> ReceiptPrivate {

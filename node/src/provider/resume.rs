@@ -7,7 +7,7 @@
 //! | an acknowledgement that was offered | said again in its place among the chunks |
 //! | its countersignature | the consumer shows it when it resumes |
 //! | a receipt that was offered | said again after the last chunk |
-//! | its countersignature | the consumer shows the last receipt when it resumes |
+//! | its countersignature, or its entry in a crash | the consumer shows the last receipts when it resumes |
 //!
 //! What runs without a link stays within its grant: the window that nobody signed for, and no further.
 
@@ -59,7 +59,7 @@ impl Provider {
         link: LinkId,
         id: SessionId,
         open: Vec<OpenRequest>,
-        last_receipt: Option<BothSigned<Receipt>>,
+        receipts: Vec<BothSigned<Receipt>>,
     ) {
         let Some((peer, host)) = self.links.get(&link).map(|l| (l.peer, l.host)) else { return };
         let Some(session) = self.sessions.get_mut(&id).filter(|s| s.state.consumer() == peer) else {
@@ -76,8 +76,8 @@ impl Provider {
         if let Some(held) = self.links.get_mut(&link) {
             held.session = Some(id);
         }
-        if let Some(receipt) = last_receipt {
-            self.adopt_receipt(id, &receipt);
+        for receipt in &receipts {
+            self.adopt_receipt(id, receipt);
         }
         for request in &open {
             self.adopt_ack(now, id, request);

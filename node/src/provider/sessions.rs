@@ -22,6 +22,8 @@ pub(super) struct Session {
     pub requests: BTreeMap<RequestId, Request>,
     /// Requests whose run is over, in order: one receipt is offered at a time, since each names the one before.
     pub finishing: VecDeque<RequestId>,
+    /// A request ended without a receipt: the next receipt waits until that is on the disk.
+    pub in_order: bool,
     /// Since when requests without a live link wait for the consumer.
     pub detached_at: Option<UnixMs>,
     /// Their runs are kept: the consumer may go on with them. Over after the terms' `resume_ms`.
@@ -43,6 +45,7 @@ impl Session {
             link,
             requests: BTreeMap::new(),
             finishing: VecDeque::new(),
+            in_order: false,
             detached_at: None,
             held: false,
             closing: None,
@@ -135,6 +138,9 @@ impl Provider {
         if let Ok(draft) = draft {
             self.counters.abandoned += 1;
             self.record(id, vec![draft], Vec::new());
+            if let Some(session) = self.sessions.get_mut(&id) {
+                session.in_order = true;
+            }
         }
         self.offer_next_receipt(id);
     }

@@ -146,7 +146,7 @@ impl Provider {
             sampling: start.private.sampling,
             running: RunningHash::start(&start.salt, &open.request),
             granted,
-            ack: AckState { out: None, offered: TokenUsage::default(), offered_at: now },
+            ack: AckState { out: None, offered: TokenUsage::default(), offered_at: now, entry: None },
             unsigned: Vec::new(),
             awaits_stream: None,
             phase: Phase::Running,

@@ -2,7 +2,7 @@
 
 use crate::frame::MAX_OPEN_REQUESTS;
 
-use super::{LastAck, MAX_ENDED, SessionError, SessionState, hold_expiry};
+use super::{LastAck, MAX_AHEAD_BYTES, MAX_ENDED, MAX_RECEIPTS_AHEAD, SessionError, SessionState, hold_expiry};
 use satgrid_ledger::{
     entry::{Draft, Evidence},
     statements::{
@@ -101,6 +101,10 @@ impl SessionState {
     /// The last receipt with both signatures: what a resume shows.
     pub fn last_receipt_signed(&self) -> Option<&BothSigned<Receipt>> {
         self.last_receipt_signed.as_ref()
+    }
+    /// Receipts before the last one, oldest first: a provider that crashed may lack them too.
+    pub fn earlier_receipts(&self) -> Vec<BothSigned<Receipt>> {
+        self.earlier_receipts.iter().cloned().collect()
     }
     /// Numerators of all requests that ended: both sides must stand at the same figure to go on.
     pub fn settled_numerators(&self) -> Numerators {
@@ -290,7 +294,17 @@ impl SessionState {
         self.charged = receipt.cumulative_cost;
         self.receipts = receipt.seq.saturating_add(1);
         self.last_receipt = Some(receipt_id(both));
-        self.last_receipt_signed = Some(both.clone());
+        if let Some(before) = self.last_receipt_signed.replace(both.clone()) {
+            if before.body().len() > MAX_AHEAD_BYTES {
+                // Nothing was offered ahead of it.
+                self.earlier_receipts.clear();
+            } else {
+                self.earlier_receipts.push_back(before);
+            }
+            if self.earlier_receipts.len() > MAX_RECEIPTS_AHEAD {
+                self.earlier_receipts.pop_front();
+            }
+        }
         self.receipted_paid = receipt.cumulative_paid;
         self.receipted_slices.extend(receipt.slices.iter().map(|s| s.k));
         Ok(())

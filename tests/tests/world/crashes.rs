@@ -83,6 +83,34 @@ fn a_provider_that_dies_meets_its_consumer_again() {
     }
 }
 
+/// Receipts are offered before the one that they name is on the provider's disk: what a crash takes, its consumer brings back.
+#[test]
+fn a_provider_that_dies_ahead_of_its_disk_gets_its_receipts_back() {
+    let mut most = 0;
+    for ms in (0..30).map(|i| 300 + i * 41) {
+        let options = Options { seed: ms, latency_ms: (1, 2), journal_ms: (10, 90), ..Options::default() };
+        let mut world = World::new(options, 1, 1);
+        for i in 0..12 {
+            world.submit(0, Ask::tokens(20 + i, 2));
+        }
+        world.run_ms(ms);
+        world.crash_provider(0, HARD);
+        let (signed, kept) = (world.consumers[0].journal.count("receipt"), world.providers[0].journal.count("receipt"));
+        most = most.max(signed - kept);
+        world.run_ms(4_000);
+        world.restart_provider(0);
+        world.run_ms(16_000);
+        let after = world.submit(0, Ask::tokens(12, 40));
+        world.finish_calls(60_000);
+        assert_undisturbed(&world, world.call(0, after));
+        assert_eq!(world.consumers[0].role.as_ref().unwrap().counters().lost_sessions, 0, "died at {ms} ms");
+        world.assert_quiet();
+        world.assert_agree(0, 0);
+    }
+    // One of them may be the consumer's alone, as before.
+    assert!(most >= 3, "at most {most} receipts were brought back at once");
+}
+
 #[test]
 fn session_keys_are_found_again_whatever_failed_before() {
     let mut world = World::new(Options::default(), 3, 1);
