@@ -31,7 +31,7 @@ class Grammar:
 
     def __init__(self, text: str):
         text = re.sub(r";[^\n]*", "", text)
-        self.tokens = re.findall(r"=>|\.\.|-?\d+|\.size|[a-z][a-z0-9-]*|[][{}=/?*,]", text)
+        self.tokens = re.findall(r"=>|\.\.|-?\d+|\.size|[a-z][a-z0-9-]*|[][{}=/?*+,]", text)
         self.at, self.rules = 0, {}
         while self.at < len(self.tokens):
             name = self.take()
@@ -71,10 +71,11 @@ class Grammar:
                 self.skip(",")
             return lambda v: type(v) is dict and fields.keys() >= v.keys() >= fields.keys() - optional and all(fields[k](v[k]) for k in v)
         if token == "[":
-            if self.skip("*"):
+            if self.peek() in ("*", "+"):
+                least = 1 if self.take() == "+" else 0
                 each = self.choice()
                 self.take("]")
-                return lambda v: type(v) is list and all(map(each, v))
+                return lambda v: type(v) is list and len(v) >= least and all(map(each, v))
             items = []
             while not self.skip("]"):
                 items.append(self.choice())

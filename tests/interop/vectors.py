@@ -134,7 +134,9 @@ def bolt11(v) -> bool:
 
 def listing(v) -> bool:
     got, rule = refused(verify.listing, v["event"])
-    return [got[0].hex(), got[1]["node_key"]] == [v["id"], v["node_key"]] if v["valid"] and got else not v["valid"] and rule is not None
+    if not v["valid"]:
+        return rule is not None
+    return rule is None and [got[0].hex(), got[1]["node_key"], got[1].get("embeds")] == [v["id"], v["node_key"], v.get("embeds")]
 
 
 def entry(v) -> bool:

@@ -86,6 +86,8 @@ def listing(text: str) -> tuple:
             and set(said["profiles"]) <= {"exact", "fast"} and len(said["addresses"]) <= 8 and all(len(t.encode()) <= 128 for t in texts)
             and {"slots", "speed", "memory_bytes", "tokenizer", "build"} <= said.keys() and all(type(n) is int for n in said["rates"].values())
             and (kind == "whole" or kind == "layers" and value["start"] < value["end"] or kind == "experts" and value and value == sorted(map(list, set(map(tuple, value)))))
+            and (said.get("embeds") is None or type(said["embeds"]) is int and 0 < said["embeds"] <= 16_384 and kind == "whole")
+            and len(said.get("links", [])) <= 64
             and d == f"{said['model_root'][:16]}:{word}" and all(tagged(name) == values for name, values in expect.items())
             and schnorr(bytes.fromhex(key), identity, bytes.fromhex(event["sig"]))
             and ed25519(node, b"satgrid-binding-v1\0" + bytes.fromhex(key) + d.encode(), bytes.fromhex(said["bindings"]["node"]))

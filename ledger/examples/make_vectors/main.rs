@@ -13,6 +13,7 @@ mod bundles;
 mod cbor_json;
 mod claims;
 mod credit;
+mod listings;
 mod pieces;
 mod statements;
 mod tampered;

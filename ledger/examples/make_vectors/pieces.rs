@@ -1,6 +1,6 @@
 //! Vectors of everything that is not a signed statement: hashing, pricing, ids, the log, invoices, listings, entries.
 
-use crate::{Files, cbor_json::to_json};
+use crate::{Files, cbor_json::to_json, listings::listings};
 use satgrid_ledger::{
     audit::read_invoice,
     entry::{Draft, Entry, Evidence, Head},
@@ -9,14 +9,13 @@ use satgrid_ledger::{
         verify_consistency, verify_inclusion,
     },
     statements::{ReceiptOpening, ReceiptPrivate, RequestPrivate, RunningHash, SliceDescriptor, prompt_hash},
-    testing::{EPOCH, Party, World, bolt11, bytes32, listing, succession_of},
+    testing::{EPOCH, Party, World, bolt11, bytes32, succession_of},
     transfer::{Account, Transfer, TransferKind, attempt, end_id, transfer_id},
 };
 use satgrid_pricing::{charge, cost_alone, marginal_charge, numerators};
 use satgrid_types::{
-    Digest, Listing, ModelRoot, Msat, MsatPerMtok, NodeKey, NostrEvent, Numerators, PaymentHash, Preimage, QuoteId,
-    RateCard, ReceiptId, RequestId, Salt, Sampling, SessionId, TokenUsage, TransferId, UnixMs, cbor, node_key,
-    nostr_key, sign_lightning_message, sign_node_binding, verify_listing,
+    Digest, Msat, MsatPerMtok, NodeKey, Numerators, PaymentHash, Preimage, QuoteId, RateCard, ReceiptId, RequestId,
+    Salt, Sampling, SessionId, TokenUsage, TransferId, cbor,
 };
 use serde_json::{Value, json};
 
@@ -132,8 +131,15 @@ fn hashes() -> Vec<Value> {
         ("four bytes each, little-endian", vec![1, 256, 65_536, u32::MAX]),
         ("a hundred", (0..100).collect()),
     ];
+    let plain = lists.map(|(name, tokens)| (name, tokens, None, None, None));
+    // What a request asks for beside tokens.
+    let more = [
+        ("texts to be embedded, of 40, 1 and 59 tokens", (0..100).collect(), Some(vec![40, 1, 59]), None, None),
+        ("one text to be embedded", vec![7], Some(vec![1]), None, None),
+        ("five likeliest tokens of each, under a grammar", vec![1, 2], None, Some(5), Some(vec![0xa0, 0xff])),
+    ];
     let mut vectors = Vec::new();
-    for (name, tokens) in lists {
+    for (name, tokens, embed, top_logprobs, grammar) in plain.into_iter().chain(more) {
         let mut running = RunningHash::start(&salt, &request);
         let start = running.value();
         tokens.iter().for_each(|token| running.push(*token));
@@ -142,7 +148,12 @@ fn hashes() -> Vec<Value> {
             running_hash: running.value(),
             sampling: Sampling::default(),
         };
-        let asked = RequestPrivate::new(&salt, &tokens, sampling(), vec!["END".into(), "é".into()], 3);
+        let asked = RequestPrivate {
+            embed,
+            top_logprobs,
+            grammar: grammar.map(Into::into),
+            ..RequestPrivate::new(&salt, &tokens, sampling(), vec!["END".into(), "é".into()], 3)
+        };
         vectors.push(json!({
             "name": name, "salt": salt.to_string(), "request": request.to_string(), "tokens": tokens,
             "prompt_hash": private.prompt_hash.to_string(),
@@ -404,83 +415,6 @@ fn invoices() -> Vec<Value> {
             "amount_msat": facts.amount, "description_hash": facts.description_hash.map(|d| d.to_string()), "network": facts.network,
         }),
         Err(_) => json!({ "name": name, "bolt11": text, "valid": false }),
-    };
-    cases.into_iter().map(show).collect()
-}
-
-fn listings() -> Vec<Value> {
-    let provider = Party::new("provider");
-    let rates = RateCard {
-        input: MsatPerMtok(1),
-        cached_input: MsatPerMtok(1),
-        output: MsatPerMtok(2),
-        per_request: Msat(0),
-        ..RateCard::default()
-    };
-    let good = listing(&provider, rates, EPOCH);
-    let at = good.created_at();
-    let remade = |change: &dyn Fn(&mut Listing)| {
-        let mut listing = Listing::clone(&good);
-        change(&mut listing);
-        listing.to_event(&provider.nostr, at, &[0; 32])
-    };
-    let edited = |change: &dyn Fn(&mut NostrEvent)| {
-        let mut event = good.event().clone();
-        change(&mut event);
-        event
-    };
-    let retagged = |change: &dyn Fn(&mut Vec<Vec<String>>)| {
-        let event = good.event();
-        let mut tags = event.tags.clone();
-        change(&mut tags);
-        NostrEvent::sign(&provider.nostr, at, event.kind, tags, event.content.clone(), &[0; 32])
-    };
-    let stranger = Party::new("stranger");
-    let cases = [
-        ("good", good.event().clone()),
-        ("good: another listing of the same keys", remade(&|l| l.slots = 9)),
-        (
-            "bad: content changed after signing",
-            edited(&|e| e.content = e.content.replace("\"slots\":4", "\"slots\":5")),
-        ),
-        ("bad: one bit of the signature flipped", edited(&|e| e.sig.0[40] ^= 1)),
-        ("bad: another event id", edited(&|e| e.id.0[0] ^= 1)),
-        ("bad: another kind", edited(&|e| e.kind += 1)),
-        ("bad: the node's binding is for another model", remade(&|l| l.model_root = ModelRoot(bytes32("other model")))),
-        (
-            "bad: the node's binding is by another key",
-            remade(&|l| {
-                l.bindings.node = Some(sign_node_binding(&stranger.node, &nostr_key(&provider.nostr), &l.d()));
-            }),
-        ),
-        ("bad: no node binding", remade(&|l| l.bindings.node = None)),
-        (
-            "bad: the Lightning binding is by another node",
-            remade(&|l| {
-                l.bindings.lightning = Some(sign_lightning_message(
-                    &stranger.lightning,
-                    &format!("satgrid-node-key-v1:{}", node_key(&provider.node)),
-                ));
-            }),
-        ),
-        ("bad: no Lightning binding", remade(&|l| l.bindings.lightning = None)),
-        ("bad: a tag says another model name", retagged(&|tags| tags[2][1].push('x'))),
-        ("bad: two `d` tags", retagged(&|tags| tags.push(tags[0].clone()))),
-        ("bad: no expiration", retagged(&|tags| drop(tags.remove(1)))),
-        ("bad: it lives longer than an hour", remade(&|l| l.expires_at += 3_600)),
-        ("bad: version 2", remade(&|l| l.version = 2)),
-    ];
-    let show = |(name, event): (&str, NostrEvent)| {
-        let (json, created) = (event.to_json(), UnixMs::from_secs(event.created_at));
-        let verdict = verify_listing(event, created);
-        let valid = verdict.is_ok();
-        assert_eq!(valid, name.starts_with("good"), "{name}");
-        let mut vector = json!({ "name": name, "event": json, "valid": valid });
-        if let Ok(listing) = verdict {
-            vector["id"] = json!(listing.id().to_string());
-            vector["node_key"] = json!(listing.node_key.to_string());
-        }
-        vector
     };
     cases.into_iter().map(show).collect()
 }
