@@ -9,7 +9,7 @@
 //! | `budgets_hold_and_a_key_is_given_up` | API keys on a running node: twenty at once on the balance of one, refusals, a crash; then a provider rotates its node key |
 //! | `a_model_over_paid_workers_one_of_them_killed` | `make demo-split SLOW=1 KILL=1`: layers bought from processes, one slower than it lists, the text of one machine |
 //! | `the_operators_money_and_a_killed_wallet` | coins and channel money swept, with what it costs; SIGKILL for the process of the Lightning node in mid-payment |
-//! | `strangers_at_the_front_door` | a provider with its door open: L402, a prepaid key, refunds, a kill, its house's ledger |
+//! | `strangers_at_the_front_door` | a provider with its door open: L402, a prepaid key, refunds, a kill, its house's ledger; then a consumer's door over HTTPS on what it buys, and a Lightning address |
 //! | `two_leads_take_each_others_places_at_their_workers` | workers too small for both: rows are sent again, the text of one machine, clean ledgers |
 //! | `ports_that_are_taken` | told at once, by number |
 //!
@@ -265,6 +265,7 @@ fn strangers_at_the_front_door() {
     let mut market = Market::start(&dir.path().join("market"), &model);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     front_door::strangers(&mut market, &runtime);
+    front_door::resold(&mut market, &runtime);
     market.stop();
 }
 

@@ -1,19 +1,34 @@
 //! The front door of a running provider: a client that has a wallet and no node pays an invoice for one answer, fills a
 //! key, is killed upon, and takes its money back. The consumer's wallet pays; its node has no part in the answers.
+//! Then the consumer opens a door of its own, over HTTPS, and sells on what it buys in the market; a provider's wallet pays, and
+//! is paid back at a Lightning address whose server fails at first.
 
 use super::http::{admin, answer, client, wait_for};
 use super::market::{Market, auditor, free_port, is_running, satgrid, signal};
+use reqwest::Client;
 use serde_json::{Value, json};
 use std::process::{Child, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const SOON: Duration = Duration::from_secs(90);
 const SELLER: &str = "provider-a";
+/// Whose door sells what the market sells, and whose wallet a stranger there has.
+const RESELLER: &str = "consumer";
+const PAYER: &str = "provider-b";
+/// Made for the tests of the edge, for `localhost`.
+const CERTIFICATE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../api/tests/tls/certificate.pem");
+const KEY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../api/tests/tls/key.pem");
 
 /// What a stranger knows: an address.
 struct Stranger<'a> {
     market: &'a Market,
     door: String,
+    client: Client,
+    /// The node whose wallet it has.
+    payer: &'static str,
 }
 
 /// A token and the proof that it was paid for.
@@ -30,30 +45,39 @@ impl Paid {
 
 /// Starts the seller with its door open on `port`.
 fn open_door(market: &Market, port: u16) -> Child {
-    let log = std::fs::File::options().append(true).open(market.dir.join(format!("logs/{SELLER}.log"))).unwrap();
-    let mut up = satgrid();
-    up.env("SATGRID_DOOR_LISTEN", format!("127.0.0.1:{port}"));
-    up.args(["up", "--config"]).arg(&market.node(SELLER).config).stdout(Stdio::null()).stderr(log).spawn().unwrap()
+    start(market, SELLER, port, &[])
 }
 
-/// Pays with the consumer's wallet, by the tool that people use; the preimage.
-fn pay(market: &Market, invoice: &str) -> Option<String> {
+/// Starts a node with its door open on `port`, and with further settings.
+fn start(market: &Market, name: &str, port: u16, settings: &[(&str, &str)]) -> Child {
+    let log = std::fs::File::options().append(true).open(market.dir.join(format!("logs/{name}.log"))).unwrap();
+    let mut up = satgrid();
+    up.env("SATGRID_DOOR_LISTEN", format!("127.0.0.1:{port}")).envs(settings.iter().copied());
+    up.args(["up", "--config"]).arg(&market.node(name).config).stdout(Stdio::null()).stderr(log).spawn().unwrap()
+}
+
+/// Pays with a node's wallet, by the tool that people use; the preimage.
+fn pay(market: &Market, payer: &str, invoice: &str) -> Option<String> {
     let mut command = satgrid();
-    command.args(["wallet", "pay", invoice, "--format", "json", "--config"]).arg(&market.node("consumer").config);
+    command.args(["wallet", "pay", invoice, "--format", "json", "--config"]).arg(&market.node(payer).config);
     let output = command.output().unwrap();
     let paid: Value = serde_json::from_slice(&output.stdout).ok()?;
     paid["preimage"].as_str().map(str::to_owned)
 }
 
-/// An invoice of the consumer's wallet.
-fn invoice(market: &Market, sat: u64) -> Value {
+/// An invoice of a node's wallet.
+fn invoice(market: &Market, payee: &str, sat: u64) -> Value {
     let mut command = satgrid();
     command.args(["wallet", "receive", &sat.to_string(), "--format", "json", "--config"]);
-    let output = command.arg(&market.node("consumer").config).output().unwrap();
+    let output = command.arg(&market.node(payee).config).output().unwrap();
     serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr)))
 }
 
-impl Stranger<'_> {
+impl<'a> Stranger<'a> {
+    fn new(market: &'a Market, door: &str) -> Stranger<'a> {
+        Stranger { market, door: door.to_owned(), client: client(), payer: "consumer" }
+    }
+
     fn body(&self, tokens: u32) -> Value {
         json!({
             "model": self.market.model, "max_tokens": tokens, "seed": 7, "logit_bias": { "2": -100 },
@@ -62,7 +86,7 @@ impl Stranger<'_> {
     }
 
     async fn ask(&self, authorization: Option<&str>, tokens: u32) -> (u16, Option<String>, Value) {
-        let mut request = client().post(format!("{}/chat/completions", self.door)).json(&self.body(tokens));
+        let mut request = self.client.post(format!("{}/chat/completions", self.door)).json(&self.body(tokens));
         if let Some(shown) = authorization {
             request = request.header("authorization", shown);
         }
@@ -73,20 +97,21 @@ impl Stranger<'_> {
     }
 
     async fn get(&self, path: &str, secret: Option<&str>) -> (u16, Value) {
-        let request = client().get(format!("{}/{path}", self.door));
+        let request = self.client.get(format!("{}/{path}", self.door));
         let request = if let Some(secret) = secret { request.bearer_auth(secret) } else { request };
         answer(request.send().await.unwrap()).await
     }
 
     async fn post(&self, path: &str, secret: Option<&str>, body: &Value) -> (u16, Value) {
-        let request = client().post(format!("{}/{path}", self.door)).json(body);
+        let request = self.client.post(format!("{}/{path}", self.door)).json(body);
         let request = if let Some(secret) = secret { request.bearer_auth(secret) } else { request };
         answer(request.send().await.unwrap()).await
     }
 
     async fn up(&self) {
         wait_for("the front door", SOON, || async {
-            let models = client().get(format!("{}/models", self.door)).send().await.ok()?.json::<Value>().await.ok()?;
+            let models = self.client.get(format!("{}/models", self.door)).send().await.ok()?;
+            let models = models.json::<Value>().await.ok()?;
             models["data"].as_array().is_some_and(|models| !models.is_empty()).then_some(())
         })
         .await;
@@ -144,7 +169,7 @@ async fn l402(stranger: &Stranger<'_>) -> u64 {
     let early = format!("L402 {token}:{}", "00".repeat(32));
     assert_eq!(stranger.ask(Some(&early), 16).await.0, 401);
 
-    let preimage = pay(stranger.market, &bolt11).expect("the invoice is paid");
+    let preimage = pay(stranger.market, stranger.payer, &bolt11).expect("the invoice is paid");
     let paid = Paid { token, preimage };
     let credential = paid.credential();
     let (id, cost) = wait_for("the paid answer", SOON, || async {
@@ -161,7 +186,8 @@ async fn l402(stranger: &Stranger<'_>) -> u64 {
     assert_eq!(receipts.len(), 1, "a receipt that two keys signed: {cost}");
     let mut spent = cost["cost_msat"].as_u64().unwrap();
     assert!(spent > 0 && spent <= asked, "{spent} of {asked}");
-    let generation = client().get(format!("{}/generations/{}", stranger.door, id.as_str().unwrap()));
+    let path = format!("{}/generations/{}", stranger.door, id.as_str().unwrap());
+    let generation = stranger.client.get(path);
     let (status, generation) = answer(generation.header("authorization", &credential).send().await.unwrap()).await;
     assert_eq!((status, generation["cost_msat"].as_u64()), (200, Some(spent)), "{generation}");
 
@@ -197,7 +223,7 @@ async fn prepaid(stranger: &Stranger<'_>) -> (String, u64) {
     let hash = made["payment_hash"].as_str().unwrap();
     assert_eq!(stranger.get("key", Some(&secret)).await.0, 401, "no key before it is paid for");
     assert_eq!(stranger.get(&format!("invoices/{hash}"), None).await.1["state"], "open");
-    pay(stranger.market, made["invoice"].as_str().unwrap()).expect("the top-up is paid");
+    pay(stranger.market, stranger.payer, made["invoice"].as_str().unwrap()).expect("the top-up is paid");
     let balance = wait_for("the key", SOON, || stranger.balance(&secret)).await;
     assert_eq!(balance, 5_000_000);
     assert_eq!(stranger.get(&format!("invoices/{hash}"), None).await.1["state"], "paid");
@@ -213,12 +239,12 @@ async fn prepaid(stranger: &Stranger<'_>) -> (String, u64) {
 async fn refunds(stranger: &Stranger<'_>, secret: &str) -> u64 {
     let before = stranger.balance(secret).await.unwrap();
     let (status, refused) =
-        stranger.refund(secret, invoice(stranger.market, 1_000_000)["invoice"].as_str().unwrap()).await;
+        stranger.refund(secret, invoice(stranger.market, stranger.payer, 1_000_000)["invoice"].as_str().unwrap()).await;
     assert_eq!(status, 402, "more than is there: {refused}");
     let (status, refused) = stranger.refund(secret, "lnbcrt1nonsense").await;
     assert_eq!(status, 400, "{refused}");
 
-    let back = invoice(stranger.market, 1_000);
+    let back = invoice(stranger.market, stranger.payer, 1_000);
     let destination = back["invoice"].as_str().unwrap();
     let (status, asked) = stranger.refund(secret, destination).await;
     assert_eq!(status, 202, "{asked}");
@@ -227,7 +253,7 @@ async fn refunds(stranger: &Stranger<'_>, secret: &str) -> u64 {
     let fee = settled["fee_msat"].as_u64().unwrap();
     let path = format!("wallet/payment?hash={}", back["payment_hash"].as_str().unwrap());
     wait_for("the refund at its client", SOON, || async {
-        let found = admin(stranger.market.node("consumer"), &path).await?;
+        let found = admin(stranger.market.node(stranger.payer), &path).await?;
         (found["state"] == "settled").then_some(())
     })
     .await;
@@ -289,7 +315,7 @@ pub(crate) fn strangers(market: &mut Market, runtime: &tokio::runtime::Runtime) 
     let door = format!("http://127.0.0.1:{port}/v1");
 
     let (secret, spent, refunded, more) = runtime.block_on(async {
-        let stranger = Stranger { market, door: door.clone() };
+        let stranger = Stranger::new(market, &door);
         stranger.up().await;
         let on_tokens = l402(&stranger).await;
         let (secret, on_key) = prepaid(&stranger).await;
@@ -298,13 +324,13 @@ pub(crate) fn strangers(market: &mut Market, runtime: &tokio::runtime::Runtime) 
         (secret, on_tokens + on_key, refunded, more)
     });
     // Killed the moment the payer has its preimage: the payee may have written nothing down.
-    let before = runtime.block_on(async { Stranger { market, door: door.clone() }.balance(&secret).await.unwrap() });
-    pay(market, more["invoice"].as_str().unwrap()).expect("the second top-up is paid");
+    let before = runtime.block_on(async { Stranger::new(market, &door).balance(&secret).await.unwrap() });
+    pay(market, "consumer", more["invoice"].as_str().unwrap()).expect("the second top-up is paid");
     ends(market, "KILL", pid);
     let second = open_door(market, port);
     market.restarted.push(second);
     runtime.block_on(async {
-        let stranger = Stranger { market, door };
+        let stranger = Stranger::new(market, &door);
         stranger.up().await;
         let credited = wait_for("the second top-up", SOON, || async {
             stranger.balance(&secret).await.filter(|balance| *balance != before)
@@ -323,4 +349,110 @@ pub(crate) fn strangers(market: &mut Market, runtime: &tokio::runtime::Runtime) 
     // A tree head over what was just written is signed within seconds.
     std::thread::sleep(Duration::from_secs(5));
     audit_house(market);
+}
+
+/// A server of a Lightning address (LNURL-pay) on this machine: its first answer is a failure, and so is its second.
+struct AddressServer {
+    port: u16,
+    asked: Arc<AtomicUsize>,
+}
+
+impl AddressServer {
+    async fn start(invoice: impl Fn(u64) -> String + Send + Sync + 'static) -> AddressServer {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let asked = Arc::new(AtomicUsize::new(0));
+        let (count, invoice) = (asked.clone(), Arc::new(invoice));
+        tokio::spawn(async move {
+            while let Ok((mut socket, _)) = listener.accept().await {
+                let mut head = vec![0; 4_096];
+                let read = socket.read(&mut head).await.unwrap();
+                let head = String::from_utf8_lossy(&head[..read]).into_owned();
+                let path = head.split_whitespace().nth(1).unwrap_or_default().to_owned();
+                let (status, body) = match path.strip_prefix("/pay?amount=") {
+                    Some(amount) => {
+                        let (amount, invoice) = (amount.parse::<u64>().unwrap(), invoice.clone());
+                        let made = tokio::task::spawn_blocking(move || invoice(amount)).await.unwrap();
+                        ("200 OK", json!({ "pr": made, "routes": [] }))
+                    }
+                    None if path == "/.well-known/lnurlp/alice" => match count.fetch_add(1, Ordering::SeqCst) {
+                        0 => ("503 Service Unavailable", json!({})),
+                        _ => {
+                            let callback = format!("http://127.0.0.1:{port}/pay");
+                            let (least, most) = (1_000, 100_000_000);
+                            let terms = json!({ "tag": "payRequest", "callback": callback, "minSendable": least,
+                                "maxSendable": most, "metadata": "[[\"text/plain\",\"alice\"]]" });
+                            ("200 OK", terms)
+                        }
+                    },
+                    None => ("404 Not Found", json!({ "status": "ERROR", "reason": "nobody" })),
+                };
+                let body = body.to_string();
+                let length = body.len();
+                let answer = format!(
+                    "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"
+                );
+                let _ = socket.write_all(answer.as_bytes()).await;
+            }
+        });
+        AddressServer { port, asked }
+    }
+}
+
+/// The consumer sells on over HTTPS what it buys: an answer for an invoice, a key, and money back to a Lightning address.
+pub(crate) fn resold(market: &mut Market, runtime: &tokio::runtime::Runtime) {
+    let (port, pid) = (free_port(), market.node(RESELLER).pid);
+    signal("TERM", pid);
+    runtime.block_on(wait_for("the end of the reseller", SOON, || async { (!is_running(pid)).then_some(()) }));
+    let settings = [
+        ("SATGRID_DOOR_SELLS", "market"),
+        ("SATGRID_DOOR_CERTIFICATE", CERTIFICATE),
+        ("SATGRID_DOOR_KEY", KEY),
+        ("SATGRID_DOOR_MARGIN_PERMILLE", "250"),
+    ];
+    let up = start(market, RESELLER, port, &settings);
+    market.restarted.push(up);
+    runtime.block_on(async {
+        let root = reqwest::Certificate::from_pem(&std::fs::read(CERTIFICATE).unwrap()).unwrap();
+        let client = Client::builder().no_proxy().timeout(SOON).add_root_certificate(root).build().unwrap();
+        let door = format!("https://localhost:{port}/v1");
+        let stranger = Stranger { market, door, client, payer: PAYER };
+        stranger.up().await;
+        let plain = format!("http://localhost:{port}/v1/models");
+        assert!(super::http::client().get(plain).send().await.is_err(), "nothing is answered in the clear");
+
+        let on_token = l402(&stranger).await;
+        let made = stranger.top_up(None, 1_000).await;
+        let secret = made["key"].as_str().unwrap().to_owned();
+        pay(market, PAYER, made["invoice"].as_str().unwrap()).expect("the top-up is paid");
+        wait_for("the key", SOON, || stranger.balance(&secret)).await;
+
+        let payee = market.node(PAYER).config.clone();
+        let server = AddressServer::start(move |msat| {
+            let mut command = satgrid();
+            command.args(["wallet", "receive", &(msat / 1_000).to_string(), "--format", "json", "--config"]);
+            let made: Value = serde_json::from_slice(&command.arg(&payee).output().unwrap().stdout).unwrap();
+            made["invoice"].as_str().unwrap().to_owned()
+        })
+        .await;
+        let body = json!({ "destination": format!("alice@127.0.0.1:{}", server.port), "amount_msat": 300_000 });
+        let (status, asked) = stranger.post("refund", Some(&secret), &body).await;
+        assert_eq!(status, 202, "{asked}");
+
+        // What a provider asks and a quarter more, with the provider's receipt.
+        let (status, _, body) = stranger.ask(Some(&format!("Bearer {secret}")), 24).await;
+        assert_eq!(status, 200, "{body}");
+        let usage = &body["usage"];
+        assert_eq!(usage["receipt_ids"].as_array().unwrap().len(), 1, "{usage}");
+        let bought = usage["cost_msat"].as_u64().unwrap();
+        let cost = usage["cost_details"]["charged_msat"].as_u64().unwrap();
+        assert!(bought > 0 && cost == bought + bought.div_ceil(4), "{usage}");
+
+        let settled = stranger.refund_ended(&secret, &asked["id"]).await;
+        assert_eq!(settled["state"], "settled", "{settled}");
+        assert!(server.asked.load(Ordering::SeqCst) >= 2, "it failed once and was asked again");
+        let left = 1_000_000 - cost - 300_000 - settled["fee_msat"].as_u64().unwrap();
+        wait_for("posted", SOON, || async { stranger.balance(&secret).await.filter(|balance| *balance == left) }).await;
+        eprintln!("  resold: {on_token} msat by L402, {cost} msat on a key for {bought} msat in the market, 300000 msat paid back");
+    });
 }

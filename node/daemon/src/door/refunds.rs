@@ -19,7 +19,7 @@ use satgrid_wallet::{invoice, payment::Outcome};
 use std::{sync::Arc, time::Duration};
 use tokio_util::sync::CancellationToken;
 
-const LOOK_EVERY: Duration = Duration::from_secs(10);
+const LOOK_EVERY: Duration = Duration::from_secs(3);
 /// Waits between tries; after the last one the money returns to the key.
 const RETRY_S: [u64; 6] = [10, 60, 300, 1_800, 7_200, 43_200];
 
