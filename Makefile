@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build build-gpu demo demo-experts demo-split bench-split lengths-split bench-experts test test-fast lint deny bench bench-ledger fuzz-ledger sim fuzz clean-cache test-conformance bench-api test-wallet bench-wallet
+.PHONY: help build build-gpu demo demo-experts demo-split bench-split lengths-split bench-experts test test-fast lint deny bench bench-ledger fuzz-ledger sim fuzz clean-cache test-conformance test-acme bench-api test-wallet bench-wallet
 
 ENV := . tests/scripts/env.sh;
 
@@ -45,6 +45,9 @@ test-wallet: ## real Lightning nodes: conformance, just-in-time channels, kill -
 
 test-conformance: build ## clients written elsewhere against the built binary: OpenAI's SDKs, LiteLLM, LangChain, the AI SDK, OpenAI's schema (ONLY=node for one)
 	@tests/scripts/conformance.sh $(ONLY)
+
+test-acme: ## the front door's certificate against Let's Encrypt's test server, pebble, out of Debian's package
+	@$(ENV) exec tests/scripts/acme.sh
 
 lint: ## rustfmt and clippy, warnings are errors
 	@tests/scripts/bootstrap.sh build

@@ -12,6 +12,7 @@
 mod accounts;
 mod admin;
 mod body;
+mod certificates;
 mod choices;
 mod collect;
 mod completions;
@@ -43,6 +44,7 @@ pub use accounts::{
     KeyView, NewKey,
 };
 pub use admin::{AdminError, admin_router, metrics_router, serve_admin};
+pub use certificates::Certificates;
 pub use config::{ApiConfig, ApiKey, Clock, Entropy, limits};
 pub use door::{Door, DoorError, DoorInvoice, InvoiceState, Order, Refund};
 pub use gate::STORED_KEY_PREFIX;

@@ -1,4 +1,5 @@
-//! TLS in front of a listener: certificate files, read again when they change, and a handshake that no reader waits for.
+//! TLS in front of a listener: certificate files, read again when they change, or certificates that the daemon has made
+//! ([`Certificates`]), and a handshake that no reader waits for.
 
 use std::{
     fs, io,
@@ -26,6 +27,10 @@ use tokio_rustls::{
     server::TlsStream,
 };
 
+use crate::certificates::{CHALLENGE_PROTOCOL, Certificates};
+
+/// The one protocol that requests are spoken in.
+const HTTP: &[u8] = b"http/1.1";
 /// How often the files are looked at: whoever renews them need not restart the node.
 const LOOK_EVERY: Duration = Duration::from_secs(60);
 
@@ -33,6 +38,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(60);
 pub enum TlsError {
     #[error("{}: {why}", path.display())]
     File { path: PathBuf, why: String },
+    #[error("the certificate that was made: {why}")]
+    Made { why: String },
     #[error("the certificate and the key do not serve: {0}")]
     Rustls(#[from] tokio_rustls::rustls::Error),
 }
@@ -78,13 +85,23 @@ impl Tls {
     pub fn from_files(certificate: &Path, key: &Path) -> Result<Tls, TlsError> {
         let current = RwLock::new(Arc::new(read(certificate, key)?));
         let files = Arc::new(Files { certificate: certificate.to_owned(), key: key.to_owned(), current });
+        let tls = Tls::of(Arc::clone(&files) as Arc<dyn ResolvesServerCert>, &[HTTP])?;
+        tokio::spawn(renew(files));
+        Ok(tls)
+    }
+
+    /// Serves what `certificates` holds at the time of each handshake.
+    pub fn managed(certificates: Arc<Certificates>) -> Result<Tls, TlsError> {
+        Tls::of(certificates, &[HTTP, CHALLENGE_PROTOCOL])
+    }
+
+    fn of(resolver: Arc<dyn ResolvesServerCert>, protocols: &[&[u8]]) -> Result<Tls, TlsError> {
         let provider = Arc::new(ring::default_provider());
         let mut config = ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()?
             .with_no_client_auth()
-            .with_cert_resolver(Arc::clone(&files) as Arc<dyn ResolvesServerCert>);
-        config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        tokio::spawn(renew(files));
+            .with_cert_resolver(resolver);
+        config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
         Ok(Tls { acceptor: TlsAcceptor::from(Arc::new(config)) })
     }
 

@@ -2,6 +2,7 @@
 
 mod clock;
 mod devices;
+mod door;
 
 use serde::Serialize;
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs, UdpSocket};
@@ -60,6 +61,7 @@ pub(super) fn run(globals: &Globals) -> anyhow::Result<()> {
     findings.push(seed_finding(config));
     findings.push(disk(config));
     findings.extend(ports(config));
+    findings.extend(door::certificate(config));
     findings.extend(relays(config));
     findings.extend(chain(config));
     findings.extend(clock::findings(config));
@@ -178,6 +180,7 @@ fn ports(config: &Config) -> Vec<Finding> {
         findings.push(taken("api.listen", config.api.listen, tcp(config.api.listen)));
         findings.push(taken("api.admin", config.api.admin, tcp(config.api.admin)));
     }
+    findings.extend(config.door.listen.map(|address| taken("door.listen", address, tcp(address))));
     if config.is_provider() {
         let address = config.provider.quic_listen;
         findings.push(taken("provider.quic_listen", address, UdpSocket::bind(address).map(drop)));

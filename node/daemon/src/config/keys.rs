@@ -182,6 +182,21 @@ pub(super) const KEYS: &[Key] = &[
     key("door.sells", Text, Unset, "own: this provider's models; market: what others sell; unset: own on a provider"),
     key("door.certificate", Path, Unset, "PEM file of the certificate chain; read again when it changes"),
     key("door.key", Path, Unset, "PEM file of its private key"),
+    key(
+        "door.acme_domains",
+        Texts,
+        Value("[]"),
+        "names that an authority (ACME) signs a certificate for, instead of files",
+    ),
+    key("door.acme_contact", Text, Unset, "where the authority may write: mailto:you@example.com"),
+    key(
+        "door.acme_directory",
+        Text,
+        Value("\"https://acme-v02.api.letsencrypt.org/directory\""),
+        "the authority; it connects to the names on port 443, which must lead to door.listen",
+    ),
+    key("door.acme_terms_agreed", Switch, Value("false"), "you agree to the authority's terms of service"),
+    key("door.acme_ca", Path, Unset, "PEM file of the root behind an authority of your own"),
     key("door.trusted_proxies", Texts, Value("[]"), "addresses of proxies that end TLS and set X-Forwarded-For"),
     key(
         "door.margin_permille",

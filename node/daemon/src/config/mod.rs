@@ -4,6 +4,7 @@
 //! came from, so `satgrid config check` can say what will be used and why. Unknown keys are errors: a misspelt limit
 //! must not silently be no limit. This module reads files and variables; it opens nothing else and decides nothing.
 
+mod acme;
 mod keys;
 mod load;
 mod places;
@@ -12,6 +13,7 @@ mod template;
 mod types;
 mod validate;
 
+pub(crate) use acme::Acme;
 pub(crate) use keys::SECTIONS;
 pub(crate) use load::{Entry, Loaded, Overrides, load};
 pub(crate) use places::{config_file, data_dir};

@@ -105,6 +105,12 @@ pub(crate) struct Door {
     /// PEM files; both or none.
     pub certificate: Option<PathBuf>,
     pub key: Option<PathBuf>,
+    /// Names for which an authority is asked for a certificate instead.
+    pub acme_domains: Vec<String>,
+    pub acme_contact: Option<String>,
+    pub acme_directory: String,
+    pub acme_terms_agreed: bool,
+    pub acme_ca: Option<PathBuf>,
     /// Proxies in front, which end TLS and say in `X-Forwarded-For` who asks.
     pub trusted_proxies: Vec<IpAddr>,
     pub margin_permille: u64,

@@ -145,11 +145,15 @@ fn door(config: &Config, found: &mut Found) {
         "set both, or none behind a proxy",
     );
     found.check(
-        door.certificate.is_some() || !door.trusted_proxies.is_empty() || listen.ip().is_loopback(),
+        door.certificate.is_some()
+            || !door.acme_domains.is_empty()
+            || !door.trusted_proxies.is_empty()
+            || listen.ip().is_loopback(),
         "door.listen",
         format!("{listen} is reachable from outside and keys would cross the network in the clear"),
-        "set door.certificate and door.key, or door.trusted_proxies where a proxy ends TLS",
+        "set door.acme_domains, or door.certificate and door.key, or door.trusted_proxies where a proxy ends TLS",
     );
+    found.0.extend(super::acme::problems(door));
     found.check(
         (1..=door.max_sat).contains(&door.min_sat),
         "door.min_sat",

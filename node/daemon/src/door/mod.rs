@@ -7,14 +7,17 @@
 //!
 //! | file | for |
 //! |---|---|
+//! | `acme`, `life` | the door's certificate, from an authority; when one ends |
 //! | `books` | transfers in the journal |
 //! | `house` | the consumer that buys this provider's own models |
 //! | `l402` | tokens |
 //! | `refunds` | the task that pays them, and what becomes of each payment |
 
+pub(crate) mod acme;
 mod books;
 mod house;
 mod l402;
+pub(crate) mod life;
 mod refunds;
 
 pub(crate) use books::{Charged, Till};

@@ -144,6 +144,7 @@ async fn node(config: Config) -> anyhow::Result<Ended> {
     let wallet = open::open_wallet(&config, &keys, restoring.as_ref()).await?;
     let lightning = wallet.lightning.clone();
     let identity = keys.identity.clone();
+    let budgets = key_store.clone();
     let opened = Opened {
         config,
         keys,
@@ -161,6 +162,9 @@ async fn node(config: Config) -> anyhow::Result<Ended> {
         house,
     };
     let outcome = opened.run().await;
+    if let Err(error) = budgets.flush().await {
+        tracing::warn!(%error, "what the last calls cost was not written down");
+    }
     match tokio::time::timeout(WALLET_STOP, lightning.stop()).await {
         Ok(Ok(())) => tracing::info!("stopped"),
         Ok(Err(error)) => tracing::warn!(%error, "the wallet did not stop cleanly"),
@@ -449,7 +453,7 @@ impl FrontDoor {
         let FrontDoor { port, door, gateway, desk } = self;
         desk.serves(&gateway);
         let edge = open::door_api(config, gateway.clone(), desk, door)?;
-        let tls = open::tls(&config.door)?;
+        let tls = open::tls(config, edges)?;
         tracing::info!(address = %port.local_addr()?, tls = tls.is_some(), sells = ?config.door_sells(), "front door");
         let edges = edges.clone();
         tasks.spawn(async move {

@@ -3,6 +3,7 @@
 use crate::accounts::rate::{Rate, Source};
 use crate::commands::wallet_process::NAME as WALLET_PROCESS;
 use crate::config::{ChainSource, Config, Network, lsp};
+use crate::door::acme;
 use crate::drive::{channels::BACKUP_FILE, fresh_seed, restore};
 use crate::failure::HintExt;
 use crate::identity::{self, Pair, Standing};
@@ -289,7 +290,11 @@ pub(super) fn door_api(
 }
 
 /// The front door's certificate, if it ends TLS itself.
-pub(super) fn tls(door: &crate::config::Door) -> anyhow::Result<Option<Tls>> {
+pub(super) fn tls(config: &Config, edges: &CancellationToken) -> anyhow::Result<Option<Tls>> {
+    let door = &config.door;
+    if let Some(acme) = door.acme() {
+        return acme::start(acme, &config.node.dir, edges.clone()).map(Some).context("door.acme_domains");
+    }
     let (Some(certificate), Some(key)) = (&door.certificate, &door.key) else { return Ok(None) };
     Tls::from_files(certificate, key).map(Some).context("door.certificate and door.key cannot be used")
 }
