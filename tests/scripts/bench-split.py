@@ -126,11 +126,17 @@ def many(market, node, bodies):
     """Streams side by side: tokens a second over all while all of them run, from the last to begin to the first to end. How
     long a stream takes to begin (orders, slices, a prompt) is no part of that."""
     out = together(market, node, bodies)
-    begin, end = max(s.times[0] for s in out), min(s.times[-1] for s in out)
-    if end <= begin:
+    found = rate(out)
+    if found is None:
         fail(f"{len(bodies)} streams never ran at the same time: longer answers are needed")
+    return found, out
+
+
+def rate(out):
+    """The figure of these streams; None where they never all ran."""
+    begin, end = max(s.times[0] for s in out), min(s.times[-1] for s in out)
     said = sum(s.tokens / len(s.times) * sum(begin < at <= end for at in s.times) for s in out)
-    return said / (end - begin), out
+    return said / (end - begin) if end > begin else None
 
 
 def load():

@@ -55,6 +55,9 @@ use tokio_util::sync::CancellationToken;
 /// Name and version that receipts carry.
 const ENGINE_NAME: &str = "llama.cpp (llama-cpp-sys-2 0.1.161)";
 
+/// Streams of one connection, however many requests a consumer may have open.
+const MOST_STREAMS: u32 = 1_024;
+
 /// What the parts are started with.
 pub(super) struct Node<'a> {
     pub config: &'a Config,
@@ -302,7 +305,7 @@ impl Node<'_> {
     }
 
     fn endpoint(&self) -> anyhow::Result<QuicEndpoint> {
-        let limits = Limits::default();
+        let limits = limits_for(self.config.provider.requests_per_peer);
         if self.config.is_provider() {
             let address = self.config.provider.quic_listen;
             return QuicEndpoint::bind(address, self.keys.identity.clone(), limits, &self.shutdown)
@@ -448,6 +451,16 @@ impl Node<'_> {
             ..ConsumerConfig::default()
         }
     }
+}
+
+/// A consumer's one connection has room for every request that it may have open, and the stream beside them; what may lie
+/// unread grows with it.
+fn limits_for(requests_per_peer: u32) -> Limits {
+    let usual = Limits::default();
+    let streams = usual.streams.max(requests_per_peer.saturating_add(1)).min(MOST_STREAMS);
+    let window = u64::from(streams).saturating_mul(usual.stream_window_bytes.into());
+    let connection_window_bytes = usual.connection_window_bytes.max(u32::try_from(window).unwrap_or(u32::MAX));
+    Limits { streams, connection_window_bytes, ..usual }
 }
 
 /// Where this node writes, and how much must be free there.
