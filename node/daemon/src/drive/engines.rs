@@ -55,7 +55,7 @@ impl ForSale {
 
 /// The program that runs llama.cpp: this one, again.
 pub(crate) fn worker_program() -> anyhow::Result<WorkerProgram> {
-    let exe = std::env::current_exe().context("this program does not find itself")?;
+    let exe = crate::program().context("this program does not find itself")?;
     Ok(WorkerProgram { exe, leading_args: vec![crate::commands::engine_worker::NAME.into()] })
 }
 

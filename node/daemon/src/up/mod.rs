@@ -75,9 +75,7 @@ pub(crate) fn run(config: Config) -> anyhow::Result<()> {
         Ended::Told => Ok(()),
         Ended::Anew => {
             // The same process, from the beginning: what is on the disk is all that counts.
-            let exe = std::env::current_exe().context("this program does not find itself")?;
-            // Replaced or removed since the start, as by an upgrade: what runs is still there under this name.
-            let exe = if exe.exists() { exe } else { "/proc/self/exe".into() };
+            let exe = crate::program().context("this program does not find itself")?;
             let mut again = std::process::Command::new(exe);
             again.args(std::env::args_os().skip(1));
             let passphrase = seed::taken_along()?;

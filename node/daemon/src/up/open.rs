@@ -192,7 +192,7 @@ pub(super) async fn open_wallet(config: &Config, keys: &Keys, restored: Option<&
         let token = config.wallet.lsp_token.as_ref().map(|secret| secret.read()).transpose()?;
         ldk.lsp = Some(Lsp { node, addr, token, max_fee_permille: config.wallet.lsp_max_fee_permille });
     }
-    let program = Program { exe: std::env::current_exe()?, args: vec![WALLET_PROCESS.into()] };
+    let program = Program { exe: crate::program()?, args: vec![WALLET_PROCESS.into()] };
     let wallet = WalletProcess::start(&program, ldk).await.context("the Lightning wallet does not start")?;
     let height = wallet.facts().await.map(|facts| facts.height).unwrap_or_default();
     tracing::info!(node = %wallet.node_id(), height, process = wallet.pid(), "wallet is up");
