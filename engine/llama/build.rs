@@ -2,6 +2,17 @@
 
 use std::process::Command;
 
+/// What `tests/scripts/build-native.sh` sets where the processor has it.
+const NATIVE: [&str; 7] = [
+    "GGML_AVX512",
+    "GGML_AVX512_VNNI",
+    "GGML_AVX512_VBMI",
+    "GGML_AVX512_BF16",
+    "GGML_AVX_VNNI",
+    "GGML_AMX_TILE",
+    "GGML_AMX_INT8",
+];
+
 fn main() {
     let mut flags: Vec<String> = std::env::vars()
         .filter(|(name, _)| name.starts_with("GGML_") || name.starts_with("CMAKE_"))
@@ -16,7 +27,7 @@ fn main() {
     emit("SATGRID_ENGINE_TARGET", &std::env::var("TARGET").unwrap_or_default());
     emit("SATGRID_ENGINE_COMPILER", &compiler());
     println!("cargo:rerun-if-changed=build.rs");
-    for name in ["GGML_LLAMAFILE", "GGML_NATIVE", "GGML_BACKEND_DL", "CXX", "CXXFLAGS", "CFLAGS"] {
+    for name in ["GGML_LLAMAFILE", "GGML_NATIVE", "GGML_BACKEND_DL", "CXX", "CXXFLAGS", "CFLAGS"].iter().chain(&NATIVE) {
         println!("cargo:rerun-if-env-changed={name}");
     }
 }
