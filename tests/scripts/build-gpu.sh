@@ -17,7 +17,12 @@ export GGML_BACKEND_DL=ON
 
 echo "== satgrid with loadable backends, optimised (llama.cpp compiles: minutes)"
 # Dependencies as everywhere, our own crates optimised too: what both nodes do per token counts at a card's speed.
-cargo build --config profile.dev.opt-level=2 ${LOCKED:-} -p satgrid -p satgrid-ledger-cli --features satgrid/gpu
+# Those that the profile names by themselves are named here too.
+more=(--config profile.dev.opt-level=2)
+for crate in satgrid satgrid-api satgrid-engine-llama satgrid-wallet-ldk; do
+    more+=(--config "profile.dev.package.$crate.opt-level=2")
+done
+cargo build "${more[@]}" ${LOCKED:-} -p satgrid -p satgrid-ledger-cli --features satgrid/gpu
 
 mkdir -p "$out"
 cp "$CARGO_TARGET_DIR/debug/satgrid" "$CARGO_TARGET_DIR/debug/satgrid-ledger" "$out/"
