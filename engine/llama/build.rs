@@ -27,7 +27,8 @@ fn main() {
     emit("SATGRID_ENGINE_TARGET", &std::env::var("TARGET").unwrap_or_default());
     emit("SATGRID_ENGINE_COMPILER", &compiler());
     println!("cargo:rerun-if-changed=build.rs");
-    for name in ["GGML_LLAMAFILE", "GGML_NATIVE", "GGML_BACKEND_DL", "CXX", "CXXFLAGS", "CFLAGS"].iter().chain(&NATIVE) {
+    let common = ["GGML_LLAMAFILE", "GGML_NATIVE", "GGML_BACKEND_DL", "CXX", "CXXFLAGS", "CFLAGS"];
+    for name in common.iter().chain(&NATIVE) {
         println!("cargo:rerun-if-env-changed={name}");
     }
 }
