@@ -5,7 +5,7 @@ use satgrid_engine::port::Tokenizer;
 use satgrid_protocol::frame::MAX_PROMPT_TOKENS;
 use satgrid_types::VerifiedListing;
 
-use crate::drive::tokenizers::Vocabulary;
+use crate::{drive::tokenizers::Vocabulary, voice::known};
 
 const BYTES_OF_NUMBER: usize = 4;
 
@@ -17,7 +17,10 @@ pub(crate) async fn tokens_of(
     let (mut tokens, mut lengths) = (Vec::new(), Vec::with_capacity(texts.len()));
     for (at, text) in texts.iter().enumerate() {
         let ids = match text {
-            TextToEmbed::Tokens(ids) => ids.clone(),
+            TextToEmbed::Tokens(ids) => {
+                known(vocabulary, ids, "input")?;
+                ids.clone()
+            }
             TextToEmbed::Text(text) => {
                 let made = vocabulary.tokenizer.tokenize(text, true, false).await;
                 made.map_err(|error| ServiceError::Internal { detail: error.to_string() })?

@@ -112,6 +112,14 @@ fn refused(param: &str, error: &SchemaError) -> ServiceError {
     ServiceError::InvalidRequest { message: format!("Invalid schema: `{param}`: {}.", error.reason), param }
 }
 
+/// That the model has these ids, which a client chose by itself.
+pub(crate) fn known(vocabulary: &Vocabulary, tokens: &[u32], param: &str) -> Result<(), ServiceError> {
+    let size = vocabulary.tokenizer.vocab_size();
+    let Some(unknown) = tokens.iter().find(|id| **id >= size) else { return Ok(()) };
+    let message = format!("Token {unknown} of `{param}` is not in the model's vocabulary of {size}.");
+    Err(ServiceError::InvalidRequest { param: param.into(), message })
+}
+
 /// Token ids of a prompt without tools.
 pub(crate) async fn tokens_of(
     vocabulary: &Vocabulary,
@@ -119,7 +127,7 @@ pub(crate) async fn tokens_of(
     open_turn: bool,
 ) -> Result<Vec<u32>, ServiceError> {
     match prompt {
-        Prompt::Tokens(tokens) => Ok(tokens.clone()),
+        Prompt::Tokens(tokens) => known(vocabulary, tokens, "prompt").map(|()| tokens.clone()),
         Prompt::Embed(texts) => embeds::tokens_of(vocabulary, texts).await.map(|(tokens, _)| tokens),
         Prompt::Text(text) => vocabulary.tokenizer.tokenize(text, true, false).await.map_err(internal),
         Prompt::Messages(messages) => {

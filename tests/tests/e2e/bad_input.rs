@@ -45,6 +45,10 @@ pub(crate) async fn requests(market: &Market) {
         assert_eq!(status, 400, "{what}: {error}");
         assert_eq!(error["error"]["type"], "invalid_request_error", "{what}: {error}");
     }
+    let unknown = json!({ "model": market.model, "prompt": [1, u32::MAX], "max_tokens": 1 });
+    let request = client().post(format!("{}/completions", market.api)).json(&unknown);
+    let (status, error) = answer(request.send().await.unwrap()).await;
+    assert_eq!((status, error["error"]["param"].as_str()), (400, Some("prompt")), "a token that nobody has: {error}");
     let (status, models) = answer(client().get(format!("{}/models", market.api)).send().await.unwrap()).await;
     assert_eq!(status, 200);
     assert_eq!(
