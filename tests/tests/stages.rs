@@ -21,7 +21,7 @@ use satgrid_node::{
 use satgrid_protocol::hop::{Expected, Shown, take_ticket};
 use satgrid_types::{
     Bindings, BuildId, Digest, EngineProfile, ExpertSet, LayerRange, Listing, ModelRoot, Msat, MsatPerMtok, NodeKey,
-    Part, PartUsage, PaymentHash, Preimage, RateCard, RequestId, Sampling, SessionId, Speed, TokenizerHash, UnixMs,
+    Part, PartUsage, PaymentHash, Preimage, RateCard, RequestId, SessionId, Speed, TokenizerHash, UnixMs,
     VerifiedListing, WireType, WorkKind, lightning_binding_message, node_key, nostr_key, sign_lightning_message,
     sign_node_binding, verify_listing,
 };
@@ -138,21 +138,7 @@ impl Pair {
     }
 
     fn submit(&mut self, layers: Option<LayerRange>) {
-        let submit = Submit {
-            call: CALL,
-            candidates: vec![self.listing.clone()],
-            prompt: Vec::new(),
-            sampling: Sampling::default(),
-            stop: Vec::new(),
-            max_output: 0,
-            ends: Default::default(),
-            grammar: None,
-            top_logprobs: None,
-            embed: None,
-            max_cost: None,
-            allow_fallbacks: false,
-            part: Some(self.order(layers)),
-        };
+        let submit = Submit::of_part(CALL, self.listing.clone(), self.order(layers));
         self.buy(ConsumerEvent::Submit(Box::new(submit)));
     }
     fn buy(&mut self, event: ConsumerEvent) {

@@ -112,6 +112,27 @@ pub struct Submit {
     pub max_cost: Option<Msat>,
 }
 
+impl Submit {
+    /// A lead's order of one worker.
+    pub fn of_part(call: CallId, worker: VerifiedListing, order: PartOrder) -> Submit {
+        Submit {
+            call,
+            candidates: vec![worker],
+            prompt: Vec::new(),
+            sampling: Sampling::default(),
+            stop: Vec::new(),
+            max_output: 0,
+            ends: BTreeSet::new(),
+            grammar: None,
+            top_logprobs: None,
+            embed: None,
+            allow_fallbacks: false,
+            part: Some(order),
+            max_cost: None,
+        }
+    }
+}
+
 /// What happened.
 #[derive(Debug, Clone)]
 pub enum ConsumerEvent {

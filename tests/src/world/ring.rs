@@ -13,8 +13,8 @@ use satgrid_node::{
     consumer::{Bill, CallId, ConsumerEvent, Submit},
     provider::{EngineId, PartDone, ProviderEvent},
 };
-use satgrid_types::{LayerRange, PartUsage, RequestId, Sampling, SessionId, TokenUsage, WireType, WorkKind, node_key};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use satgrid_types::{LayerRange, PartUsage, RequestId, SessionId, TokenUsage, WireType, WorkKind, node_key};
+use std::collections::{BTreeMap, VecDeque};
 
 const ENGINE: EngineId = EngineId(0);
 /// Layers of each worker; the lead has one at either end.
@@ -198,21 +198,7 @@ impl World {
         let listing = self.providers[worker.provider].listing.clone();
         let layers = self.providers[worker.provider].layers;
         let order = PartOrder { layers, lead, request, wire: WireType::F32, max_positions: 100_000 };
-        let submit = Submit {
-            call: worker.call,
-            candidates: vec![listing],
-            prompt: Vec::new(),
-            sampling: Sampling::default(),
-            stop: Vec::new(),
-            max_output: 0,
-            ends: BTreeSet::new(),
-            grammar: None,
-            top_logprobs: None,
-            embed: None,
-            allow_fallbacks: false,
-            part: Some(order),
-            max_cost: None,
-        };
+        let submit = Submit::of_part(worker.call, listing, order);
         self.tell_payable(c);
         let epoch = self.consumers[c].epoch;
         self.tell_consumer(c, epoch, ConsumerEvent::Submit(Box::new(submit)));

@@ -38,7 +38,7 @@ use satgrid_protocol::{
 };
 use satgrid_protocol_quic::QuicEndpoint;
 use satgrid_types::{
-    LayerRange, NodeKey, PartUsage, RequestId, Sampling, SessionId, VerifiedListing, WireType, WorkKind, node_key,
+    LayerRange, NodeKey, PartUsage, RequestId, SessionId, VerifiedListing, WireType, WorkKind, node_key,
 };
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -322,21 +322,7 @@ impl Running {
     fn call(&mut self, job: JobId, request: RequestId, stage: &Planned) -> (Worker, ConsumerMessage) {
         let call = CallId(self.next_call);
         self.next_call += 1;
-        let submit = Submit {
-            call,
-            candidates: vec![VerifiedListing::clone(&stage.listing)],
-            prompt: Vec::new(),
-            sampling: Sampling::default(),
-            stop: Vec::new(),
-            max_output: 0,
-            ends: BTreeSet::new(),
-            allow_fallbacks: false,
-            part: Some(self.order_of(request, stage)),
-            max_cost: None,
-            grammar: None,
-            top_logprobs: None,
-            embed: None,
-        };
+        let submit = Submit::of_part(call, VerifiedListing::clone(&stage.listing), self.order_of(request, stage));
         let (emissions, mut inbox) = mpsc::unbounded_channel();
         let said = self.said.clone();
         tokio::spawn(async move {

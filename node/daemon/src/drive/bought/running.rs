@@ -19,7 +19,7 @@ use satgrid_protocol::{
     experts::{CallHeader, CallRow},
     hop::{HopFrame, TicketFrame},
 };
-use satgrid_types::{NodeKey, PartUsage, RequestId, Sampling, SessionId, VerifiedListing, node_key};
+use satgrid_types::{NodeKey, PartUsage, RequestId, SessionId, VerifiedListing, node_key};
 use std::{
     collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
@@ -149,21 +149,7 @@ impl Running {
             wire: self.parts.wire,
             max_positions: self.parts.most_rows,
         };
-        let submit = Submit {
-            call,
-            candidates: vec![listing],
-            prompt: Vec::new(),
-            sampling: Sampling::default(),
-            stop: Vec::new(),
-            max_output: 0,
-            ends: BTreeSet::new(),
-            allow_fallbacks: false,
-            part: Some(order),
-            max_cost: None,
-            grammar: None,
-            top_logprobs: None,
-            embed: None,
-        };
+        let submit = Submit::of_part(call, listing, order);
         let fresh = Order {
             call,
             ordered: None,
