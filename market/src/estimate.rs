@@ -65,25 +65,28 @@ impl Line {
         (n > 0.0).then(|| (x / n, y / n))
     }
 
+    /// The variance of x.
+    fn spread(&self) -> f64 {
+        let [n, x, _, xx, _] = self.sums;
+        xx / n - (x / n) * (x / n)
+    }
+
     /// Whether there were different x: a spread of less than a twentieth of the mean is noise.
     pub fn tells_slope(&self) -> bool {
-        let [n, x, _, xx, _] = self.sums;
-        let mean = x / n;
-        let spread = xx / n - mean * mean;
-        self.is_measured() && spread > (mean / 20.0) * (mean / 20.0) && spread > 0.0
+        let [n, x, ..] = self.sums;
+        let (noise, spread) = (x / n / 20.0, self.spread());
+        self.is_measured() && spread > noise * noise && spread > 0.0
     }
 
     /// The least squares, or none where too little was measured. Where all x were alike the slope is what is `assumed`.
     pub fn fit(&self, assumed: f64) -> Option<Fit> {
-        let [n, x, y, xx, xy] = self.sums;
+        let [n, x, y, _, xy] = self.sums;
         if !self.is_measured() || !self.sums.iter().all(|sum| sum.is_finite()) {
             return None;
         }
         let (x, y) = (x / n, y / n);
-        let spread = xx / n - x * x;
-        let told = self.tells_slope();
         let steepest = if x > 0.0 { y.max(0.0) / x } else { 0.0 };
-        let slope = if told { (xy / n - x * y) / spread } else { assumed };
+        let slope = if self.tells_slope() { (xy / n - x * y) / self.spread() } else { assumed };
         let slope = slope.clamp(0.0, steepest);
         Some(Fit { base: (y - slope * x).max(0.0), slope })
     }

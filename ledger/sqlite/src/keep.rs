@@ -12,8 +12,6 @@ use satgrid_ledger::{
 use satgrid_types::{Digest, UnixMs};
 use sqlx::{Connection, QueryBuilder, Row, Sqlite, SqliteConnection};
 
-/// Rows in one statement, largest first.
-const AT_ONCE: [usize; 4] = [256, 32, 4, 1];
 /// Bodies pruned in one transaction.
 const PRUNED_AT_ONCE: usize = 1_000;
 
@@ -63,16 +61,6 @@ pub(crate) async fn named_upto(connection: &mut SqliteConnection) -> Result<u64,
         .await
         .map_err(|e| storage(&e))?;
     Ok(u64::try_from(len).unwrap_or(0))
-}
-
-/// Cuts into pieces of few lengths, so that few shapes of statement are prepared.
-pub(crate) fn pieces<T>(mut rest: &[T]) -> impl Iterator<Item = &[T]> {
-    std::iter::from_fn(move || {
-        let size = AT_ONCE.into_iter().find(|size| *size <= rest.len())?;
-        let (now, later) = rest.split_at(size);
-        rest = later;
-        Some(now)
-    })
 }
 
 /// Statements that take names into the index, which then has the first `len` entries. Names go as one value, so that any

@@ -5,7 +5,7 @@
 //! of its appends fail and the state is read again from the database, which is the truth.
 
 use crate::{
-    keep::{self, pieces},
+    keep,
     reader::{entry_of, row_number, storage},
 };
 use ed25519_dalek::SigningKey;
@@ -24,6 +24,8 @@ use tokio::sync::{Mutex, mpsc, oneshot};
 
 /// Appends that wait in the queue before callers are made to wait.
 pub(crate) const QUEUE: usize = 1_024;
+/// Rows in one statement, largest first: few lengths, so that few shapes of statement are prepared.
+const AT_ONCE: [usize; 4] = [256, 32, 4, 1];
 /// Entries up to which the script that writes a group stays prepared: larger ones are seldom of one shape.
 const PREPARED: usize = 256;
 
@@ -246,4 +248,14 @@ fn script<'a>(written: &'a Written, index: Option<(&'a [Digest], u64)>) -> Query
     }
     script.push("COMMIT;");
     script
+}
+
+/// Cuts into pieces of these lengths.
+fn pieces<T>(mut rest: &[T]) -> impl Iterator<Item = &[T]> {
+    std::iter::from_fn(move || {
+        let size = AT_ONCE.into_iter().find(|size| *size <= rest.len())?;
+        let (now, later) = rest.split_at(size);
+        rest = later;
+        Some(now)
+    })
 }

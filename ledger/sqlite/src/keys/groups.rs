@@ -129,15 +129,14 @@ async fn transaction(
     asks: Vec<Ask>,
     replies: &mut Vec<Reply>,
 ) -> Result<(), KeyError> {
-    let (begun, mut fault) = match connection.begin_with("BEGIN IMMEDIATE").await {
-        Ok(tx) => (Some(tx), None),
-        Err(error) => (None, Some(KeyError::from(error))),
+    let mut tx = match connection.begin_with("BEGIN IMMEDIATE").await {
+        Ok(tx) => tx,
+        Err(error) => {
+            replies.extend(asks.into_iter().filter_map(unanswered));
+            return Err(error.into());
+        }
     };
-    let Some(mut tx) = begun else {
-        let error = fault.take().unwrap_or_else(gone);
-        replies.extend(asks.into_iter().filter_map(unanswered));
-        return Err(error);
-    };
+    let mut fault = None;
     for ask in asks {
         replies.extend(match &fault {
             None => done(&mut tx, ask, &mut fault).await,

@@ -6,7 +6,7 @@ use super::{market::Market, now, ring::Planned};
 use satgrid_ledger_sqlite::{FigureStore, StagePace};
 use satgrid_market::{
     layers::{LayerDemand, listed_us},
-    paces::{Own, Pace, is_suspicious, overstates},
+    paces::{Own, Pace, is_suspicious},
 };
 use satgrid_types::{LayerRange, ModelRoot, NodeKey, VerifiedListing};
 use std::{collections::BTreeSet, sync::Arc};
@@ -64,7 +64,7 @@ impl Scout {
         // So much faster than it measured itself is nobody: that is noise.
         let us = own.beside(listed).max(listed / FASTEST);
         let pace = self.market.paced(self.demand.root, node, &stage.range, listed, us);
-        let lies = overstates(listed, us);
+        let lies = pace.lies > 0;
         if lies {
             tracing::warn!(
                 worker = %node.short(), layers = %stage.range, listed_us = listed, measured_us = us, times = pace.lies,
