@@ -21,4 +21,4 @@ if [ -z "${SATGRID_PEBBLE:-}" ]; then
   export SATGRID_PEBBLE="$cache/usr/bin"
 fi
 # With the other heavy crates, so that features and so what is built are the same as everywhere.
-cargo test ${LOCKED:-} -p satgrid-engine-llama -p satgrid-wallet-ldk -p satgrid-devnet -p satgrid --bins door::acme
+cargo test ${LOCKED:-} -p satgrid-engine-llama -p satgrid-wallet-ldk -p satgrid-devnet -p satgrid --bins door::acme -- --include-ignored

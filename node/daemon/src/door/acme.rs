@@ -105,7 +105,7 @@ impl Keeper {
 }
 
 fn unix_now() -> u64 {
-    drive::now().0 / 1_000
+    drive::now().as_secs()
 }
 
 #[cfg(test)]

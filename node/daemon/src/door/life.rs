@@ -41,9 +41,8 @@ mod tests {
         params.not_before = rcgen::date_time_ymd(2026, 1, 2);
         let key = rcgen::KeyPair::generate().unwrap();
         // From 2050 on a certificate writes its times in another form.
-        for (year, ends) in [(2049, 2_524_521_600), (2051, 2_556_144_000)] {
-            params.not_after =
-                rcgen::date_time_ymd(year, if year == 2049 { 12 } else { 1 }, if year == 2049 { 31 } else { 1 });
+        for ((year, month, day), ends) in [((2049, 12, 31), 2_524_521_600), ((2051, 1, 1), 2_556_144_000)] {
+            params.not_after = rcgen::date_time_ymd(year, month, day);
             let pem = params.self_signed(&key).unwrap().pem();
             // As it is kept: behind its key.
             let life = Life::of_pem(&format!("{}{pem}", key.serialize_pem())).unwrap();

@@ -5,12 +5,13 @@
 
 use super::{Finding, fail, ok, warn};
 use crate::{
-    config::{ChainSource, Config},
+    config::{ChainSource, Config, Network},
+    drive::now,
     up,
 };
 use reqwest::header::DATE;
 use satgrid_wallet_ldk::Chain;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, UNIX_EPOCH};
 
 /// An invoice of a slice lives for two minutes, and a quote's times may be off by as much.
 const MOST_OFF_S: u64 = 60;
@@ -30,12 +31,12 @@ pub(super) fn findings(config: &Config) -> Vec<Finding> {
             let tip = tokio::time::timeout(ANSWER_WITHIN, Chain::of(&source).tip_time()).await;
             // A source that does not answer has a line of its own.
             if let Ok(Ok(tip_s)) = tip {
-                findings.push(against_block(now_s(), tip_s, config.node.network.name() != "regtest"));
+                findings.push(against_block(now().as_secs(), tip_s, config.node.network != Network::Regtest));
             }
         }
         for url in addresses(config) {
             if let Some((host, date_s)) = date(&url).await {
-                findings.push(against_date(now_s(), &host, date_s));
+                findings.push(against_date(now().as_secs(), &host, date_s));
             }
         }
         findings
@@ -58,10 +59,6 @@ async fn date(url: &str) -> Option<(String, u64)> {
     let response = client.build().ok()?.get(url).send().await.ok()?;
     let date = httpdate::parse_http_date(response.headers().get(DATE)?.to_str().ok()?).ok()?;
     Some((response.url().host_str()?.to_owned(), date.duration_since(UNIX_EPOCH).ok()?.as_secs()))
-}
-
-fn now_s() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 fn against_block(now_s: u64, tip_s: u64, public: bool) -> Finding {

@@ -13,7 +13,7 @@ const LITTLE: u64 = 14 * DAY;
 
 pub(super) fn certificate(config: &Config) -> Option<Finding> {
     config.door.listen?;
-    let now = drive::now().0 / 1_000;
+    let now = drive::now().as_secs();
     match (config.door.acme(), &config.door.certificate) {
         (Some(acme), _) => Some(from_authority(&acme, &config.node.dir, now)),
         (None, Some(path)) => Some(from_file(path, now)),

@@ -29,8 +29,9 @@ const FORGOTTEN: &str = "urn:ietf:params:acme:error:accountDoesNotExist";
 pub(super) enum AcmeError {
     #[error("{0}")]
     Refused(Problem),
-    #[error("the authority cannot be asked: {}", chain_of(.0.as_ref()))]
-    Unreachable(Box<dyn std::error::Error + Send + Sync>),
+    // With what lies beneath: an HTTP client's own words alone say little.
+    #[error("the authority cannot be asked: {0:#}")]
+    Unreachable(anyhow::Error),
     #[error("the authority offers no tls-alpn-01")]
     OtherQuestions,
     #[error("what the authority says is not understood: {0}")]
@@ -45,7 +46,7 @@ impl From<Error> for AcmeError {
     fn from(error: Error) -> AcmeError {
         match error {
             Error::Api(problem) => AcmeError::Refused(problem),
-            Error::Other(why) => AcmeError::Unreachable(why),
+            Error::Other(why) => AcmeError::Unreachable(anyhow::anyhow!(why)),
             other => AcmeError::Odd(other),
         }
     }
@@ -201,16 +202,4 @@ pub(super) fn hint_of(kind: &str, names: &str) -> Option<String> {
         _ => return None,
     };
     Some(hint)
-}
-
-/// With what lies beneath: an HTTP client's own words alone say little.
-fn chain_of(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut beneath = error.source();
-    while let Some(cause) = beneath {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        beneath = cause.source();
-    }
-    text
 }

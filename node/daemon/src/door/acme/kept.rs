@@ -3,12 +3,12 @@
 
 use crate::config;
 use crate::door::life::Life;
+use crate::drive::channels;
 use anyhow::Context;
 use instant_acme::AccountCredentials;
 use std::{
     fs, io,
-    io::Write,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
 };
 
@@ -109,12 +109,5 @@ fn read(path: &Path) -> anyhow::Result<Option<String>> {
 }
 
 fn write(path: &Path, text: &str) -> anyhow::Result<()> {
-    let fresh = path.with_extension("new");
-    let written = || -> io::Result<()> {
-        let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        fs::rename(&fresh, path)
-    };
-    written().with_context(|| path.display().to_string())
+    channels::write(path, text).with_context(|| path.display().to_string())
 }
