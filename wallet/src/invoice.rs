@@ -38,7 +38,7 @@ pub enum InvoiceMismatch {
     #[error("pays to {got}, the quote names {expected}")]
     Payee { expected: LightningKey, got: LightningKey },
     #[error(
-        "expires at {expires_at:?}, this machine's clock says {now:?}, and at least {MIN_REMAINING_SECS} s must remain; if it was just          made, one of the two clocks is wrong (`satgrid doctor` looks at this one)"
+        "expires at {expires_at:?}, this machine's clock says {now:?}, and at least {MIN_REMAINING_SECS} s must remain; if it was just made, one of the two clocks is wrong (`satgrid doctor` looks at this one)"
     )]
     Expired { expires_at: UnixMs, now: UnixMs },
 }

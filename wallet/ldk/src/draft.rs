@@ -192,6 +192,15 @@ fn required<T>(read: RequiredWrapper<T>) -> Result<T, DecodeError> {
     read.0.ok_or(DecodeError::InvalidValue)
 }
 
+/// Many of a kind: how many, then each.
+fn each<R: Read, T, C: FromIterator<T>>(
+    reader: &mut R,
+    mut one: impl FnMut(&mut R) -> Result<T, DecodeError>,
+) -> Result<C, DecodeError> {
+    let count: BigSize = Readable::read(reader)?;
+    (0..count.0).map(|_| one(reader)).collect()
+}
+
 impl Readable for Kept<ChainChanges> {
     fn read<R: Read>(reader: &mut R) -> Result<Self, DecodeError> {
         version(reader)?;
@@ -231,28 +240,24 @@ impl Readable for Kept<GraphChanges<ConfirmationBlockTime>> {
 
 impl Readable for Kept<BTreeSet<Arc<Transaction>>> {
     fn read<R: Read>(reader: &mut R) -> Result<Self, DecodeError> {
-        let count: BigSize = Readable::read(reader)?;
-        let mut all = BTreeSet::new();
-        for _ in 0..count.0 {
+        let all = each(reader, |reader| {
             let mut tx: RequiredWrapper<Transaction> = RequiredWrapper(None);
             read_tlv_fields!(reader, { (0, tx, required) });
-            all.insert(Arc::new(required(tx)?));
-        }
-        Ok(Kept(all))
+            Ok(Arc::new(required(tx)?))
+        });
+        all.map(Kept)
     }
 }
 
 impl Readable for Kept<BTreeSet<(ConfirmationBlockTime, Txid)>> {
     fn read<R: Read>(reader: &mut R) -> Result<Self, DecodeError> {
-        let count: BigSize = Readable::read(reader)?;
-        let mut all = BTreeSet::new();
-        for _ in 0..count.0 {
+        let all = each(reader, |reader| {
             let mut at: RequiredWrapper<Kept<ConfirmationBlockTime>> = RequiredWrapper(None);
             let mut txid: RequiredWrapper<Txid> = RequiredWrapper(None);
             read_tlv_fields!(reader, { (0, at, required), (2, txid, required) });
-            all.insert((required(at)?.0, required(txid)?));
-        }
-        Ok(Kept(all))
+            Ok((required(at)?.0, required(txid)?))
+        });
+        all.map(Kept)
     }
 }
 
@@ -285,15 +290,13 @@ impl Readable for Kept<IndexChanges> {
 
 impl Readable for Kept<BTreeMap<DescriptorId, u32>> {
     fn read<R: Read>(reader: &mut R) -> Result<Self, DecodeError> {
-        let count: BigSize = Readable::read(reader)?;
-        let mut all = BTreeMap::new();
-        for _ in 0..count.0 {
+        let all = each(reader, |reader| {
             let mut id: RequiredWrapper<Kept<DescriptorId>> = RequiredWrapper(None);
             let mut last: RequiredWrapper<u32> = RequiredWrapper(None);
             read_tlv_fields!(reader, { (0, id, required), (2, last, required) });
-            all.insert(required(id)?.0, required(last)?);
-        }
-        Ok(Kept(all))
+            Ok((required(id)?.0, required(last)?))
+        });
+        all.map(Kept)
     }
 }
 
