@@ -84,14 +84,7 @@ pub(crate) fn rotates(market: &mut Market, runtime: &tokio::runtime::Runtime) {
         eprintln!("  {failed} payments failed while it came back");
         // What is left in the session that was opened under the old key comes back from the new one.
         admin_post(&consumer, &format!("sessions/{session}/close")).await;
-        let settled = || async {
-            let entries = market.ledger("consumer");
-            let ends = |entry: &&Value| {
-                let kind = entry["kind"].as_str().unwrap_or_default();
-                matches!(kind, "refund-received" | "credit-note") && entry.to_string().contains(&session)
-            };
-            entries.iter().find(ends).map(|entry| entry["kind"].as_str().unwrap().to_owned())
-        };
+        let settled = || async { settled_by(market, &session) };
         let how = wait_for("the remainder under the old key", Duration::from_secs(60), settled).await;
         eprintln!("  {name} rotated its key; the old session ended by a {how}");
     });
@@ -153,14 +146,7 @@ pub(crate) fn revokes(market: &mut Market, runtime: &tokio::runtime::Runtime) {
     runtime.block_on(async {
         wait_for("the node, revoked", Duration::from_secs(60), || admin(&node, "status")).await;
         admin_post(&consumer, &format!("sessions/{session}/close")).await;
-        let settled = || async {
-            let entries = market.ledger("consumer");
-            let ends = |entry: &&Value| {
-                let kind = entry["kind"].as_str().unwrap_or_default();
-                matches!(kind, "refund-received" | "credit-note") && entry.to_string().contains(&session)
-            };
-            entries.iter().find(ends).map(|entry| entry["kind"].as_str().unwrap().to_owned())
-        };
+        let settled = || async { settled_by(market, &session) };
         let how = wait_for("the remainder of a revoked key", Duration::from_secs(60), settled).await;
         eprintln!("  {} revoked its key; the open session ended by a {how}", node.name);
         assert!(sellers(market, Some(&key)).await.is_none(), "nobody buys of it");
@@ -171,4 +157,14 @@ pub(crate) fn revokes(market: &mut Market, runtime: &tokio::runtime::Runtime) {
     signal("TERM", pid);
     let gone = || async { (!is_running(pid)).then_some(()) };
     runtime.block_on(wait_for("the end of the node", Duration::from_secs(30), gone));
+}
+
+/// How the consumer got back what was left in a session, once it did.
+fn settled_by(market: &Market, session: &str) -> Option<String> {
+    let entries = market.ledger("consumer");
+    let ends = |entry: &&Value| {
+        let kind = entry["kind"].as_str().unwrap_or_default();
+        matches!(kind, "refund-received" | "credit-note") && entry.to_string().contains(session)
+    };
+    entries.iter().find(ends).map(|entry| entry["kind"].as_str().unwrap().to_owned())
 }

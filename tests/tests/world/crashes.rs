@@ -62,6 +62,20 @@ fn a_consumer_that_dies_under_streams_meets_its_provider_again() {
     }
 }
 
+/// The provider comes back, the session goes on, and the next call is as any other.
+#[track_caller]
+fn assert_meets_again(world: &mut World, how: &str) {
+    world.run_ms(4_000);
+    world.restart_provider(0);
+    world.run_ms(16_000);
+    let after = world.submit(0, Ask::tokens(12, 40));
+    world.finish_calls(60_000);
+    assert_undisturbed(world, world.call(0, after));
+    assert_eq!(world.consumers[0].role.as_ref().unwrap().counters().lost_sessions, 0, "{how}");
+    world.assert_quiet();
+    world.assert_agree(0, 0);
+}
+
 #[test]
 fn a_provider_that_dies_meets_its_consumer_again() {
     for ms in (0..40).map(|i| 300 + i * 41) {
@@ -71,15 +85,7 @@ fn a_provider_that_dies_meets_its_consumer_again() {
         }
         world.run_ms(ms);
         world.crash_provider(0, HARD);
-        world.run_ms(4_000);
-        world.restart_provider(0);
-        world.run_ms(16_000);
-        let after = world.submit(0, Ask::tokens(12, 40));
-        world.finish_calls(60_000);
-        assert_undisturbed(&world, world.call(0, after));
-        assert_eq!(world.consumers[0].role.as_ref().unwrap().counters().lost_sessions, 0, "died at {ms} ms");
-        world.assert_quiet();
-        world.assert_agree(0, 0);
+        assert_meets_again(&mut world, &format!("died at {ms} ms"));
     }
 }
 
@@ -97,15 +103,7 @@ fn a_provider_that_dies_ahead_of_its_disk_gets_its_receipts_back() {
         world.crash_provider(0, HARD);
         let (signed, kept) = (world.consumers[0].journal.count("receipt"), world.providers[0].journal.count("receipt"));
         most = most.max(signed - kept);
-        world.run_ms(4_000);
-        world.restart_provider(0);
-        world.run_ms(16_000);
-        let after = world.submit(0, Ask::tokens(12, 40));
-        world.finish_calls(60_000);
-        assert_undisturbed(&world, world.call(0, after));
-        assert_eq!(world.consumers[0].role.as_ref().unwrap().counters().lost_sessions, 0, "died at {ms} ms");
-        world.assert_quiet();
-        world.assert_agree(0, 0);
+        assert_meets_again(&mut world, &format!("died at {ms} ms"));
     }
     // One of them may be the consumer's alone, as before.
     assert!(most >= 3, "at most {most} receipts were brought back at once");
