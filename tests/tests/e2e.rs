@@ -16,6 +16,8 @@
 //! Nothing here looks inside the program: files, ports, exit codes and the auditor's verdict are all there is.
 #![allow(clippy::unwrap_used)]
 
+#[path = "e2e/address.rs"]
+mod address;
 #[path = "e2e/bad_input.rs"]
 mod bad_input;
 #[path = "e2e/bad_luck.rs"]

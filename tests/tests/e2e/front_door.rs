@@ -3,15 +3,13 @@
 //! Then the consumer opens a door of its own, over HTTPS, and sells on what it buys in the market; a provider's wallet pays, and
 //! is paid back at a Lightning address whose server fails at first.
 
+use super::address::AddressServer;
 use super::http::{admin, answer, client, wait_for};
 use super::market::{Market, auditor, free_port, is_running, satgrid, signal};
 use reqwest::Client;
 use serde_json::{Value, json};
 use std::process::{Child, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const SOON: Duration = Duration::from_secs(90);
 const SELLER: &str = "provider-a";
@@ -351,54 +349,6 @@ pub(crate) fn strangers(market: &mut Market, runtime: &tokio::runtime::Runtime) 
     audit_house(market);
 }
 
-/// A server of a Lightning address (LNURL-pay) on this machine: its first answer is a failure, and so is its second.
-struct AddressServer {
-    port: u16,
-    asked: Arc<AtomicUsize>,
-}
-
-impl AddressServer {
-    async fn start(invoice: impl Fn(u64) -> String + Send + Sync + 'static) -> AddressServer {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let asked = Arc::new(AtomicUsize::new(0));
-        let (count, invoice) = (asked.clone(), Arc::new(invoice));
-        tokio::spawn(async move {
-            while let Ok((mut socket, _)) = listener.accept().await {
-                let mut head = vec![0; 4_096];
-                let read = socket.read(&mut head).await.unwrap();
-                let head = String::from_utf8_lossy(&head[..read]).into_owned();
-                let path = head.split_whitespace().nth(1).unwrap_or_default().to_owned();
-                let (status, body) = match path.strip_prefix("/pay?amount=") {
-                    Some(amount) => {
-                        let (amount, invoice) = (amount.parse::<u64>().unwrap(), invoice.clone());
-                        let made = tokio::task::spawn_blocking(move || invoice(amount)).await.unwrap();
-                        ("200 OK", json!({ "pr": made, "routes": [] }))
-                    }
-                    None if path == "/.well-known/lnurlp/alice" => match count.fetch_add(1, Ordering::SeqCst) {
-                        0 => ("503 Service Unavailable", json!({})),
-                        _ => {
-                            let callback = format!("http://127.0.0.1:{port}/pay");
-                            let (least, most) = (1_000, 100_000_000);
-                            let terms = json!({ "tag": "payRequest", "callback": callback, "minSendable": least,
-                                "maxSendable": most, "metadata": "[[\"text/plain\",\"alice\"]]" });
-                            ("200 OK", terms)
-                        }
-                    },
-                    None => ("404 Not Found", json!({ "status": "ERROR", "reason": "nobody" })),
-                };
-                let body = body.to_string();
-                let length = body.len();
-                let answer = format!(
-                    "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"
-                );
-                let _ = socket.write_all(answer.as_bytes()).await;
-            }
-        });
-        AddressServer { port, asked }
-    }
-}
-
 /// The consumer sells on over HTTPS what it buys: an answer for an invoice, a key, and money back to a Lightning address.
 pub(crate) fn resold(market: &mut Market, runtime: &tokio::runtime::Runtime) {
     let (port, pid) = (free_port(), market.node(RESELLER).pid);
@@ -428,14 +378,14 @@ pub(crate) fn resold(market: &mut Market, runtime: &tokio::runtime::Runtime) {
         wait_for("the key", SOON, || stranger.balance(&secret)).await;
 
         let payee = market.node(PAYER).config.clone();
-        let server = AddressServer::start(move |msat| {
+        let server = AddressServer::start(1, move |sat| {
             let mut command = satgrid();
-            command.args(["wallet", "receive", &(msat / 1_000).to_string(), "--format", "json", "--config"]);
+            command.args(["wallet", "receive", &sat.to_string(), "--format", "json", "--config"]);
             let made: Value = serde_json::from_slice(&command.arg(&payee).output().unwrap().stdout).unwrap();
             made["invoice"].as_str().unwrap().to_owned()
         })
         .await;
-        let body = json!({ "destination": format!("alice@127.0.0.1:{}", server.port), "amount_msat": 300_000 });
+        let body = json!({ "destination": server.address(), "amount_msat": 300_000 });
         let (status, asked) = stranger.post("refund", Some(&secret), &body).await;
         assert_eq!(status, 202, "{asked}");
 
@@ -450,7 +400,7 @@ pub(crate) fn resold(market: &mut Market, runtime: &tokio::runtime::Runtime) {
 
         let settled = stranger.refund_ended(&secret, &asked["id"]).await;
         assert_eq!(settled["state"], "settled", "{settled}");
-        assert!(server.asked.load(Ordering::SeqCst) >= 2, "it failed once and was asked again");
+        assert!(server.asked() >= 2, "it failed once and was asked again");
         let left = 1_000_000 - cost - 300_000 - settled["fee_msat"].as_u64().unwrap();
         wait_for("posted", SOON, || async { stranger.balance(&secret).await.filter(|balance| *balance == left) }).await;
         eprintln!("  resold: {on_token} msat by L402, {cost} msat on a key for {bought} msat in the market, 300000 msat paid back");

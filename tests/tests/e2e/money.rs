@@ -1,6 +1,7 @@
 //! The operator's own money on a running node: sweeps on chain and to a Lightning address with what they cost, and a wallet
 //! whose process is killed. The books agree with the wallet after each.
 
+use super::address::AddressServer;
 use super::bad_luck::up;
 use super::http::{Events, admin, admin_post, client, long, wait_for};
 use super::market::{Market, Node, child_with, is_running, satgrid, signal};
@@ -8,8 +9,6 @@ use serde_json::{Value, json};
 use std::io::Write;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
-use tokio::net::TcpListener;
 
 const WITHIN: Duration = Duration::from_secs(60);
 /// Enough to open both channels again.
@@ -106,12 +105,13 @@ pub(crate) async fn sweep_on_chain(market: &Market) {
 /// Channel money to a Lightning address, whose server asks the provider's node for invoices.
 pub(crate) async fn sweep_to_lightning_address(market: &Market) {
     let (consumer, provider) = (market.node("consumer").clone(), market.node("provider-a").clone());
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let host = listener.local_addr().unwrap().to_string();
-    let serving = tokio::spawn(lnurl_server(listener, host.clone(), provider.clone()));
+    let payee = provider.clone();
+    let invoice =
+        move |sat: u64| wallet(&payee, &["receive", &sat.to_string()])["invoice"].as_str().unwrap().to_owned();
+    let server = AddressServer::start(0, invoice).await;
     let received = |rows: Value| rows.as_array().unwrap().iter().filter(|row| row["state"] == "settled").count();
     let before = received(admin(&provider, "wallet/payments").await.unwrap());
-    let to = format!("alice@{host}");
+    let to = server.address();
     let args = ["sweep", "--to", &to, "--keep-sat", "20000"];
     // Not before the last payment is over.
     let plan = || async { try_wallet(&consumer, &args).ok() };
@@ -135,31 +135,6 @@ pub(crate) async fn sweep_to_lightning_address(market: &Market) {
     wait_for("the sweep in the books", WITHIN, row).await;
     agrees(&consumer).await;
     agrees(&provider).await;
-    serving.abort();
-}
-
-/// LNURL-pay: says what it takes, and gives invoices of the node.
-async fn lnurl_server(listener: TcpListener, host: String, node: Node) {
-    while let Ok((mut socket, _)) = listener.accept().await {
-        let mut line = String::new();
-        let mut reader = BufReader::new(&mut socket);
-        reader.read_line(&mut line).await.unwrap();
-        let path = line.split(' ').nth(1).unwrap_or_default().to_owned();
-        let answer = match path.split_once("amount=") {
-            Some((_, amount)) => {
-                let (node, sat) = (node.clone(), amount.parse::<u64>().unwrap() / 1_000);
-                let made = tokio::task::spawn_blocking(move || wallet(&node, &["receive", &sat.to_string()]));
-                json!({ "pr": made.await.unwrap()["invoice"], "routes": [] })
-            }
-            None => json!({
-                "tag": "payRequest", "callback": format!("http://{host}/pay"), "minSendable": 1_000,
-                "maxSendable": 100_000_000, "metadata": "[[\"text/plain\",\"alice\"]]",
-            }),
-        };
-        let body = answer.to_string();
-        let head = format!("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n", body.len());
-        let _ = socket.write_all(format!("{head}Connection: close\r\n\r\n{body}").as_bytes()).await;
-    }
 }
 
 /// SIGKILL for the process that has the Lightning node, while a payment is on its way: the node ends with an error, its
