@@ -2,10 +2,13 @@
 //!
 //! | part              | holds                                                                                   | input         |
 //! |-------------------|-----------------------------------------------------------------------------------------|---------------|
-//! | stage, `b` < all  | its layers, no vocabulary, an embedding of zeros for 32 tokens that is never looked at  | hidden rows   |
+//! | stage, `b` < all  | its layers, no vocabulary, an embedding of zeros for 32 tokens that is never looked at (and a head, where llama.cpp wants one) | hidden rows |
 //! | tail, `b` = all   | its layers, the embedding, the last norm and the head, the tokenizer                    | hidden rows   |
 //!
 //! A lead looks tokens up in its tail's embedding and runs the first layers as an ordinary stage.
+//!
+//! Of a mixture of experts a stage may be a *trunk*: its routed experts are elsewhere, zeros stand in their place as in a whole
+//! model's trunk ([`crate::experts`]), and it carries the manifest by which packs are held to the model.
 //!
 //! What is written: `block_count` is `b - a`; `blk.i` becomes `blk.(i - a)`; arrays with a value for each layer are sliced;
 //! Gemma's pattern of sliding windows, which llama.cpp else counts from the first layer *of the file*, is written out. So

@@ -10,6 +10,7 @@
 //! | [`LlamaStage`]: the `Stage` port               | `stage`: some layers, hidden rows in and out                     |
 //! | [`LlamaLead`]: the `Engine` port over a `Ring` | `lead`: the scheduler over a model's two ends                    |
 //! | [`LlamaExperts`]: the `ExpertHost` port        | `pack`: experts' weights, proved and evaluated                   |
+//! | either of the first two, as a trunk           | `node_experts`: asks the node for experts' rows in mid-batch      |
 //! | the same, of a model that embeds              | `texts`: rows for texts, in batches of `satgrid_engine::embedder` |
 //! | [`LlamaTokenizer`]: the `Tokenizer` port       | `scheduler` and `plan`: continuous batching, pure and tested alone |
 //! | `child`: start, hear, end a process           | `backend` and `ffi`: llama.cpp; the product's only `unsafe`      |
@@ -33,6 +34,7 @@ mod ffi;
 mod keeper;
 mod lead;
 mod model_file;
+mod node_experts;
 mod owners;
 mod pack;
 mod placed;
@@ -57,7 +59,7 @@ pub use settings::{
     ArgsError, BATCH, DEFAULT_CONTEXT, EngineSettings, LeadSettings, MAX_SLOTS, PackSettings, StageSettings,
     WorkerArgs, default_threads,
 };
-pub use split::{SplitError, SplitReport, split_model};
+pub use split::{SplitError, SplitReport, split_model, split_stage_trunk};
 pub use stage::engine::{LlamaStage, StageConfig};
 pub use stage::local::{LocalRing, StageCounts};
 pub use tokenizer::{LlamaTokenizer, MAX_TEXT, TokenizerConfig};

@@ -85,6 +85,8 @@ pub enum WorkerArgs {
     Engine(EngineSettings),
     /// Run some layers.
     Stage(StageSettings),
+    /// Run some layers whose experts the node finds.
+    StageTrunk(StageSettings),
     /// Run a model whose middle is elsewhere.
     Lead(LeadSettings),
     /// Run a trunk, whose experts the node finds.
@@ -126,8 +128,11 @@ impl WorkerArgs {
                 add("--devices", "list".into());
                 return args;
             }
-            Self::Stage(stage) => {
+            Self::Stage(stage) | Self::StageTrunk(stage) => {
                 add("--stage", stage.part.clone().into());
+                if matches!(self, Self::StageTrunk(_)) {
+                    add("--trunk", "yes".into());
+                }
                 add("--profile", stage.profile.name().into());
                 add("--threads", stage.threads.to_string().into());
                 add("--slots", stage.sequences.to_string().into());
@@ -241,7 +246,7 @@ impl WorkerArgs {
         if let Some(part) = stage {
             let EngineSettings { profile, threads, slots: sequences, context, offload, .. } = engine;
             let stage = StageSettings { part, profile, threads, sequences, context, offload, memory_mib };
-            return Ok(Self::Stage(stage));
+            return Ok(if trunk { Self::StageTrunk(stage) } else { Self::Stage(stage) });
         }
         if let Some(pack) = pack {
             let EngineSettings { profile, threads, offload, .. } = engine;
@@ -294,7 +299,7 @@ pub(crate) fn environment(args: &WorkerArgs) -> Vec<(&'static str, &'static str)
     let profile = match args {
         WorkerArgs::Engine(engine) | WorkerArgs::Trunk(engine) | WorkerArgs::Bare(engine, _) => engine.profile,
         WorkerArgs::Pack(pack) => pack.profile,
-        WorkerArgs::Stage(stage) => stage.profile,
+        WorkerArgs::Stage(stage) | WorkerArgs::StageTrunk(stage) => stage.profile,
         WorkerArgs::Lead(lead) => lead.tail.profile,
         WorkerArgs::Tokenizer { .. } | WorkerArgs::Devices => return Vec::new(),
     };
@@ -357,6 +362,7 @@ mod tests {
         let pack = PackSettings { pack: "p.gguf".into(), only, profile: Profile::Exact, threads: 2, device: None };
         for args in [
             WorkerArgs::Stage(StageSettings { memory_mib: None, ..stage.clone() }),
+            WorkerArgs::StageTrunk(stage.clone()),
             WorkerArgs::Stage(stage),
             WorkerArgs::Lead(LeadSettings { head: "head.gguf".into(), tail: engine.clone(), ring, guess: true }),
             WorkerArgs::Lead(LeadSettings {

@@ -41,6 +41,26 @@ pub fn split_model(
     out: &Path,
     progress: &mut dyn FnMut(u32),
 ) -> Result<SplitReport, SplitError> {
+    cut(|gguf, root, range| Cut::new(gguf, root, range), model, range, out, progress)
+}
+
+/// As [`split_model`], of a mixture of experts, without these: whoever runs the layers finds the experts elsewhere.
+pub fn split_stage_trunk(
+    model: &Path,
+    range: LayerRange,
+    out: &Path,
+    progress: &mut dyn FnMut(u32),
+) -> Result<SplitReport, SplitError> {
+    cut(|gguf, root, range| Cut::trunk(gguf, root, range), model, range, out, progress)
+}
+
+fn cut(
+    plan: for<'a> fn(&'a Gguf, &ModelRoot, LayerRange) -> Result<Cut<'a>, CutError>,
+    model: &Path,
+    range: LayerRange,
+    out: &Path,
+    progress: &mut dyn FnMut(u32),
+) -> Result<SplitReport, SplitError> {
     let of = |path: &Path| {
         let path = path.to_path_buf();
         move |source| SplitError::Io { path, source }
@@ -65,7 +85,7 @@ pub fn split_model(
         }
     };
     let root = ModelRoot::compute(&gguf, &mut reader, &mut |bytes| step(bytes, all * 2)).map_err(gguf_error)?;
-    let cut = Cut::new(&gguf, &root, range).map_err(cut_error)?;
+    let cut = plan(&gguf, &root, range).map_err(cut_error)?;
     total = total.saturating_add(cut.tensor_bytes());
 
     let mut unfinished = out.as_os_str().to_owned();

@@ -13,17 +13,18 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Rlimit, setrlimit};
 use satgrid_engine::embedder::Embedder;
-use satgrid_engine::experts::{ExpertRows, ExpertStep};
-use satgrid_engine::port::{Command, EngineEvent, EngineFacts, JobId, SpecialTokens, Speed, TokenizerError};
+use satgrid_engine::experts::ExpertRows;
+use satgrid_engine::port::{Command, EngineEvent, EngineFacts, SpecialTokens, Speed, TokenizerError};
+use satgrid_types::LayerRange;
 
 use crate::backend::LlamaBackend;
 use crate::bare;
 use crate::devices;
 use crate::facts;
-use crate::ffi::{self, BatchRow, ExpertHook, Model, ModelConfig};
+use crate::ffi::{self, ExpertHook, Model, ModelConfig};
 use crate::lead;
 use crate::model_file::{self, ModelFile};
-use crate::owners::Owners;
+use crate::node_experts::NodeExperts;
 use crate::pack::{PackBackend, Waiting};
 use crate::render::Renderer;
 use crate::scheduler::Scheduler;
@@ -79,7 +80,11 @@ pub fn worker_main(args: WorkerArgs) -> u8 {
         }
         WorkerArgs::Stage(settings) => {
             limit(None);
-            serve(|link| stage::worker::run(&settings, link))
+            serve(|link| stage::worker::run(&settings, false, link))
+        }
+        WorkerArgs::StageTrunk(settings) => {
+            limit(None);
+            serve(|link| stage::worker::run(&settings, true, link))
         }
         WorkerArgs::Lead(settings) => {
             limit(None);
@@ -103,6 +108,12 @@ pub(crate) struct Link {
 impl Link {
     pub(crate) fn send(&mut self, message: &FromWorker) -> io::Result<()> {
         wire::write(&mut self.writer, message)
+    }
+
+    /// The way to the experts of these layers of a model; there is one, and it is handed out once.
+    pub(crate) fn experts(&mut self, layers: Option<LayerRange>) -> io::Result<Option<Box<dyn ExpertHook>>> {
+        let Some((layers, outputs)) = layers.zip(self.outputs.take()) else { return Ok(None) };
+        Ok(Some(Box::new(NodeExperts::new(self.writer.try_clone()?, outputs, layers))))
     }
 
     /// That the parent may be gone is the reading thread's to notice.
@@ -194,44 +205,6 @@ fn read_requests(mut reader: UnixStream, to_main: &Sender<ToWorker>, to_hook: &S
     }
 }
 
-/// A trunk's way to its experts: the node, over the same socket, in the middle of a batch.
-struct NodeExperts {
-    writer: UnixStream,
-    outputs: Receiver<Result<ExpertRows, String>>,
-    step: u64,
-    layer: u32,
-    owners: Owners,
-}
-
-impl ExpertHook for NodeExperts {
-    fn begin(&mut self, rows: &[BatchRow]) {
-        self.owners.begin(rows);
-    }
-
-    fn seated(&mut self, slot: u32, job: JobId) {
-        self.owners.seated(slot, job);
-    }
-
-    fn chosen(&mut self, layer: u32, used: u32, ids: Vec<u32>, rows: Vec<f32>) -> Result<(), String> {
-        // A batch goes up through the layers.
-        self.step += u64::from(layer <= self.layer);
-        self.layer = layer;
-        let count = ids.len() / used.max(1) as usize;
-        let jobs = self.owners.of(layer, count)?;
-        let step = ExpertStep { step: self.step, layer, used, ids, rows, jobs };
-        wire::write(&mut self.writer, &FromWorker::ExpertStep(step)).map_err(|error| error.to_string())
-    }
-
-    fn outputs(&mut self) -> Result<Vec<f32>, String> {
-        // The reading thread ends the process when the node is gone, so this wait has an end.
-        let rows = self.outputs.recv().map_err(|_| "the node is gone".to_owned())??;
-        if (rows.step, rows.layer) != (self.step, self.layer) {
-            return Err("the node answered another step".to_owned());
-        }
-        Ok(rows.rows)
-    }
-}
-
 fn run_engine(settings: &EngineSettings, is_trunk: bool, link: &mut Link) -> Result<(), Stop> {
     link.send(&FromWorker::Loading { permille: 0 })?;
     let failed = |reason: &dyn std::fmt::Display| Stop::LoadFailed(reason.to_string());
@@ -239,13 +212,7 @@ fn run_engine(settings: &EngineSettings, is_trunk: bool, link: &mut Link) -> Res
     let read = model_file::read(&settings.model, is_trunk, |permille| link.tell_load(permille / 2));
     let file = read.map_err(|reason| failed(&reason))?;
     let known_answer = facts::known_answer().map_err(|error| failed(&error))?;
-    let hook: Option<Box<dyn ExpertHook>> = match link.outputs.take().filter(|_| is_trunk) {
-        Some(outputs) => {
-            let (writer, owners) = (link.writer.try_clone()?, Owners::new(file.facts.layers));
-            Some(Box::new(NodeExperts { writer, outputs, step: 0, layer: 0, owners }))
-        }
-        None => None,
-    };
+    let hook = if is_trunk { link.experts(LayerRange::new(0, file.facts.layers))? } else { None };
     let told = |instruction_set, (slots, context, batch), speed: Option<Speed>, file: ModelFile| {
         Box::new(EngineFacts {
             model: file.facts,

@@ -76,6 +76,7 @@ impl Split {
         let told = Arc::new(Told::default());
         let config = GroupConfig {
             manifest: self.manifest.clone(),
+            layers: None,
             spare,
             observer: told.clone(),
             witness_per_million,

@@ -13,17 +13,22 @@ use std::time::Duration;
 
 use common::{ALL, Heard, job, kill, program, settings};
 use satgrid_engine::conformance::conformance;
-use satgrid_engine::gguf::TensorType;
+use satgrid_engine::experts::call::MAX_CALL_BYTES;
+use satgrid_engine::experts::group::{ExpertGroup, GroupConfig, GroupEvent, Observer};
+use satgrid_engine::experts::{Experts, Manifest, map, pack};
+use satgrid_engine::gguf::{Gguf, TensorType};
 use satgrid_engine::port::{Command, Engine, EngineEvent, FinishReason, Job, JobId, Profile};
+use satgrid_engine::root::ModelRoot;
 use satgrid_engine::stage::port::Stage;
 use satgrid_engine::stage::ring::Ring;
 use satgrid_engine::tiny::TinyModel;
+use satgrid_engine::tiny_moe::TinyMoe;
 use satgrid_engine::tiny_shapes::{Family, TinyShape};
 use satgrid_engine_llama::{
-    EngineSettings, LeadConfig, LeadSettings, LlamaLead, LlamaStage, LlamaTokenizer, LocalRing, SpawnError,
-    StageConfig, StageSettings, TokenizerConfig, split_model,
+    EngineSettings, LeadConfig, LeadSettings, LlamaExperts, LlamaLead, LlamaStage, LlamaTokenizer, LocalRing,
+    PackSettings, SpawnError, StageConfig, StageSettings, TokenizerConfig, split_model, split_stage_trunk,
 };
-use satgrid_types::{LayerRange, WireType, WorkKind};
+use satgrid_types::{ExpertSet, LayerRange, WireType, WorkKind};
 use tokio::time::timeout;
 
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -94,11 +99,82 @@ impl Parts {
         Split { stages, ring, lead }
     }
 
+    /// The same with stages that hold no experts: each leads a group of its own.
+    async fn lead_of_trunks(&self, base: &EngineSettings) -> (Split, Vec<Group>) {
+        let ranges = self.ranges();
+        let (mut stages, mut groups) = (Vec::new(), Vec::new());
+        for part in &ranges[1..ranges.len() - 1] {
+            let path = self.folder.path().join(format!("{part}.trunk.gguf"));
+            split_stage_trunk(&self.whole, *part, &path, &mut |_| ()).unwrap();
+            let held = std::fs::metadata(self.path(*part)).unwrap().len();
+            assert!(std::fs::metadata(&path).unwrap().len() < held, "the trunk is smaller than the layers");
+            let settings = StageSettings { part: path, ..self.stage_settings(*part, base) };
+            let group = Group::over(&self.whole, *part).await;
+            let config = StageConfig { program: program(), settings };
+            let experts = Arc::clone(&group.group) as Arc<dyn Experts>;
+            stages.push(timeout(PATIENCE, LlamaStage::spawn_trunk(config, experts, |_| {})).await.unwrap().unwrap());
+            groups.push(group);
+        }
+        let ports = stages.iter().map(|stage| Arc::clone(stage) as Arc<dyn Stage>).collect();
+        let ring = LocalRing::new(ports, WireType::F32);
+        let lead = self.lead_over(base, Arc::clone(&ring) as Arc<dyn Ring>).await.unwrap();
+        (Split { stages, ring, lead }, groups)
+    }
+
     async fn lead_over(&self, base: &EngineSettings, ring: Arc<dyn Ring>) -> Result<Arc<LlamaLead>, SpawnError> {
         let ranges = self.ranges();
         let tail = EngineSettings { model: self.path(*ranges.last().unwrap()), ..base.clone() };
         let settings = LeadSettings { head: self.path(ranges[0]), tail, ring: ring.facts(), guess: true };
         timeout(PATIENCE, LlamaLead::spawn(LeadConfig { program: program(), settings }, ring, |_| {})).await.unwrap()
+    }
+}
+
+/// The experts of some layers of a model, in two processes that hold all of them each.
+struct Group {
+    _folder: tempfile::TempDir,
+    group: Arc<ExpertGroup>,
+    hosts: Vec<Arc<LlamaExperts>>,
+}
+
+struct Silent;
+
+impl Observer for Silent {
+    fn told(&self, _event: GroupEvent) {}
+}
+
+impl Group {
+    async fn over(whole: &Path, layers: LayerRange) -> Self {
+        let mut file = std::fs::File::open(whole).unwrap();
+        let gguf = Gguf::read(&mut file).unwrap();
+        let root = ModelRoot::compute(&gguf, &mut file, &mut |_| ()).unwrap();
+        let manifest = Manifest::of_model(&gguf, &root).unwrap();
+        let (folder, mut out) = (tempfile::tempdir().unwrap(), Vec::new());
+        let set = ExpertSet::new(manifest.of_layers(Some(layers)));
+        pack::write(&gguf, &mut file, &manifest, &set, &mut out, &mut |_| ()).unwrap();
+        let pack = folder.path().join("pack");
+        std::fs::write(&pack, out).unwrap();
+        let group = Arc::new(ExpertGroup::new(GroupConfig {
+            manifest,
+            layers: Some(layers),
+            spare: None,
+            observer: Arc::new(Silent),
+            witness_per_million: 0,
+            seed: [7; 32],
+            wire: WireType::F32,
+            call_bytes: MAX_CALL_BYTES,
+        }));
+        assert!(group.ready().is_err(), "nobody holds anything yet");
+        let mut hosts = Vec::new();
+        for name in ["a", "b"] {
+            let only = None;
+            let settings = PackSettings { pack: pack.clone(), only, profile: Profile::Exact, threads: 1, device: None };
+            let host = LlamaExperts::spawn(program(), settings, |_| {}).await.unwrap();
+            group.admit(name, host.clone(), &map::claims(group.manifest(), &set), false).unwrap();
+            hosts.push(host);
+        }
+        // Experts of other layers are none of its business.
+        group.ready().unwrap();
+        Self { _folder: folder, group, hosts }
     }
 }
 
@@ -190,6 +266,63 @@ async fn every_architecture_gives_the_same_streams_whole_and_in_stages() {
             assert!(counts.busy_us > 0);
         }
     }
+}
+
+/// Every admitted mixture of experts: whole, in stages that hold their experts, and in stages that find them elsewhere. Prompts
+/// and sessions as above; every row through an expert is some job's.
+#[tokio::test]
+async fn stages_that_lead_experts_give_the_same_streams() {
+    let rows: [(&str, u32, &[u32]); 4] =
+        [("qwen3moe", 0, &[1, 3]), ("llama", 8, &[1, 2, 4]), ("olmoe", 2, &[2, 4]), ("qwen2moe", 8, &[1, 4])];
+    for (architecture, id, cuts) in rows {
+        let model = TinyMoe { architecture, seed: 7, kind: kind(id), layers: 5, context: 1024, ..TinyMoe::default() };
+        let parts = Parts::of(&model.to_bytes().unwrap(), 5, cuts);
+        let base = settings(&parts.whole, Profile::Exact, 8);
+        let expect = streams(common::spawn(base.clone()).await.unwrap().as_ref()).await;
+        assert!(expect.iter().all(|heard| heard.error.is_none() && heard.output.len() == 40), "{expect:?}");
+        let split = parts.lead(&base, WireType::F32).await;
+        assert_eq!(streams(split.lead.as_ref()).await, expect, "{architecture} of type {id} cut at {cuts:?}");
+        drop(split);
+
+        let (split, groups) = parts.lead_of_trunks(&base).await;
+        let jobs: Vec<JobId> = (1..9).chain([100, 101]).map(JobId).collect();
+        groups.iter().for_each(|group| jobs.iter().for_each(|job| group.group.open_account(*job)));
+        assert_eq!(streams(split.lead.as_ref()).await, expect, "{architecture}, trunks cut at {cuts:?}");
+        for (group, part) in groups.iter().zip(&parts.ranges()[1..]) {
+            for (job, heard) in jobs.iter().zip(&expect) {
+                let account = group.group.close_account(*job).unwrap();
+                let evaluated = u64::from(heard.end.unwrap().1);
+                let each: Vec<(u32, u64)> = (part.start()..part.end()).map(|layer| (layer, evaluated)).collect();
+                assert_eq!((account.chosen, account.layers.into_iter().collect()), (model.used, each), "{job:?}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_expert_worker_that_dies_under_a_stage_changes_no_text_and_the_last_one_is_the_stage_s_failure() {
+    let model = TinyMoe { layers: 4, context: 1024, ..TinyMoe::default() };
+    let parts = Parts::of(&model.to_bytes().unwrap(), 4, &[1, 3]);
+    let base = settings(&parts.whole, Profile::Exact, 2);
+    let jobs = [job(1, 200, 120), job(2, 20, 120)];
+    let expect = run(common::spawn(base.clone()).await.unwrap().as_ref(), &jobs).await;
+    let (split, groups) = parts.lead_of_trunks(&base).await;
+    let hosts = &groups[0].hosts;
+    let strike = async {
+        while groups[0].group.routed().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        kill(hosts[0].process_id().unwrap());
+    };
+    let (heard, ()) = tokio::join!(run(split.lead.as_ref(), &jobs), strike);
+    assert_eq!(heard, expect);
+    assert_eq!(groups[0].group.hosts().len(), 1);
+    kill(hosts[1].process_id().unwrap());
+    let heard = run(split.lead.as_ref(), &[job(3, 20, 10)]).await;
+    let error = heard[0].error.as_ref().unwrap().to_string();
+    assert!(error.contains("experts' rows are missing"), "{error}");
+    // The stage itself is well.
+    assert!(split.stages[0].is_up());
 }
 
 #[tokio::test]
@@ -297,6 +430,10 @@ async fn parts_that_do_not_fit_are_refused_in_words() {
     assert_eq!(small.facts().memory_bytes, 64 << 20);
     assert!(free.facts().memory_bytes > 64 << 20, "{} bytes are free here", free.facts().memory_bytes);
     assert_eq!(small.facts().quantisation, "F32");
+
+    // A dense model has no experts to leave out.
+    let error = split_stage_trunk(&parts.whole, range(1, 2), &path, &mut |_| ()).map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("has no experts"), "{error}");
 
     // A layer that nobody runs, and one that two run.
     for cut in [range(1, 2), range(1, 3)] {

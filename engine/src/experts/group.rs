@@ -17,7 +17,7 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use rand_chacha::ChaCha20Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
-use satgrid_types::{ExpertSet, WireType};
+use satgrid_types::{ExpertSet, LayerRange, WireType};
 
 use super::call::{CallError, ExpertCall, ExpertRows, ExpertStep, HostError, StepError, Work};
 use super::heat::Heat;
@@ -58,6 +58,8 @@ pub trait Spare: Send + Sync {
 /// How a group is run.
 pub struct GroupConfig {
     pub manifest: Manifest,
+    /// Of a lead that runs only these layers of the model; none: all of them.
+    pub layers: Option<LayerRange>,
     pub spare: Option<Arc<dyn Spare>>,
     pub observer: Arc<dyn Observer>,
     /// Rows of a million that are asked of a second host too.
@@ -134,6 +136,11 @@ impl ExpertGroup {
         &self.config.manifest
     }
 
+    /// Every (layer, expert) of the layers that the lead runs.
+    pub fn wanted(&self) -> impl Iterator<Item = (u32, u32)> + use<> {
+        self.config.manifest.of_layers(self.config.layers)
+    }
+
     /// Takes a host in. `own` hosts belong to the lead, which believes them.
     pub fn admit(&self, name: &str, host: Arc<dyn ExpertHost>, claims: &Claims, own: bool) -> Result<HostId, MapError> {
         let mut state = self.state();
@@ -154,7 +161,7 @@ impl ExpertGroup {
         if self.config.spare.is_some() {
             return Ok(());
         }
-        self.state().map.complete(&self.config.manifest)
+        self.state().map.complete(&self.config.manifest, self.config.layers)
     }
 
     /// How fast a host was found to be, by its name: a fast one gets more of what several hold.
@@ -200,10 +207,10 @@ impl ExpertGroup {
         self.state().accounts.remove(&job)
     }
 
-    /// The (layer, expert) that somebody holds.
+    /// The (layer, expert) of the lead's layers that somebody holds.
     pub fn held(&self) -> impl Iterator<Item = (u32, u32)> + use<> {
         let state = self.state();
-        let all = self.config.manifest.all();
+        let all = self.wanted();
         let held: Vec<(u32, u32)> =
             all.filter(|&(layer, expert)| !state.map.holders(layer, expert).is_empty()).collect();
         held.into_iter()
@@ -240,7 +247,7 @@ impl ExpertGroup {
     /// The lead takes over all experts that nobody holds.
     async fn load(&self, layer: u32, experts: Vec<u32>) -> Result<(), StepError> {
         let _one_at_a_time = self.loading.lock().await;
-        let missing = self.state().map.missing(&self.config.manifest);
+        let missing = self.state().map.missing(&self.config.manifest, self.config.layers);
         if missing.pairs().is_empty() {
             return Ok(());
         }

@@ -5,6 +5,7 @@
 //! the file has its leaf among them, and each expert's part has its hash in a table whose own root is such a leaf.
 
 use minicbor::{Decode, Encode};
+use satgrid_types::LayerRange;
 use sha2::{Digest, Sha256};
 
 use super::family::{FAMILIES, Family, MoeShape, Refused};
@@ -162,7 +163,7 @@ impl Manifest {
         Ok(manifest)
     }
 
-    pub(super) fn to_value(&self) -> Value {
+    pub(crate) fn to_value(&self) -> Value {
         // Encoding into memory does not fail.
         Value::Array(Array::U8(minicbor::to_vec(self).unwrap_or_default()))
     }
@@ -251,6 +252,12 @@ impl Manifest {
     pub fn all(&self) -> impl Iterator<Item = (u32, u32)> + use<> {
         let experts = self.experts;
         (0..self.layers).flat_map(move |layer| (0..experts).map(move |expert| (layer, expert)))
+    }
+
+    /// Every (layer, expert) of these layers of the model, or of all.
+    pub fn of_layers(&self, layers: Option<LayerRange>) -> impl Iterator<Item = (u32, u32)> + use<> {
+        let inside = move |layer: u32| layers.is_none_or(|range| (range.start()..range.end()).contains(&layer));
+        self.all().filter(move |(layer, _)| inside(*layer))
     }
 
     fn tensor(&self, layer: u32, part: Part) -> Option<&ExpertTensor> {

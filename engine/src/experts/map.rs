@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
-use satgrid_types::ExpertSet;
+use satgrid_types::{ExpertSet, LayerRange};
 
 use super::manifest::Manifest;
 
@@ -194,14 +194,14 @@ impl ExpertMap {
         self.holders.get(&(layer, expert)).map(Vec::as_slice).unwrap_or_default()
     }
 
-    /// The experts that nobody holds.
-    pub fn missing(&self, manifest: &Manifest) -> ExpertSet {
-        ExpertSet::new(manifest.all().filter(|&(layer, expert)| self.holders(layer, expert).is_empty()))
+    /// The experts of these layers (or of all) that nobody holds.
+    pub fn missing(&self, manifest: &Manifest, layers: Option<LayerRange>) -> ExpertSet {
+        ExpertSet::new(manifest.of_layers(layers).filter(|&(layer, expert)| self.holders(layer, expert).is_empty()))
     }
 
-    /// Refuses to begin while nobody holds some expert.
-    pub fn complete(&self, manifest: &Manifest) -> Result<(), MapError> {
-        let experts = self.missing(manifest);
+    /// Refuses to begin while nobody holds some expert of these layers, or of all.
+    pub fn complete(&self, manifest: &Manifest, layers: Option<LayerRange>) -> Result<(), MapError> {
+        let experts = self.missing(manifest, layers);
         if experts.pairs().is_empty() { Ok(()) } else { Err(MapError::Missing { experts }) }
     }
 

@@ -30,14 +30,13 @@ pub fn write<R: Read + Seek, W: Write>(
     let key = shape.width_key();
     let original = gguf.get(&key);
     let mut writer = gguf.writer(|name| name != key && !name.starts_with(OWN_KEYS));
-    writer = writer.set(key, MoeShape::width_like(original, STAND_IN_WIDTH)).set(MANIFEST_KEY, manifest.to_value());
+    writer = writer.set(key, stand_in_width(original)).set(MANIFEST_KEY, manifest.to_value());
     if let Some(original) = original {
         writer = writer.set(WIDTH_KEY, original.clone());
     }
-    let narrow = MoeShape { n_ff: STAND_IN_WIDTH, ..shape };
     for tensor in &gguf.tensors {
-        writer = match expert_part(&shape, tensor) {
-            Some(part) => writer.tensor(&tensor.name, STAND_IN, &part.shape(&narrow))?,
+        writer = match stand_in(&shape, tensor) {
+            Some((kind, narrow)) => writer.tensor(&tensor.name, kind, &narrow)?,
             None => writer.tensor(&tensor.name, tensor.kind, &tensor.shape)?,
         };
     }
@@ -54,6 +53,17 @@ pub fn write<R: Read + Seek, W: Write>(
             None => zeros(out, tensor.bytes).map_err(|error| PartError::Write(WriteError::Io(error))),
         }
     })
+}
+
+/// The type and shape of the zeros in place of a tensor that holds experts; `None` for any other.
+pub(crate) fn stand_in(shape: &MoeShape, tensor: &Tensor) -> Option<(TensorType, [u64; 3])> {
+    let narrow = MoeShape { n_ff: STAND_IN_WIDTH, ..*shape };
+    expert_part(shape, tensor).map(|part| (STAND_IN, part.shape(&narrow)))
+}
+
+/// What stands under the width's key in place of the whole model's value, if it has one.
+pub(crate) fn stand_in_width(original: Option<&Value>) -> Value {
+    MoeShape::width_like(original, STAND_IN_WIDTH)
 }
 
 fn expert_part(shape: &MoeShape, tensor: &Tensor) -> Option<Part> {

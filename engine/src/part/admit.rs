@@ -5,7 +5,9 @@ use crate::gguf::Gguf;
 
 /// Architectures whose layers are all alike and know nothing of each other's number, and whose last tensor of each layer is
 /// called `l_out`. `engine/llama/tests/split.rs` runs one of each kind, whole against staged.
-const ARCHITECTURES: [&str; 5] = ["llama", "qwen2", "qwen3", "qwen3moe", "gemma3"];
+const ARCHITECTURES: [&str; 7] = ["llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "olmoe", "gemma3"];
+/// Of these the mixtures of experts; `llama` with experts is Mixtral.
+const WITH_EXPERTS: [&str; 4] = ["llama", "qwen2moe", "qwen3moe", "olmoe"];
 /// Gemma 3 27B scales attention by the width of the model, and llama.cpp knows it by its number of layers.
 const GEMMA3_SCALED_BY_LAYERS: u64 = 62;
 /// Tensors outside the layers that we know what to do with.
@@ -50,7 +52,7 @@ pub fn admit(gguf: &Gguf) -> Result<u32, Refused> {
         return refuse("it embeds or ranks texts (its pooling_type says so) and writes none; sell it whole".to_owned());
     }
     let experts = gguf.arch_uint("expert_count").unwrap_or(0);
-    if experts > 0 && architecture != "qwen3moe" {
+    if experts > 0 && !WITH_EXPERTS.contains(&architecture.as_str()) {
         return refuse(format!("it has {experts} experts, and no such model was tried"));
     }
     if let Some(key) = UNEVEN.into_iter().find(|key| gguf.arch_uint(key).unwrap_or(0) > 0) {

@@ -9,6 +9,9 @@ use super::{
     KEY_ADDED, KEY_END, KEY_HASHES, KEY_KINDS, KEY_LAYERS, KEY_NAMES, KEY_RANKS, KEY_SHAPES, KEY_START, KEY_VERSION,
     NO_VOCAB, VERSION, WHOLE,
 };
+use crate::experts::family::{self, MoeShape};
+use crate::experts::manifest::{MANIFEST_KEY, Manifest};
+use crate::experts::trunk::{stand_in, stand_in_width};
 use crate::gguf::{Array, Gguf, GgufWriter, Tensor, TensorType, Value, WriteError};
 use crate::root::ModelRoot;
 
@@ -19,6 +22,10 @@ pub enum CutError {
     Refused(#[from] Refused),
     #[error("layers {range} are not in a model of {layers} layers")]
     OutOfRange { range: LayerRange, layers: u32 },
+    #[error("its experts stay where they are: {0}")]
+    Experts(#[from] family::Refused),
+    #[error("the last layer is its lead's, with its experts: only stages before it are cut without")]
+    TailWithoutExperts,
     #[error(transparent)]
     Write(#[from] WriteError),
 }
@@ -52,16 +59,39 @@ pub(super) struct Changed {
 impl<'a> Cut<'a> {
     /// Plans the part of `range`. `root` is of the same file.
     pub fn new(whole: &'a Gguf, root: &ModelRoot, range: LayerRange) -> Result<Self, CutError> {
+        Self::plan(whole, root, range, None)
+    }
+
+    /// Plans the trunk of `range`: the layers without their experts.
+    pub fn trunk(whole: &'a Gguf, root: &ModelRoot, range: LayerRange) -> Result<Self, CutError> {
+        let manifest = Manifest::of_model(whole, root)?;
+        if range.end() == manifest.layers {
+            return Err(CutError::TailWithoutExperts);
+        }
+        Self::plan(whole, root, range, Some(&manifest))
+    }
+
+    fn plan(
+        whole: &'a Gguf,
+        root: &ModelRoot,
+        range: LayerRange,
+        elsewhere: Option<&Manifest>,
+    ) -> Result<Self, CutError> {
         let layers = admit(whole)?;
         if range.end() > layers {
             return Err(CutError::OutOfRange { range, layers });
         }
-        let changed = metadata(whole, range, layers);
+        let experts = elsewhere.map(Manifest::shape).transpose()?;
+        let changed = metadata(whole, range, layers, experts.as_ref());
         let writer =
             changed.metadata.into_iter().fold(GgufWriter::new(), |writer, (key, value)| writer.set(key, value));
         let writer = changed.replaced.into_iter().fold(writer, |w, (key, value)| w.set(format!("{WHOLE}{key}"), value));
         let writer = manifest(writer, whole, root, range, layers, &changed.added);
-        let contents = contents(whole, range, layers);
+        let writer = match elsewhere {
+            Some(experts) => writer.set(MANIFEST_KEY, experts.to_value()),
+            None => writer,
+        };
+        let contents = contents(whole, range, layers, experts.as_ref());
         let add = |writer: GgufWriter, part: &Content| writer.tensor(part.name.clone(), part.kind, &part.shape);
         let writer = contents.iter().try_fold(writer, add)?;
         Ok(Self { whole, writer, contents })
@@ -104,13 +134,14 @@ impl<'a> Cut<'a> {
     }
 }
 
-/// The metadata of a part of `whole`, without our own keys.
-pub(super) fn metadata(whole: &Gguf, range: LayerRange, layers: u32) -> Changed {
+/// The metadata of a part of `whole`, without our own keys. `elsewhere`: its experts are not in it.
+pub(super) fn metadata(whole: &Gguf, range: LayerRange, layers: u32, elsewhere: Option<&MoeShape>) -> Changed {
     let architecture = whole.architecture().unwrap_or_default();
     let prefix = format!("{architecture}.");
     let tail = range.end() == layers;
     let window = format!("{prefix}attention.sliding_window_pattern");
     let vocab = format!("{prefix}vocab_size");
+    let width = elsewhere.map(MoeShape::width_key);
     let mut changed = Changed { metadata: Vec::new(), added: Vec::new(), replaced: Vec::new() };
     for (key, value) in &whole.metadata {
         // The writer sets its own alignment; only a tail has a vocabulary.
@@ -122,6 +153,8 @@ pub(super) fn metadata(whole: &Gguf, range: LayerRange, layers: u32) -> Changed 
             Value::U32(range.layers())
         } else if *key == vocab && !tail {
             Value::U32(NO_VOCAB)
+        } else if width.as_ref() == Some(key) {
+            stand_in_width(Some(value))
         } else if let (true, Some(windowed)) = (*key == window, windows(whole, &prefix, range)) {
             Value::Array(Array::Bool(windowed))
         } else if own && !key.contains("rope.dimension_sections") {
@@ -140,6 +173,9 @@ pub(super) fn metadata(whole: &Gguf, range: LayerRange, layers: u32) -> Changed 
             changed.metadata.push((key, value));
         }
     };
+    if let Some(width) = width {
+        add(width, stand_in_width(None));
+    }
     let windowed = windows(whole, &prefix, range);
     if let Some(windowed) = &windowed {
         add(window.clone(), Value::Array(Array::Bool(windowed.clone())));
@@ -195,20 +231,28 @@ fn sliced(value: &Value, range: LayerRange, layers: u32) -> Option<Value> {
     }))
 }
 
-/// The tensors of a part, in the whole model's order.
-pub(super) fn contents(whole: &Gguf, range: LayerRange, layers: u32) -> Vec<Content> {
+/// Architectures of which llama.cpp loads nothing without a head: a stage has zeros there, which are never looked at either.
+const WANT_HEAD: [&str; 2] = ["qwen2moe", "olmoe"];
+
+/// The tensors of a part, in the whole model's order. `elsewhere`: zeros in place of its experts.
+pub(super) fn contents(whole: &Gguf, range: LayerRange, layers: u32, elsewhere: Option<&MoeShape>) -> Vec<Content> {
     let tail = range.end() == layers;
+    let wants_head = whole.architecture().is_some_and(|architecture| WANT_HEAD.contains(&architecture));
     let of = |(at, tensor): (usize, &Tensor)| {
         let same = |name: String| Content { name, kind: tensor.kind, shape: tensor.shape.clone(), from: Some(at) };
         match layer_of(&tensor.name) {
             Some((layer, rest)) if (range.start()..range.end()).contains(&layer) => {
-                Some(same(format!("blk.{}.{rest}", layer - range.start())))
+                let name = format!("blk.{}.{rest}", layer - range.start());
+                Some(match elsewhere.and_then(|shape| stand_in(shape, tensor)) {
+                    Some((kind, shape)) => Content { name, kind, shape: shape.to_vec(), from: None },
+                    None => same(name),
+                })
             }
             Some(_) => None,
             None if tail => Some(same(tensor.name.clone())),
             None => match tensor.name.as_str() {
-                "output.weight" => None,
-                "token_embd.weight" => {
+                "output.weight" if !wants_head => None,
+                "token_embd.weight" | "output.weight" => {
                     let shape = vec![tensor.shape.first().copied().unwrap_or(0), u64::from(NO_VOCAB)];
                     Some(Content { name: tensor.name.clone(), kind: TensorType::F32, shape, from: None })
                 }

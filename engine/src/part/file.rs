@@ -19,6 +19,7 @@ use super::{
     KEY_ADDED, KEY_END, KEY_HASHES, KEY_KINDS, KEY_LAYERS, KEY_NAMES, KEY_RANKS, KEY_SHAPES, KEY_START, KEY_VERSION,
     PREFIX, VERSION, WHOLE,
 };
+use crate::experts::manifest::{MANIFEST_KEY, Manifest};
 use crate::gguf::{Array, DEFAULT_ALIGNMENT, Gguf, GgufError, MAX_TENSORS, Tensor, TensorType, Value, align_up};
 use crate::root::{ModelRoot, data_hash};
 
@@ -37,6 +38,10 @@ pub enum PartError {
     Metadata { key: String },
     #[error("tensor {name:?} is missing, superfluous or of another shape than the model's")]
     Tensor { name: String },
+    #[error("the manifest of its experts: {0}")]
+    Experts(#[from] crate::experts::PartError),
+    #[error("the manifest of its experts is of another model")]
+    OtherExperts,
     #[error("the data of tensor {name:?} is not the model's: its hash differs")]
     Data { name: String },
     #[error(transparent)]
@@ -54,6 +59,8 @@ pub struct PartFile {
     /// The whole model's header as far as the part knows it: metadata (a tail also has the tokenizer's) and all tensors.
     /// Offsets are not those of any file.
     pub whole: Gguf,
+    /// Of a trunk, whose experts are elsewhere: which they are.
+    pub experts: Option<Manifest>,
     contents: Vec<Content>,
     hashes: Vec<(String, [u8; 32])>,
 }
@@ -88,8 +95,15 @@ impl PartFile {
         }
         let root = ModelRoot::from_hashes(&whole, hashes.clone()).ok_or_else(|| bad(KEY_NAMES))?.root;
 
+        let experts = gguf.get(MANIFEST_KEY).map(|_| Manifest::of_part(gguf)).transpose()?;
+        if experts.as_ref().is_some_and(|experts| experts.root != root) {
+            return Err(PartError::OtherExperts);
+        }
+        let elsewhere = experts.as_ref().map(Manifest::shape).transpose().map_err(crate::experts::PartError::from)?;
+
         // What a cut of that model gives, this file must be.
-        let expected: BTreeMap<String, Value> = metadata(&whole, range, layers).metadata.into_iter().collect();
+        let metadata = metadata(&whole, range, layers, elsewhere.as_ref()).metadata;
+        let expected: BTreeMap<String, Value> = metadata.into_iter().collect();
         let given = gguf.metadata.iter().filter(|(key, _)| !key.starts_with(PREFIX) && key != "general.alignment");
         let given: BTreeMap<&String, &Value> = given.map(|(key, value)| (key, value)).collect();
         let key = expected.iter().find(|(key, value)| given.get(key) != Some(value)).map(|(key, _)| key.clone());
@@ -97,7 +111,7 @@ impl PartFile {
         if let Some(key) = key {
             return Err(PartError::Metadata { key });
         }
-        let contents = contents(&whole, range, layers);
+        let contents = contents(&whole, range, layers, elsewhere.as_ref());
         let same = |content: &Content| {
             gguf.tensor(&content.name).is_some_and(|t| t.kind == content.kind && t.shape == content.shape)
         };
@@ -107,7 +121,7 @@ impl PartFile {
         if let Some(extra) = gguf.tensors.iter().find(|t| !contents.iter().any(|content| content.name == t.name)) {
             return Err(PartError::Tensor { name: extra.name.clone() });
         }
-        Ok(Self { range, layers, root, whole, contents, hashes })
+        Ok(Self { range, layers, root, whole, experts, contents, hashes })
     }
 
     /// It ends the model: it has the head, and the embedding for tokens.

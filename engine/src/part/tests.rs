@@ -8,6 +8,7 @@ use super::*;
 use crate::gguf::{Array, Gguf, GgufWriter, TensorType, Value};
 use crate::root::ModelRoot;
 use crate::tiny::TinyModel;
+use crate::tiny_moe::TinyMoe;
 use crate::tiny_shapes::{Family, TinyShape};
 
 fn read(bytes: &[u8]) -> Gguf {
@@ -151,7 +152,9 @@ fn only_models_of_the_allow_list_are_cut() {
         (admit(&header("gemma2", 26, plain)), Some("\"gemma2\"")),
         (admit(&header("baichuan", 40, plain)), Some("\"baichuan\"")),
         (admit(&header("llama", 1, plain)), Some("1 layers")),
-        (admit(&header("llama", 4, |w| w.set("llama.expert_count", Value::U32(8)))), Some("8 experts")),
+        (admit(&header("qwen2", 4, |w| w.set("qwen2.expert_count", Value::U32(8)))), Some("8 experts")),
+        (admit(&header("granitemoe", 4, |w| w.set("granitemoe.expert_count", Value::U32(8)))), Some("\"granitemoe\"")),
+        (admit(&header("llama", 4, |w| w.set("llama.expert_count", Value::U32(8)))), None),
         (admit(&header("qwen3moe", 4, |w| w.set("qwen3moe.expert_count", Value::U32(8)))), None),
         // Embedding models of cut architectures: by mean, by the last text token, and one that ranks.
         (admit(&header("qwen3", 4, |w| w.set("qwen3.pooling_type", Value::U32(3)))), Some("embeds or ranks texts")),
@@ -193,7 +196,7 @@ fn per_layer_values_go_with_their_layers() {
             .set("gemma3.attention.sliding_window", Value::U32(512))
             .set("gemma3.rope.dimension_sections", array(&[1, 1, 1, 1, 1, 1, 1, 1]))
     });
-    let changed = cut::metadata(&gguf, LayerRange::new(4, 7).unwrap(), 8);
+    let changed = cut::metadata(&gguf, LayerRange::new(4, 7).unwrap(), 8, None);
     let get = |key: &str| changed.metadata.iter().find(|(k, _)| k == key).map(|(_, value)| value.clone());
     assert_eq!(get("gemma3.attention.head_count"), Some(array(&[5, 6, 7])));
     assert_eq!(get("gemma3.rope.dimension_sections"), Some(array(&[1; 8])));
@@ -203,7 +206,7 @@ fn per_layer_values_go_with_their_layers() {
     assert_eq!(get("gemma3.vocab_size"), Some(Value::U32(NO_VOCAB)));
     assert_eq!(changed.added.len(), 3);
     // The one layer without a window is of a model without windows, for llama.cpp.
-    let changed = cut::metadata(&gguf, LayerRange::new(5, 6).unwrap(), 8);
+    let changed = cut::metadata(&gguf, LayerRange::new(5, 6).unwrap(), 8, None);
     assert!(changed.metadata.iter().all(|(key, _)| !key.contains("sliding_window")));
     assert!(changed.replaced.contains(&("gemma3.attention.sliding_window".to_owned(), Value::U32(512))));
     assert_eq!(changed.added.len(), 2);
@@ -218,4 +221,59 @@ fn parts_of_a_windowed_model_prove_its_root() {
     for (start, end) in [(0, 5), (5, 6), (4, 6), (6, 8), (0, 8)] {
         assert_eq!(verify(&cut(&whole, start, end).unwrap()).unwrap().root, expect, "{start}..{end}");
     }
+}
+
+fn trunk(bytes: &[u8], start: u32, end: u32) -> Result<Vec<u8>, CutError> {
+    let (gguf, root) = (read(bytes), root(bytes));
+    let cut = Cut::trunk(&gguf, &root, LayerRange::new(start, end).unwrap())?;
+    let mut out = Vec::new();
+    cut.write(&mut Cursor::new(bytes), &mut out, &mut |_| ())?;
+    Ok(out)
+}
+
+#[test]
+fn a_stage_without_its_experts_proves_the_root_of_the_whole() {
+    for architecture in ["qwen3moe", "qwen2moe", "olmoe", "llama"] {
+        let whole = TinyMoe { architecture, layers: 5, ..TinyMoe::default() }.to_bytes().unwrap();
+        let (expect, with) = (root(&whole), cut(&whole, 1, 4).unwrap());
+        let bytes = trunk(&whole, 1, 4).unwrap();
+        let part = verify(&bytes).unwrap();
+        assert_eq!((part.root, part.range.layers()), (expect.root, 3), "{architecture}");
+        let manifest = part.experts.unwrap();
+        assert_eq!(manifest, crate::experts::Manifest::of_model(&read(&whole), &expect).unwrap());
+        assert_eq!(verify(&with).unwrap().experts, None);
+        let held = |bytes: &[u8], name: &str| read(bytes).tensor(name).map(|tensor| tensor.bytes);
+        for name in ["blk.0.ffn_up_exps.weight", "blk.2.ffn_down_exps.weight"] {
+            assert!(held(&bytes, name) < held(&with, name), "{name}");
+        }
+        for name in ["blk.0.attn_q.weight", "blk.1.ffn_gate_inp.weight"] {
+            assert_eq!(held(&bytes, name), held(&with, name), "{name}");
+        }
+    }
+}
+
+#[test]
+fn stages_without_experts_lie_no_better_than_others() {
+    let whole = TinyMoe { layers: 4, ..TinyMoe::default() }.to_bytes().unwrap();
+    let other = TinyMoe { layers: 4, seed: 2, ..TinyMoe::default() }.to_bytes().unwrap();
+    let bytes = trunk(&whole, 1, 3).unwrap();
+    let gguf = read(&bytes);
+    // The manifest of another model; and none: then it says that it holds its experts.
+    let foreign = read(&trunk(&other, 1, 3).unwrap());
+    let key = crate::experts::manifest::MANIFEST_KEY;
+    let mut lie = gguf.clone();
+    lie.metadata.iter_mut().filter(|(name, _)| name == key).for_each(|(_, value)| {
+        *value = foreign.get(key).unwrap().clone();
+    });
+    assert!(matches!(PartFile::read(&lie), Err(PartError::OtherExperts)));
+    let mut lie = gguf.clone();
+    lie.metadata.retain(|(name, _)| name != key);
+    assert!(matches!(PartFile::read(&lie), Err(PartError::Metadata { .. })));
+    // A changed weight of the trunk's own.
+    let router = gguf.tensor("blk.0.ffn_gate_inp.weight").unwrap();
+    let mut spoilt = bytes.clone();
+    spoilt[usize::try_from(gguf.position(router)).unwrap()] ^= 1;
+    assert!(matches!(verify(&spoilt), Err(PartError::Data { name }) if name == "blk.0.ffn_gate_inp.weight"));
+    assert!(matches!(trunk(&whole, 2, 4), Err(CutError::TailWithoutExperts)));
+    assert!(matches!(trunk(&tiny(), 1, 3), Err(CutError::Experts(_))));
 }

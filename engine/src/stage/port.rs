@@ -24,7 +24,7 @@ use minicbor::{Decode, Encode};
 use satgrid_types::{LayerRange, WorkKind};
 
 use super::codec::{CodecError, HiddenRows};
-use crate::port::{EngineDown, Profile, Speed};
+use crate::port::{EngineDown, JobId, Profile, Speed};
 
 /// Most pieces in one work, and most rows in one work.
 pub const MAX_PIECES: usize = 256;
@@ -57,6 +57,9 @@ pub struct Piece {
     pub rows: u32,
     #[n(3)]
     pub purpose: WorkKind,
+    /// What its rows are computed for: where a stage's experts are elsewhere, they are paid by job.
+    #[n(4)]
+    pub job: JobId,
 }
 
 /// What the node asks.

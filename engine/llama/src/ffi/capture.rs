@@ -1,7 +1,7 @@
 //! The rows that the last layer of a stage computes, taken out by llama.cpp's evaluation callback, which also ends the graph
 //! there; and rows of an embedding table as numbers.
 
-use std::ffi::{CStr, CString, c_void};
+use std::ffi::{CStr, CString};
 
 use llama_cpp_sys_2 as sys;
 
@@ -31,34 +31,23 @@ impl Capture {
         self.numbers.as_slice()
     }
 
-    /// llama.cpp asks for each tensor whether it is wanted, and shows those that are once they are computed. A batch over
-    /// several streams of the cache is computed in several graphs, each of which ends here: their rows follow each other.
-    pub(super) unsafe extern "C" fn on_tensor(tensor: *mut sys::ggml_tensor, ask: bool, user: *mut c_void) -> bool {
-        // SAFETY: the context passes the address of its own boxed capture, which nothing else touches during a batch; the
-        // tensor is valid during the call, and its name is an array ended by NUL.
-        let (capture, wanted) = unsafe {
-            let capture = &mut *user.cast::<Capture>();
-            let name = CStr::from_ptr((&raw const (*tensor).name).cast());
-            let wanted = name == capture.name.as_c_str();
-            (capture, wanted)
-        };
-        if ask {
-            return wanted;
-        }
-        if !wanted {
-            return true;
-        }
-        // SAFETY: the tensor is computed; as many bytes are copied as it has, into room made for them. Of any other layout
-        // nothing is taken, which the caller notices by the count.
+    /// Whether a tensor of this name is the one.
+    pub(super) fn wants(&self, name: &CStr) -> bool {
+        name == self.name.as_c_str()
+    }
+
+    /// Takes the rows once they are computed. A batch over several streams of the cache is computed in several graphs, each of
+    /// which ends here: their rows follow each other.
+    pub(super) fn take(&mut self, tensor: *mut sys::ggml_tensor) {
+        // SAFETY: the callback passes a tensor that is computed and lives for the call; as many bytes are copied as it has, into
+        // room made for them. Of any other layout nothing is taken, which the caller notices by the count.
         unsafe {
             if (*tensor).type_ == sys::GGML_TYPE_F32 && sys::ggml_is_contiguous(tensor) {
                 let bytes = sys::ggml_nbytes(tensor);
-                let to = capture.numbers.more(bytes / size_of::<f32>());
+                let to = self.numbers.more(bytes / size_of::<f32>());
                 sys::ggml_backend_tensor_get(tensor, to.as_mut_ptr().cast(), 0, bytes);
             }
         }
-        // The norm and the head are somebody else's.
-        false
     }
 }
 

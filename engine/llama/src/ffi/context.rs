@@ -7,7 +7,8 @@ use llama_cpp_sys_2 as sys;
 use satgrid_engine::port::JobId;
 
 use super::capture::Capture;
-use super::hook::{ExpertHook, HookState, on_tensor};
+use super::hook::{ExpertHook, HookState};
+use super::watch::{Watch, on_tensor};
 use super::{Handle, Model};
 
 /// How a context is laid out.
@@ -76,9 +77,7 @@ pub(crate) struct Context {
     width: usize,
     rows: Rows,
     /// Boxed: the library holds its address.
-    capture: Option<Box<Capture>>,
-    /// A trunk's callback has a pointer to it, so it stays where it is.
-    hook: Option<Box<HookState>>,
+    watch: Option<Box<Watch>>,
 }
 
 // SAFETY: a context may be used from any one thread at a time; `Context` is not `Sync` and every call takes `&mut self`
@@ -102,16 +101,16 @@ impl Context {
     /// A trunk has a hook that finds its experts' rows.
     pub(crate) fn new(model: Arc<Model>, config: &ContextConfig, hook: Option<Box<dyn ExpertHook>>) -> Option<Self> {
         let threads = i32::try_from(config.threads).ok()?.max(1);
-        let mut capture = match config.capture {
+        let capture = match config.capture {
             true => {
                 let rows = usize::try_from(model.width()).ok()?.checked_mul(usize::try_from(config.batch).ok()?)?;
-                Some(Box::new(Capture::of_layer(model.layers().checked_sub(1)?, config.card, rows)))
+                Some(Capture::of_layer(model.layers().checked_sub(1)?, config.card, rows))
             }
             false => None,
         };
-        let mut hook = hook.map(HookState::new);
+        let mut watch = Watch::of(capture, hook.map(HookState::new));
         // SAFETY: the parameters come from the library's own defaults and are passed by value; the model outlives the context,
-        // which holds an `Arc` of it; so does the capture, which is boxed beside it and only touched between calls.
+        // which holds an `Arc` of it; so does the watch, which is boxed beside it and only touched between calls.
         let context = unsafe {
             let mut params = sys::llama_context_default_params();
             params.n_ctx = config.slots.checked_mul(config.context)?;
@@ -128,13 +127,9 @@ impl Context {
                 if config.flash { sys::LLAMA_FLASH_ATTN_TYPE_AUTO } else { sys::LLAMA_FLASH_ATTN_TYPE_DISABLED };
             params.no_perf = true;
             params.embeddings = config.pooled;
-            if let Some(capture) = capture.as_deref_mut() {
-                params.cb_eval = Some(Capture::on_tensor);
-                params.cb_eval_user_data = std::ptr::from_mut(capture).cast();
-            }
-            if let Some(hook) = hook.as_deref_mut() {
+            if let Some(watch) = watch.as_deref_mut() {
                 params.cb_eval = Some(on_tensor);
-                params.cb_eval_user_data = (&raw mut *hook).cast();
+                params.cb_eval_user_data = std::ptr::from_mut(watch).cast();
             }
             sys::llama_init_from_model(model.as_ptr(), params)
         };
@@ -158,7 +153,7 @@ impl Context {
         let vocab = usize::try_from(model.vocab_size()).ok()?;
         let width = usize::try_from(model.width()).ok()?;
         let rows = Rows::new(usize::try_from(config.batch).ok()?);
-        Some(Self { context, pool, model, vocab, width, rows, capture, hook })
+        Some(Self { context, pool, model, vocab, width, rows, watch })
     }
 
     pub(crate) fn model(&self) -> &Arc<Model> {
@@ -171,9 +166,13 @@ impl Context {
         unsafe { sys::llama_n_ctx_seq(self.context.as_ptr()) }
     }
 
+    fn hook(&mut self) -> Option<&mut HookState> {
+        self.watch.as_deref_mut().and_then(|watch| watch.hook.as_mut())
+    }
+
     /// Of a trunk: the slot's rows are this job's from now on.
     pub(crate) fn seated(&mut self, slot: u32, job: JobId) {
-        if let Some(hook) = self.hook.as_deref_mut() {
+        if let Some(hook) = self.hook() {
             hook.seated(slot, job);
         }
     }
@@ -202,7 +201,8 @@ impl Context {
     /// The last layer's rows of the last batch, in its order. Of a context made to capture.
     pub(crate) fn captured(&mut self) -> Result<&[f32], DecodeError> {
         let rows = self.rows.filled;
-        let capture = self.capture.as_deref().ok_or(DecodeError::NothingCaptured)?;
+        let capture = self.watch.as_deref().and_then(|watch| watch.capture.as_ref());
+        let capture = capture.ok_or(DecodeError::NothingCaptured)?;
         let numbers = capture.numbers();
         if rows == 0 || numbers.len() != rows * self.width {
             return Err(DecodeError::NothingCaptured);
@@ -212,11 +212,9 @@ impl Context {
 
     fn run(&mut self, rows: &[BatchRow], hidden: Option<&[f32]>) -> Result<(), DecodeError> {
         self.rows.fill(rows)?;
-        if let Some(hook) = self.hook.as_deref_mut() {
-            hook.begin(rows);
-        }
-        if let Some(capture) = self.capture.as_deref_mut() {
-            capture.clear();
+        if let Some(watch) = self.watch.as_deref_mut() {
+            watch.hook.iter_mut().for_each(|hook| hook.begin(rows));
+            watch.capture.iter_mut().for_each(Capture::clear);
         }
         // One of the two is null: tokens or rows. The library reads them only.
         let embd = hidden.map_or(std::ptr::null_mut(), |hidden| hidden.as_ptr().cast_mut());
@@ -234,7 +232,7 @@ impl Context {
         // checked) and lives during the call; each entry of
         // `seq_id` points at one sequence id, as `n_seq_id` says. The library checks the ids against its limits.
         let code = unsafe { sys::llama_decode(self.context.as_ptr(), batch) };
-        if let Some(reason) = self.hook.as_deref_mut().and_then(HookState::take_failure) {
+        if let Some(reason) = self.hook().and_then(HookState::take_failure) {
             return Err(DecodeError::Experts { reason });
         }
         match code {

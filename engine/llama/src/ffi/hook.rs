@@ -5,7 +5,7 @@
 //! `ffn_moe_topk-i`, the chosen experts, a view with a stride; and `ffn_moe_down-i`, the experts' output, which is overwritten.
 //! Weighting and summing come after it, in the trunk.
 
-use std::ffi::{CStr, c_void};
+use std::ffi::CStr;
 
 use llama_cpp_sys_2 as sys;
 use satgrid_engine::port::JobId;
@@ -40,8 +40,8 @@ enum Seen {
 }
 
 impl HookState {
-    pub(super) fn new(hook: Box<dyn ExpertHook>) -> Box<Self> {
-        Box::new(Self { hook, rows: Vec::new(), failure: None })
+    pub(super) fn new(hook: Box<dyn ExpertHook>) -> Self {
+        Self { hook, rows: Vec::new(), failure: None }
     }
 
     pub(super) fn begin(&mut self, rows: &[BatchRow]) {
@@ -55,6 +55,21 @@ impl HookState {
     /// Why the last batch was broken off.
     pub(super) fn take_failure(&mut self) -> Option<String> {
         self.failure.take()
+    }
+
+    /// Whether a tensor is of interest, when asked; else takes what it is of interest for. False then ends the graph.
+    pub(super) fn on_tensor(&mut self, name: &CStr, tensor: *mut sys::ggml_tensor, ask: bool) -> bool {
+        let Some((seen, layer)) = name.to_str().ok().and_then(parse) else { return !ask };
+        if ask {
+            return true;
+        }
+        // A batch that was broken off may have further graphs.
+        if self.failure.is_some() {
+            return false;
+        }
+        let seen = self.see(&seen, layer, tensor);
+        self.failure = seen.err();
+        self.failure.is_none()
     }
 
     fn see(&mut self, seen: &Seen, layer: u32, tensor: *mut sys::ggml_tensor) -> Result<(), String> {
@@ -110,26 +125,6 @@ impl HookState {
             return Ok(());
         }
         Err(format!("llama.cpp's tensor holds {count} numbers of type {found}, {numbers} were expected"))
-    }
-}
-
-/// Called for every tensor of the graph: first asked whether it is of interest, then with its data. False ends the graph.
-pub(super) unsafe extern "C" fn on_tensor(tensor: *mut sys::ggml_tensor, ask: bool, user: *mut c_void) -> bool {
-    // SAFETY: the library passes a tensor whose name is ended by NUL.
-    let name = unsafe { CStr::from_ptr((*tensor).name.as_ptr()) };
-    let Some((seen, layer)) = name.to_str().ok().and_then(parse) else { return !ask };
-    if ask {
-        return true;
-    }
-    // SAFETY: `Context::new` passes a pointer to the state that the context owns, and only a decode, which holds the context
-    // exclusively, leads here.
-    let state = unsafe { &mut *user.cast::<HookState>() };
-    match state.see(&seen, layer, tensor) {
-        Ok(()) => true,
-        Err(reason) => {
-            state.failure = Some(reason);
-            false
-        }
     }
 }
 

@@ -15,6 +15,7 @@ mod host;
 mod log;
 mod model;
 mod pool;
+mod watch;
 
 pub(crate) use capture::to_floats;
 pub(crate) use context::{BatchRow, Context, ContextConfig, DecodeError};

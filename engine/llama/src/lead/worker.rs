@@ -74,6 +74,11 @@ fn open(settings: &LeadSettings, link: &mut Link) -> Result<Opened, String> {
     if head.file.range.start() != 0 || head.file.is_tail() {
         return Err(format!("{} does not begin the model, or holds all of it", head_path.display()));
     }
+    for (path, part) in [(head_path, &head), (tail_path, &tail)] {
+        if part.file.experts.is_some() {
+            return Err(format!("{}: a lead's own layers hold their experts themselves", path.display()));
+        }
+    }
     let mut at = head.file.range.end();
     for stage in settings.ring.stages.iter().chain([&tail.file.range]) {
         if stage.start() != at {
@@ -109,7 +114,7 @@ fn open(settings: &LeadSettings, link: &mut Link) -> Result<Opened, String> {
         offload: Offload { device: Some(device), layers: None },
         memory: None,
     };
-    let layers = LlamaLayers::open(head_path, &head.gguf, &config).map_err(|error| error.to_string())?;
+    let layers = LlamaLayers::open(head_path, &head.gguf, &config, None).map_err(|error| error.to_string())?;
     let embedding = Embedding::open(tail_path, &tail.gguf)?;
     let model = ModelFacts::from_gguf(&tail.file.whole).map_err(|error| error.to_string())?;
     let tokenizer_hash =

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use satgrid_engine::experts::Experts;
 use satgrid_engine::port::EngineDown;
 use satgrid_engine::stage::port::{Stage, StageCommand, StageEvent, StageFacts};
 
@@ -62,6 +63,17 @@ impl LlamaStage {
     /// Only the first start can fail here. Later ones are tried again for as long as the stage is wanted.
     pub async fn spawn(config: StageConfig, progress: impl FnMut(u32)) -> Result<Arc<Self>, SpawnError> {
         let kept = Kept::spawn(config.program, WorkerArgs::Stage(config.settings), progress).await?;
+        Ok(Arc::new(Self { kept }))
+    }
+
+    /// As [`LlamaStage::spawn`], for a part without its experts: `experts` finds their rows.
+    pub async fn spawn_trunk(
+        config: StageConfig,
+        experts: Arc<dyn Experts>,
+        progress: impl FnMut(u32),
+    ) -> Result<Arc<Self>, SpawnError> {
+        let args = WorkerArgs::StageTrunk(config.settings);
+        let kept = Kept::spawn_with(config.program, args, Some(experts), progress).await?;
         Ok(Arc::new(Self { kept }))
     }
 

@@ -9,12 +9,12 @@ use std::time::Instant;
 use satgrid_engine::gguf::Gguf;
 use satgrid_engine::memory::ContextShape;
 use satgrid_engine::part::{PartError, PartFile};
-use satgrid_engine::port::{Profile, Speed};
+use satgrid_engine::port::{JobId, Profile, Speed};
 
 use crate::backend::{OpenError, check_start};
 use crate::devices::{Device, Offload, needs_trial};
 use crate::facts::{TRIAL_CHUNK, TRIAL_ROWS, per_second};
-use crate::ffi::{BatchRow, Context, ContextConfig, DecodeError, Model, ModelConfig};
+use crate::ffi::{BatchRow, Context, ContextConfig, DecodeError, ExpertHook, Model, ModelConfig};
 use crate::placed::Placed;
 use crate::settings::BATCH;
 use crate::stage::queue::Layers;
@@ -77,7 +77,13 @@ pub(crate) struct LlamaLayers {
 
 impl LlamaLayers {
     /// Loads the part whose table is `gguf`, on the device that has room for it. In the exact profile a card is tried first.
-    pub(crate) fn open(path: &Path, gguf: &Gguf, config: &LayersConfig) -> Result<Self, OpenError> {
+    /// Of a trunk, `hook` finds its experts' rows.
+    pub(crate) fn open(
+        path: &Path,
+        gguf: &Gguf,
+        config: &LayersConfig,
+        hook: Option<Box<dyn ExpertHook>>,
+    ) -> Result<Self, OpenError> {
         check_start(config.profile)?;
         let exact = config.profile == Profile::Exact;
         let (slots, context) = (config.sequences, config.context);
@@ -97,7 +103,7 @@ impl LlamaLayers {
             card: placed.offload.map(|(card, _)| card),
             pooled: false,
         };
-        let made = Context::new(Arc::new(model), &wanted, None).filter(|made| made.positions_per_slot() >= context);
+        let made = Context::new(Arc::new(model), &wanted, hook).filter(|made| made.positions_per_slot() >= context);
         let context = made.ok_or(OpenError::NoMemory { slots, context })?;
         let mut layers = Self { context, card: placed.card().cloned(), may_use: placed.may_use };
         placed.tell("the layers are");
@@ -185,5 +191,9 @@ impl Layers for LlamaLayers {
 
     fn truncate(&mut self, slot: u32, from: u32) -> bool {
         self.context.truncate(slot, from)
+    }
+
+    fn seated(&mut self, slot: u32, job: JobId) {
+        self.context.seated(slot, job);
     }
 }

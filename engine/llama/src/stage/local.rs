@@ -175,6 +175,7 @@ impl Carrier {
             start: piece.start,
             rows: piece.rows,
             purpose: piece.purpose,
+            job: piece.job,
         };
         let output = carried.ends_at.is_none() || carried.stage < last;
         let work = StageWork { id, pieces: carried.pieces.iter().map(piece).collect(), rows, output };

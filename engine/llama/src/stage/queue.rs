@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use satgrid_engine::port::JobId;
 use satgrid_engine::stage::codec::HiddenRows;
 use satgrid_engine::stage::port::{SequenceId, StageCommand, StageError, StageEvent, StageFacts, StageWork, WorkId};
 
@@ -21,6 +22,8 @@ pub(crate) trait Layers {
     fn evaluate(&mut self, rows: &[BatchRow], hidden: &[f32]) -> Result<Vec<f32>, DecodeError>;
     /// Drops a slot's positions at `from` and beyond; false if that is not possible there.
     fn truncate(&mut self, slot: u32, from: u32) -> bool;
+    /// The slot's rows are this job's from now on: whoever finds their experts' rows wants to know.
+    fn seated(&mut self, slot: u32, job: JobId);
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -240,6 +243,7 @@ impl StageQueue {
             if !self.cut(slot, piece.start, layers) && piece.start > 0 {
                 return Err(StageError::Gap { sequence: piece.sequence, held: 0, start: piece.start });
             }
+            layers.seated(slot as u32, piece.job);
             slots.insert(piece.sequence, slot as u32);
         }
         let row = |slot: u32, position| BatchRow { slot, position, token: 0, output: true };

@@ -1,6 +1,6 @@
 //! The queue over layers that only remember what they were given.
 
-use satgrid_engine::port::Profile;
+use satgrid_engine::port::{JobId, Profile};
 use satgrid_engine::stage::codec::{CodecError, HiddenRows};
 use satgrid_engine::stage::port::{
     Fault, Piece, SequenceId, StageCommand, StageError, StageEvent, StageFacts, StageWork, WorkId,
@@ -17,6 +17,7 @@ const WIDTH: u32 = 32;
 struct Sums {
     held: std::collections::BTreeMap<u32, Vec<f32>>,
     batches: Vec<usize>,
+    seated: std::collections::BTreeMap<u32, JobId>,
     fails: bool,
     bad: bool,
 }
@@ -43,6 +44,10 @@ impl Layers for Sums {
         self.held.entry(slot).or_default().truncate(from as usize);
         true
     }
+
+    fn seated(&mut self, slot: u32, job: JobId) {
+        self.seated.insert(slot, job);
+    }
 }
 
 fn facts() -> StageFacts {
@@ -68,7 +73,7 @@ fn facts() -> StageFacts {
 
 fn piece(sequence: u32, start: u32, rows: u32) -> Piece {
     let sequence = SequenceId { owner: 7, number: sequence };
-    Piece { sequence, start, rows, purpose: WorkKind::Decode }
+    Piece { sequence, start, rows, purpose: WorkKind::Decode, job: JobId(sequence.number.into()) }
 }
 
 fn work(id: u64, pieces: &[Piece], firsts: &[f32]) -> StageWork {

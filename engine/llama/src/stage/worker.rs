@@ -14,7 +14,7 @@ use crate::wire::{FromWorker, ToWorker};
 use crate::worker::{Link, Stop};
 
 /// Runs until the parent goes.
-pub(crate) fn run(settings: &StageSettings, link: &mut Link) -> Result<(), Stop> {
+pub(crate) fn run(settings: &StageSettings, is_trunk: bool, link: &mut Link) -> Result<(), Stop> {
     link.send(&FromWorker::Loading { permille: 0 })?;
     let failed = |reason: &dyn std::fmt::Display| Stop::LoadFailed(reason.to_string());
     let named = |reason: &str| Stop::LoadFailed(format!("{}: {reason}", settings.part.display()));
@@ -22,6 +22,11 @@ pub(crate) fn run(settings: &StageSettings, link: &mut Link) -> Result<(), Stop>
     let Part { gguf, file } = part.map_err(|reason| failed(&reason))?;
     if file.is_tail() {
         return Err(named("it ends the model; the last layer is its lead's"));
+    }
+    match (is_trunk, file.experts.is_some()) {
+        (false, true) => return Err(named("its experts are elsewhere: it runs only where they are found")),
+        (true, false) => return Err(named("it holds its experts itself, and others were named")),
+        (true, true) | (false, false) => {}
     }
     if settings.sequences == 0 || settings.sequences > MAX_SLOTS {
         return Err(named(&format!("{} sequences: 1 to {MAX_SLOTS} are possible", settings.sequences)));
@@ -41,7 +46,9 @@ pub(crate) fn run(settings: &StageSettings, link: &mut Link) -> Result<(), Stop>
         offload: settings.offload.clone(),
         memory: settings.memory_mib.map(|mib| u64::from(mib) << 20),
     };
-    let mut layers = LlamaLayers::open(&settings.part, &gguf, &config).map_err(|error| named(&error.to_string()))?;
+    let hook = link.experts(is_trunk.then_some(file.range))?;
+    let opened = LlamaLayers::open(&settings.part, &gguf, &config, hook);
+    let mut layers = opened.map_err(|error| named(&error.to_string()))?;
     let facts = StageFacts {
         model_root: file.root,
         architecture: gguf.architecture().unwrap_or_default().to_owned(),
