@@ -574,7 +574,7 @@ class Audit:
         self.require(self.counts_fit(counts or []) and sum(c[2] for c in counts or []) == charged, "expert/work")
 
     def experts(self, r):
-        """Our receipt to a customer against those of the workers that hold experts (3.9)."""
+        """Our receipt, to a customer or for a stage, against those of the workers that hold experts (3.9)."""
         legs, split = self.expert_legs.pop(r[4], []), r.get(38)
         ids = sorted(ident for ident, _ in legs if ident)
         if split is None:
@@ -586,6 +586,9 @@ class Audit:
         sound = chosen and len(layers) <= 512 and len(again) == len(layers) and self.counts_fit(own)
         counts = own + [count for _, given in legs for count in given or []]
         if not sound or any(layer >= len(layers) for layer, *_ in counts):
+            return self.find("expert/conservation")
+        sold = r[35][0].get(0) if r.get(35) else None
+        if sold and any(rows and not sold[0] <= layer < sold[1] for layer, rows in enumerate(layers)):
             return self.find("expert/conservation")
         vanished = any(given is None for _, given in legs)
         for layer, rows in enumerate(layers):
@@ -712,7 +715,7 @@ class Audit:
         self.require(r[21] == s.receipted, "receipt/cumulative")
         s.receipts.append((sha(message("receipt", f[0][0])), self.seq, self.leaf))
         s.tokens = [s.tokens[0] + r[15][0], s.tokens[1] + r[15][2]]
-        if self.whole and s.as_provider and not (live and live[0].get(8)):
+        if self.whole and s.as_provider:
             self.split(r)
         return self.charged(s, cost)
 
@@ -724,7 +727,7 @@ class Audit:
         s.ended.add(f[1])
         if opened.get(8):
             self.leg(s, opened[8], last[4] if last else {}, last_id, None)
-        elif s.as_provider:
+        if s.as_provider:
             self.legs.pop(f[1], None)
             self.expert_legs.pop(f[1], None)
         owed = last[5] if last else 0

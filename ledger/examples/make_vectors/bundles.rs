@@ -40,6 +40,7 @@ pub(crate) fn write(files: &mut Files) {
     }
     vectors.push(single(files, "lead", None, satgrid_ledger::testing::lead_bundle(|_| ())));
     vectors.push(single(files, "experts", None, satgrid_ledger::testing::experts_bundle(|_| ())));
+    vectors.push(single(files, "stage", None, satgrid_ledger::testing::stage_bundle(|_| ())));
     vectors.push(single(files, "replaced-invoice-paid", None, tampered::replaced_invoice_paid(&lab)));
     let wrong = tampered::replaced_invoice_credited_wrongly(&lab);
     vectors.push(single(files, "bad-replaced-invoice-credited-wrongly", Some(Rule::TransferUnbacked), wrong));

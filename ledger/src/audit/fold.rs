@@ -274,18 +274,17 @@ impl Auditor {
     fn account_for_stages(&mut self, entry: &Entry, session: Option<SessionId>, notes: &mut Notes) {
         let (leg, counts) = (notes.leg.take(), notes.counts.take());
         let as_provider = session.and_then(|id| self.sessions.get(&id)).is_some_and(|audit| audit.as_provider);
-        if !self.is_whole() || (leg.is_some() && as_provider) {
+        if !self.is_whole() {
             return;
         }
-        if let Some(leg) = leg {
+        // What this node did for another's request is that node's to account for.
+        if let Some(leg) = leg.filter(|_| !as_provider) {
             let ours = self.is_ours(&leg.order.lead);
             return self.stages.bought(ours, leg, counts, notes);
         }
         match &entry.evidence {
             Some(Evidence::Receipt { receipt, .. }) if as_provider => {
-                if let Ok(receipt) = receipt.peek()
-                    && receipt.part.is_none()
-                {
+                if let Ok(receipt) = receipt.peek() {
                     self.stages.sold(&receipt, notes);
                 }
             }

@@ -1,7 +1,7 @@
 //! Work on parts under audit: a lead's receipts to its customers against the receipts of its workers.
 //!
-//! A lead's journal holds both sides: the sessions in which it buys layers or experts, and those in which it sells answers. The
-//! workers' receipts of a request are written before the request's own, which names their root. A worker's journal and a
+//! A lead's journal holds both sides: the sessions in which it buys layers or experts, and those in which it sells answers, or,
+//! where a stage leads experts itself, layers. The workers' receipts of a request are written before the request's own, which names their root. A worker's journal and a
 //! customer's hold one side alone and are checked for what that shows.
 
 use super::{Party, Rule, session::Notes};
@@ -49,7 +49,7 @@ impl Stages {
         }
     }
 
-    /// A receipt that this node gave to a customer.
+    /// A receipt that this node gave: to a customer, or to the lead whose stage it is.
     pub(super) fn sold(&mut self, receipt: &Receipt, notes: &mut Notes) {
         let legs = self.legs.remove(&receipt.request).unwrap_or_default();
         let experts = self.experts.remove(&receipt.request).unwrap_or_default();
@@ -91,6 +91,15 @@ impl Stages {
         });
         if let Err(fault) = check_conservation(split, legs) {
             notes.add(Rule::ExpertConservation, lead, fault.to_string());
+        }
+        // A stage's rows are those of the layers that it sold.
+        if let Some(range) = receipt.part.and_then(|work| work.order.layers) {
+            let outside = |layer: u32| !(range.start()..range.end()).contains(&layer);
+            let found = (0u32..).zip(&split.layers).find(|(layer, rows)| **rows > 0 && outside(*layer));
+            notes.require(found.is_none(), Rule::ExpertConservation, lead, || {
+                let (layer, rows) = found.map_or((0, 0), |(layer, rows)| (layer, *rows));
+                format!("{rows} rows of layer {layer}, and layers {range} were ordered")
+            });
         }
     }
 

@@ -1,4 +1,5 @@
-//! The journal of a node that leads: it bought layers of a worker, then sold an answer that names the worker's receipt.
+//! The journal of a node that leads: it bought layers or experts of a worker, then sold an answer, or a stage's layers, whose
+//! receipt names the worker's.
 
 use super::{Work, World, bundle_of, bytes32, chain_entries, drafts_of};
 use crate::{
@@ -33,16 +34,25 @@ pub struct Stated {
 /// Such a journal, as an export of the whole. `bend` changes what is stated.
 pub fn lead_bundle(bend: impl Fn(&mut Stated)) -> Vec<u8> {
     let rates = RateCard { position_layer: Some(MsatPerMtok(1_000_000)), ..RateCard::default() };
-    let (drafts, key) = lead_drafts(rates, bend);
+    let (drafts, key) = lead_drafts(rates, None, bend);
     bundle_of(&chain_entries(drafts), &key, Filter::All, false)
 }
 
 /// The journal of a lead that bought experts: two layers of ten rows through two experts each, of which the lead evaluated
 /// some itself and had one evaluated twice.
 pub fn experts_bundle(bend: impl Fn(&mut Stated)) -> Vec<u8> {
+    bought_experts(None, bend)
+}
+
+/// The same of a stage that leads experts itself: what it sold are those two layers, to a lead of its own.
+pub fn stage_bundle(bend: impl Fn(&mut Stated)) -> Vec<u8> {
+    bought_experts(LayerRange::new(0, 2), bend)
+}
+
+fn bought_experts(sold: Option<LayerRange>, bend: impl Fn(&mut Stated)) -> Vec<u8> {
     let rates = RateCard { expert_row: Some(MsatPerMtok(5_000_000)), ..RateCard::default() };
     let count = |layer, expert, rows| ExpertCount { layer, expert, rows };
-    let (drafts, key) = lead_drafts(rates, |stated| {
+    let (drafts, key) = lead_drafts(rates, sold, |stated| {
         let counts = vec![count(0, 1, 12), count(0, 3, 6), count(1, 0, 19)];
         stated.usage = PartUsage { expert_rows: 37, ..PartUsage::default() };
         stated.work.order.layers = None;
@@ -64,8 +74,59 @@ fn evidence<'a>(drafts: &'a mut [(UnixMs, Draft)], kind: &str) -> &'a mut Eviden
     drafts[at].1.evidence.as_mut().expect("found by its evidence")
 }
 
-fn lead_drafts(rates: RateCard, bend: impl Fn(&mut Stated)) -> (Vec<(UnixMs, Draft)>, SigningKey) {
-    let mut selling = World::new();
+/// Work on a part, as its order, its counts and its receipt state it.
+struct Done {
+    usage: PartUsage,
+    work: PartWork,
+    counts: Option<Vec<ExpertCount>>,
+}
+
+/// A request becomes an order; its acknowledgement and its receipt speak of the work. Gives the receipt's id.
+fn becomes_work(
+    drafts: &mut [(UnixMs, Draft)],
+    (provider, buyer): (&SigningKey, &SigningKey),
+    (rates, order): (&RateCard, PartOrder),
+    done: Done,
+) -> Digest {
+    let usage = TokenUsage::of_part(done.usage);
+    let n = numerators(&usage, rates).expect("small numbers");
+    let cost = charge(n);
+    let Evidence::Request(open) = evidence(drafts, "request") else { unreachable!("found by its kind") };
+    let body = RequestOpen { prompt_tokens: 0, max_output: 0, part: Some(order), ..open.peek().expect("the world's") };
+    *open = Signed::sign(&body, buyer);
+    let Evidence::Ack(ack) = evidence(drafts, "ack") else { unreachable!("found by its kind") };
+    let body = Ack { usage, numerators: n, cost, ..ack.peek().expect("the world's") };
+    *ack = BothSigned::countersign(&Signed::sign(&body, provider), buyer);
+    let last_ack = Some(ack_id(ack));
+    let Evidence::Receipt { receipt, opening } = evidence(drafts, "receipt") else { unreachable!("found by its kind") };
+    let body = Receipt {
+        usage,
+        numerators: n,
+        cost,
+        cumulative_numerators: n,
+        cumulative_cost: cost,
+        part: Some(done.work),
+        expert_rows: done.counts,
+        last_ack,
+        ..receipt.peek().expect("the world's")
+    };
+    *receipt = BothSigned::countersign(&Signed::sign(&body, provider), buyer);
+    *opening = None;
+    let id = Digest(receipt_id(receipt).0);
+    let hold = drafts[at(drafts, "request")].1.transfers[0].id;
+    let receipt_at = at(drafts, "receipt");
+    drafts[receipt_at].1.transfers = vec![Transfer::post_pending(hold, cost)];
+    id
+}
+
+/// What `sold` names is sold instead of an answer.
+fn lead_drafts(
+    rates: RateCard,
+    sold: Option<LayerRange>,
+    bend: impl Fn(&mut Stated),
+) -> (Vec<(UnixMs, Draft)>, SigningKey) {
+    let asks = RateCard { position_layer: Some(MsatPerMtok(9_000_000)), ..RateCard::default() };
+    let mut selling = if sold.is_some() { World::with_rates(asks) } else { World::new() };
     let mut sale = selling.open();
     selling.pay(&mut sale, Msat::sat(10));
     selling.complete(&mut sale, Work { prompt: 33, cached: 0, output: 8, acks: 1 });
@@ -98,40 +159,19 @@ fn lead_drafts(rates: RateCard, bend: impl Fn(&mut Stated)) -> (Vec<(UnixMs, Dra
     bend(&mut stated);
     let Stated { usage: part, work, split, counts, expert_split, late } = stated;
     let order = PartOrder { layers: work.order.layers, ..order };
-    let usage = TokenUsage::of_part(part);
-    let n = numerators(&usage, &rates).expect("small numbers");
-    let cost = charge(n);
-
-    // The request becomes an order; its acknowledgement and its receipt speak of the work.
-    let Evidence::Request(open) = evidence(&mut bought, "request") else { unreachable!("found by its kind") };
-    let body = RequestOpen { prompt_tokens: 0, max_output: 0, part: Some(order), ..open.peek().expect("the world's") };
-    *open = Signed::sign(&body, &buyer);
-    let Evidence::Ack(ack) = evidence(&mut bought, "ack") else { unreachable!("found by its kind") };
-    let body = Ack { usage, numerators: n, cost, ..ack.peek().expect("the world's") };
-    *ack = BothSigned::countersign(&Signed::sign(&body, &worker), &buyer);
-    let last_ack = Some(ack_id(ack));
-    let Evidence::Receipt { receipt, opening } = evidence(&mut bought, "receipt") else {
-        unreachable!("found by its kind")
-    };
-    let body = Receipt {
-        usage,
-        numerators: n,
-        cost,
-        cumulative_numerators: n,
-        cumulative_cost: cost,
-        part: Some(work),
-        expert_rows: counts.clone(),
-        last_ack,
-        ..receipt.peek().expect("the world's")
-    };
-    *receipt = BothSigned::countersign(&Signed::sign(&body, &worker), &buyer);
-    *opening = None;
-    let id = Some(Digest(receipt_id(receipt).0));
-    let hold = bought[at(&bought, "request")].1.transfers[0].id;
+    let done = Done { usage: part, work, counts: counts.clone() };
+    let id = Some(becomes_work(&mut bought, (&worker, &buyer), (&rates, order), done));
     let receipt_at = at(&bought, "receipt");
-    bought[receipt_at].1.transfers = vec![Transfer::post_pending(hold, cost)];
     let rows = Some((work.input, work.output));
     let leg = Leg { worker: node_key(&worker), order: work.order, usage: part, id, rows };
+
+    let customer = SigningKey::from_bytes(&bytes32("session 1"));
+    if let Some(range) = sold {
+        let order = PartOrder { layers: Some(range), lead: node_key(&buyer), ..order };
+        let usage = PartUsage::default().plus(WorkKind::Prefill, 10, range.layers()).expect("small numbers");
+        let done = Done { usage, work: PartWork { order, ..work }, counts: None };
+        becomes_work(&mut all, (&lead, &customer), (&asks, order), done);
+    }
 
     // What was bought comes first, then the sale, whose receipt names the root.
     let Evidence::Receipt { receipt, .. } = evidence(&mut all, "receipt") else { unreachable!("found by its kind") };
@@ -140,7 +180,6 @@ fn lead_drafts(rates: RateCard, bend: impl Fn(&mut Stated)) -> (Vec<(UnixMs, Dra
     experts.add(id, counts.as_deref());
     let expert_root = expert_split.is_some().then(|| experts.root());
     let body = Receipt { stage_root, split, expert_root, expert_split, ..receipt.peek().expect("the world's") };
-    let customer = SigningKey::from_bytes(&bytes32("session 1"));
     *receipt = BothSigned::countersign(&Signed::sign(&body, &lead), &customer);
     let orphan = late.then(|| bought.remove(receipt_at));
     let before = at(&all, "request");

@@ -1,7 +1,7 @@
 //! A lead's journal: what it bought of its workers against what it sold.
 
 use super::{Rule, report};
-use crate::testing::{Stated, experts_bundle, lead_bundle};
+use crate::testing::{Stated, experts_bundle, lead_bundle, stage_bundle};
 use satgrid_types::Digest;
 
 #[track_caller]
@@ -46,4 +46,22 @@ fn what_the_router_sent_is_what_experts_did() {
     check("workers that the receipt does not name", &[Rule::ExpertRoot], |s| s.expert_split = None);
     let late = [Rule::ExpertRoot, Rule::ExpertConservation, Rule::StageOrphan];
     check("a worker's receipt after the request's", &late, |s| s.late = true);
+}
+
+#[test]
+fn a_stage_accounts_for_the_experts_that_it_bought() {
+    let check = |what: &str, expect: &[Rule], bend: fn(&mut Stated)| check_bundle(what, expect, &stage_bundle(bend));
+    check("honest", &[], |_| ());
+    check("a row more than the router sent", &[Rule::ExpertConservation], |s| {
+        s.expert_split.as_mut().unwrap().layers[1] -= 1;
+    });
+    check("rows of a layer that it did not sell", &[Rule::ExpertConservation], |s| {
+        let split = s.expert_split.as_mut().unwrap();
+        split.layers.push(1);
+        split.own.push(crate::statements::ExpertCount { layer: 2, expert: 0, rows: 2 });
+        split.again.push(0);
+    });
+    check("workers that the receipt does not name", &[Rule::ExpertRoot], |s| s.expert_split = None);
+    let late = [Rule::ExpertRoot, Rule::ExpertConservation, Rule::StageOrphan];
+    check("a worker's receipt after the stage's", &late, |s| s.late = true);
 }
