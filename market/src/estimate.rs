@@ -123,6 +123,8 @@ impl WorkerCost {
 /// What a step is made of.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Shape {
+    /// Of the model the first layer that the lead runs.
+    pub first: u32,
     /// Layers with experts, experts of each, and how many of them each row goes to.
     pub layers: u32,
     pub experts: u32,
@@ -155,7 +157,7 @@ impl ExpertSplit {
         heat: &BTreeMap<(u32, u32), u64>,
     ) -> ExpertSplit {
         let mut shares = Vec::new();
-        for layer in 0..shape.layers {
+        for layer in shape.first..shape.first.saturating_add(shape.layers) {
             let rows: Vec<f64> =
                 (0..shape.experts).map(|e| heat.get(&(layer, e)).map_or(0.0, |rows| *rows as f64)).collect();
             let all: f64 = rows.iter().sum();
@@ -222,6 +224,17 @@ impl ExpertSplit {
 
     pub fn step_us(&self, batch: u32) -> f64 {
         self.trunk.at(f64::from(batch)) + self.wait_us(batch)
+    }
+
+    /// What the busiest holder computes in a step, over all layers: where several machines ask at once, that does not overlap.
+    pub fn busiest_us(&self, batch: u32) -> f64 {
+        let slots = f64::from(batch) * f64::from(self.shape.used);
+        let of = |(at, cost): (usize, &WorkerCost)| -> f64 {
+            let shares = self.shares.iter().filter_map(|shares| shares.get(at)).map(|share| share.min(1.0));
+            let busy = |share: f64| cost.work.at((slots * share).max(1.0)) * (1.0 - (1.0 - share).powf(slots));
+            shares.filter(|share| *share > 0.0).map(busy).sum()
+        };
+        self.costs.iter().enumerate().map(of).fold(0.0, f64::max)
     }
 
     /// Of all rows, the part that falls on a holder, in thousandths.
@@ -295,7 +308,7 @@ mod tests {
         WorkerCost { link: Fit { base: call, slope: 0.0 }, work: Fit { base: 0.0, slope: row }, measured: true }
     }
 
-    const SHAPE: Shape = Shape { layers: 4, experts: 8, used: 2, row_bytes: 256 };
+    const SHAPE: Shape = Shape { first: 0, layers: 4, experts: 8, used: 2, row_bytes: 256 };
     const TRUNK: Fit = Fit { base: 2_000.0, slope: 100.0 };
 
     fn dealt(packs: u32) -> Vec<ExpertSet> {

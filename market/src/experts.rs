@@ -21,11 +21,16 @@ use thiserror::Error;
 /// The weights of a model's experts: a hash for each (layer, expert).
 pub type Weights = BTreeMap<(u32, u32), [u8; 32]>;
 
+/// The (layer, expert) that a lead's layers have: all of the model's, or those of a stage.
+pub type Wanted = BTreeSet<(u32, u32)>;
+
 /// Which experts are wanted, and of whom.
 #[derive(Debug, Clone)]
 pub struct ExpertDemand {
     pub root: ModelRoot,
+    /// Of the whole model: a seller may hold more than is wanted.
     pub weights: Arc<Weights>,
+    pub wanted: Arc<Wanted>,
     /// Nodes that are not asked: the lead itself, and workers that lied.
     pub not: BTreeSet<NodeKey>,
     /// The lead's own engine: only the same build on the same instruction set computes the same bits.
@@ -60,6 +65,9 @@ pub fn refusal(listing: &VerifiedListing, demand: &ExpertDemand) -> Option<&'sta
     }
     if set.pairs().iter().any(|place| !demand.weights.contains_key(place)) {
         return Some("experts that the model does not have");
+    }
+    if !demand.wanted.iter().any(|place| set.contains(place.0, place.1)) {
+        return Some("experts of other layers");
     }
     if listing.experts_hash != Some(hash_of(set, &demand.weights)) {
         return Some("other weights than the model's");
@@ -112,7 +120,7 @@ pub fn complete(
                 Part::Whole | Part::Layers(_) => false,
             })
     };
-    let missing = ExpertSet::new(demand.weights.keys().filter(|place| !held(place)).copied());
+    let missing = ExpertSet::new(demand.wanted.iter().filter(|place| !held(place)).copied());
     if missing.pairs().is_empty() {
         return Ok(());
     }
@@ -135,6 +143,7 @@ mod tests {
         ExpertDemand {
             root: Offer::new(1).root(),
             weights: Arc::new(weights()),
+            wanted: Arc::new(weights().into_keys().collect()),
             not: BTreeSet::new(),
             build: Some((BuildId([6; 32]), "avx2".to_owned())),
             max_rate: None,

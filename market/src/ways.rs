@@ -1,11 +1,11 @@
-//! Whole, by layers, or by experts: which way a model gives the most tokens a second now.
+//! Whole, by layers, by experts, or by both: which way a model gives the most tokens a second now.
 //!
 //! Each way is judged by the same figure, the time of a step of so many streams: a seller of the whole model by its own word;
-//! layers by the workers' own words and the hops between them ([`crate::links`]); experts by what the lead measured ([`crate::estimate`]). A way that is not
-//! to be had is named with its reason.
+//! layers by the workers' own words and the hops between them ([`crate::links`]); experts by what the lead measured ([`crate::estimate`]);
+//! both by that and the hops. A way that is not to be had is named with its reason.
 
 use crate::{
-    estimate::{listed_step_us, tokens_per_s},
+    estimate::{ExpertSplit, listed_step_us, tokens_per_s},
     layers::Plan,
 };
 use core::fmt;
@@ -19,6 +19,8 @@ pub enum Way {
     Whole,
     Layers,
     Experts,
+    /// Stages that lead experts.
+    Both,
 }
 
 impl fmt::Display for Way {
@@ -27,6 +29,7 @@ impl fmt::Display for Way {
             Way::Whole => "whole",
             Way::Layers => "layers",
             Way::Experts => "experts",
+            Way::Both => "both",
         })
     }
 }
@@ -64,6 +67,20 @@ pub fn layers_step_us(plan: &Plan, batch: u32) -> Option<f64> {
     Some(compute + own + hops)
 }
 
+/// A step where the lead's trunk is cut over the machines of this plan, each of which asks the experts of its layers as the lead does now.
+/// Streams go in a group for each machine, so that all compute at once: a group's own way around remains, and the work of the
+/// busiest holder of experts, whoever asks. `None` where there is no stage, or one holds fewer streams.
+pub fn both_step_us(plan: &Plan, split: &ExpertSplit, batch: u32) -> Option<f64> {
+    let machines = u32::try_from(plan.stages.len()).ok()?.checked_add(1)?;
+    if plan.stages.is_empty() || plan.stages.iter().any(|part| part.listing.slots < batch) {
+        return None;
+    }
+    let group = batch.div_ceil(machines).max(1);
+    let groups = f64::from(batch.div_ceil(group));
+    let hops: f64 = plan.hops().map(|hop| hop.us() as f64).sum();
+    Some((split.step_us(group) + hops).max(groups * split.busiest_us(group)))
+}
+
 /// The way with the shortest step, of those that are to be had.
 pub fn pick(steps: &[(Way, Option<f64>)]) -> Option<Way> {
     let timed = steps.iter().filter_map(|(way, step)| Some((*way, (*step)?)));
@@ -78,10 +95,12 @@ pub fn shown(batch: u32, step_us: Option<f64>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::estimate::{Fit, Shape, WorkerCost};
     use crate::layers::Planned;
     use crate::links::{HOP_US, Links};
     use crate::testing::Offer;
-    use satgrid_types::LayerRange;
+    use satgrid_types::{ExpertSet, LayerRange};
+    use std::collections::BTreeMap;
 
     fn offer(provider: u32, decode_mtok_s: u64, slots: u32, part: Part) -> Arc<VerifiedListing> {
         Arc::new(Offer { decode_mtok_s, slots, part, layer_price: Some(1), ..Offer::new(provider) }.verified())
@@ -122,6 +141,42 @@ mod tests {
         assert!((step - (20_000.0 + 5_000.0 + 3.0 * HOP_US as f64)).abs() < 1.0, "{step}");
         assert_eq!(layers_step_us(&plan(&[planned(1, 1, 5)]), 9), None);
         assert_eq!(layers_step_us(&plan(&[]), 1), None);
+    }
+
+    #[test]
+    fn stages_that_lead_experts_pay_for_hops_with_smaller_groups() {
+        let range = LayerRange::new(1, 3).unwrap();
+        let listing = offer(1, 100_000, 32, Part::Layers(range));
+        let (hop, compute_us) = (Links::default().hop(&NodeKey([9; 32]), &listing.node_key), 10_000);
+        let back = Links::default().hop(&NodeKey([8; 32]), &NodeKey([9; 32]));
+        let plan = Plan { stages: vec![Planned { range, listing, hop, compute_us }], back };
+        let fit = |base, slope| Fit { base, slope };
+        let shape = Shape { first: 0, layers: 4, experts: 2, used: 1, row_bytes: 256 };
+        let set = ExpertSet::new((0..4).flat_map(|layer| [(layer, 0), (layer, 1)]));
+        let steps = |row_us: f64, work_us: f64, batch: u32| {
+            let cost = WorkerCost { link: fit(100.0, 0.0), work: fit(0.0, work_us), measured: true };
+            let split = ExpertSplit::new(shape, fit(0.0, row_us), &[(&set, cost)], &BTreeMap::new());
+            (split.step_us(batch), both_step_us(&plan, &split, batch).unwrap())
+        };
+        let hops = 2.0 * HOP_US as f64;
+        let near = |a: f64, b: f64| assert!((a - b).abs() < 1.0, "{a}, not {b}");
+        // One stream: the hops come on top. 32 of them: two machines take 16 rows of the trunk each.
+        let (experts, both) = steps(1_000.0, 1.0, 1);
+        near(both, experts + hops);
+        let (experts, both) = steps(1_000.0, 1.0, 32);
+        near(experts, 32.0 * 1_000.0 + 4.0 * (100.0 + 32.0));
+        near(both, 16.0 * 1_000.0 + 4.0 * (100.0 + 16.0) + hops);
+        // Where the holders of experts are busy all the time, machines beside them take nothing off.
+        let (_, both) = steps(0.0, 1_000.0, 32);
+        near(both, 4.0 * 32.0 * 1_000.0);
+        assert_eq!(
+            both_step_us(
+                &Plan { stages: Vec::new(), ..plan.clone() },
+                &ExpertSplit::new(shape, fit(0.0, 1.0), &[], &BTreeMap::new()),
+                1
+            ),
+            None
+        );
     }
 
     #[test]

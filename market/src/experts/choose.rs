@@ -5,7 +5,7 @@
 //! others stand by: a worker that is lost is replaced by them at once, and a spot check asks them, but no request is opened
 //! at them before they are needed.
 
-use super::Weights;
+use super::Wanted;
 use crate::estimate::{ExpertSplit, Fit, Shape, WorkerCost};
 use satgrid_types::{ExpertSet, Part, VerifiedListing};
 use std::{
@@ -47,7 +47,7 @@ pub enum Role {
 /// The role of each seller, in their order, and the split over those who serve.
 pub fn choose(
     sellers: &[Arc<VerifiedListing>],
-    weights: &Weights,
+    wanted: &Wanted,
     with: &Choosing<'_>,
     cost: &dyn Fn(&VerifiedListing) -> WorkerCost,
 ) -> (Vec<Role>, ExpertSplit) {
@@ -65,7 +65,7 @@ pub fn choose(
     let mut roles = vec![Role::StandsBy; sellers.len()];
     // Whoever calls has sorted out what is not experts.
     if offers.len() == sellers.len() {
-        cover(&offers, weights, with, &mut roles);
+        cover(&offers, wanted, with, &mut roles);
         copy(&offers, with, &mut roles);
     }
     // Whatever nobody who serves has is the lead's own work: it has a spare, or it cannot begin.
@@ -75,7 +75,7 @@ pub fn choose(
         .filter(|(_, role)| **role != Role::StandsBy)
         .flat_map(|(offer, _)| offer.set.pairs().iter().copied())
         .collect();
-    let own = weights.keys().filter(|place| !held.contains(place)).chain(with.own.pairs()).copied();
+    let own = wanted.iter().filter(|place| !held.contains(place)).chain(with.own.pairs()).copied();
     let own = ExpertSet::new(own);
     let split = split(&offers, &Choosing { own: &own, ..with.clone() }, &roles);
     (roles, split)
@@ -96,8 +96,8 @@ fn split(offers: &[Offered<'_>], with: &Choosing<'_>, roles: &[Role]) -> ExpertS
 }
 
 /// Takes sellers until every expert that the lead lacks has one, or nobody sells what is left.
-fn cover(offers: &[Offered<'_>], weights: &Weights, with: &Choosing<'_>, roles: &mut [Role]) {
-    let lacking = weights.keys().filter(|place| !with.own.contains(place.0, place.1));
+fn cover(offers: &[Offered<'_>], wanted: &Wanted, with: &Choosing<'_>, roles: &mut [Role]) {
+    let lacking = wanted.iter().filter(|place| !with.own.contains(place.0, place.1));
     let mut open: BTreeSet<(u32, u32)> = lacking.copied().collect();
     let rows = |place: &(u32, u32)| u128::from(with.heat.get(place).copied().unwrap_or(0).saturating_add(1));
     while !open.is_empty() && serving(roles) < MOST_SERVING {
@@ -159,9 +159,9 @@ mod tests {
     use crate::experts::hash_of;
     use crate::testing::Offer;
 
-    const SHAPE: Shape = Shape { layers: 2, experts: 4, used: 2, row_bytes: 256 };
+    const SHAPE: Shape = Shape { first: 0, layers: 2, experts: 4, used: 2, row_bytes: 256 };
 
-    fn weights() -> Weights {
+    fn weights() -> crate::experts::Weights {
         (0..2u32).flat_map(|layer| (0..4u32).map(move |e| ((layer, e), [(layer * 4 + e) as u8; 32]))).collect()
     }
 
@@ -193,7 +193,7 @@ mod tests {
             work: Fit { base: 0.0, slope: 300.0 },
             measured: true,
         };
-        let (roles, split) = choose(&sellers(offers), &weights(), &with, &near);
+        let (roles, split) = choose(&sellers(offers), &weights().into_keys().collect(), &with, &near);
         assert_eq!(roles, expect);
         split
     }

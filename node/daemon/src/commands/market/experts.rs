@@ -12,9 +12,9 @@ use anyhow::Context;
 use satgrid_ledger_sqlite::{Cost, Costs, ExpertRows, read_figures};
 use satgrid_market::{
     estimate::{BATCHES, ExpertSplit, Fit, Line, WorkerCost, beats_from},
-    experts::{Choosing, ExpertDemand, Role, Weights, choose, complete, refusal},
+    experts::{Choosing, ExpertDemand, Role, Wanted, Weights, choose, complete, refusal},
     layers::{LayerDemand, LayerNeeds},
-    ways::{Way, layers_step_us, pick, shown, whole},
+    ways::{Way, both_step_us, layers_step_us, pick, shown, whole},
 };
 use satgrid_types::{EngineProfile, ExpertSet, LayerRange, ModelRoot, MsatPerMtok, NodeKey, Part, VerifiedListing};
 use serde_json::{Value, json};
@@ -91,12 +91,14 @@ pub(super) async fn why(format: Format, config: &Config, market: &Market, model:
     let weights: Arc<Weights> = Arc::new(
         manifest.all().filter_map(|(l, e)| Some(((l, e), manifest.expert_hash(l, e)?))).collect::<BTreeMap<_, _>>(),
     );
+    let wanted: Arc<Wanted> = Arc::new(manifest.all().collect());
     let live: Vec<_> = market.live().into_iter().filter(|l| l.model_root == ModelRoot(manifest.root)).collect();
     // What this node runs is known once it lists; before, any build is taken to fit.
     let own_listing = live.iter().find(|l| Some(l.node_key) == known.ours && l.part == Part::Whole);
     let demand = ExpertDemand {
         root: ModelRoot(manifest.root),
         weights: weights.clone(),
+        wanted: wanted.clone(),
         not: known.ours.into_iter().collect(),
         build: own_listing.map(|listing| (listing.build, listing.instruction_set.clone())),
         max_rate: model.max_price_msat_per_million_expert_rows.map(MsatPerMtok),
@@ -104,13 +106,13 @@ pub(super) async fn why(format: Format, config: &Config, market: &Market, model:
     let (sellers, refused) = market.sellers_of_experts(&demand);
     let own = own_experts(model);
     let choosing = Choosing {
-        shape: crate::drive::expert_figures::shape(manifest, model.wire.wire_type()),
+        shape: crate::drive::expert_figures::shape(manifest, None, model.wire.wire_type()),
         trunk: known.trunk().unwrap_or(Fit { base: 0.0, slope: 0.0 }),
         own: &own,
         heat: &known.heat,
         batch: model.slots.clamp(1, 32),
     };
-    let (roles, mut split) = choose(&sellers, &weights, &choosing, &|listing| known.cost_of(listing));
+    let (roles, mut split) = choose(&sellers, &wanted, &choosing, &|listing| known.cost_of(listing));
     if let Some(waits) = known.ours.and_then(|ours| known.line(ours, Cost::Wait)) {
         split.fit_wait(&waits);
     }
@@ -247,6 +249,17 @@ fn ways(
         }
     };
     all.push(WayRow { way: Way::Experts, steps: BATCHES.iter().map(|b| split_step(*b)).collect(), why });
+
+    let both = |batch| plan.as_ref().filter(|_| can).and_then(|plan| both_step_us(plan, split, batch));
+    let why = match (&plan, can) {
+        (Some(plan), true) => {
+            let machines = plan.stages.len() + 1;
+            format!("this trunk cut over {machines} machines as layers are sold now, each asking the same experts")
+        }
+        (None, _) => "no ring of layers".to_owned(),
+        (Some(_), false) => "no group of experts".to_owned(),
+    };
+    all.push(WayRow { way: Way::Both, steps: BATCHES.iter().map(|b| both(*b)).collect(), why });
     all
 }
 
