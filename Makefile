@@ -34,8 +34,8 @@ bench-split: build ## what a split by layers costs: rings of 1 to 3 workers at 0
 bench-experts: build ## what a split by experts costs: a lead and three paid workers beside one machine, over links with a delay (ARGS="--rtt 0.1,5 --batch 1,8")
 	@$(ENV) exec tests/scripts/bench-experts.py --out .bench-experts.json $(ARGS)
 
-demo-experts: build ## a mixture of experts over a lead and three paid workers as processes: the map, the answer, its proof (KILL=1 kills a worker, LIE=1 makes one lie)
-	@$(ENV) exec tests/scripts/demo-experts.py $(if $(filter-out 0,$(KILL)),--kill) $(if $(filter-out 0,$(LIE)),--lie)
+demo-experts: build ## a mixture of experts over a lead and three paid workers as processes: the map, the answer, its proof (KILL=1 kills a worker, LIE=1 makes one lie, STAGE=1: a paid stage buys the experts of its layers)
+	@$(ENV) exec tests/scripts/demo-experts.py $(if $(filter-out 0,$(KILL)),--kill) $(if $(filter-out 0,$(LIE)),--lie) $(if $(filter-out 0,$(STAGE)),--stage)
 
 test: ## everything that must hold; what CI runs
 	@tests/scripts/test.sh

@@ -3,7 +3,7 @@
 answers, a consumer, and a node that sells the whole model, for comparison. Each is a process of its own, started from the
 shipped binary, with its own wallet and ledger.
 
-    demo-experts.py [--dir DIR] [--kill | --lie] [--tokens N] [--wire f32|bf16|q8_0] [--model FILE]
+    demo-experts.py [--dir DIR] [--kill | --lie] [--stage] [--tokens N] [--wire f32|bf16|q8_0] [--model FILE]
 
 The model is a tiny random one, made here, where no other is named: what it says means nothing, and every bit of it counts.
 Exit 0: the answer over the workers is the answer of one machine, and every ledger is clean.
@@ -92,16 +92,18 @@ def main():
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--wire", default="f32")
     parser.add_argument("--kill", action="store_true", help="kill a worker in the middle of the answer")
+    parser.add_argument("--stage", action="store_true", help="layers and experts: the lead buys the middle layers of a stage, and the stage buys their experts")
     parser.add_argument("--lie", action="store_true", help="spoil a worker's weights in its memory in the middle of the answer; every row has a witness")
     args = parser.parse_args()
     dir = folder(args.dir, "satgrid-demo-experts")
     model = args.model or os.path.join(dir, "tiny-moe.gguf")
     if not args.model:
         run("devnet", "tiny-moe", model)
-    packs = Packs(model, dir, len(PRICES))
+    prices = PRICES[:2] if args.stage else PRICES
+    packs = Packs(model, dir, len(prices), args.stage)
     # A liar needs a second holder to be seen, and somebody who knows to be told from it: the lead has all experts on its disk.
     lies = {"witness": 1_000_000, "judge": packs.all()} if args.lie else {}
-    market = ExpertMarket(dir, packs, PRICES, spare=1 if args.kill or args.lie else None, wire=args.wire, **lies)
+    market = ExpertMarket(dir, packs, prices, spare=1 if args.kill or args.lie else None, wire=args.wire, **lies)
     market.show_map()
     market.start()
     body = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": args.tokens, "temperature": 0.7, "seed": 42}
@@ -140,7 +142,7 @@ def main():
         fail("the answer was over before the worker was killed: ask for more --tokens")
     # Workers' receipts come before the lead's own, and everything is in the ledgers a moment later.
     time.sleep(KEPT_WITHIN_S)
-    placed = placement(market, packs)
+    placed = {} if args.stage else placement(market, packs)
     earned, clean = market.earned(), market.verify()
     same = alone.text == over.text and caught.get("text", alone.text) == alone.text
     if same:

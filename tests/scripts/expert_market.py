@@ -9,21 +9,38 @@ import sys
 
 from ring_market import NOBODY, Market, Node, engines, run, say, serve
 
+# What a stage that buys experts asks for its layers, in msat per million position-layers.
+STAGE_PRICE = 2_000_000
+
 SHAPE = "slots = {slots}\ncontext = {context}\nthreads = {threads}\n"
 ASKS = "price_in_msat_per_mtok = 100000000\nprice_out_msat_per_mtok = 400000000\n"
 
 
 class Packs:
-    """A model cut into a trunk and so many packs."""
+    """A model cut into a trunk and so many packs. With a stage the lead has the first layer and the last as they are, the trunk is
+    that of the layers between, and so are the packs."""
 
-    def __init__(self, model, dir, workers):
+    def __init__(self, model, dir, workers, stage=False):
         self.model = os.path.abspath(model)
         self.shown = json.loads(run("--format", "json", "models", "show", model))
-        out = os.path.join(dir, "parts")
-        split = json.loads(run("--format", "json", "models", "split", model, "--experts", "--packs", workers, "--out", out))
+        self.dir, self.everything, self.ends = dir, None, None
+        last = self.shown["layers"] - 1
+        packs = ["--packs", workers]
+        if stage:
+            of = lambda n: ",".join(map(str, range(n, self.shown["experts"], workers)))
+            packs = [arg for n in range(workers) for arg in ("--pack", f"1-{last - 1}:{of(n)}")]
+        split = json.loads(run("--format", "json", "models", "split", model, "--experts", *packs, "--out", os.path.join(dir, "parts")))
         self.root, (self.trunk, *self.files) = split["root"], split["files"]
-        self.dir, self.everything = dir, None
-        say(f"model {self.root[:16]} is cut: a trunk for the lead, {len(self.files)} packs for workers")
+        if stage:
+            cuts = [("0..1", "head.gguf"), (f"{last}..{last + 1}", "tail.gguf"), (f"1..{last}", "stage.gguf", "--trunk")]
+            head, tail, trunk = (self.cut(*cut) for cut in cuts)
+            self.ends = head["path"], tail["path"]
+            self.trunk = trunk | {"holds": f"layers {trunk['start']} to {trunk['end'] - 1} without their experts, for a stage"}
+        say(f"model {self.root[:16]} is cut: a trunk for {'a stage' if stage else 'the lead'}, {len(self.files)} packs for workers")
+
+    def cut(self, layers, out, *more):
+        out = os.path.join(self.dir, out)
+        return json.loads(run("--format", "json", "models", "split", self.model, "--layers", layers, *more, "--out", out))
 
     def all(self):
         """A pack with every expert: what a lead may keep for itself."""
@@ -96,10 +113,18 @@ class ExpertMarket(Market):
             self.workers.append(worker("worker-spare", parts.files[spare], prices[spare]))
             self.held.append(parts.files[spare])
             self.prices.append(prices[spare])
-        self.leads = [Node(dir, "lead", world, ["provider", "consumer"], tables=(
-            f'[[provider.models]]\npath = "{parts.trunk["path"]}"\nalias = "{self.name}"\nbuy_experts = true\n'
-            + f"witness_per_million = {witness}\n" + (f'spare_experts = "{judge}"\n' if judge else "") +
-            f'wire = "{wire}"\nmax_price_msat_per_million_expert_rows = {2 * max(prices)}\n{asks}{shape}{place(None)}'))]
+        buys = ("buy_experts = true\n" + f"witness_per_million = {witness}\n" + (f'spare_experts = "{judge}"\n' if judge else "") +
+                f'wire = "{wire}"\nmax_price_msat_per_million_expert_rows = {2 * max(prices)}\n')
+        both = ["provider", "consumer"]
+        if parts.ends:
+            self.stages = [Node(dir, "stage", world, both, tables=(
+                f'[[provider.stages]]\npath = "{parts.trunk["path"]}"\nalias = "stage"\n'
+                f"price_msat_per_million_position_layers = {STAGE_PRICE}\n{buys}{shape}{place(None)}"))]
+            head, tail = parts.ends
+            leads = f'[[provider.leads]]\nhead = "{head}"\ntail = "{tail}"\nmax_price_msat_per_million_position_layers = {2 * STAGE_PRICE}\n'
+        else:
+            leads = f'[[provider.models]]\npath = "{parts.trunk["path"]}"\n{buys}'
+        self.leads = [Node(dir, "lead", world, both, tables=f'{leads}alias = "{self.name}"\n{asks}{shape}{place(None)}')]
         self.solo = Node(dir, "solo", world, ["provider"], tables=(
             f'[[provider.models]]\npath = "{parts.model}"\nalias = "{self.name}"\n{asks}{shape}{place(None)}'))
         catalogue = os.path.join(dir, "catalogue.toml")
@@ -111,7 +136,7 @@ class ExpertMarket(Market):
         """Who holds what, and for how much."""
         print(f"\n    THE MAP OF EXPERTS, model root {self.parts.root[:16]}\n", file=sys.stderr)
         trunk = self.parts.trunk
-        print(f"    {'lead':<13} {trunk['bytes'] // 1000:>6} kB  {trunk['holds']}", file=sys.stderr)
+        print(f"    {'stage' if self.stages else 'lead':<13} {trunk['bytes'] // 1000:>6} kB  {trunk['holds']}", file=sys.stderr)
         for node, pack, price in zip(self.workers, self.held, self.prices):
             print(f"    {node.name:<13} {pack['bytes'] // 1000:>6} kB  {price} msat per million expert rows", file=sys.stderr)
             for line in pack["holds"].removeprefix("experts ").split("; "):
@@ -119,16 +144,16 @@ class ExpertMarket(Market):
         print(file=sys.stderr)
 
     def earned(self):
-        """What each worker's own ledger says it did and was paid for."""
+        """What the own ledger of each worker, and of a stage, says it did and was paid for."""
         earned = {}
         print(file=sys.stderr)
-        for node in self.workers:
+        for node, unit in [*((node, "expert rows") for node in self.workers), *((node, "position-layers") for node in self.stages)]:
             ledger = os.path.join(node.dir, "ledger.sqlite")
             shown = json.loads(run("ledger", "show", "--format", "json", "--db", ledger))
-            found = [re.search(r"(\d+) expert rows, (\d+) msat", entry["what"]) for entry in shown if entry["kind"] == "receipt"]
+            found = [re.search(rf"(\d+) {unit}, (\d+) msat", entry["what"]) for entry in shown if entry["kind"] == "receipt"]
             found = [(int(one[1]), int(one[2])) for one in found if one]
             rows, cost = sum(rows for rows, _ in found), sum(cost for _, cost in found)
-            earned[node.name] = {"receipts": len(found), "expert_rows": rows, "msat": cost}
-            print(f"    {node.name:<13} {len(found)} receipts, {rows:>7} expert rows, {cost:>7} msat", file=sys.stderr)
+            earned[node.name] = {"receipts": len(found), unit.replace(" ", "_").replace("-", "_"): rows, "msat": cost}
+            print(f"    {node.name:<13} {len(found)} receipts, {rows:>7} {unit}, {cost:>7} msat", file=sys.stderr)
         print(file=sys.stderr)
         return earned

@@ -235,6 +235,9 @@ class Parts:
 class Market:
     """Chain, relay, workers, leads, the whole model's seller and a consumer, up and with channels."""
 
+    # Sellers of layers that buy experts themselves, between the leads and the workers.
+    stages = []
+
     def __init__(self, dir, parts, prices, spare=None, leads=None, slots=4, context=1024, threads=1, asks=(100_000_000, 400_000_000), door=None, place=lambda worker: ""):
         """`place` gives more lines of configuration for the n-th worker's layers, or with None for those of lead and solo."""
         self.dir, self.parts = dir, parts
@@ -272,11 +275,12 @@ class Market:
     def start(self):
         for node in NODES.values():
             node.start()
-        for node in [*self.workers, self.solo, self.consumer, *self.leads]:
+        for node in [*self.workers, self.solo, self.consumer, *self.stages, *self.leads]:
             node.up()
-        # Coins and channels: consumer to leads and solo, leads to every worker.
+        # Coins and channels: consumer to leads and solo, leads to every stage if there are any, these or the leads to every worker.
         edges = [(self.consumer, seller) for seller in [*self.leads, self.solo]]
-        edges += [(lead, worker) for lead in self.leads for worker in self.workers]
+        edges += [(lead, stage) for lead in self.leads for stage in self.stages]
+        edges += [(buyer, worker) for buyer in self.stages or self.leads for worker in self.workers]
         for node in NODES.values():
             rewards = max(1, sum(a is node for a, _ in edges))
             self.rpc("generatetoaddress", rewards, node.ask("wallet/address", {})["address"])
@@ -300,7 +304,7 @@ class Market:
             if time.time() > deadline:
                 fail("the channels are not usable")
         say(f"{len(edges)} channels, usable")
-        sellers = len(self.workers) + len(self.leads) + 1
+        sellers = len(self.workers) + len(self.stages) + len(self.leads) + 1
         until("the listings", lambda: self.consumer.ask("status")["listings"] >= sellers)
 
     def only(self, node, body):

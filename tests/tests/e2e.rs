@@ -231,10 +231,14 @@ fn experts_of_paid_workers_one_killed_and_one_lying() {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("tiny-moe.gguf");
     assert!(satgrid().args(["devnet", "tiny-moe"]).arg(&model).status().unwrap().success());
-    for how in ["--kill", "--lie"] {
-        let found = split::run("demo-experts.py", &dir.path().join(how), &model, &["--tokens", "96", how]);
+    for how in ["--kill", "--lie", "--stage"] {
+        let staged = how == "--stage";
+        let more: &[&str] = if staged { &["--tokens", "96", how, "--kill"] } else { &["--tokens", "96", how] };
+        let found = split::run("demo-experts.py", &dir.path().join(how), &model, more);
         assert!(found["same"] == true && found["clean"] == true, "{found:#}");
-        assert!(found["placement"]["why"]["counted_rows"].as_u64().unwrap() > 0, "{found:#}");
+        let counted = || found["placement"]["why"]["counted_rows"].as_u64().unwrap() > 0;
+        let stage = || found["workers"]["stage"]["position_layers"].as_u64().unwrap() > 0;
+        assert!(if staged { stage() } else { counted() }, "{found:#}");
     }
 }
 

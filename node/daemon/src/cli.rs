@@ -368,6 +368,9 @@ pub(crate) struct SplitArgs {
     /// The layers A up to, not including, B; a part that ends with the last layer has the head too
     #[arg(long, value_name = "A..B", value_parser = parse_layers, required_unless_present = "experts")]
     pub layers: Option<LayerRange>,
+    /// Of a mixture of experts: the layers without their experts, for a stage that finds these elsewhere
+    #[arg(long, requires = "layers")]
+    pub trunk: bool,
     /// Cut the experts of a mixture off: a trunk without them, and packs
     #[arg(long, conflicts_with = "layers")]
     pub experts: bool,

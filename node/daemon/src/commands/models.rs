@@ -3,7 +3,7 @@
 use anyhow::Context as _;
 use satgrid_engine::experts::heat::Heat;
 use satgrid_engine::random_model::{RandomModel, SHAPES};
-use satgrid_engine_llama::split_model;
+use satgrid_engine_llama::{split_model, split_stage_trunk};
 use satgrid_ledger_sqlite::read_figures;
 use serde_json::json;
 use std::fs::File;
@@ -191,7 +191,8 @@ fn split(globals: &Globals, config: &Config, store: &Store, args: &SplitArgs) ->
     let bytes = std::fs::metadata(&path)?.len();
     let progress = Bytes::new(&format!("cutting layers {layers}"), bytes);
     let mut show = |permille| progress.set(bytes / 1000 * u64::from(permille));
-    let report = split_model(&path, layers, &args.out, &mut show);
+    let cut = if args.trunk { split_stage_trunk } else { split_model };
+    let report = cut(&path, layers, &args.out, &mut show);
     progress.finish();
     let report = report.map_err(anyhow::Error::new).hint("satgrid models show MODEL says how many layers there are")?;
     let root = hex::encode(report.model_root);

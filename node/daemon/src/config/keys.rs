@@ -113,6 +113,12 @@ pub(super) const STAGE_KEYS: &[&str] = &[
     "device",
     "gpu_layers",
     "memory_mib",
+    "experts",
+    "spare_experts",
+    "witness_per_million",
+    "buy_experts",
+    "max_price_msat_per_million_expert_rows",
+    "wire",
 ];
 
 /// Keys of one `[[provider.leads]]` table.

@@ -252,6 +252,64 @@ pub(crate) struct StageForSale {
     pub gpu_layers: Option<u32>,
     /// The most memory that layers, cache and buffers may take; listed, so that leads plan with it. Unset: what is free.
     pub memory_mib: Option<u32>,
+    /// Of a trunk (`satgrid models split --layers A..B --trunk`): as for whole models.
+    #[serde(default)]
+    pub experts: Vec<PathBuf>,
+    pub spare_experts: Option<PathBuf>,
+    #[serde(default)]
+    pub witness_per_million: u32,
+    #[serde(default)]
+    pub buy_experts: bool,
+    pub max_price_msat_per_million_expert_rows: Option<u64>,
+    /// How rows travel to experts of other nodes; between stages the lead chooses.
+    #[serde(default)]
+    pub wire: Wire,
+}
+
+/// Where a trunk's experts are, whether it is a whole model's or a stage's.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ExpertSources<'a> {
+    /// Packs of this node's own.
+    pub packs: &'a [PathBuf],
+    pub spare: Option<&'a PathBuf>,
+    pub witness_per_million: u32,
+    pub buys: bool,
+    /// In msat per million expert rows.
+    pub max_price: Option<u64>,
+    pub wire: Wire,
+}
+
+impl ExpertSources<'_> {
+    /// Somebody holds experts for it, or is to.
+    pub(crate) fn any(&self) -> bool {
+        self.buys || !self.packs.is_empty() || self.spare.is_some()
+    }
+}
+
+impl ModelForSale {
+    pub(crate) fn expert_sources(&self) -> ExpertSources<'_> {
+        ExpertSources {
+            packs: &self.experts,
+            spare: self.spare_experts.as_ref(),
+            witness_per_million: self.witness_per_million,
+            buys: self.buy_experts,
+            max_price: self.max_price_msat_per_million_expert_rows,
+            wire: self.wire,
+        }
+    }
+}
+
+impl StageForSale {
+    pub(crate) fn expert_sources(&self) -> ExpertSources<'_> {
+        ExpertSources {
+            packs: &self.experts,
+            spare: self.spare_experts.as_ref(),
+            witness_per_million: self.witness_per_million,
+            buys: self.buy_experts,
+            max_price: self.max_price_msat_per_million_expert_rows,
+            wire: self.wire,
+        }
+    }
 }
 
 /// Experts that a provider sells: a pack that `satgrid models split --experts` wrote.

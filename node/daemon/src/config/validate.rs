@@ -190,8 +190,10 @@ fn provider(config: &Config, found: &mut Found) {
         "a provider without a model has nothing to sell",
         "add [[provider.models]] with a name or a path and prices, or remove \"provider\" from node.roles",
     );
+    let experts = p.models.iter().any(|model| model.buy_experts) || p.stages.iter().any(|stage| stage.buy_experts);
+    let buys = experts || !p.leads.is_empty();
     found.check(
-        (p.leads.is_empty() && !p.models.iter().any(|model| model.buy_experts)) || config.is_consumer(),
+        !buys || config.is_consumer(),
         "provider.leads",
         "a node that leads buys layers or experts, and this one does not buy",
         "add \"consumer\" to node.roles",
@@ -203,6 +205,14 @@ fn provider(config: &Config, found: &mut Found) {
             "provider.stages",
             format!("{} is no file", path.display()),
             "make it with: satgrid models split MODEL A-B OUT",
+        );
+    }
+    for stage in &p.stages {
+        found.check(
+            stage.witness_per_million <= 1_000_000,
+            "provider.stages",
+            format!("{}: {} rows of a million are witnessed", stage.path.display(), stage.witness_per_million),
+            "choose 0 to 1000000",
         );
     }
     for path in p.packs.iter().map(|pack| &pack.path) {

@@ -42,7 +42,9 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 use tokio::sync::{mpsc, oneshot};
 
 /// How long workers may take to give their receipts once a request is over.
-const SETTLE: Duration = Duration::from_secs(4);
+pub(super) const SETTLE: Duration = Duration::from_secs(4);
+/// The same where a lead waits for ours, which names theirs: less than it waits.
+pub(super) const SETTLE_OF_A_STAGE: Duration = Duration::from_secs(2);
 /// How long a call waits for its worker's order: a session, a slice and a ticket.
 const ORDER_WITHIN: Duration = Duration::from_secs(20);
 /// How long a worker may take to answer a call.
@@ -66,6 +68,8 @@ pub(crate) struct BoughtParts {
     pub wire: WireType,
     /// Most expert rows that one order may cover.
     pub most_rows: u64,
+    /// How long workers may take to give their receipts.
+    pub settle: Duration,
     pub market: Market,
     pub key: Arc<SigningKey>,
     pub endpoint: QuicEndpoint,

@@ -9,6 +9,7 @@ use super::{
     hops::{HopEvent, HopId, Outgoing, Switchboard},
     inlets::Inlets,
     provider::Message,
+    rings::{self, Buys},
 };
 use ed25519_dalek::SigningKey;
 use satgrid_engine::{
@@ -72,12 +73,16 @@ pub(crate) struct DeskParts {
     pub endpoint: QuicEndpoint,
     pub switchboard: Switchboard,
     pub role: mpsc::Sender<Message>,
+    /// Who buys the experts of a stage that leads some.
+    pub buys: Option<Arc<dyn Buys>>,
 }
 
 struct Job {
     account: Account,
     owner: u64,
     next: Option<NodeKey>,
+    /// Why it ends, once it is to.
+    reason: FinishReason,
 }
 
 struct AtWork {
@@ -138,7 +143,10 @@ impl Running {
                 },
                 Some(event) = hops.recv() => self.hop_event(event),
                 event = stage.next_event() => match event {
-                    Some(event) => self.stage_event(event),
+                    Some(event) => {
+                        self.before(&event).await;
+                        self.stage_event(event)
+                    }
                     None => return,
                 },
             };
@@ -146,6 +154,17 @@ impl Running {
                 if self.parts.role.send(Message::Event(report)).await.is_err() {
                     return;
                 }
+            }
+        }
+    }
+
+    /// Where the engine is down every job is over, and whoever holds experts for one gives its receipt.
+    async fn before(&mut self, event: &StageEvent) {
+        if let (StageEvent::Down { .. }, Some(buys)) = (event, self.parts.buys.clone()) {
+            rings::tell_all_over(self.parts.engine, buys.as_ref(), &self.parts.role).await;
+            for (id, job) in std::mem::take(&mut self.jobs) {
+                self.parts.switchboard.forget(job.account.session, job.account.request);
+                self.inlets.over(id);
             }
         }
     }
@@ -160,7 +179,10 @@ impl Running {
                 let fresh = u64::try_from(self.owners.len()).unwrap_or(u64::MAX);
                 let owner = *self.owners.entry(session).or_insert(fresh);
                 let account = Account::new(session, request, order, lead);
-                self.jobs.insert(job, Job { account, owner, next: None });
+                self.jobs.insert(job, Job { account, owner, next: None, reason: FinishReason::Stop });
+                if let Some(buys) = &self.parts.buys {
+                    buys.begin(job, request);
+                }
                 self.parts.switchboard.expect(session, request, self.ear.clone());
                 self.take_tickets();
             }
@@ -169,7 +191,7 @@ impl Running {
                     job.account.grant(output_upto.into());
                 }
             }
-            Order::Engine(Command::Cancel { job }) => return self.end(job, FinishReason::Cancelled),
+            Order::Engine(Command::Cancel { job }) => return self.cancel(job),
             Order::Engine(Command::Start(job)) => {
                 let error = JobError::Backend { reason: "this engine holds layers, not a model".into() };
                 return vec![self.engine(EngineEvent::Failed { job: job.id, error })];
@@ -346,7 +368,7 @@ impl Running {
             at += bytes;
             let sequence = SequenceId { owner: job.owner, number: piece.sequence };
             sequences.push(sequence);
-            pieces.push(Piece { sequence, start: piece.start, rows: piece.rows, purpose: piece.kind });
+            pieces.push(Piece { sequence, start: piece.start, rows: piece.rows, purpose: piece.kind, job: *id });
         }
         let id = WorkId(self.next_work);
         self.next_work += 1;
@@ -466,9 +488,21 @@ impl Running {
     /// Ends a job that is to be settled, once nothing of it is at work.
     fn settled(&mut self, id: JobId) -> Vec<ProviderEvent> {
         match self.jobs.get(&id) {
-            Some(job) if job.account.is_over() => self.end(id, FinishReason::Stop),
+            Some(job) if job.account.is_over() => self.end(id, job.reason),
             Some(_) | None => Vec::new(),
         }
+    }
+
+    /// Nothing more of a job begins. Experts that are asked for its rows are its workers until the engine is done with these.
+    fn cancel(&mut self, id: JobId) -> Vec<ProviderEvent> {
+        if self.parts.buys.is_none() {
+            return self.end(id, FinishReason::Cancelled);
+        }
+        let Some(job) = self.jobs.get_mut(&id) else { return Vec::new() };
+        self.inlets.over(id);
+        job.account.settle();
+        job.reason = FinishReason::Cancelled;
+        self.settled(id)
     }
 
     fn end(&mut self, id: JobId, reason: FinishReason) -> Vec<ProviderEvent> {
@@ -476,6 +510,13 @@ impl Running {
         self.parts.switchboard.forget(job.account.session, job.account.request);
         self.inlets.over(id);
         let evaluated = job.account.evaluated();
-        vec![self.engine(EngineEvent::Finished { job: id, reason, evaluated })]
+        let over = self.engine(EngineEvent::Finished { job: id, reason, evaluated });
+        match self.parts.buys.clone() {
+            Some(buys) => {
+                rings::tell_over((self.parts.engine, id), buys, self.parts.role.clone(), over);
+                Vec::new()
+            }
+            None => vec![over],
+        }
     }
 }

@@ -1,10 +1,9 @@
 //! The engines of a provider, and the listings that say what they run.
 
-use super::expert_figures::{Figures, Timed};
-use super::experts;
+use super::experts::Beside;
 use super::layers::LeadParts;
 use super::rings::Buys;
-use super::trunks;
+use super::trunks::{self, Group};
 use super::upstream::{self, RunningEngine};
 use crate::config::{self, Config};
 use crate::failure::HintExt;
@@ -130,21 +129,15 @@ async fn load(
     let engine_config = EngineConfig { program: worker_program()?, settings };
     let mut buys = None;
     let engine = if identified.inspected.is_trunk {
-        let manifest = identified.inspected.manifest()?;
-        let layers = manifest.layers;
-        let (group, heard) = experts::group(model, &engine_config.settings, manifest).await?;
-        let kept = figures.context("the ledger's database is open before any trunk")?;
-        let figures = Figures::load(kept.store.clone(), identified.root, layers, kept.ours).await;
-        let timed = Arc::new(Timed::new(group.clone(), figures.clone(), model.buy_experts));
-        let engine = LlamaEngine::spawn_trunk(engine_config, timed, |_| {}).await?;
-        tokio::spawn(figures.clone().keep(Arc::downgrade(&group)));
-        if let Some(with) = with {
-            let facts = engine.facts();
-            figures.measured_alone(&speed_of(facts.speed.as_ref()));
-            let trunk = trunks::Trunk { group, heard, facts, figures };
-            let (buyer, estimate) = trunks::buy(model, id, trunk, with).await;
-            buys = Some((buyer, estimate));
-        }
+        let (sources, settings) = (model.expert_sources(), &engine_config.settings);
+        let (profile, threads, device) = (settings.profile, settings.threads, settings.offload.device.clone());
+        let beside = Beside { profile, threads, device };
+        let group = Group::start(&sources, &beside, identified.inspected.manifest()?, None, figures).await?;
+        let engine = LlamaEngine::spawn_trunk(engine_config, group.experts.clone(), |_| {}).await?;
+        let EngineFacts { slots, context, build_id, instruction_set, speed, .. } = engine.facts();
+        let build = (BuildId(build_id), instruction_set);
+        let trunk = trunks::Trunk { id, name: name.clone(), slots, context, build, speed };
+        buys = group.runs(&sources, trunk, with).await;
         engine
     } else if !model.experts.is_empty() || model.buy_experts {
         return Err(anyhow::anyhow!(
@@ -292,7 +285,7 @@ pub(crate) fn profile(profile: Profile) -> EngineProfile {
     }
 }
 
-fn speed_of(speed: Option<&satgrid_engine::port::Speed>) -> Speed {
+pub(super) fn speed_of(speed: Option<&satgrid_engine::port::Speed>) -> Speed {
     speed.map_or_else(Speed::default, |s| Speed {
         prefill_mtok_s: s.prefill_millitokens_per_s,
         decode_mtok_s: s.decode_millitokens_per_s,

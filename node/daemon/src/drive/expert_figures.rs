@@ -6,16 +6,16 @@
 use super::now;
 use async_trait::async_trait;
 use satgrid_engine::{
-    experts::{ExpertStep, Experts, StepError, group::ExpertGroup, heat::Heat},
+    experts::{ExpertStep, Experts, Manifest, StepError, group::ExpertGroup, heat::Heat},
     port::JobId,
 };
 use satgrid_ledger_sqlite::{Cost, Costs, FigureStore};
 use satgrid_market::{
     Links,
     estimate::{ExpertSplit, Fit, Line, Shape, WorkerCost, tokens_per_s, trunk_of},
-    experts::{Choosing, Role, Weights, choose},
+    experts::{Choosing, Role, Wanted, choose},
 };
-use satgrid_types::{ExpertSet, NodeKey, Speed, VerifiedListing, WireType};
+use satgrid_types::{ExpertSet, LayerRange, NodeKey, Speed, VerifiedListing, WireType};
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
@@ -172,10 +172,11 @@ impl Figures {
     }
 }
 
-/// The shape of a model's steps on this wire.
-pub(crate) fn shape(manifest: &satgrid_engine::experts::Manifest, wire: WireType) -> Shape {
+/// The shape of a model's steps, or of these layers of it, on this wire.
+pub(crate) fn shape(manifest: &Manifest, layers: Option<LayerRange>, wire: WireType) -> Shape {
     let row_bytes = wire.row_bytes(manifest.n_embd).and_then(|bytes| u32::try_from(bytes).ok()).unwrap_or(u32::MAX);
-    Shape { layers: manifest.layers, experts: manifest.experts, used: manifest.used, row_bytes }
+    let (first, layers) = layers.map_or((0, manifest.layers), |range| (range.start(), range.layers()));
+    Shape { first, layers, experts: manifest.experts, used: manifest.used, row_bytes }
 }
 
 /// Deals who of those that sell a model's experts serves, by the figures.
@@ -184,7 +185,8 @@ pub(crate) struct Dealer {
     pub shape: Shape,
     /// Experts that the lead holds itself.
     pub own: ExpertSet,
-    pub weights: Arc<Weights>,
+    /// Every (layer, expert) that the lead's layers have.
+    pub wanted: Arc<Wanted>,
     /// Streams at a time.
     pub batch: u32,
     pub figures: Arc<Figures>,
@@ -201,7 +203,7 @@ impl Dealer {
             heat: &heat,
             batch: self.batch.clamp(1, MOST_STREAMS),
         };
-        let (roles, mut split) = choose(sellers, &self.weights, &choosing, &|listing| self.figures.cost_of(listing));
+        let (roles, mut split) = choose(sellers, &self.wanted, &choosing, &|listing| self.figures.cost_of(listing));
         if let Some(waits) = self.figures.waits() {
             split.fit_wait(&waits);
         }

@@ -7,52 +7,64 @@
 //! | lied             | its rows are not used, and it is not taken in again until the node starts anew                     |
 
 use super::engines::worker_program;
-use crate::config::ModelForSale;
+use crate::config::ExpertSources;
 use crate::failure::HintExt;
 use anyhow::Context;
 use async_trait::async_trait;
 use satgrid_engine::experts::call::MAX_CALL_BYTES;
 use satgrid_engine::experts::group::{ExpertGroup, GroupConfig, GroupEvent, Observer, Spare};
 use satgrid_engine::experts::{ExpertHost, Manifest, map};
-use satgrid_engine_llama::{EngineSettings, LlamaExperts, PackSettings};
-use satgrid_types::ExpertSet;
+use satgrid_engine::port::Profile;
+use satgrid_engine_llama::{LlamaExperts, PackSettings};
+use satgrid_types::{ExpertSet, LayerRange};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use tokio::sync::mpsc;
 
+/// How packs of this node's own run beside their trunk.
+#[derive(Debug, Clone)]
+pub(crate) struct Beside {
+    pub profile: Profile,
+    /// The trunk's.
+    pub threads: u32,
+    pub device: Option<String>,
+}
+
 /// Starts the packs of a trunk and gives the group that finds the rows of its experts, and what happens in it beside these
-/// packs. Where no experts are bought it is complete, or an error that lists what is missing.
+/// packs. Where no experts are bought it is complete, or an error that lists what is missing. `layers`: those of a stage.
 pub(crate) async fn group(
-    model: &ModelForSale,
-    settings: &EngineSettings,
+    sources: &ExpertSources<'_>,
+    beside: &Beside,
     manifest: Manifest,
+    layers: Option<LayerRange>,
 ) -> anyhow::Result<(Arc<ExpertGroup>, mpsc::UnboundedReceiver<GroupEvent>)> {
     // All packs compute at the same time: threads that have no core of their own only hold up the others.
-    let packs = u32::try_from(model.experts.len()).unwrap_or(u32::MAX).max(1);
-    let threads = (settings.threads / packs).max(1);
+    let packs = u32::try_from(sources.packs.len()).unwrap_or(u32::MAX).max(1);
+    let threads = (beside.threads / packs).max(1);
     let pack_settings = |pack: &PathBuf, only| PackSettings {
         pack: pack.clone(),
         only,
-        profile: settings.profile,
+        profile: beside.profile,
         threads,
-        device: settings.offload.device.clone(),
+        device: beside.device.clone(),
     };
     let from_disk = |pack| Arc::new(FromDisk { settings: pack_settings(pack, None) }) as Arc<dyn Spare>;
-    let spare = model.spare_experts.as_ref().map(from_disk);
+    let spare = sources.spare.map(from_disk);
     let (events, heard) = mpsc::unbounded_channel();
     let root = manifest.root;
     let group = Arc::new(ExpertGroup::new(GroupConfig {
         manifest,
+        layers,
         spare,
         observer: Arc::new(Tell(events)),
-        witness_per_million: model.witness_per_million,
+        witness_per_million: sources.witness_per_million,
         seed: super::fresh_seed(),
-        wire: model.wire.wire_type(),
-        call_bytes: if model.buy_experts { satgrid_protocol::experts::MAX_CALL_BYTES } else { MAX_CALL_BYTES },
+        wire: sources.wire.wire_type(),
+        call_bytes: if sources.buys { satgrid_protocol::experts::MAX_CALL_BYTES } else { MAX_CALL_BYTES },
     }));
     let mut packs = BTreeMap::new();
-    for path in &model.experts {
+    for path in sources.packs {
         let host = LlamaExperts::spawn(worker_program()?, pack_settings(path, None), |_| {}).await?;
         if host.facts().model_root != root {
             return Err(anyhow::anyhow!("{} is a pack of another model", path.display()))
@@ -67,7 +79,7 @@ pub(crate) async fn group(
         );
         packs.insert(name, host);
     }
-    if !model.buy_experts {
+    if !sources.buys {
         group
             .ready()
             .hint("name packs with these experts in `experts`, or a pack with all of them in `spare_experts`")?;

@@ -2,11 +2,14 @@
 
 use super::{
     consumer::Message as ConsumerMessage,
-    engines::{Identity, OnSale, worker_program},
+    engines::{ExpertFigures, Identity, OnSale, worker_program},
+    experts::Beside,
     hops::Switchboard,
     market::Market,
     ring::{PaidRing, Planned, RingParts},
+    rings::Buys,
     scout::{self, Scout},
+    trunks::{Group, Trunk},
 };
 use crate::config::{self, LeadForSale, StageForSale};
 use crate::failure::HintExt;
@@ -14,11 +17,12 @@ use anyhow::Context;
 use bytes::Bytes;
 use ed25519_dalek::SigningKey;
 use satgrid_engine::{
+    experts::Manifest,
     gguf::Gguf,
     memory::{ContextShape, Needs},
     part::PartFile,
-    port::{Engine, Profile},
-    stage::port::Stage,
+    port::{Engine, Profile, Speed},
+    stage::port::{Stage, StageFacts},
 };
 use satgrid_engine_llama::{
     EngineSettings, LeadConfig, LeadSettings, LlamaLead, LlamaStage, Offload, StageConfig, StageSettings,
@@ -32,7 +36,7 @@ use satgrid_market::{
 use satgrid_node::provider::EngineId;
 use satgrid_protocol_quic::QuicEndpoint;
 use satgrid_types::{
-    LayerRange, Listing, ModelRoot, Msat, MsatPerMtok, NodeKey, Part, RateCard, TokenizerHash, node_key,
+    BuildId, LayerRange, Listing, ModelRoot, Msat, MsatPerMtok, NodeKey, Part, RateCard, TokenizerHash, node_key,
 };
 use std::{
     collections::BTreeSet,
@@ -59,6 +63,12 @@ pub(crate) struct LayersForSale {
     pub stage: Arc<LlamaStage>,
     pub name: String,
     pub rates: RateCard,
+    /// Of a trunk that buys experts.
+    pub buys: Option<Arc<dyn Buys>>,
+    /// Listed: measured by its engine, or estimated over those whose experts are bought.
+    speed: Option<Speed>,
+    /// Of experts that are elsewhere.
+    elsewhere_bytes: u64,
 }
 
 /// A model that this node leads.
@@ -79,8 +89,19 @@ pub(super) fn profile_of(profile: config::Profile) -> Profile {
     }
 }
 
-/// Starts the engine of one part.
-pub(crate) async fn start_stage(stage: &StageForSale, id: EngineId) -> anyhow::Result<LayersForSale> {
+/// Starts the engine of one part; of a trunk its experts too, which are bought `with` the market where it lacks them.
+pub(crate) async fn start_stage(
+    stage: &StageForSale,
+    id: EngineId,
+    figures: Option<&ExpertFigures>,
+    with: Option<LeadParts<'_>>,
+) -> anyhow::Result<LayersForSale> {
+    let (_, part) = read_part(&stage.path)?;
+    let sources = stage.expert_sources();
+    if part.experts.is_none() && sources.any() {
+        return Err(anyhow::anyhow!("experts are named, but {} holds its own", stage.path.display()))
+            .hint("satgrid models split MODEL --layers A..B --trunk cuts layers without their experts");
+    }
     let settings = StageSettings {
         part: stage.path.clone(),
         profile: profile_of(stage.profile),
@@ -91,7 +112,23 @@ pub(crate) async fn start_stage(stage: &StageForSale, id: EngineId) -> anyhow::R
         memory_mib: stage.memory_mib,
     };
     let name = stage.alias.clone().unwrap_or_else(|| "layers".to_owned());
-    let engine = LlamaStage::spawn(StageConfig { program: worker_program()?, settings }, |_| {}).await?;
+    let (profile, threads, device) = (settings.profile, settings.threads, settings.offload.device.clone());
+    let config = StageConfig { program: worker_program()?, settings };
+    let elsewhere_bytes = part.experts.as_ref().map_or(0, |experts| bytes_of(experts, part.range));
+    let (engine, buyer) = match part.experts {
+        Some(manifest) => {
+            let beside = Beside { profile, threads, device };
+            let group = Group::start(&sources, &beside, manifest, Some(part.range), figures).await?;
+            let engine = LlamaStage::spawn_trunk(config, group.experts.clone(), |_| {}).await?;
+            let StageFacts { sequences, context, build_id, instruction_set, speed, .. } = engine.facts();
+            let build = (BuildId(build_id), instruction_set);
+            let trunk = Trunk { id, name: name.clone(), slots: sequences, context, build, speed };
+            let buyer = group.runs(&sources, trunk, with).await;
+            (engine, buyer)
+        }
+        None => (LlamaStage::spawn(config, |_| {}).await?, None),
+    };
+    let (buys, estimate) = buyer.unzip();
     let facts = engine.facts();
     tracing::info!(model = %name, root = %hex::encode(&facts.model_root[..8]), layers = %facts.layers, "layers are up");
     let rates = RateCard {
@@ -99,7 +136,14 @@ pub(crate) async fn start_stage(stage: &StageForSale, id: EngineId) -> anyhow::R
         per_request: Msat(stage.per_request_msat),
         ..RateCard::default()
     };
-    Ok(LayersForSale { id, stage: engine, name, rates })
+    let speed = estimate.unwrap_or(facts.speed);
+    Ok(LayersForSale { id, stage: engine, name, rates, buys, speed, elsewhere_bytes })
+}
+
+/// Bytes of all experts of these layers.
+fn bytes_of(experts: &Manifest, layers: LayerRange) -> u64 {
+    let of = |layer| experts.expert_bytes(layer).unwrap_or(0).saturating_mul(experts.experts.into());
+    (layers.start()..layers.end()).map(of).fold(0, u64::saturating_add)
 }
 
 /// The listing of some layers.
@@ -115,8 +159,9 @@ pub(crate) fn stage_listing(layers: &LayersForSale, by: &Identity<'_>) -> Listin
         rates: layers.rates,
         context: facts.context,
         slots: facts.sequences,
-        speed: facts.speed,
-        memory_bytes: facts.memory_bytes,
+        speed: layers.speed,
+        // What the layers may take wherever they are: their lead knows the weight of whole layers.
+        memory_bytes: facts.memory_bytes.saturating_add(layers.elsewhere_bytes),
         profile: facts.profile,
         build_id: facts.build_id,
         instruction_set: facts.instruction_set,

@@ -117,6 +117,7 @@ pub(crate) fn start(driver: ProviderDriver, endpoint: QuicEndpoint) -> mpsc::Sen
             endpoint: endpoint.clone(),
             switchboard: driver.switchboard.clone(),
             role: inbox.clone(),
+            buys: driver.buys.get(engine).cloned(),
         };
         desks.insert(*engine, desk::start(parts));
     }

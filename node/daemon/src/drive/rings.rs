@@ -60,18 +60,13 @@ pub(crate) async fn pump(engine: EngineId, source: Arc<dyn Engine>, buys: Arc<dy
     while let Some(event) = source.next_event().await {
         match &event {
             EngineEvent::Finished { job, .. } | EngineEvent::Failed { job, .. } => {
-                let (job, buys, inbox) = (*job, buys.clone(), inbox.clone());
-                tokio::spawn(async move {
-                    tell_split(engine, job, buys.as_ref(), &inbox).await;
-                    let _ = inbox.send(Message::Event(ProviderEvent::Engine { engine, event })).await;
-                });
+                let (job, inbox) = (*job, inbox.clone());
+                tell_over((engine, job), buys.clone(), inbox, ProviderEvent::Engine { engine, event });
                 continue;
             }
             EngineEvent::Down { reason } => {
                 tracing::warn!(%reason, "the engine is down; requests in hand end at what was acknowledged");
-                for job in buys.jobs().await {
-                    tell_split(engine, job, buys.as_ref(), &inbox).await;
-                }
+                tell_all_over(engine, buys.as_ref(), &inbox).await;
             }
             EngineEvent::Prefilled { .. }
             | EngineEvent::Tokens { .. }
@@ -82,6 +77,26 @@ pub(crate) async fn pump(engine: EngineId, source: Arc<dyn Engine>, buys: Arc<dy
         if inbox.send(Message::Event(ProviderEvent::Engine { engine, event })).await.is_err() {
             return;
         }
+    }
+}
+
+/// A run is over: its workers give receipts, then `event` says so.
+pub(super) fn tell_over(
+    (engine, job): (EngineId, JobId),
+    buys: Arc<dyn Buys>,
+    inbox: mpsc::Sender<Message>,
+    event: ProviderEvent,
+) {
+    tokio::spawn(async move {
+        tell_split(engine, job, buys.as_ref(), &inbox).await;
+        let _ = inbox.send(Message::Event(event)).await;
+    });
+}
+
+/// All runs are over: their workers give receipts.
+pub(super) async fn tell_all_over(engine: EngineId, buys: &dyn Buys, inbox: &mpsc::Sender<Message>) {
+    for job in buys.jobs().await {
+        tell_split(engine, job, buys, inbox).await;
     }
 }
 

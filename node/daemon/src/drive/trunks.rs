@@ -1,24 +1,29 @@
 //! Selling experts, and selling a model whose experts are bought: what starts each, and how it is listed.
 
 use super::{
-    bought::{Bought, BoughtParts},
-    engines::{Identity, OnSale, worker_program},
-    expert_figures::{Dealer, Figures, shape},
+    bought::{Bought, BoughtParts, SETTLE, SETTLE_OF_A_STAGE},
+    engines::{ExpertFigures, Identity, OnSale, speed_of, worker_program},
+    expert_figures::{Dealer, Figures, Timed, shape},
+    experts::{self, Beside},
     layers::{LeadParts, profile_of},
     rings::Buys,
 };
-use crate::config::{ModelForSale, PackForSale};
+use crate::config::{ExpertSources, PackForSale};
 use crate::failure::HintExt;
+use anyhow::Context;
 use satgrid_engine::{
-    experts::group::{ExpertGroup, GroupEvent},
-    port::{EngineFacts, Speed},
+    experts::{
+        Manifest,
+        group::{ExpertGroup, GroupEvent},
+    },
+    port::Speed,
 };
 use satgrid_engine_llama::{LlamaExperts, PackSettings, default_threads};
 use satgrid_ledger::statements::MAX_EXPERT_COUNTS;
 use satgrid_market::experts::{ExpertDemand, Weights, complete, hash_of};
 use satgrid_node::provider::EngineId;
 use satgrid_types::{
-    BuildId, ExpertSet, Listing, ModelRoot, Msat, MsatPerMtok, Part, RateCard, TokenizerHash, node_key,
+    BuildId, ExpertSet, LayerRange, Listing, ModelRoot, Msat, MsatPerMtok, Part, RateCard, TokenizerHash, node_key,
 };
 use std::{
     collections::BTreeSet,
@@ -104,41 +109,89 @@ pub(crate) fn pack_listing(pack: &PackOnSale, by: &Identity<'_>) -> Listing {
     on_sale.listing(by)
 }
 
-/// A trunk that runs and lacks experts.
+/// The experts of a trunk, a whole model's or a stage's, before its engine runs.
+pub(crate) struct Group {
+    group: Arc<ExpertGroup>,
+    heard: mpsc::UnboundedReceiver<GroupEvent>,
+    figures: Arc<Figures>,
+    layers: Option<LayerRange>,
+    /// What the engine asks for rows.
+    pub experts: Arc<Timed>,
+}
+
+impl Group {
+    /// Starts this node's own packs. `layers`: those of a stage.
+    pub(crate) async fn start(
+        sources: &ExpertSources<'_>,
+        beside: &Beside,
+        manifest: Manifest,
+        layers: Option<LayerRange>,
+        figures: Option<&ExpertFigures>,
+    ) -> anyhow::Result<Group> {
+        let (root, all) = (manifest.root, manifest.layers);
+        let (group, heard) = experts::group(sources, beside, manifest, layers).await?;
+        let count = layers.map_or(all, |range| range.layers());
+        let kept = figures.context("the ledger's database is open before any trunk")?;
+        let figures = Figures::load(kept.store.clone(), root, count, kept.ours).await;
+        let experts = Arc::new(Timed::new(group.clone(), figures.clone(), sources.buys));
+        Ok(Group { group, heard, figures, layers, experts })
+    }
+
+    /// The engine runs: its rows are counted from now on, and `with` the market those experts are bought that it lacks.
+    pub(crate) async fn runs(
+        self,
+        sources: &ExpertSources<'_>,
+        trunk: Trunk,
+        with: Option<LeadParts<'_>>,
+    ) -> Option<Buyer> {
+        tokio::spawn(self.figures.clone().keep(Arc::downgrade(&self.group)));
+        let with = with?;
+        self.figures.measured_alone(&speed_of(trunk.speed.as_ref()));
+        Some(buy(sources, trunk, self, with).await)
+    }
+}
+
+/// A trunk that runs.
 pub(crate) struct Trunk {
-    pub group: Arc<ExpertGroup>,
-    pub heard: mpsc::UnboundedReceiver<GroupEvent>,
-    pub facts: EngineFacts,
-    pub figures: Arc<Figures>,
+    pub id: EngineId,
+    pub name: String,
+    pub slots: u32,
+    pub context: u32,
+    pub build: (BuildId, String),
+    /// Measured alone.
+    pub speed: Option<Speed>,
 }
 
 /// Who buys for a trunk, and the speed that the whole is estimated to have.
 pub(crate) type Buyer = (Arc<dyn Buys>, Option<Speed>);
 
 /// Buys the experts that a trunk lacks, of whoever sells them. Waits until every expert is held by somebody.
-pub(crate) async fn buy(model: &ModelForSale, id: EngineId, trunk: Trunk, with: LeadParts<'_>) -> Buyer {
-    let Trunk { group, heard, facts, figures } = trunk;
+async fn buy(sources: &ExpertSources<'_>, trunk: Trunk, of: Group, with: LeadParts<'_>) -> Buyer {
+    let (Trunk { id, name, slots, context, build, .. }, Group { group, heard, figures, layers, .. }) = (trunk, of);
     let manifest = group.manifest();
     let weights: Weights = manifest
         .all()
         .filter_map(|(layer, expert)| Some(((layer, expert), manifest.expert_hash(layer, expert)?)))
         .collect();
     let demand = ExpertDemand {
-        root: ModelRoot(facts.model_root),
+        root: ModelRoot(manifest.root),
         weights: Arc::new(weights),
+        wanted: Arc::new(group.wanted().collect()),
         not: BTreeSet::from([node_key(&with.key)]),
-        build: Some((BuildId(facts.build_id), facts.instruction_set.clone())),
-        max_rate: model.max_price_msat_per_million_expert_rows.map(MsatPerMtok),
+        build: Some(build),
+        max_rate: sources.max_price.map(MsatPerMtok),
     };
-    let rows = u64::from(facts.context) * u64::from(manifest.used) * u64::from(manifest.layers);
+    let rows = u64::from(context)
+        * u64::from(manifest.used)
+        * u64::from(layers.map_or(manifest.layers, |range| range.layers()));
     let most_rows = rows.saturating_mul(ORDER_MARGIN).min(u64::from(u32::MAX));
     let own: BTreeSet<(u32, u32)> = group.held().collect();
-    let name = model.listed_name();
+    let wire = sources.wire.wire_type();
     let dealer = Dealer {
-        shape: shape(manifest, model.wire.wire_type()),
+        shape: shape(manifest, layers, wire),
         own: ExpertSet::new(own.iter().copied()),
-        weights: demand.weights.clone(),
-        batch: model.slots,
+        wanted: demand.wanted.clone(),
+        batch: slots,
         figures,
     };
     let ours = node_key(&with.key);
@@ -149,8 +202,9 @@ pub(crate) async fn buy(model: &ModelForSale, id: EngineId, trunk: Trunk, with: 
         heard,
         demand: demand.clone(),
         dealer: dealer.clone(),
-        wire: model.wire.wire_type(),
+        wire,
         most_rows,
+        settle: if layers.is_some() { SETTLE_OF_A_STAGE } else { SETTLE },
         market: with.market.clone(),
         key: with.key,
         endpoint: with.endpoint,
@@ -160,7 +214,7 @@ pub(crate) async fn buy(model: &ModelForSale, id: EngineId, trunk: Trunk, with: 
     loop {
         let (sellers, refused) = with.market.sellers_of_experts(&demand);
         // A spare holds what nobody sells; those who do are given time to be heard.
-        let spare = model.spare_experts.is_some() && began.elapsed() >= SPARE_AFTER;
+        let spare = sources.spare.is_some() && began.elapsed() >= SPARE_AFTER;
         let complete = if spare { Ok(()) } else { complete(&demand, &own, &sellers, refused) };
         match complete {
             Ok(()) if group.ready().is_ok() => {

@@ -105,11 +105,13 @@ impl Node<'_> {
         };
         let first = u32::try_from(self.config.provider.models.len())?;
         let mut stages = Vec::new();
-        for (stage, id) in self.config.provider.stages.iter().zip(first..) {
-            let started = layers::start_stage(stage, EngineId(id)).await;
+        let to_start = || self.config.provider.stages.iter().zip(first..);
+        for (stage, id) in to_start().filter(|(stage, _)| !stage.buy_experts) {
+            let started = layers::start_stage(stage, EngineId(id), figures.as_ref(), None).await;
             stages.push(started.with_context(|| format!("layers in {} cannot be sold", stage.path.display()))?);
         }
-        let first = first.saturating_add(u32::try_from(stages.len())?);
+        let buying: Vec<_> = to_start().filter(|(stage, _)| stage.buy_experts).collect();
+        let first = first.saturating_add(u32::try_from(self.config.provider.stages.len())?);
         let mut packs = Vec::new();
         for (pack, id) in self.config.provider.packs.iter().zip(first..) {
             let started = trunks::start_pack(pack, EngineId(id)).await;
@@ -186,6 +188,10 @@ impl Node<'_> {
         for (model, id) in models.filter(|_| self.config.is_provider()) {
             for_sale.push(engines::start_one(self.config, model, EngineId(id), figures.as_ref(), Some(with()?)).await?);
         }
+        for (stage, id) in buying {
+            let started = layers::start_stage(stage, EngineId(id), figures.as_ref(), Some(with()?)).await;
+            stages.push(started.with_context(|| format!("layers in {} cannot be sold", stage.path.display()))?);
+        }
         for (lead, id) in self.config.provider.leads.iter().zip(first..) {
             let with = with()?;
             let started = layers::start_lead(lead, EngineId(id), with).await;
@@ -204,6 +210,7 @@ impl Node<'_> {
             let ids = for_sale.iter().map(|m| m.id).chain(leads.iter().map(|m| m.id));
             let rings = leads.iter().map(|m| (m.id, m.ring.clone() as Arc<dyn Buys>));
             let trunks = for_sale.iter().filter_map(|m| Some((m.id, m.buys.clone()?)));
+            let trunks = trunks.chain(stages.iter().filter_map(|s| Some((s.id, s.buys.clone()?))));
             let served = Arc::new(TokenizersForSale(artefacts.collect()));
             let driver = ProviderDriver {
                 role,
@@ -291,8 +298,8 @@ impl Node<'_> {
 
     /// The figures of trunks that this node leads, if it leads any.
     async fn expert_figures(&self) -> anyhow::Result<Option<ExpertFigures>> {
-        let models = &self.config.provider.models;
-        if !models.iter().any(|model| model.buy_experts || !model.experts.is_empty() || model.spare_experts.is_some()) {
+        let (models, stages) = (&self.config.provider.models, &self.config.provider.stages);
+        if !models.iter().any(|m| m.expert_sources().any()) && !stages.iter().any(|s| s.expert_sources().any()) {
             return Ok(None);
         }
         Ok(Some(ExpertFigures { store: self.figures().await?, ours: node_key(&self.keys.identity) }))

@@ -1,7 +1,7 @@
 //! How a job ends: the workers' receipts are asked for, then the account of all rows is put together over them.
 
 use super::{
-    ConsumerMessage, SETTLE, Said, Settled,
+    ConsumerMessage, Said, Settled,
     running::{Job, Running, counts, tell_exactly},
 };
 use satgrid_engine::{experts::group::JobRows, port::JobId};
@@ -18,9 +18,9 @@ impl Running {
         };
         job.answer = Some(answer);
         job.over = true;
-        let said = self.said.clone();
+        let (said, within) = (self.said.clone(), self.parts.settle);
         tokio::spawn(async move {
-            tokio::time::sleep(SETTLE).await;
+            tokio::time::sleep(within).await;
             let _ = said.send(Said::Late(id));
         });
         let mut orders = Vec::new();
