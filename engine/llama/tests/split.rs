@@ -288,13 +288,18 @@ async fn stages_that_lead_experts_give_the_same_streams() {
         let jobs: Vec<JobId> = (1..9).chain([100, 101]).map(JobId).collect();
         groups.iter().for_each(|group| jobs.iter().for_each(|job| group.group.open_account(*job)));
         assert_eq!(streams(split.lead.as_ref()).await, expect, "{architecture}, trunks cut at {cuts:?}");
-        for (group, part) in groups.iter().zip(&parts.ranges()[1..]) {
+        for ((group, part), counts) in groups.iter().zip(&parts.ranges()[1..]).zip(split.ring.counts()) {
+            let mut sum = 0;
             for (job, heard) in jobs.iter().zip(&expect) {
                 let account = group.group.close_account(*job).unwrap();
-                let evaluated = u64::from(heard.end.unwrap().1);
-                let each: Vec<(u32, u64)> = (part.start()..part.end()).map(|layer| (layer, evaluated)).collect();
+                let rows = account.layers.get(&part.start()).copied().unwrap_or(0);
+                let each: Vec<(u32, u64)> = (part.start()..part.end()).map(|layer| (layer, rows)).collect();
                 assert_eq!((account.chosen, account.layers.into_iter().collect()), (model.used, each), "{job:?}");
+                // What its customer pays for, and guesses that were wrong.
+                assert!(rows >= u64::from(heard.end.unwrap().1), "{job:?}: {rows} rows");
+                sum += rows;
             }
+            assert_eq!(sum, counts.positions.values().sum::<u64>(), "layers {part}");
         }
     }
 }
