@@ -263,6 +263,7 @@ impl Consumer {
             }
             ConsumerEvent::CloseSession { session } => self.begin_close(now, session),
             ConsumerEvent::CloseInvoice { session, result } => self.close_with(now, session, result),
+            ConsumerEvent::ClockMoved => self.clock_moved(now),
             ConsumerEvent::LinkUp { link } => self.link_up(link),
             ConsumerEvent::LinkFailed { link, reason } => self.link_failed(now, link, &reason),
             ConsumerEvent::LinkDown { link, reason, lost } => self.unlink(now, link, &reason, lost),
@@ -306,6 +307,7 @@ impl Consumer {
             | ConsumerEvent::WrongRows { .. }
             | ConsumerEvent::CloseSession { .. }
             | ConsumerEvent::CloseInvoice { .. }
+            | ConsumerEvent::ClockMoved
             | ConsumerEvent::LinkUp { .. }
             | ConsumerEvent::LinkFailed { .. }
             | ConsumerEvent::LinkDown { .. }
@@ -396,6 +398,16 @@ impl Consumer {
         self.append(vec![Draft::of(Evidence::Misbehaviour { peer, rule: rule.to_owned(), statement })], Vec::new());
         self.actions.push_back(ConsumerAction::Penalise { provider: peer, rule: rule.to_owned() });
         self.shunned.insert(peer, (now.plus_ms(self.config.shun_ms), text.to_owned()));
+    }
+
+    /// Nobody is to be accused of a silence that only our clock saw, nor to be left for longer than was meant.
+    fn clock_moved(&mut self, now: UnixMs) {
+        for session in self.sessions.values_mut() {
+            session.uncredited_since = session.uncredited_since.map(|_| now);
+            session.log.clock_moved(now);
+        }
+        let longest = now.plus_ms(self.config.shun_ms);
+        self.shunned.values_mut().for_each(|(until, _)| *until = longest.min(*until));
     }
 
     /// Closes a session's link from our side; what was open on it goes elsewhere.

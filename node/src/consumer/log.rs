@@ -52,6 +52,14 @@ impl LogView {
         self.uncovered = None;
         self.unpromised.iter_mut().for_each(|(_, since)| *since = None);
     }
+    /// Our clock was moved: what the provider owes is owed from now.
+    pub(super) fn clock_moved(&mut self, now: UnixMs) {
+        self.unpromised.iter_mut().filter_map(|(_, since)| since.as_mut()).for_each(|since| *since = now);
+        self.uncovered = self.uncovered.map(|_| now);
+        if let Some((_, since)) = &mut self.asked {
+            *since = now;
+        }
+    }
     /// The provider is connected, and speaks of its log or does not.
     pub(super) fn linked(&mut self, now: UnixMs, speaks: bool) {
         self.speaks = speaks;

@@ -187,6 +187,8 @@ pub enum ConsumerEvent {
         session: SessionId,
         result: Result<String, String>,
     },
+    /// The clock that this role is told was set, or the machine slept: what is due from providers is due from now.
+    ClockMoved,
     LinkUp {
         link: LinkId,
     },

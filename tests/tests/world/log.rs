@@ -121,6 +121,25 @@ fn a_provider_that_is_silent_about_its_log_is_found_by_its_deadline() {
 }
 
 #[test]
+fn a_clock_that_was_moved_accuses_nobody() {
+    // It owes a promise. Our clock is set ahead by more than the wait for it, or this machine sleeps for so long.
+    let mut world = impatient(Cheat::NoPromises);
+    let now = world.now;
+    let ahead = now.plus_ms(65_000);
+    let role = world.consumers[0].role.as_mut().unwrap();
+    role.handle(ahead, ConsumerEvent::ClockMoved);
+    role.handle(ahead.plus_ms(30_000), ConsumerEvent::Tick);
+    world.settle();
+    assert!(world.consumers[0].journal.misbehaviour().is_empty());
+    // And set right: it has its whole time again, and no more than that.
+    world.consumers[0].role.as_mut().unwrap().handle(now, ConsumerEvent::ClockMoved);
+    world.run_ms(50_000);
+    assert!(world.consumers[0].journal.misbehaviour().is_empty());
+    world.run_ms(15_000);
+    assert_eq!(world.consumers[0].journal.misbehaviour(), ["promise-overdue"]);
+}
+
+#[test]
 fn two_histories_that_others_heard_are_kept_once_even_of_a_provider_without_a_session() {
     let mut world = World::new(Options::default(), 1, 1);
     let key = world.providers[0].key.clone();

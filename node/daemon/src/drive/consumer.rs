@@ -1,7 +1,7 @@
 //! Drives the consumer role: links to providers, payments, the journal, and the calls that wait for tokens.
 
 use super::{
-    checkpoints,
+    ClockWatch, checkpoints,
     journal::JournalWriter,
     links::{self, Outbound},
     market::Market,
@@ -121,6 +121,7 @@ impl Running {
     async fn run(mut self, mut messages: mpsc::Receiver<Message>) {
         self.act();
         self.show(true);
+        let mut clock = ClockWatch::new();
         loop {
             let wake = until(self.driver.role.poll_timeout());
             let wake = if self.lists_stale { wake.min(VIEW_INTERVAL) } else { wake };
@@ -132,6 +133,14 @@ impl Running {
                 },
                 () = tokio::time::sleep(wake) => Some(ConsumerEvent::Tick),
             };
+            // Before anything is judged by it.
+            if let Some(by_ms) = clock.moved() {
+                tracing::warn!(
+                    by_s = by_ms / 1_000,
+                    "the clock was set, or the machine slept: waits for providers begin anew"
+                );
+                self.driver.role.handle(now(), ConsumerEvent::ClockMoved);
+            }
             if let Some(event) = event {
                 if matches!(event, ConsumerEvent::Tick) && self.driver.role.wants_listings() {
                     self.learn();

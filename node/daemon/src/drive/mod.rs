@@ -58,12 +58,40 @@ pub(crate) mod wallet;
 
 use rand::RngCore;
 use satgrid_types::UnixMs;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// The wall clock: the one place where this process reads it for its machines.
 pub(crate) fn now() -> UnixMs {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
     UnixMs(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// Tells when the wall clock was set, or stood still for us while the machine slept: it then went another way than time did.
+pub(crate) struct ClockWatch {
+    wall: UnixMs,
+    steady: Instant,
+}
+
+impl ClockWatch {
+    /// More than any machine is held up between two looks at its clocks, and less than anybody is accused over.
+    const MOST_APART_MS: u64 = 5_000;
+
+    pub(crate) fn new() -> ClockWatch {
+        ClockWatch { wall: now(), steady: Instant::now() }
+    }
+
+    /// By how much it was moved since the last look, in milliseconds and either way; none where it was not.
+    pub(crate) fn moved(&mut self) -> Option<i64> {
+        self.moved_to(now(), Instant::now())
+    }
+
+    fn moved_to(&mut self, wall: UnixMs, steady: Instant) -> Option<i64> {
+        let passed = u64::try_from(steady.saturating_duration_since(self.steady).as_millis()).unwrap_or(u64::MAX);
+        let due = self.wall.plus_ms(passed);
+        (self.wall, self.steady) = (wall, steady);
+        let apart = i64::try_from(wall.0.abs_diff(due.0)).unwrap_or(i64::MAX);
+        (apart.unsigned_abs() > Self::MOST_APART_MS).then_some(if wall > due { apart } else { -apart })
+    }
 }
 
 /// A seed for a machine's random source.
@@ -77,4 +105,26 @@ pub(crate) fn fresh_seed() -> [u8; 32] {
 pub(crate) fn until(deadline: Option<UnixMs>) -> Duration {
     const LONG_MS: u64 = 3_600_000;
     Duration::from_millis(deadline.map_or(LONG_MS, |at| at.since(now()).max(1)).min(LONG_MS))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_that_is_set_and_a_machine_that_slept_are_noticed() {
+        const DAY_MS: u64 = 86_400_000;
+        let (wall, steady) = (UnixMs(1_700_000_000_000), Instant::now());
+        let later = |ms| steady + Duration::from_millis(ms);
+        let mut clock = ClockWatch { wall, steady };
+        assert_eq!(clock.moved_to(wall.plus_ms(60_000), later(60_000)), None, "time passed");
+        assert_eq!(clock.moved_to(wall.plus_ms(64_000), later(60_100)), None, "a little");
+        assert_eq!(
+            clock.moved_to(wall.plus_ms(64_000 + DAY_MS), later(60_100)),
+            Some(86_400_000),
+            "set ahead, or slept"
+        );
+        assert_eq!(clock.moved_to(wall.plus_ms(64_100 + DAY_MS), later(60_200)), None, "said once");
+        assert_eq!(clock.moved_to(wall.plus_ms(64_100), later(60_200)), Some(-86_400_000), "set back");
+    }
 }
