@@ -8,11 +8,13 @@
 //! | none, or older than [`STALE_S`] | it may run |
 //! | its own (same folder on the same machine), however old | it was restarted |
 //! | "stopped" | the other one ended in order |
+//! | from the future, by more than clocks may differ | as above; where it may run, that sign is taken back: it would outlast ours |
 //! | another's, and fresh | refused |
 //!
 //! Relays that do not answer refuse nobody: a node must be able to start when they are down. It is a guard against a
 //! mistake, not against an enemy, who would not publish.
 
+use crate::ahead;
 use crate::relays::{RelayConfig, Relays, StartError};
 use nostr_sdk::{EventBuilder, Filter, Keys, Kind, SecretKey, Tag, Timestamp};
 use secp256k1::Keypair;
@@ -61,6 +63,9 @@ pub async fn claim(
         if refuses(&event.content, &instance, ago_s) {
             client.shutdown().await;
             return Err(HeartbeatError::Elsewhere { ago_s });
+        }
+        for relay in &relays.all {
+            ahead::take_back(relay, &keys, Filter::new().kind(KIND).identifier(NAME)).await;
         }
     }
     Ok(tokio::spawn(async move {

@@ -11,6 +11,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 #![forbid(unsafe_code)]
 
+mod ahead;
 pub mod heartbeat;
 mod outbox;
 mod publisher;

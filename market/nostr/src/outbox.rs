@@ -12,7 +12,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use satgrid_types::{
-    CHECKPOINT_KIND, LISTING_KIND, Listing, ListingId, ListingRefusal, NostrEvent, UnixMs, verify_listing,
+    CHECKPOINT_KIND, LISTING_KIND, Listing, ListingId, ListingRefusal, MAX_CLOCK_SKEW_S, NostrEvent, UnixMs,
+    verify_listing,
 };
 use secp256k1::Keypair;
 use thiserror::Error;
@@ -109,8 +110,11 @@ impl Outbox {
 
     /// Signs anew what is due, forgets what is withdrawn and expired.
     pub(crate) fn refresh(&mut self, now: UnixMs) {
-        let due: Vec<Place> =
-            self.items.iter().filter(|(_, item)| item.due <= now).map(|(place, _)| place.clone()).collect();
+        // What is due later than can be was made by a clock that was ahead.
+        let latest = now.plus_ms(u64::try_from(self.lifetime.as_millis()).unwrap_or(u64::MAX));
+        let ahead = |item: &Item| item.due > latest && !matches!(item.body, Body::Checkpoint);
+        let due = self.items.iter().filter(|(_, item)| item.due <= now || ahead(item));
+        let due: Vec<Place> = due.map(|(place, _)| place.clone()).collect();
         for place in due {
             let Some(item) = self.items.get(&place) else { continue };
             let Body::Listing(listing) = &item.body else {
@@ -169,9 +173,11 @@ impl Outbox {
         Ok(Item { body: Body::Listing(Box::new(listing)), event, due, taken: BTreeMap::new() })
     }
 
-    /// Later than the version before, even within one second: readers keep the newest.
+    /// Later than the version before, even within one second: readers keep the newest. One from the future is taken back, and
+    /// no measure.
     fn created_at(&self, now: UnixMs, place: &Place) -> u64 {
-        let before = self.items.get(place).map(|item| item.event.created_at);
+        let latest = now.as_secs().saturating_add(MAX_CLOCK_SKEW_S);
+        let before = self.items.get(place).map(|item| item.event.created_at).filter(|at| *at <= latest);
         now.as_secs().max(before.map_or(0, |before| before.saturating_add(1)))
     }
 }
@@ -192,6 +198,17 @@ mod tests {
         let all = outbox.lacking("r", 1);
         assert_eq!(all.len(), 1);
         all[0].clone()
+    }
+
+    #[test]
+    fn a_clock_that_was_a_day_ahead_and_is_set_right_dates_nothing_ahead() {
+        let mut outbox = outbox();
+        outbox.offer(NOW.plus_ms(86_400_000), vec![listing(1, 4)]).unwrap();
+        outbox.refresh(NOW);
+        assert_eq!(only(&outbox).created_at, NOW.as_secs());
+        let id = only(&outbox).id;
+        outbox.refresh(NOW.plus_ms(1_000));
+        assert_eq!(only(&outbox).id, id, "once");
     }
 
     #[test]

@@ -7,8 +7,11 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use nostr_sdk::{Event, JsonUtil, Keys, Relay, SecretKey};
-use satgrid_types::{Listing, ListingId, NostrEvent, NostrKey, UnixMs, VerifiedListing, nostr_key, verify_listing};
+use nostr_sdk::{Event, Filter, JsonUtil, Keys, Kind, Relay, SecretKey};
+use satgrid_types::{
+    CHECKPOINT_KIND, LISTING_KIND, Listing, ListingId, NostrEvent, NostrKey, UnixMs, VerifiedListing, nostr_key,
+    verify_listing,
+};
 use secp256k1::Keypair;
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -16,6 +19,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::ahead;
 use crate::outbox::{OfferError, Outbox};
 use crate::relays::{RelayConfig, RelayHealth, Relays, StartError, observe};
 use crate::schedule::backoff;
@@ -72,13 +76,15 @@ impl Publisher {
         shutdown: CancellationToken,
     ) -> Result<Publisher, StartError> {
         let signer = SecretKey::from_slice(&keys.secret_bytes()).map_err(|e| StartError::Client(e.to_string()))?;
-        let relays = Relays::connect(&config.relays, Some(Keys::new(signer)), None).await?;
+        let signer = Keys::new(signer);
+        let relays = Relays::connect(&config.relays, Some(signer.clone()), None).await?;
         let (commands, received) = mpsc::channel(QUEUE);
         let states: Vec<RelayState> = relays.all.iter().map(RelayState::new).collect();
         let (report, health) = watch::channel(states.iter().map(|state| state.health.clone()).collect());
         let (tell_offered, offered) = watch::channel(Vec::new());
         let worker = Worker {
             tell_offered,
+            signer,
             outbox: Outbox::new(keys, config.lifetime, config.seed),
             states,
             retry: config.relays.retry,
@@ -132,6 +138,8 @@ struct RelayState {
     relay: Relay,
     health: RelayHealth,
     sending: bool,
+    /// The last connection on which what is dated ahead was taken back.
+    looked_ahead: usize,
     failures: u32,
     not_before: Instant,
 }
@@ -139,7 +147,8 @@ struct RelayState {
 impl RelayState {
     fn new(relay: &Relay) -> RelayState {
         let health = RelayHealth { url: relay.url().to_string(), ..RelayHealth::default() };
-        RelayState { relay: relay.clone(), health, sending: false, failures: 0, not_before: Instant::now() }
+        let relay = relay.clone();
+        RelayState { relay, health, sending: false, looked_ahead: 0, failures: 0, not_before: Instant::now() }
     }
 }
 
@@ -152,6 +161,7 @@ struct Sent {
 
 struct Worker {
     outbox: Outbox,
+    signer: Keys,
     states: Vec<RelayState>,
     retry: Duration,
     sending: JoinSet<Sent>,
@@ -203,7 +213,9 @@ impl Worker {
             let lacking = self.outbox.lacking(&state.health.url, connection);
             if !lacking.is_empty() {
                 state.sending = true;
-                self.sending.spawn(send(index, state.relay.clone(), connection, lacking));
+                let signer = (state.looked_ahead != connection).then(|| self.signer.clone());
+                state.looked_ahead = connection;
+                self.sending.spawn(send(index, state.relay.clone(), connection, signer, lacking));
             }
         }
         let health: Vec<RelayHealth> = self.states.iter().map(|state| state.health.clone()).collect();
@@ -238,6 +250,8 @@ impl Worker {
                 }
                 Err(reason) => {
                     failed = true;
+                    // It may keep what this clock dated ahead a moment ago.
+                    state.looked_ahead = 0;
                     state.health.refused += 1;
                     tracing::warn!(relay = %state.health.url, event = %id, reason, "event not taken; trying again");
                     state.health.last_error = Some(reason);
@@ -265,7 +279,12 @@ impl Worker {
     }
 }
 
-async fn send(index: usize, relay: Relay, connection: usize, events: Vec<NostrEvent>) -> Sent {
+/// `signer` is given once for each connection, to take back first what would keep these events out.
+async fn send(index: usize, relay: Relay, connection: usize, signer: Option<Keys>, events: Vec<NostrEvent>) -> Sent {
+    if let Some(keys) = signer {
+        let ours = Filter::new().kinds([Kind::Custom(LISTING_KIND), Kind::Custom(CHECKPOINT_KIND)]);
+        ahead::take_back(&relay, &keys, ours).await;
+    }
     let mut results = BTreeMap::new();
     for event in events {
         let id = event.id;

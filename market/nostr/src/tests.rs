@@ -166,6 +166,24 @@ async fn a_published_listing_reaches_the_book() {
 }
 
 #[tokio::test]
+async fn what_a_wrong_clock_dated_ahead_keeps_nothing_out() {
+    // It ran with a clock of tomorrow: the relay has a listing from then, and takes none that is older.
+    let port = free_port();
+    let _relay = relay(port).await;
+    let day_ahead = now().as_secs() + 86_400;
+    let tomorrow = Listing { expires_at: day_ahead + 1_800, ..listing(1, 4) };
+    let event = tomorrow.to_event(&nostr_keys(1), day_ahead, &[0; 32]);
+    let told = succession::tell(&config(&[port]), &[event], PATIENCE).await.unwrap();
+    assert_eq!(told.taken.len(), 1);
+    let mut reader = Reader::start(&[port]).await;
+    let (publisher, _stop) = publisher(&[port]).await;
+    publisher.offer(vec![listing(1, 4)]).await.unwrap().unwrap();
+    let listing = reader.next().await;
+    assert!(listing.created_at() < day_ahead);
+    wait_for(&publisher, |all| all[0].delivered == 1 && all[0].refused == 0).await;
+}
+
+#[tokio::test]
 async fn a_late_reader_gets_what_is_stored() {
     let port = free_port();
     let _relay = relay(port).await;
