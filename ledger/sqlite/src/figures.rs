@@ -2,6 +2,7 @@
 //! workers answered. Sums, bounded, and no part of what anybody owes.
 
 use crate::{
+    begin::begin,
     open::{self, OpenError},
     reader::row_number,
 };
@@ -64,7 +65,7 @@ impl FigureStore {
     /// Adds rows to a model's sums.
     pub async fn add(&self, model: [u8; 32], rows: &ExpertRows) -> Result<(), sqlx::Error> {
         let mut connection = self.connection.lock().await;
-        let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
+        let mut tx = begin(&mut connection).await?;
         let (places,): (i64,) = sqlx::query_as("SELECT count(*) FROM expert_rows WHERE model <> ?")
             .bind(&model[..])
             .fetch_one(&mut *tx)
@@ -98,7 +99,7 @@ impl FigureStore {
     /// Keeps what was measured, in place of what was measured before.
     pub async fn keep(&self, model: [u8; 32], costs: &Costs, at: UnixMs) -> Result<(), sqlx::Error> {
         let mut connection = self.connection.lock().await;
-        let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
+        let mut tx = begin(&mut connection).await?;
         for ((node, what), sums) in costs.iter().filter(|(_, sums)| sums.iter().all(|sum| sum.is_finite())) {
             let mut query = sqlx::query(
                 "INSERT OR REPLACE INTO expert_costs (model, node, what, at, w, x, y, xx, xy) VALUES (?,?,?,?,?,?,?,?,?)",

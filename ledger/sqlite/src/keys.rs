@@ -10,13 +10,14 @@ mod house;
 mod rows;
 
 use crate::{
+    begin::begin,
     open::{self, OpenError},
     reader::row_number,
 };
 use rows::{KEY_COLUMNS, amount, key_of};
 use satgrid_ledger::keys::{KeyId, KeyRecord, KeyRefusal, MAX_DEPTH, MAX_KEYS, NewKey, NewKeyError, day_of};
 use satgrid_types::{Msat, RequestId, UnixMs};
-use sqlx::{Connection, Row, SqliteConnection};
+use sqlx::{Row, SqliteConnection};
 use std::{path::Path, sync::Arc};
 use thiserror::Error;
 use tokio::sync::{Mutex, mpsc};
@@ -88,7 +89,7 @@ impl KeyStore {
     /// Makes a key whose secret hashes to `hash`.
     pub async fn create(&self, new: &NewKey, hash: [u8; 32], now: UnixMs) -> Result<KeyRecord, KeyError> {
         let mut connection = self.connection.lock().await;
-        let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
+        let mut tx = begin(&mut connection).await?;
         let above = match new.parent {
             Some(parent) => {
                 let chain = chain(&mut tx, parent, now).await?;
@@ -209,4 +210,43 @@ async fn chain(connection: &mut SqliteConnection, id: KeyId, now: UnixMs) -> Res
         found.push(record);
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use satgrid_ledger::keys::{KeyKind, KeyLimits};
+
+    #[tokio::test]
+    async fn a_disk_that_was_full_and_has_room_again_is_written_to() {
+        let folder = tempfile::tempdir().unwrap();
+        let keys = KeyStore::open(&folder.path().join("keys.sqlite")).await.unwrap();
+        let now = UnixMs(1_700_000_000_000);
+        let limit = |pages: u32| {
+            let keys = keys.clone();
+            let pragma = format!("PRAGMA max_page_count = {pages}");
+            async move { sqlx::query(&pragma).execute(&mut *keys.connection.lock().await).await.unwrap() }
+        };
+        let call = |n: u64| {
+            let mut id = [0; 32];
+            id[..8].copy_from_slice(&n.to_be_bytes());
+            let (model, one) = ("m".repeat(4_000), Msat(1));
+            NewCall { id: RequestId(id), key: None, caller: None, model, needed: one, wanted: one }
+        };
+        // As many pages as there are: the next that is wanted is not had.
+        limit(1).await;
+        let mut n = 0;
+        let full = loop {
+            if let Err(error) = keys.open_call(&call(n), now).await {
+                break error;
+            }
+            n += 1;
+            assert!(n < 10_000, "the limit never came");
+        };
+        assert!(matches!(full, KeyError::Storage(_)), "{full}");
+        limit(1 << 30).await;
+        keys.open_call(&call(n), now).await.unwrap();
+        let new = NewKey { name: "n".into(), kind: KeyKind::Infer, parent: None, limits: KeyLimits::default() };
+        keys.create(&new, [1; 32], now).await.unwrap();
+    }
 }

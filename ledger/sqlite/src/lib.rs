@@ -10,11 +10,13 @@
 //! | `figures` | [`FigureStore`]: which experts a lead's router chose, and how fast its workers answered |
 //! | `paces` | [`StagePace`]: how fast those are whose layers a lead buys, beside what they list |
 //! | `lock` | a second process is refused |
+//! | `begin` | a transaction, also after one that a full disk ended |
 //!
 //! SQLite runs in WAL mode with `synchronous=FULL`: an append that returned is on the disk. This crate decides nothing
 //! about money; it keeps the bytes that it is given.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod begin;
 mod figures;
 mod journal;
 mod keep;

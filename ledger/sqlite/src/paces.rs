@@ -1,7 +1,7 @@
 //! What a lead measured of those whose layers it buys, beside the journal: the newest figure of each, and no part of what
 //! anybody owes.
 
-use crate::{figures::FigureStore, open, reader::row_number};
+use crate::{begin::begin, figures::FigureStore, open, reader::row_number};
 use satgrid_types::UnixMs;
 use sqlx::{ConnectOptions, Connection, SqliteConnection};
 use std::path::Path;
@@ -28,7 +28,7 @@ impl FigureStore {
     /// Keeps what was measured, in place of what was measured before.
     pub async fn keep_pace(&self, model: [u8; 32], pace: &StagePace) -> Result<(), sqlx::Error> {
         let mut connection = self.connection.lock().await;
-        let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
+        let mut tx = begin(&mut connection).await?;
         sqlx::query(
             "INSERT OR REPLACE INTO stage_paces (model, node, first, beyond, listed_us, measured_us, lies, at) \
              VALUES (?,?,?,?,?,?,?,?)",

@@ -7,10 +7,10 @@
 //! | settled, failed | nothing | what was held and not needed has returned to the key |
 
 use super::{KeyError, KeyStore, rows::amount};
-use crate::reader::row_number;
+use crate::{begin::begin, reader::row_number};
 use satgrid_ledger::keys::KeyId;
 use satgrid_types::{Msat, PaymentHash, UnixMs};
-use sqlx::{Connection, Row, SqliteConnection, sqlite::SqliteRow};
+use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
 
 /// Invoices that expired unpaid are forgotten after this.
 const FORGET_AFTER_MS: u64 = 24 * 3_600 * 1_000;
@@ -98,7 +98,7 @@ impl KeyStore {
     /// Writes an invoice down before it is shown.
     pub async fn add_invoice(&self, new: &NewInvoice, limits: InvoiceLimits, now: UnixMs) -> Result<(), KeyError> {
         let mut connection = self.connection.lock().await;
-        let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
+        let mut tx = begin(&mut connection).await?;
         sqlx::query("DELETE FROM door_invoices WHERE paid_at IS NULL AND expires_at < ?")
             .bind(row_number(now.0.saturating_sub(FORGET_AFTER_MS)))
             .execute(&mut *tx)
@@ -160,7 +160,7 @@ impl KeyStore {
         now: UnixMs,
     ) -> Result<Option<InvoiceRow>, KeyError> {
         let mut connection = self.connection.lock().await;
-        let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
+        let mut tx = begin(&mut connection).await?;
         let Some(row) = invoice(&mut tx, hash).await? else { return Ok(None) };
         if row.paid {
             return Ok(Some(row));
@@ -204,7 +204,7 @@ impl KeyStore {
     ) -> Result<RefundRow, KeyError> {
         let (sum, max_fee) = refund;
         let mut connection = self.connection.lock().await;
-        let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
+        let mut tx = begin(&mut connection).await?;
         let held = sum.saturating_add(max_fee);
         // The table's own constraint refuses what the balance does not cover; this says it in figures.
         let left = sqlx::query_as::<_, (i64,)>(
@@ -278,7 +278,7 @@ impl KeyStore {
         how: impl FnOnce(&RefundRow) -> (Msat, &'static str, Option<Msat>, Option<String>),
     ) -> Result<Option<RefundRow>, KeyError> {
         let mut connection = self.connection.lock().await;
-        let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
+        let mut tx = begin(&mut connection).await?;
         let found =
             sqlx::query(&format!("SELECT {REFUND_COLUMNS} FROM door_refunds WHERE hash = ? AND state = 'attempted'"))
                 .bind(hash.0.as_slice())
@@ -320,7 +320,7 @@ impl KeyStore {
     /// A refund that was never attempted is given up: all of it returns to the key.
     pub async fn refund_given_up(&self, id: u64, reason: &str) -> Result<(), KeyError> {
         let mut connection = self.connection.lock().await;
-        let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
+        let mut tx = begin(&mut connection).await?;
         let done =
             sqlx::query("UPDATE door_refunds SET state = 'failed', reason = ? WHERE id = ? AND state = 'waiting'")
                 .bind(reason)

@@ -5,8 +5,9 @@
 //! answered before the commit returned.
 
 use super::{CallEnd, CallRef, KeyError, KeyStore, NewCall, calls};
+use crate::begin::begin;
 use satgrid_types::{Msat, RequestId, UnixMs};
-use sqlx::{Connection, SqliteConnection};
+use sqlx::SqliteConnection;
 use std::{sync::Arc, time::Duration};
 use tokio::{
     sync::{Mutex, mpsc, oneshot},
@@ -129,7 +130,7 @@ async fn transaction(
     asks: Vec<Ask>,
     replies: &mut Vec<Reply>,
 ) -> Result<(), KeyError> {
-    let mut tx = match connection.begin_with("BEGIN IMMEDIATE").await {
+    let mut tx = match begin(connection).await {
         Ok(tx) => tx,
         Err(error) => {
             replies.extend(asks.into_iter().filter_map(unanswered));

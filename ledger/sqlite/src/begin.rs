@@ -1,0 +1,18 @@
+//! Begins a transaction, also on a connection that has lost its last one.
+//!
+//! On a full disk SQLite leaves a transaction by itself. The rollback that follows then finds none and fails, and the driver goes
+//! on to count one as open: every later begin would be refused, though the disk had room again.
+
+use sqlx::{
+    Connection, Sqlite, SqliteConnection, Transaction, TransactionManager, sqlite::SqliteTransactionManager as Manager,
+};
+
+/// One that may write, from its beginning. The connection is nobody else's meanwhile, so what is counted as open is not.
+pub(crate) async fn begin(connection: &mut SqliteConnection) -> Result<Transaction<'_, Sqlite>, sqlx::Error> {
+    if Manager::get_transaction_depth(connection) > 0 {
+        // A rollback that has something to roll back; it may, where it was held up until now.
+        let _ = sqlx::query("BEGIN").execute(&mut *connection).await;
+        Manager::rollback(connection).await?;
+    }
+    connection.begin_with("BEGIN IMMEDIATE").await
+}
