@@ -4,7 +4,7 @@
 //! The status stays open until the first text, the end, an error, or [`FIRST_EVENT_WAIT`]: so a refusal or a provider
 //! that fails at once is an HTTP error, and a long prefill shows life in time.
 
-use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{panic::AssertUnwindSafe, sync::Arc};
 
 use axum::{
     Extension,
@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
-    body,
+    body::{self, busy},
     choices::{self, Reply},
     collect,
     config::limits::{FIRST_EVENT_WAIT, MAX_IDEMPOTENCY_KEY_BYTES},
@@ -37,8 +37,6 @@ use crate::{
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const IDEMPOTENT_REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 pub(crate) const COST: HeaderName = HeaderName::from_static("x-satgrid-cost-msat");
-/// How long a client is told to wait when every slot is taken.
-const BUSY_RETRY: Duration = Duration::from_secs(2);
 
 pub(crate) async fn chat(
     State(edge): State<Arc<Edge>>,
@@ -138,17 +136,19 @@ async fn complete(edge: Arc<Edge>, caller: Caller, endpoint: Endpoint, request: 
         return Err(ServiceError::closing().into());
     }
     caller.may_infer()?;
-    // Before the body is read: parsed bodies are what a flood would fill the memory with.
-    let permit = Arc::clone(&edge.in_flight).try_acquire_owned().map_err(|_| busy())?;
-    let reading = edge.reading.try_acquire().map_err(|_| busy())?;
+    // Nothing is read for what could not be begun. A place is taken once all of it is here: who sends slowly holds none.
+    if edge.in_flight.available_permits() == 0 {
+        return Err(busy().into());
+    }
     let (parts, body) = request.into_parts();
     let run_key = run_key(&parts.headers, &caller, endpoint)?;
-    let body = body::read(&edge.config, body).await?;
+    let body = body::read(&edge, body).await?;
+    let permit = Arc::clone(&edge.in_flight).try_acquire_owned().map_err(|_| busy())?;
     let (parsed, form) = endpoint.read(&edge, &body).await?;
     let payer = caller.key.clone().map(|key| (key, caller.address.clone()));
     let (stream, include_usage) = (parsed.stream, parsed.include_usage);
-    let run_key = run_key.map(|key| (key, Sha256::digest(&body).into()));
-    drop((body, reading));
+    let run_key = run_key.map(|key| (key, Sha256::digest(&*body).into()));
+    drop(body);
 
     let deadline = Instant::now() + edge.config.max_request;
     let model = parsed.request.model.clone();
@@ -262,10 +262,6 @@ async fn echoed(service: &dyn Service, request: &CompletionRequest) -> Result<Op
         Prompt::Tokens(tokens) => service.detokenize(request.model.clone(), tokens.clone()).await.map(Some),
         Prompt::Messages(_) | Prompt::Embed(_) => Ok(None),
     }
-}
-
-const fn busy() -> ServiceError {
-    ServiceError::Busy { retry_after: BUSY_RETRY }
 }
 
 fn fresh_seed(edge: &Edge) -> u64 {

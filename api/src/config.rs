@@ -90,8 +90,8 @@ pub struct ApiConfig {
     pub body_wait: Duration,
     /// Completions at one time, most of them waiting for their next token; more get 503.
     pub max_in_flight: usize,
-    /// Bodies that are read and parsed at one time: what a flood would fill the memory with. More get 503.
-    pub max_reading: usize,
+    /// Bytes of all bodies that are read and parsed at one time: what a flood would fill the memory with. More get 503.
+    pub max_reading_bytes: usize,
     pub max_connections: usize,
     /// A completion that takes longer is given up.
     pub max_request: Duration,
@@ -120,7 +120,7 @@ impl Default for ApiConfig {
             max_body_bytes: 4 << 20,
             body_wait: Duration::from_secs(30),
             max_in_flight: 1_024,
-            max_reading: 256,
+            max_reading_bytes: 256 << 20,
             max_connections: 2_048,
             max_request: Duration::from_secs(3_600),
             stalled_reader: Duration::from_secs(60),

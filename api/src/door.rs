@@ -23,7 +23,9 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use thiserror::Error;
 
-use crate::{body, error::ApiError, gate::Caller, keys, reply::Flavour, request, router::Edge, service::ServiceError};
+use crate::{
+    body, crowd, error::ApiError, gate::Caller, keys, reply::Flavour, request, router::Edge, service::ServiceError,
+};
 
 /// What the node does for strangers.
 #[async_trait]
@@ -156,15 +158,7 @@ pub(crate) fn address(edge: &Edge, headers: &HeaderMap, peer: Option<IpAddr>) ->
             (_, _) => break,
         }
     }
-    match ip.map(|ip| ip.to_canonical()) {
-        Some(IpAddr::V6(ip)) => {
-            // One customer has a whole /64.
-            let [a, b, c, d, ..] = ip.segments();
-            format!("{a:x}:{b:x}:{c:x}:{d:x}::/64")
-        }
-        Some(ip) => ip.to_string(),
-        None => "unknown".to_owned(),
-    }
+    ip.map_or_else(|| "unknown".to_owned(), |ip| crowd::customer(ip).to_string())
 }
 
 /// An L402 credential, also under its old name.
@@ -198,7 +192,7 @@ pub(crate) async fn challenge(edge: &Edge, address: &str, request: Request) -> R
     let wait = edge.pace.take(&format!("invoice {address}"), INVOICES_PER_MINUTE);
     wait.map_err(ApiError::too_many)?;
     let path = request.uri().path().to_owned();
-    let body = body::read(&edge.config, request.into_body()).await?;
+    let body = body::read(edge, request.into_body()).await?;
     // What is wrong with a request is told before it is paid for.
     let parsed = match path.as_str() {
         RESPONSES => request::response(&body, 0).map(|(parsed, _)| parsed)?,
@@ -265,7 +259,7 @@ pub(crate) async fn top_up(
     request: Request,
 ) -> Result<Response, ApiError> {
     let door = Arc::clone(door(&edge)?);
-    let body = body::read(&edge.config, request.into_body()).await?;
+    let body = body::read(&edge, request.into_body()).await?;
     let TopUpBody { amount_sat } = parsed(&body)?;
     let absurd = || ApiError::bad("invalid_value", "amount_sat", "`amount_sat` is too large.");
     let amount = Msat::from_sat(amount_sat).ok_or_else(absurd)?;
@@ -328,7 +322,7 @@ pub(crate) async fn refund(
 ) -> Result<Response, ApiError> {
     let door = Arc::clone(door(&edge)?);
     let key = own_key(caller)?;
-    let body = body::read(&edge.config, request.into_body()).await?;
+    let body = body::read(&edge, request.into_body()).await?;
     let RefundBody { destination, amount_msat } = parsed(&body)?;
     let refund = door.refund(&key, &destination, amount_msat).await?;
     Ok((StatusCode::ACCEPTED, Json(refund_json(&refund))).into_response())

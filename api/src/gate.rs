@@ -29,7 +29,10 @@ use tracing::Instrument;
 
 use crate::{
     accounts::KeyDenied,
-    config::{ApiConfig, limits::MAX_TRACE_ID_BYTES},
+    config::{
+        ApiConfig,
+        limits::{MAX_HEAD_BYTES, MAX_TRACE_ID_BYTES},
+    },
     door,
     error::ApiError,
     router::Edge,
@@ -93,8 +96,21 @@ fn sane_trace(headers: &HeaderMap) -> Option<String> {
     fits.then(|| id.to_owned())
 }
 
+/// Of the address and the headers, each with its separators.
+fn head_bytes(request: &Request) -> usize {
+    let fields = request.headers().iter().map(|(name, value)| name.as_str().len().saturating_add(value.len()));
+    let path = request.uri().path_and_query().map_or(0, |path| path.as_str().len());
+    fields.fold(path, |sum, field| sum.saturating_add(field).saturating_add(4))
+}
+
 pub(crate) async fn gate(State(edge): State<Arc<Edge>>, mut request: Request, next: Next) -> Response {
     let trace = request.extensions().get::<Trace>().map(|t| t.0.clone()).unwrap_or_default();
+    // The connection's buffer may hold up to twice the limit.
+    if head_bytes(&request) > MAX_HEAD_BYTES {
+        let message = format!("The request's headers are larger than {MAX_HEAD_BYTES} bytes.");
+        let status = StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
+        return ApiError::new(status, "headers_too_large", message).into_response();
+    }
     if request.uri().path() == "/health" || request.method() == Method::OPTIONS {
         return next.run(request).await;
     }

@@ -161,7 +161,7 @@ pub(crate) async fn create(
 ) -> Result<Response, ApiError> {
     let by = manager(&caller)?.to_owned();
     let accounts = Arc::clone(accounts(&edge)?);
-    let mut new = new_key(&body::read(&edge.config, request.into_body()).await?)?;
+    let mut new = new_key(&body::read(&edge, request.into_body()).await?)?;
     let parent = new.parent.take().unwrap_or_else(|| by.clone());
     if !is_below(&*accounts, &parent, &by).await? {
         return Err(AccountError::NoSuchKey { id: parent }.into());
@@ -345,7 +345,7 @@ pub(crate) async fn estimate(
     request: Request,
 ) -> Result<Response, ApiError> {
     let accounts = Arc::clone(accounts(&edge)?);
-    let body = body::read(&edge.config, request.into_body()).await?;
+    let body = body::read(&edge, request.into_body()).await?;
     let chat = parse_json(&body)?.get("messages").is_some();
     let flavour = if chat { Flavour::Chat } else { Flavour::Text };
     let parsed = request::completion(flavour, &body, 0)?;

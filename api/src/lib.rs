@@ -17,6 +17,7 @@ mod choices;
 mod collect;
 mod completions;
 mod config;
+mod crowd;
 mod door;
 mod embeddings;
 mod error;

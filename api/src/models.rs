@@ -37,14 +37,14 @@ fn exchange_rate(edge: &Edge) -> Option<ExchangeRate> {
 }
 
 pub(crate) async fn tokenize(State(edge): State<Arc<Edge>>, request: Request) -> Result<Response, ApiError> {
-    let body = body::read(&edge.config, request.into_body()).await?;
+    let body = body::read(&edge, request.into_body()).await?;
     let reply = edge.service.tokenize(request::tokenize(&body)?).await?;
     let reply = TokenizeReply { count: reply.tokens.len(), max_model_len: reply.context_length, tokens: reply.tokens };
     Ok(Json(reply).into_response())
 }
 
 pub(crate) async fn detokenize(State(edge): State<Arc<Edge>>, request: Request) -> Result<Response, ApiError> {
-    let body = body::read(&edge.config, request.into_body()).await?;
+    let body = body::read(&edge, request.into_body()).await?;
     let (model, tokens) = request::detokenize(&body)?;
     let prompt = edge.service.detokenize(model, tokens).await?;
     Ok(Json(DetokenizeReply { content: prompt.clone(), prompt }).into_response())

@@ -16,6 +16,7 @@ use tower_http::{
 };
 
 use crate::{
+    body::PIECE_BYTES,
     completions,
     config::ApiConfig,
     door,
@@ -56,7 +57,7 @@ pub(crate) fn router(
         pace: Pace::default(),
         runs: Runs::new(config.idempotency_runs, config.idempotency_window, config.idempotency_grace),
         in_flight: Arc::new(Semaphore::new(config.max_in_flight)),
-        reading: Semaphore::new(config.max_reading),
+        reading: Semaphore::new(config.max_reading_bytes / PIECE_BYTES),
         config,
         closing,
         metrics,

@@ -6,9 +6,19 @@
 //! | draining | none accepted | go on, no new ones on kept connections | all done, or the drain limit |
 //! | aborting | none | end with an error in their stream | all done, or [`ABORT_WAIT`]; then connections are cut |
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
-use axum::{Router, body::Body, extract::ConnectInfo, http::Request};
+use axum::{
+    Router,
+    body::Body,
+    extract::ConnectInfo,
+    http::{Request, header},
+};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
@@ -22,10 +32,12 @@ use tokio::{
 use tower::ServiceExt;
 
 use crate::{
+    body::Lingering,
     config::{
         ApiConfig,
         limits::{HEAD_WAIT, MAX_HEAD_BYTES},
     },
+    crowd::Crowd,
     metrics::ApiMetrics,
     router,
     service::Service,
@@ -45,6 +57,7 @@ pub struct Api {
     closer: Closer,
     drain: Duration,
     max_connections: usize,
+    proxies: Vec<IpAddr>,
 }
 
 impl Api {
@@ -52,8 +65,9 @@ impl Api {
         let metrics = Arc::new(ApiMetrics::default());
         let (closer, closing) = shutdown::pair();
         let (drain, max_connections) = (config.drain, config.max_connections);
+        let proxies = config.door.as_ref().map(|door| door.proxies().to_vec()).unwrap_or_default();
         let router = router::router(service, config, Arc::clone(&metrics), closing);
-        Api { router, metrics, closer, drain, max_connections }
+        Api { router, metrics, closer, drain, max_connections, proxies }
     }
 
     /// A handle to the routes. Callers in process are not on loopback unless they insert `ConnectInfo<SocketAddr>`.
@@ -78,11 +92,12 @@ impl Api {
         tls: Option<Tls>,
         shutdown: impl Future<Output = ()>,
     ) -> io::Result<()> {
-        let Api { router, closer, drain, max_connections, .. } = self;
+        let Api { router, closer, drain, max_connections, proxies, .. } = self;
         let graceful = GracefulShutdown::new();
         let mut connections = JoinSet::new();
         let doors = Doors { listener: &listener, tls: tls.as_ref(), router: &router };
-        accept(doors, &graceful, &mut connections, max_connections, shutdown).await;
+        let crowd = Crowd::new(max_connections, &proxies);
+        accept(doors, &graceful, &mut connections, max_connections, &crowd, shutdown).await;
         drop(listener);
 
         closer.drain();
@@ -127,6 +142,7 @@ async fn accept(
     graceful: &GracefulShutdown,
     connections: &mut JoinSet<()>,
     max_connections: usize,
+    crowd: &Crowd,
     shutdown: impl Future<Output = ()>,
 ) {
     let room = Arc::new(Semaphore::new(max_connections));
@@ -142,10 +158,14 @@ async fn accept(
             Some(_) = connections.join_next() => {}
             (permit, accepted) = next => match accepted {
                 Ok((socket, peer)) => {
+                    let Some(place) = crowd.enter(peer.ip(), connections.len()) else {
+                        tracing::debug!(%peer, "too many connections from there");
+                        continue;
+                    };
                     let connection = connection(socket, doors.tls, peer, doors.router.clone());
                     let watched = graceful.watch(connection);
                     connections.spawn(async move {
-                        let _permit = permit;
+                        let _held = (permit, place);
                         if let Err(error) = watched.await {
                             tracing::debug!(%peer, %error, "connection ended");
                         }
@@ -176,7 +196,8 @@ fn connection(
     };
     let service = service_fn(move |mut request: Request<Incoming>| {
         request.extensions_mut().insert(ConnectInfo(peer));
-        router.clone().oneshot(request.map(Body::new))
+        let waits = request.headers().contains_key(header::EXPECT);
+        router.clone().oneshot(request.map(|body| Body::new(Lingering::new(body, waits))))
     });
     http1::Builder::new()
         .timer(TokioTimer::new())

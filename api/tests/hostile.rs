@@ -245,6 +245,76 @@ async fn a_hundred_megabytes_are_refused_before_they_are_held() {
 }
 
 #[tokio::test]
+async fn a_client_that_only_writes_gets_to_its_413() {
+    const SENT: usize = 12 << 20;
+    let node = node(ApiConfig::default()).await;
+    // It looks for an answer once everything is sent, as many clients do; a connection closed before would break its pipe.
+    let claimed = format!("Content-Length: {SENT}\r\n\r\n").into_bytes();
+    let chunks = [b"10000\r\n".as_slice(), &[b' '; 0x1_0000], b"\r\n"].concat().repeat(SENT >> 16);
+    let pieces = [b"Transfer-Encoding: chunked\r\n\r\n".as_slice(), &chunks, b"0\r\n\r\n"].concat();
+    for (path, rest, status) in [
+        ("/v1/chat/completions", [claimed.as_slice(), &vec![b' '; SENT]].concat(), "413"),
+        ("/v1/chat/completions", pieces, "413"),
+        ("/v1/nothing", [claimed.as_slice(), &vec![b' '; SENT]].concat(), "404"),
+    ] {
+        let mut socket = node.connect().await;
+        let head = format!("POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n");
+        socket.write_all(&[head.as_bytes(), &rest].concat()).await.unwrap();
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{path}: {answer}");
+    }
+    // One that asks first is told so at once, and not to go on.
+    let mut socket = node.connect().await;
+    let asks = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: {SENT}\r\n\r\n"
+    );
+    socket.write_all(asks.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 413"), "{answer}");
+}
+
+#[tokio::test]
+async fn bodies_that_come_slowly_keep_nobody_out() {
+    // Room for four bodies of the largest size, and for two answers at a time.
+    let config =
+        ApiConfig { max_body_bytes: 64 << 10, max_reading_bytes: 256 << 10, max_in_flight: 2, ..ApiConfig::default() };
+    let node = node(config).await;
+    let begun = |sent: usize| {
+        let head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 65536\r\n\r\n";
+        [head.as_bytes(), &vec![b' '; sent]].concat()
+    };
+    let mut slow = Vec::new();
+    for _ in 0..8 {
+        let mut socket = node.connect().await;
+        socket.write_all(&begun(100)).await.unwrap();
+        slow.push(socket);
+    }
+    node.is_well().await;
+    // What has really come fills the room: then others are told to come again.
+    for _ in 0..4 {
+        let mut socket = node.connect().await;
+        socket.write_all(&begun(60_000)).await.unwrap();
+        slow.push(socket);
+    }
+    let told = async {
+        loop {
+            let (status, answer) = node.post("/v1/chat/completions", chat(&json!({})).to_string().as_bytes()).await;
+            if status == 503 {
+                return answer;
+            }
+        }
+    };
+    let answer = tokio::time::timeout(Duration::from_secs(20), told).await.unwrap();
+    assert_eq!(answer["error"]["code"], "busy");
+    drop(slow);
+    let served =
+        async { while node.post("/v1/chat/completions", chat(&json!({})).to_string().as_bytes()).await.0 != 200 {} };
+    tokio::time::timeout(Duration::from_secs(20), served).await.unwrap();
+}
+
+#[tokio::test]
 async fn floods_of_headers_end_at_the_limit() {
     let node = node(ApiConfig::default()).await;
     let many: String = (0..10_000).map(|i| format!("X-H{i}: y\r\n")).collect();
@@ -254,6 +324,10 @@ async fn floods_of_headers_end_at_the_limit() {
         format!("GET /health HTTP/1.1\r\nHost: localhost\r\n{many}\r\n"),
         format!("GET /health HTTP/1.1\r\nHost: localhost\r\n{long}\r\n"),
         format!("GET /{path} HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        format!(
+            "GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX-Long: {}\r\nConnection: close\r\n\r\n",
+            &long[..70_000]
+        ),
         "\0\0\0 not http\r\n\r\n".to_owned(),
     ] {
         let answer = node.raw(flood.as_bytes()).await;

@@ -77,6 +77,15 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// The object, where strings that hold a number are that number.
+    pub(super) fn with_numbers(&self) -> Map<String, Value> {
+        let read = |value: &Value| {
+            let number = value.as_str().and_then(|text| serde_json::from_str(text).ok()).filter(Value::is_number);
+            number.unwrap_or_else(|| value.clone())
+        };
+        self.object.iter().map(|(name, value)| (name.clone(), read(value))).collect()
+    }
+
     pub(super) fn integer_u32(&self, field: &str, range: RangeInclusive<u32>) -> Result<Option<u32>, ApiError> {
         let wide = u64::from(*range.start())..=u64::from(*range.end());
         Ok(self.integer(field, wide)?.and_then(|n| u32::try_from(n).ok()))

@@ -1,6 +1,7 @@
 //! `provider`: which sellers may serve, in OpenRouter's words; prices in our unit, whose name the field carries.
 
 use satgrid_types::{Msat, MsatPerMtok};
+use serde_json::Value;
 
 use super::fields::Fields;
 use crate::{
@@ -43,10 +44,14 @@ fn sort(provider: &Fields<'_>) -> Result<Option<RoutingSort>, ApiError> {
     }
 }
 
+/// Each a number, or a number in a string, as OpenRouter writes prices and some clients send them back.
+///
 /// OpenRouter's `prompt` and `completion` are dollars a million tokens, `request` dollars; ours end in their unit. The
 /// dollars are turned into msat by the node, which refuses them where it has no exchange rate.
 fn max_price(provider: &Fields<'_>) -> Result<MaxPrice, ApiError> {
-    let Some(cap) = provider.object("max_price")? else { return Ok(MaxPrice::default()) };
+    let Some(given) = provider.object("max_price")? else { return Ok(MaxPrice::default()) };
+    let numbers = Value::Object(given.with_numbers());
+    let cap = Fields::of(&numbers, provider.name("max_price"))?;
     if cap.get("image").is_some() {
         return Err(cap.unsupported("image", "a price for images"));
     }

@@ -115,6 +115,10 @@ fn what_is_refused_is_named() {
         (json!({"provider": {"zdr": true}}), unsupported, "provider.zdr"),
         (json!({"provider": {"max_price": {"image": 1}}}), unsupported, "provider.max_price.image"),
         (json!({"provider": {"max_price": {"request_msat": -1}}}), bad, "provider.max_price.request_msat"),
+        (json!({"provider": {"max_price": {"request_msat": "-1"}}}), bad, "provider.max_price.request_msat"),
+        (json!({"provider": {"max_price": {"prompt": "cheap"}}}), kind, "provider.max_price.prompt"),
+        (json!({"provider": {"max_price": {"prompt": "NaN"}}}), kind, "provider.max_price.prompt"),
+        (json!({"provider": {"max_price": "5"}}), kind, "provider.max_price"),
     ] {
         check_refused(extra, code, param);
     }
@@ -190,7 +194,7 @@ fn everything_that_is_set_comes_through() {
         "provider": {
             "order": ["p1"], "only": ["p1", "p2"], "ignore": ["p3"], "allow_fallbacks": false, "sort": "latency",
             "quantizations": ["Q4_K_M"],
-            "max_price": {"prompt_msat_per_mtok": 5, "completion_msat_per_mtok": 6, "request_msat": 0, "prompt": 0.25}
+            "max_price": {"prompt_msat_per_mtok": 5, "completion_msat_per_mtok": "6", "request_msat": 0, "prompt": "0.25"}
         }
     });
     let parsed = parse(&body).unwrap();
