@@ -5,6 +5,7 @@ mod apps;
 mod sweep;
 mod wallet;
 
+use crate::clock::Trouble;
 use crate::drive::{
     bookkeeper::Own,
     channels,
@@ -79,6 +80,7 @@ pub(crate) struct State {
     pub started: UnixMs,
     pub market: Market,
     pub heard: Option<Arc<Listening>>,
+    pub clock: Trouble,
 }
 
 /// The token of this node, made on first use, readable by its owner only.
@@ -177,6 +179,7 @@ async fn status(Shared(state): Shared<State>) -> Answer {
         "provider": provider.map(|view| provider_json(&view)),
         "consumer": consumer.map(|view| consumer_json(&view)),
         "relays": relays,
+        "clock": state.clock.borrow().clone(),
         "listings": state.market.live().len(),
         "refused_listings": refused,
     })))

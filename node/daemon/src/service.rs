@@ -7,6 +7,7 @@ use crate::accounts::{
     Desk,
     budget::{Budget, Wanted as BudgetWanted},
 };
+use crate::clock::Trouble;
 use crate::drive::{
     consumer::{ConsumerView, Message},
     market::Market,
@@ -52,6 +53,7 @@ pub(crate) struct Gateway {
     pub wallet: Arc<dyn Lightning>,
     pub view: Arc<RwLock<ConsumerView>>,
     pub relays: Box<dyn Fn() -> (usize, usize) + Send + Sync>,
+    pub clock: Trouble,
     pub allow_unverified_names: bool,
     pub only: Vec<ProviderPattern>,
     pub prefer: Vec<ProviderPattern>,
@@ -88,6 +90,7 @@ impl Service for Gateway {
         let halted = self.view.read().ok().and_then(|view| view.halted.clone().or_else(|| view.paused.clone()));
         let ready = halted.is_none() && !self.market.live().is_empty();
         reasons.extend(halted.map(|reason| format!("stopped taking work: {reason}")));
+        reasons.extend(self.clock.borrow().clone());
         Readiness { ready, reasons }
     }
 
@@ -347,6 +350,7 @@ impl Gateway {
         if why.is_empty() {
             why.push(error.to_string());
         }
+        why.extend(self.clock.borrow().clone());
         ServiceError::NoProvider { model: name.to_owned(), why }
     }
 

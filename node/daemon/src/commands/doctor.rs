@@ -1,6 +1,5 @@
 //! `satgrid doctor`: what this machine lacks for what the configuration asks, each lack with its remedy.
 
-mod clock;
 mod devices;
 mod door;
 
@@ -12,6 +11,7 @@ use std::time::Duration;
 
 use super::print;
 use crate::cli::{Format, Globals};
+use crate::clock::Word;
 use crate::config::{ChainSource, Config, Secret, problems};
 use crate::failure::Findings;
 use crate::models::{Store, free_bytes, inspect};
@@ -64,7 +64,7 @@ pub(super) fn run(globals: &Globals) -> anyhow::Result<()> {
     findings.extend(door::certificate(config));
     findings.extend(relays(config));
     findings.extend(chain(config));
-    findings.extend(clock::findings(config));
+    findings.extend(clock(config));
     if config.is_provider() {
         findings.extend(models_for_sale(config));
         findings.push(processor());
@@ -200,6 +200,17 @@ fn reach(what: &str, host_port: &str, remedy: &str) -> Finding {
         Ok(()) => ok(what, format!("{host_port} answers")),
         Err(error) => fail(what, format!("{host_port}: {error}"), remedy),
     }
+}
+
+fn clock(config: &Config) -> Vec<Finding> {
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return Vec::new() };
+    let words = runtime.block_on(crate::clock::words(config));
+    let finding = |word: Word| match word {
+        Word::Right(detail) => ok("clock", detail),
+        Word::Doubtful(detail) => warn("clock", detail, crate::clock::REMEDY),
+        Word::Wrong(detail) => fail("clock", detail, crate::clock::REMEDY),
+    };
+    words.into_iter().map(finding).collect()
 }
 
 fn relays(config: &Config) -> Vec<Finding> {

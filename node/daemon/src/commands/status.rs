@@ -56,6 +56,9 @@ fn head(status: &Value) -> String {
             rows.push(vec![format!("{role} PAUSED"), why.to_owned()]);
         }
     }
+    if let Some(trouble) = status["clock"].as_str() {
+        rows.push(vec!["CLOCK".into(), trouble.to_owned()]);
+    }
     print::table(&["STATUS", ""], rows)
 }
 

@@ -17,6 +17,7 @@ use house::{Beside, House, HouseBooks};
 
 use crate::accounts::{Desk, recover::Costs};
 use crate::admin;
+use crate::clock;
 use crate::config::{Config, DoorSells};
 use crate::door::{DoorDesk, Till};
 use crate::drive::{
@@ -260,6 +261,7 @@ impl Opened {
             let health = relays.borrow();
             (health.iter().filter(|relay| relay.connected).count(), health.len())
         };
+        let clock = clock::watch(&config, shutdown.clone());
         let wished = Wished::default();
         let admin_state = admin::State {
             token: admin_token,
@@ -285,6 +287,7 @@ impl Opened {
             started: now(),
             market: market.clone(),
             heard: running.heard.clone(),
+            clock: clock.clone(),
         };
         tokio::spawn(checkpoints::sign_checkpoints(
             journal.clone(),
@@ -338,6 +341,7 @@ impl Opened {
                 wallet: lightning.clone(),
                 view: view.clone(),
                 relays: Box::new(connected),
+                clock: clock.clone(),
                 allow_unverified_names: config.consumer.allow_unverified_names,
                 only: open::patterns("consumer.only", &config.consumer.only)?,
                 prefer: open::patterns("consumer.prefer", &config.consumer.prefer)?,
@@ -391,6 +395,7 @@ impl Opened {
                 view: house.view.clone(),
                 // What it sells is here, whoever hears of it.
                 relays: Box::new(|| (1, 1)),
+                clock: clock.clone(),
                 // The names are the operator's own.
                 allow_unverified_names: true,
                 only: Vec::new(),
