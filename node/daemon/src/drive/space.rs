@@ -64,14 +64,24 @@ impl Space {
         }
     }
 
+    /// Whether less is free than is wanted.
+    pub(crate) fn is_full(&self) -> bool {
+        self.lacking(false).is_some()
+    }
+
+    /// Resolves once there is room.
+    pub(crate) async fn back(&self) {
+        while self.lacking(true).is_some() {
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
     /// Resolves once the journal has found the disk full and there is room again.
     pub(crate) async fn back_after(self, mut full: watch::Receiver<bool>) {
         if full.wait_for(|full| *full).await.is_err() {
             return std::future::pending().await;
         }
-        while self.lacking(true).is_some() {
-            tokio::time::sleep(LOOK_EVERY).await;
-        }
+        self.back().await;
     }
 }
 

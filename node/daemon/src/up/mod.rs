@@ -412,7 +412,10 @@ impl Opened {
 
         let outcome = tokio::select! {
             () = signals::stop() => Ok(Ended::Told),
-            () = wallet.gone() => Err(anyhow::anyhow!("the wallet's process is gone; start the node again")),
+            full = wallet_gone(&wallet, &config) => match full {
+                true => Ok(Ended::Anew),
+                false => Err(anyhow::anyhow!("the wallet's process is gone; start the node again")),
+            },
             () = parts::space(&config).back_after(full) => Ok(Ended::Anew),
             Some(ended) = tasks.join_next() => match ended.context("an edge panicked") {
                 Ok(Ok(())) => Err(anyhow::anyhow!("an edge ended by itself")),
@@ -436,6 +439,19 @@ impl Opened {
         running.leads.iter().for_each(|lead| lead.shut_down());
         outcome
     }
+}
+
+/// Resolves when the wallet ended by itself. A Lightning node that cannot write its channels must end; where the disk is full,
+/// that is why, and this waits until there is room: then a start is of use, and true.
+async fn wallet_gone(wallet: &open::Wallet, config: &Config) -> bool {
+    wallet.gone().await;
+    let space = parts::space(config);
+    if !space.is_full() {
+        return false;
+    }
+    tracing::error!("the wallet's process ended on a full disk; the node starts anew when there is room");
+    space.back().await;
+    true
 }
 
 /// The edge for strangers, ready to be served.
