@@ -1,4 +1,5 @@
-//! The face of bitcoind's JSON-RPC: what ldk-node's bitcoind source asks for, and `generatetoaddress` to mine.
+//! The face of bitcoind's JSON-RPC: what ldk-node's bitcoind source asks for, and `generatetoaddress` to mine,
+//! `invalidateblock` to take blocks back.
 //!
 //! Error codes are Bitcoin Core's (`src/rpc/protocol.h`), since clients decide by them. No batches, no credentials.
 
@@ -129,6 +130,7 @@ pub(crate) fn call(chain: &mut Chain, method: &str, params: &[Value], now_s: u32
         "estimatesmartfee" => Ok(json!({ "feerate": chain.estimate_btc_per_kvb(), "blocks": params.0.first() })),
         "gettxout" => get_tx_out(chain, &params),
         "generatetoaddress" => generate_to_address(chain, &params, now_s),
+        "invalidateblock" => invalidate_block(chain, &params, now_s),
         _ => Err(RpcError::new(METHOD_NOT_FOUND, format!("Method not found: {method}"))),
     }
 }
@@ -186,6 +188,18 @@ fn generate_to_address(chain: &mut Chain, params: &Params<'_>, now_s: u32) -> Re
     let hashes: Vec<BlockHash> = (0..count).map(|_| chain.mine(script.clone(), now_s)).collect();
     tracing::info!(blocks = count, height = chain.height(), "mined");
     Ok(json!(hashes))
+}
+
+/// Takes a block back and those after it; what they confirmed waits again.
+fn invalidate_block(chain: &mut Chain, params: &Params<'_>, now_s: u32) -> Result<Value, RpcError> {
+    let height = params.known_block(chain)?;
+    if height == 0 {
+        return Err(RpcError::new(MISC_ERROR, "the first block stays"));
+    }
+    let depth = chain.height().saturating_sub(height).saturating_add(1);
+    chain.undo(depth, now_s, |_| true);
+    tracing::info!(blocks = depth, height = chain.height(), "taken back");
+    Ok(Value::Null)
 }
 
 fn header_json(chain: &Chain, height: u32) -> Value {

@@ -339,8 +339,18 @@ async fn both_faces_tell_the_same_story() {
     assert_eq!(esplora(&url, &format!("/tx/{txid}/merkleblock-proof")).await.0, 404, "not in a block yet");
 
     rpc(&url, "generatetoaddress", json!([1, address])).await;
-    let (_, status) = esplora(&url, &format!("/tx/{txid}/status")).await;
-    assert_eq!(serde_json::from_str::<Value>(&status).unwrap()["block_height"], 102);
+    let height = async || {
+        let (_, status) = esplora(&url, &format!("/tx/{txid}/status")).await;
+        serde_json::from_str::<Value>(&status).unwrap()["block_height"].clone()
+    };
+    assert_eq!(height().await, 102);
+    // Taken back, it waits again, and is mined again.
+    let last = rpc(&url, "getbestblockhash", json!([])).await["result"].clone();
+    assert_eq!(rpc(&url, "invalidateblock", json!([last])).await["error"], Value::Null);
+    assert_eq!((esplora(&url, "/blocks/tip/height").await.1.as_str(), height().await), ("101", Value::Null));
+    assert_eq!(rpc(&url, "getrawmempool", json!([])).await["result"], json!([txid.to_string()]));
+    rpc(&url, "generatetoaddress", json!([1, address])).await;
+    assert_eq!(height().await, 102);
     let (_, proof) = esplora(&url, &format!("/tx/{txid}/merkleblock-proof")).await;
     let proof: MerkleBlock = deserialize(&hex::decode(proof).unwrap()).unwrap();
     let (mut matched, mut indexes) = (vec![], vec![]);
