@@ -19,8 +19,9 @@ pub(crate) struct Space {
 }
 
 impl Space {
-    /// Why no new work should be taken; none where there is room. What is paused needs a quarter more to go on.
-    fn lacking(&self, paused: bool) -> Option<String> {
+    /// Where there is too little room, and why no new work should be taken; none where there is enough. What is paused needs a
+    /// quarter more to go on. Peers and clients hear the reason, so it does not name the place.
+    fn lacking(&self, paused: bool) -> Option<(String, String)> {
         let wanted = if paused { self.least_bytes.saturating_add(self.least_bytes / 4) } else { self.least_bytes };
         let lacking = self.folders.iter().find_map(|folder| {
             // A folder that cannot be looked at says nothing; writing to it will.
@@ -29,7 +30,8 @@ impl Space {
         });
         lacking.map(|(folder, free)| {
             const MIB: u64 = 1024 * 1024;
-            format!("{} MiB are free in {folder}, {} are wanted (node.min_free_mib)", free / MIB, wanted / MIB)
+            let (free, wanted) = (free / MIB, wanted / MIB);
+            (folder, format!("{free} MiB are free on this node's disk, {wanted} are wanted (node.min_free_mib)"))
         })
     }
 
@@ -46,9 +48,12 @@ impl Space {
             if lacking.is_some() != paused {
                 paused = lacking.is_some();
                 match &lacking {
-                    Some(reason) => tracing::warn!(%reason, "no new work is taken: the disk is nearly full"),
+                    Some((folder, reason)) => {
+                        tracing::warn!(%folder, %reason, "no new work is taken: the disk is nearly full");
+                    }
                     None => tracing::info!("the disk has room again: work is taken"),
                 }
+                let lacking = lacking.map(|(_, reason)| reason);
                 if let Some(provider) = &provider {
                     let event = ProviderEvent::Paused(lacking.clone());
                     let _ = provider.send(provider::Message::Event(event)).await;
@@ -95,7 +100,7 @@ mod tests {
         let free = free_bytes(folder.path()).unwrap();
         let space = |least_bytes| Space { folders: vec![folder.path().into()], least_bytes };
         assert!(space(0).lacking(true).is_none());
-        assert!(space(free.saturating_mul(2)).lacking(false).unwrap().contains("node.min_free_mib"));
+        assert!(space(free.saturating_mul(2)).lacking(false).unwrap().1.contains("node.min_free_mib"));
         let just = space(free / 10 * 9);
         assert!(just.lacking(false).is_none() && just.lacking(true).is_some());
     }
