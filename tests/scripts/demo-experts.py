@@ -61,8 +61,9 @@ def after_the_lie(market, liar, spoilt, ask):
     """What is left of a worker that lied: its name in the lead's ledger, and no work."""
     if not spoilt or not spoilt[0]:
         fail("no weights were found in the worker's memory")
-    lead = market.leads[0]
-    ledger = os.path.join(lead.dir, "ledger.sqlite")
+    # Who buys the experts finds it out.
+    buyer = (market.stages or market.leads)[0]
+    ledger = os.path.join(buyer.dir, "ledger.sqlite")
     kept = lambda: json.loads(run("ledger", "misbehaviour", "--format", "json", "--db", ledger))
     for _ in range(3):
         time.sleep(1)
