@@ -10,8 +10,11 @@ use ed25519_dalek::SigningKey;
 use satgrid_ledger::{journal::Journal, log::SignedCheckpoint};
 use satgrid_market_nostr::Publisher;
 use satgrid_node::provider::ProviderEvent;
-use std::{sync::Arc, time::Duration};
-use tokio::{sync::mpsc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 /// The `d` of this node's published checkpoints.
@@ -49,13 +52,13 @@ pub(super) async fn sign_checkpoints(
         }
         let Some(checkpoint) = &newest else { continue };
         if let Some(provider) = &provider
-            && told.is_due(checkpoint.size)
+            && told.is_due(Instant::now(), checkpoint.size)
         {
             let event = ProviderEvent::TreeHead { note: checkpoint.note().to_owned() };
             let _ = provider.send(Message::Event(event)).await;
         }
         if let Some(publisher) = &publisher
-            && published.is_due(checkpoint.size)
+            && published.is_due(Instant::now(), checkpoint.size)
         {
             let _ = publisher.checkpoint(LOG_NAME, checkpoint.note().to_owned()).await;
         }
@@ -73,10 +76,10 @@ impl Rhythm {
         Rhythm { every, said: None }
     }
 
-    fn is_due(&mut self, size: u64) -> bool {
-        let due = self.said.is_none_or(|(at, last)| last != size && at.elapsed() >= self.every);
+    fn is_due(&mut self, now: Instant, size: u64) -> bool {
+        let due = self.said.is_none_or(|(at, last)| last != size && now.duration_since(at) >= self.every);
         if due {
-            self.said = Some((Instant::now(), size));
+            self.said = Some((now, size));
         }
         due
     }
@@ -86,17 +89,14 @@ impl Rhythm {
 mod tests {
     use super::*;
 
-    #[tokio::test(start_paused = true)]
-    async fn a_head_that_came_too_soon_is_said_later_though_nothing_follows_it() {
-        let mut told = Rhythm::every(TELL_EVERY);
-        assert!(told.is_due(4));
-        tokio::time::advance(SIGN_EVERY).await;
+    #[test]
+    fn a_head_that_came_too_soon_is_said_later_though_nothing_follows_it() {
+        let (mut told, began) = (Rhythm::every(TELL_EVERY), Instant::now());
+        assert!(told.is_due(began, 4));
         // Two seconds after the last one: not yet, and then once.
-        assert!(!told.is_due(9));
-        tokio::time::advance(TELL_EVERY).await;
-        assert!(told.is_due(9));
-        tokio::time::advance(TELL_EVERY * 2).await;
-        assert!(!told.is_due(9));
-        assert!(told.is_due(10));
+        assert!(!told.is_due(began + SIGN_EVERY, 9));
+        assert!(told.is_due(began + TELL_EVERY, 9));
+        assert!(!told.is_due(began + TELL_EVERY * 3, 9));
+        assert!(told.is_due(began + TELL_EVERY * 3, 10));
     }
 }
