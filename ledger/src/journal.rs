@@ -166,19 +166,25 @@ pub struct Chained {
     pub opening: Option<Vec<u8>>,
 }
 
-/// Chains drafts onto `head`.
-pub fn chain(mut head: Head, at: UnixMs, drafts: Vec<Draft>) -> Result<Vec<Chained>, JournalError> {
-    check_limits(&drafts)?;
+/// What is stored of an entry: its canonical bytes, and the private fields kept beside them. Both within their limits.
+fn stored_form(entry: &Entry) -> Result<(Vec<u8>, Option<Vec<u8>>), JournalError> {
     let within = |what, given, limit| match given <= limit {
         true => Ok(()),
         false => Err(JournalError::Limit { what, given, limit }),
     };
+    let (bytes, opening) = (entry.bytes(), entry.opening().map(cbor::encode));
+    within("bytes in one entry", bytes.len(), MAX_ENTRY_LEN)?;
+    within("bytes of private fields", opening.as_ref().map_or(0, Vec::len), MAX_OPENING_LEN)?;
+    Ok((bytes, opening))
+}
+
+/// Chains drafts onto `head`.
+pub fn chain(mut head: Head, at: UnixMs, drafts: Vec<Draft>) -> Result<Vec<Chained>, JournalError> {
+    check_limits(&drafts)?;
     let mut out = Vec::with_capacity(drafts.len());
     for draft in drafts {
         let entry = Entry::chain(&head, at, draft);
-        let (bytes, opening) = (entry.bytes(), entry.opening().map(cbor::encode));
-        within("bytes in one entry", bytes.len(), MAX_ENTRY_LEN)?;
-        within("bytes of private fields", opening.as_ref().map_or(0, Vec::len), MAX_OPENING_LEN)?;
+        let (bytes, opening) = stored_form(&entry)?;
         let leaf = leaf_hash(&bytes);
         head = Head { len: head.len.saturating_add(1), last: leaf, at: entry.at };
         out.push(Chained { entry, bytes, leaf, opening });

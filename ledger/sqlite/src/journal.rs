@@ -4,6 +4,7 @@ use crate::{
     lock::Lock,
     open::{self, OpenError},
     reader::SqliteReader,
+    scribe::Scribe,
     writer::{Append, Ask, QUEUE, Writer},
 };
 use ed25519_dalek::SigningKey;
@@ -13,6 +14,7 @@ use satgrid_ledger::{
     log::SignedCheckpoint,
 };
 use satgrid_types::UnixMs;
+use sqlx::Connection;
 use std::{path::Path, sync::Arc};
 use tokio::{
     sync::{Mutex, mpsc, oneshot},
@@ -43,19 +45,18 @@ impl SqliteJournal {
 
     pub async fn open_with(path: &Path, options: Options) -> Result<SqliteJournal, OpenError> {
         let lock = Lock::take(path)?;
-        let connection = open::writer(path, options.max_pages).await?;
-        let writer = Writer::start(connection, open::turn(path)).await.map_err(|error| match error {
+        let migrated = open::writer(path, options.max_pages).await?;
+        migrated.close().await.map_err(|source| OpenError::Sqlite { path: path.to_owned(), source })?;
+        let scribe = Scribe::start(path, options.max_pages, lock);
+        let scribe = scribe.map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
+        let writer = Writer::start(scribe, open::turn(path)).await.map_err(|error| match error {
             JournalError::Damaged { seq, what } => OpenError::Damaged { path: path.to_owned(), seq, what },
             JournalError::Full | JournalError::Storage(_) | JournalError::Limit { .. } | JournalError::Closed => {
                 OpenError::Damaged { path: path.to_owned(), seq: 0, what: error.to_string() }
             }
         })?;
         let (asks, receiver) = mpsc::channel(QUEUE);
-        let task = tokio::spawn(async move {
-            writer.run(receiver).await;
-            // The lock outlives the last write.
-            drop(lock);
-        });
+        let task = tokio::spawn(writer.run(receiver));
         let task = Arc::new(Mutex::new(Some(task)));
         Ok(SqliteJournal { asks, reader: SqliteReader::connect(path), task })
     }

@@ -3,7 +3,8 @@
 //! | file | for |
 //! |---|---|
 //! | `journal` | [`SqliteJournal`]: what a node opens, once, for writing |
-//! | `writer` | the task that owns the writing connection and commits many appends in one transaction |
+//! | `writer` | the task that numbers, chains and hashes, and commits many appends in one transaction |
+//! | `scribe` | the thread that owns the writing connection |
 //! | `reader` | [`SqliteReader`]: entries, checkpoints and proofs, also beside a running node |
 //! | `keep` | checkpoints of others, and pruned bodies |
 //! | `keys` | [`KeyStore`]: API keys, what they may spend and what their calls cost |
@@ -25,6 +26,7 @@ mod lock;
 mod open;
 mod paces;
 mod reader;
+mod scribe;
 mod writer;
 
 pub use figures::{Cost, Costs, ExpertRows, FigureStore, read_figures};

@@ -1,5 +1,6 @@
 //! Opening a database: its permissions, its mode, its migrations.
 
+use rusqlite::OpenFlags;
 use sqlx::{
     ConnectOptions, SqliteConnection,
     migrate::{MigrateError, Migrator},
@@ -20,6 +21,9 @@ pub(crate) static MIGRATOR: Migrator = sqlx::migrate!("../../migrations/sqlite")
 
 /// How long a connection waits for another one's short write lock.
 const BUSY: Duration = Duration::from_secs(10);
+
+/// Pages in the WAL from which on a commit moves them into the database.
+const CHECKPOINT_PAGES: u32 = 4_000;
 
 /// Why a journal was not opened. Nothing was changed in it.
 #[derive(Debug, Error)]
@@ -102,7 +106,22 @@ pub(crate) async fn writer(path: &Path, max_pages: Option<u32>) -> Result<Sqlite
         keep_copy(path, &mut connection, newest).await?;
     }
     MIGRATOR.run(&mut connection).await.map_err(|source| OpenError::Migrate { path: path.to_owned(), source })?;
-    sqlx::query("PRAGMA wal_autocheckpoint = 4000").execute(&mut connection).await.map_err(sqlite)?;
+    let pragma = format!("PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}");
+    sqlx::query(&pragma).execute(&mut connection).await.map_err(sqlite)?;
+    Ok(connection)
+}
+
+/// The connection on which the journal's one writer stands, to a database that [`writer`] has opened before.
+pub(crate) fn journal(path: &Path, max_pages: Option<u32>) -> Result<rusqlite::Connection, rusqlite::Error> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = rusqlite::Connection::open_with_flags(path, flags)?;
+    connection.busy_timeout(BUSY)?;
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.pragma_update(None, "wal_autocheckpoint", CHECKPOINT_PAGES)?;
+    if let Some(pages) = max_pages {
+        connection.pragma_update(None, "max_page_count", pages)?;
+    }
     Ok(connection)
 }
 

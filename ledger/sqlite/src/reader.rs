@@ -24,14 +24,15 @@ pub struct SqliteReader {
     pool: SqlitePool,
 }
 
-pub(crate) fn storage(error: &sqlx::Error) -> JournalError {
-    const SQLITE_FULL: u32 = 13;
-    let code = error.as_database_error().and_then(|e| e.code()).and_then(|code| code.parse::<u32>().ok());
-    // Extended codes carry the primary one in their low byte.
-    if code.is_some_and(|code| code & 0xff == SQLITE_FULL) {
-        JournalError::Full
-    } else {
-        JournalError::Storage(error.to_string())
+fn storage(error: &sqlx::Error) -> JournalError {
+    JournalError::Storage(error.to_string())
+}
+
+/// What the writer's connection says.
+pub(crate) fn writing_failed(error: &rusqlite::Error) -> JournalError {
+    match error.sqlite_error_code() {
+        Some(rusqlite::ErrorCode::DiskFull) => JournalError::Full,
+        Some(_) | None => JournalError::Storage(error.to_string()),
     }
 }
 
@@ -191,7 +192,16 @@ impl JournalReader for SqliteReader {
 }
 
 /// An entry from its row: number, bytes, opening.
-pub(crate) fn entry_of(row: &SqliteRow) -> Result<Entry, JournalError> {
+pub(crate) fn entry_at(row: &rusqlite::Row<'_>) -> Result<Entry, JournalError> {
+    let read = |e: rusqlite::Error| writing_failed(&e);
+    let seq = u64::try_from(row.get::<_, i64>(0).map_err(read)?).unwrap_or(0);
+    let bytes = row.get_ref(1).map_err(read)?.as_blob().map_err(|e| read(e.into()))?;
+    let opening = row.get_ref(2).map_err(read)?.as_blob_or_null().map_err(|e| read(e.into()))?;
+    stored::entry_of(seq, bytes, opening)
+}
+
+/// The same, of a reading connection.
+fn entry_of(row: &SqliteRow) -> Result<Entry, JournalError> {
     let seq = u64::try_from(row.get::<i64, _>(0)).unwrap_or(0);
     stored::entry_of(seq, row.get(1), row.get(2))
 }

@@ -3,31 +3,31 @@
 //! It takes the first waiting append, then every other that is already waiting, and commits them in one transaction:
 //! one wait for the disk serves them all. Nothing is answered before the commit returned. If the transaction fails, all
 //! of its appends fail and the state is read again from the database, which is the truth.
+//!
+//! While it encodes, chains and hashes the entries of a group, those before them are written already ([`Scribe`]).
 
 use crate::{
     keep,
-    reader::{entry_of, row_number, storage},
+    reader::{row_number, writing_failed},
+    scribe::{self, Scribe, Unwritten},
 };
 use ed25519_dalek::SigningKey;
 use satgrid_ledger::{
     entry::{Draft, Entry, Head},
     journal::{
         JournalError, Witness,
-        stored::{Group, MAX_GROUP, Tip, Written},
+        stored::{Group, MAX_GROUP, Tip},
     },
     log::{SignedCheckpoint, TileEdge},
 };
-use satgrid_types::{Digest, UnixMs};
-use sqlx::{Connection, QueryBuilder, Sqlite, SqliteConnection};
+use satgrid_types::UnixMs;
 use std::sync::Arc;
 use tokio::sync::{Mutex, mpsc, oneshot};
 
 /// Appends that wait in the queue before callers are made to wait.
 pub(crate) const QUEUE: usize = 1_024;
-/// Rows in one statement, largest first: few lengths, so that few shapes of statement are prepared.
-const AT_ONCE: [usize; 4] = [256, 32, 4, 1];
-/// Entries up to which the script that writes a group stays prepared: larger ones are seldom of one shape.
-const PREPARED: usize = 256;
+/// Rows that are handed over together: few, so that they are written while the next are made, and enough to pay for it.
+const PIECE: usize = 32;
 
 /// Where the answer to an append goes.
 type Answer = oneshot::Sender<Result<Vec<Entry>, JournalError>>;
@@ -56,7 +56,7 @@ struct Waiting {
 
 /// The writer's state, always that of the last commit.
 pub(crate) struct Writer {
-    connection: SqliteConnection,
+    scribe: Scribe,
     /// Shared with whoever else writes to the file.
     turn: Arc<Mutex<()>>,
     tip: Tip,
@@ -68,31 +68,20 @@ pub(crate) struct Writer {
 
 impl Writer {
     /// Takes up the journal where it ends, and checks that its end hangs together.
-    pub(crate) async fn start(connection: SqliteConnection, turn: Arc<Mutex<()>>) -> Result<Writer, JournalError> {
-        let mut writer = Writer { connection, turn, tip: Tip::empty(), named: 0, broken: None };
+    pub(crate) async fn start(scribe: Scribe, turn: Arc<Mutex<()>>) -> Result<Writer, JournalError> {
+        let mut writer = Writer { scribe, turn, tip: Tip::empty(), named: 0, broken: None };
         writer.reload().await?;
         let len = writer.tip.head().len;
-        writer.named = keep::name_the_rest(&mut writer.connection, len).await?;
+        writer.named = writer.scribe.run(move |connection| keep::name_the_rest(connection, len)).await?;
         Ok(writer)
     }
 
     async fn reload(&mut self) -> Result<(), JournalError> {
-        let row = sqlx::query("SELECT seq, bytes, opening FROM entries ORDER BY seq DESC LIMIT 1")
-            .fetch_optional(&mut self.connection)
-            .await
-            .map_err(|e| storage(&e))?;
-        let head = row.as_ref().map_or(Ok(Head::EMPTY), |row| entry_of(row).map(|entry| entry.head()))?;
-        let mut tiles = Vec::new();
-        for id in TileEdge::ids(head.len) {
-            let tile: Option<(Vec<u8>,)> = sqlx::query_as("SELECT hashes FROM tiles WHERE level = ? AND idx = ?")
-                .bind(i64::from(id.level))
-                .bind(row_number(id.index))
-                .fetch_optional(&mut self.connection)
-                .await
-                .map_err(|e| storage(&e))?;
-            tiles.push(tile.map(|(bytes,)| bytes).unwrap_or_default());
-        }
-        self.tip = Tip::restore(head, tiles)?;
+        let restore = |connection: &mut _| {
+            let head = scribe::last_entry(connection)?.map_or(Head::EMPTY, |entry| entry.head());
+            Tip::restore(head, scribe::tiles(connection, &TileEdge::ids(head.len))?)
+        };
+        self.tip = self.scribe.run(restore).await?;
         Ok(())
     }
 
@@ -131,11 +120,12 @@ impl Writer {
                 }
                 Ask::Close => break,
                 Ask::Witness { heard, at, answer } => {
-                    let kept = keep::witness(&mut self.connection, &heard, at).await;
+                    let kept = self.scribe.run(move |connection| keep::witness(connection, &heard, at)).await;
                     let _ = answer.send(kept);
                 }
                 Ask::Prune { bodies, answer } => {
-                    let pruned = keep::prune(&mut self.connection, &bodies, self.tip.head().len).await;
+                    let len = self.tip.head().len;
+                    let pruned = self.scribe.run(move |connection| keep::prune(connection, &bodies, len)).await;
                     let _ = answer.send(pruned);
                 }
                 Ask::Checkpoint { key, answer } => {
@@ -145,10 +135,8 @@ impl Writer {
                 }
             }
         }
-        // Everything is durable already; closing only tidies the WAL.
-        if let Err(error) = self.connection.close().await {
-            tracing::warn!(%error, "closing the journal");
-        }
+        // Waits for the thread, off the runtime's.
+        let _ = tokio::task::spawn_blocking(move || drop(self.scribe)).await;
     }
 
     async fn group(&mut self, asks: Vec<Append>) {
@@ -162,15 +150,21 @@ impl Writer {
                 Err(error) => drop(answer.send(Err(error))),
                 Ok(entries) => waiting.push(Waiting { entries, answer }),
             }
+            if group.waiting_rows() >= PIECE {
+                self.scribe.rows(group.take_rows());
+            }
         }
         let (written, tip) = group.finish();
-        match self.commit(&written).await {
-            Ok(()) => {
-                self.tip = tip;
+        let nothing = tip.head().len == self.tip.head().len;
+        let done = if nothing { Ok(self.named) } else { self.scribe.commit(written, self.named).await };
+        match done {
+            Ok(named) => {
+                (self.tip, self.named) = (tip, named);
                 waiting.into_iter().for_each(|w| drop(w.answer.send(Ok(w.entries))));
             }
-            Err(error) => {
-                tracing::error!(%error, entries = written.rows.len(), "nothing of this group was written");
+            Err(Unwritten { error, stuck }) => {
+                tracing::error!(%error, appends = waiting.len(), "nothing of this group was written");
+                self.broken = stuck;
                 if self.broken.is_none()
                     && let Err(reload) = self.reload().await
                 {
@@ -181,81 +175,17 @@ impl Writer {
         }
     }
 
-    /// Writes a group in one transaction and one trip to the connection's thread: a trip costs what ten entries cost.
-    async fn commit(&mut self, written: &Written) -> Result<(), JournalError> {
-        if written.rows.is_empty() {
-            return Ok(());
-        }
-        let index = written.index(self.named);
-        let mut script = script(written, index);
-        let query = script.build().persistent(written.rows.len() <= PREPARED);
-        if let Err(error) = query.execute(&mut self.connection).await {
-            self.abandon().await?;
-            return Err(storage(&error));
-        }
-        self.named = index.map_or(self.named, |(_, len)| len);
-        Ok(())
-    }
-
-    /// Leaves the transaction of a script that failed. SQLite may have left it by itself, so the rollback may fail; that
-    /// another one can begin is what tells.
-    async fn abandon(&mut self) -> Result<(), JournalError> {
-        let _ = sqlx::query("ROLLBACK").execute(&mut self.connection).await;
-        let left = sqlx::query("BEGIN; ROLLBACK").execute(&mut self.connection).await;
-        left.map(drop).map_err(|e| {
-            let broken = storage(&e);
-            self.broken = Some(broken.clone());
-            broken
-        })
-    }
-
     async fn checkpoint(&mut self, key: &SigningKey) -> Result<SignedCheckpoint, JournalError> {
         if let Some(error) = &self.broken {
             return Err(error.clone());
         }
         let signed = self.tip.checkpoint(key)?;
-        sqlx::query("INSERT OR REPLACE INTO checkpoints (size, note) VALUES (?, ?)")
-            .bind(row_number(signed.size))
-            .bind(signed.note())
-            .execute(&mut self.connection)
-            .await
-            .map_err(|e| storage(&e))?;
+        let (size, note) = (row_number(signed.size), signed.note().to_owned());
+        let sql = "INSERT OR REPLACE INTO checkpoints (size, note) VALUES (?, ?)";
+        let keep = move |connection: &mut rusqlite::Connection| {
+            connection.execute(sql, (size, note)).map(drop).map_err(|e| writing_failed(&e))
+        };
+        self.scribe.run(keep).await?;
         Ok(signed)
     }
-}
-
-/// The one transaction that writes a group.
-fn script<'a>(written: &'a Written, index: Option<(&'a [Digest], u64)>) -> QueryBuilder<'a, Sqlite> {
-    let mut script = QueryBuilder::new("BEGIN IMMEDIATE;");
-    for rows in pieces(&written.rows) {
-        script.push("INSERT INTO entries (seq, at, bytes, opening) ").push_values(rows, |mut values, row| {
-            values.push_bind(row_number(row.seq)).push_bind(row_number(row.at.0));
-            values.push_bind(&row.bytes[..]).push_bind(row.opening.as_deref());
-        });
-        script.push(";");
-    }
-    // An entry changes a tile at least.
-    script.push("INSERT OR REPLACE INTO tiles (level, idx, hashes) ").push_values(
-        &written.tiles,
-        |mut values, tile| {
-            let (id, hashes) = tile;
-            values.push_bind(i64::from(id.level)).push_bind(row_number(id.index)).push_bind(&hashes[..]);
-        },
-    );
-    script.push(";");
-    if let Some((names, len)) = index {
-        keep::push_names(&mut script, names, len);
-    }
-    script.push("COMMIT;");
-    script
-}
-
-/// Cuts into pieces of these lengths.
-fn pieces<T>(mut rest: &[T]) -> impl Iterator<Item = &[T]> {
-    std::iter::from_fn(move || {
-        let size = AT_ONCE.into_iter().find(|size| *size <= rest.len())?;
-        let (now, later) = rest.split_at(size);
-        rest = later;
-        Some(now)
-    })
 }

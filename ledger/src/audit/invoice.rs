@@ -19,11 +19,6 @@ pub struct InvoiceFacts {
     pub network: &'static str,
 }
 
-/// The payment hash that an invoice names, and nothing else of it: its signature is not looked at, which is most of the work.
-pub(crate) fn payment_hash(bolt11: &str) -> Option<PaymentHash> {
-    parse(bolt11).ok().and_then(|invoice| only_hash(&invoice).ok())
-}
-
 fn parse(bolt11: &str) -> Result<SignedRawBolt11Invoice, String> {
     if bolt11.len() > MAX_BOLT11_LEN {
         return Err(format!("{} characters, the limit is {MAX_BOLT11_LEN}", bolt11.len()));

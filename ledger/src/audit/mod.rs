@@ -31,7 +31,6 @@ mod stages;
 pub use cross::cross_check;
 pub use finding::*;
 pub use fold::{Auditor, Detail, audit};
-pub(crate) use invoice::payment_hash;
 pub use invoice::{InvoiceFacts, MAX_BOLT11_LEN, read_invoice};
 
 #[cfg(test)]

@@ -1,10 +1,10 @@
 //! What every stored journal does the same, whatever database it stands on: the end that a writer holds, the group of
 //! appends that one transaction writes, and entries read back from their rows. The adapters keep their SQL.
 
-use super::{Chained, JournalError, chain, named_by};
+use super::{JournalError, check_limits, named_by, stored_form};
 use crate::{
     entry::{Draft, Entry, Head},
-    log::{SignedCheckpoint, TILE_WIDTH, TileEdge, TileId},
+    log::{SignedCheckpoint, TILE_WIDTH, TileEdge, TileId, leaf_hash},
     statements::ReceiptOpening,
 };
 use ed25519_dalek::SigningKey;
@@ -78,6 +78,7 @@ pub struct Group {
 /// What the transaction of a group writes.
 #[derive(Debug)]
 pub struct Written {
+    /// Those that were not taken before.
     pub rows: Vec<Row>,
     pub tiles: BTreeMap<TileId, Vec<u8>>,
     /// What the entries name.
@@ -104,9 +105,19 @@ impl Group {
 
     /// Takes up one append, whole; a refused one leaves no trace. The entries are durable once the group is.
     pub fn append(&mut self, at: UnixMs, drafts: Vec<Draft>) -> Result<Vec<Entry>, JournalError> {
-        let chained = chain(self.tip.head, at, drafts)?;
-        let mut entries = Vec::with_capacity(chained.len());
-        for Chained { entry, bytes, leaf, opening } in chained {
+        check_limits(&drafts)?;
+        let (before, mut head) = (self.rows.len(), self.tip.head);
+        let (mut entries, mut leaves) = (Vec::with_capacity(drafts.len()), Vec::with_capacity(drafts.len()));
+        for draft in drafts {
+            let entry = Entry::chain(&head, at, draft);
+            let (bytes, opening) = stored_form(&entry).inspect_err(|_| self.rows.truncate(before))?;
+            let leaf = leaf_hash(&bytes);
+            head = Head { len: head.len.saturating_add(1), last: leaf, at: entry.at };
+            self.rows.push(Row { seq: entry.seq, at: entry.at, bytes, opening });
+            leaves.push(leaf);
+            entries.push(entry);
+        }
+        for leaf in leaves {
             let (changed, tiles) = (&mut self.changed, &mut self.tiles);
             self.tip.edge.push(leaf, &mut |id, hashes| {
                 changed.insert(id);
@@ -115,12 +126,20 @@ impl Group {
                     tiles.insert(id, bytes_of(hashes));
                 }
             });
-            self.tip.head = Head { len: self.tip.head.len.saturating_add(1), last: leaf, at: entry.at };
-            self.names.extend(named_by(&entry));
-            self.rows.push(Row { seq: entry.seq, at: entry.at, bytes, opening });
-            entries.push(entry);
         }
+        self.tip.head = head;
+        self.names.extend(entries.iter().filter_map(named_by));
         Ok(entries)
+    }
+
+    /// The rows so far that were not taken yet, for a writer that writes them while the rest is made.
+    pub fn take_rows(&mut self) -> Vec<Row> {
+        core::mem::take(&mut self.rows)
+    }
+
+    /// How many rows wait to be taken.
+    pub fn waiting_rows(&self) -> usize {
+        self.rows.len()
     }
 
     /// What the transaction writes, and the journal's end once it is committed.
@@ -153,5 +172,7 @@ pub fn hashes_of(bytes: &[u8]) -> Vec<Digest> {
 }
 
 fn bytes_of(hashes: &[Digest]) -> Vec<u8> {
-    hashes.iter().flat_map(|hash| hash.0).collect()
+    let mut bytes = Vec::with_capacity(hashes.len().saturating_mul(32));
+    hashes.iter().for_each(|hash| bytes.extend_from_slice(&hash.0));
+    bytes
 }
