@@ -75,9 +75,9 @@ fn digest(characters: &[u8]) -> Option<Digest> {
     let (mut held, mut count) = (0u16, 0u8);
     for character in characters {
         held = held << 5 | u16::from(bits(*character)?);
-        count += 5;
-        if count >= 8 {
-            count -= 8;
+        count = count.saturating_add(5);
+        if let Some(spare) = count.checked_sub(8) {
+            count = spare;
             if let Some(byte) = room.next() {
                 *byte = u8::try_from(held >> count & 0xff).ok()?;
             }
