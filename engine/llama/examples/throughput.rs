@@ -18,7 +18,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut args = std::env::args().skip(1);
     let model = PathBuf::from(args.next().ok_or("which model?")?);
     let mut number = |default: u32| args.next().map_or(Ok(default), |text| text.parse::<u32>());
-    let load = Load { streams: number(1)?, prompt: number(128)?, output: number(64)? };
+    let load = Load { streams: number(1)?, prompt: number(128)?, output: number(64)?, rounds: 1 };
     let exe = std::env::current_exe()?;
     let folder = exe.parent().and_then(Path::parent).ok_or("no build folder")?;
     let program = WorkerProgram { exe: folder.join("satgrid-engine-worker"), leading_args: Vec::new() };

@@ -144,7 +144,9 @@ impl LlamaBackend {
             batch: shape.batch,
             outputs,
             threads,
-            unified: !exact,
+            // A pool of cells for each sequence: a row looks at its own sequence's alone, and what idle ones hold costs nothing. The
+            // library then computes a mixed batch in parts, by sequence, which a hook that counts rows cannot follow.
+            unified: !exact && hook.is_some(),
             flash: !exact,
             capture: false,
             card: None,
@@ -283,4 +285,65 @@ pub(crate) fn check_processor() -> Result<(), OpenError> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use satgrid_engine::tiny::TinyModel;
+
+    const SLOTS: u32 = 4;
+    /// Of two orders of summing the same products.
+    const ROUNDING: f32 = 1e-4;
+
+    fn backend() -> LlamaBackend {
+        let path = std::env::temp_dir().join(format!("satgrid-mixed-{}.gguf", std::process::id()));
+        std::fs::write(&path, TinyModel::default().to_bytes().unwrap()).unwrap();
+        let settings = EngineSettings {
+            model: path.clone(),
+            profile: Profile::Fast,
+            threads: 1,
+            slots: SLOTS,
+            context: 256,
+            offload: Default::default(),
+        };
+        let (backend, _) = LlamaBackend::open(&settings, |_| {}).unwrap();
+        std::fs::remove_file(path).unwrap();
+        backend
+    }
+
+    fn row(slot: u32, position: u32, output: bool) -> BatchRow {
+        BatchRow { slot, position, token: 3 + (slot * 31 + position * 7) % 200, output }
+    }
+
+    fn rows(slot: u32, positions: std::ops::Range<u32>) -> Vec<BatchRow> {
+        let last = positions.end - 1;
+        positions.map(|position| row(slot, position, position == last)).collect()
+    }
+
+    #[test]
+    fn rows_of_streams_and_prompts_in_one_batch_are_what_each_is_alone() {
+        // Two streams, at 9 and at 40; a prompt's next piece; the first piece of another.
+        let (before, mixed) = (
+            [rows(0, 0..9), rows(1, 0..40), rows(2, 0..16)],
+            [rows(0, 9..10), rows(1, 40..41), rows(2, 16..49), rows(3, 0..21)],
+        );
+        let mut together = backend();
+        before.iter().for_each(|piece| together.evaluate(piece).unwrap());
+        let batch = mixed.concat();
+        together.evaluate(&batch).unwrap();
+        let mut alone = backend();
+        before.iter().for_each(|piece| alone.evaluate(piece).unwrap());
+        let mut at = 0;
+        for piece in &mixed {
+            alone.evaluate(piece).unwrap();
+            at += piece.len();
+            let (one, other) = (alone.logits(piece.len() - 1).unwrap(), together.logits(at - 1).unwrap());
+            let apart = one.iter().zip(other).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(apart < ROUNDING, "slot {}: {apart} apart", piece[0].slot);
+            let spread = one.iter().fold(f32::MIN, |a, &b| a.max(b)) - one.iter().fold(f32::MAX, |a, &b| a.min(b));
+            assert!(spread > 100.0 * ROUNDING, "logits that say nothing: {spread}");
+        }
+        assert!(alone.logits(0).is_err(), "its logits were not asked for");
+    }
 }

@@ -22,6 +22,8 @@ pub struct Load {
     pub prompt: u32,
     /// Tokens that each stream draws, greedily, ignoring ends.
     pub output: u32,
+    /// So many times, one after another in one engine: what an engine gives that has been at work.
+    pub rounds: u32,
 }
 
 /// What a run of the bare engine gave.
@@ -49,7 +51,7 @@ pub enum BareError {
     NoFigures(String),
 }
 
-/// Runs the load in a child process of `exe`, whose leading arguments are `subcommand`.
+/// Runs the load in a child process of `exe`, whose leading arguments are `subcommand`; of several rounds, gives the first.
 pub fn measure(exe: &Path, subcommand: &[&str], settings: &EngineSettings, load: Load) -> Result<Report, BareError> {
     let args = WorkerArgs::Bare(settings.clone(), load);
     let mut command = std::process::Command::new(exe);
@@ -58,8 +60,8 @@ pub fn measure(exe: &Path, subcommand: &[&str], settings: &EngineSettings, load:
     Report::parse(&String::from_utf8_lossy(&output.stdout))
 }
 
-/// Runs the load in this process.
-pub fn run(settings: &EngineSettings, load: Load) -> Result<Report, BareError> {
+/// Runs the load in this process, and tells each round.
+pub fn run(settings: &EngineSettings, load: Load, mut tell: impl FnMut(&Report)) -> Result<(), BareError> {
     let (mut backend, shape) =
         LlamaBackend::open(settings, |_| {}).map_err(|error| BareError::Open(error.to_string()))?;
     // As an engine of the node does before its first job: it brings the weights' pages and the caches in.
@@ -67,16 +69,24 @@ pub fn run(settings: &EngineSettings, load: Load) -> Result<Report, BareError> {
         return Err(BareError::Job("the model does not compute".into()));
     }
     let mut scheduler = Scheduler::new(shape);
+    for round in 0..load.rounds.max(1) {
+        let jobs = (0..load.streams).map(|stream| job(round * load.streams + stream, load, shape.vocab));
+        tell(&once(&mut scheduler, &mut backend, jobs.collect())?);
+    }
+    Ok(())
+}
+
+fn once(scheduler: &mut Scheduler, backend: &mut LlamaBackend, jobs: Vec<Job>) -> Result<Report, BareError> {
+    let streams = jobs.len();
     let begin = Instant::now();
-    for stream in 0..load.streams {
-        let job = job(stream, load, shape.vocab);
+    for job in jobs {
         let id = job.id;
-        scheduler.handle(Command::Start(job), &mut backend);
+        scheduler.handle(Command::Start(job), backend);
         let grant = Command::Grant { job: id, prompt_upto: u32::MAX, output_upto: u32::MAX };
-        scheduler.handle(grant, &mut backend);
+        scheduler.handle(grant, backend);
     }
     let (mut first_token_ms, mut tokens, mut since_prompts) = (Vec::new(), 0_u64, None);
-    while scheduler.step(&mut backend) {
+    while scheduler.step(backend) {
         if let Some(positions) = backend.piece_beside_streams() {
             scheduler.set_prefill_beside_streams(positions);
         }
@@ -88,7 +98,7 @@ pub fn run(settings: &EngineSettings, load: Load) -> Result<Report, BareError> {
                     if first == 0 {
                         first_token_ms.push(now * 1000.0);
                     }
-                    if first_token_ms.len() == load.streams as usize && since_prompts.is_none() {
+                    if first_token_ms.len() == streams && since_prompts.is_none() {
                         since_prompts = Some((now, tokens));
                     }
                 }

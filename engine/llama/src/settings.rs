@@ -177,6 +177,7 @@ impl WorkerArgs {
                 add("--bare-streams", load.streams.to_string().into());
                 add("--bare-prompt", load.prompt.to_string().into());
                 add("--bare-output", load.output.to_string().into());
+                add("--bare-rounds", load.rounds.to_string().into());
                 engine
             }
         };
@@ -205,7 +206,7 @@ impl WorkerArgs {
         let (mut guess, mut memory_mib) = (false, None);
         let mut ring = RingFacts { stages: Vec::new(), sequences: 0, context: 0, batch: 0, wire: WireType::F32 };
         let (mut pack, mut only, mut trunk) = (None, None, false);
-        let mut load = crate::bare::Load { streams: 0, prompt: 0, output: 0 };
+        let mut load = crate::bare::Load { streams: 0, prompt: 0, output: 0, rounds: 1 };
         let mut args = args.into_iter();
         while let Some(name) = args.next() {
             let name = name.to_string_lossy().into_owned();
@@ -240,6 +241,7 @@ impl WorkerArgs {
                 "--bare-streams" => load.streams = number()?,
                 "--bare-prompt" => load.prompt = number()?,
                 "--bare-output" => load.output = number()?,
+                "--bare-rounds" => load.rounds = number()?,
                 _ => return Err(ArgsError::Unknown(name)),
             }
         }
@@ -344,7 +346,7 @@ mod tests {
             context: 2048,
             offload: Offload { device: Some("CUDA0".into()), layers: Some(20) },
         };
-        let load = crate::bare::Load { streams: 16, prompt: 64, output: 128 };
+        let load = crate::bare::Load { streams: 16, prompt: 64, output: 128, rounds: 2 };
         let range = |start, end| LayerRange::new(start, end).unwrap();
         let stages = vec![range(2, 5), range(5, 9)];
         let ring = RingFacts { stages, sequences: 8, context: 1024, batch: 512, wire: WireType::Bf16 };

@@ -50,11 +50,9 @@ const MAX_TOKENIZER_MEMORY: u64 = 4 << 30;
 /// Runs the process; returns its exit code. The binary that holds the node calls it for its worker subcommand.
 pub fn worker_main(args: WorkerArgs) -> u8 {
     match args {
-        WorkerArgs::Bare(settings, load) => match bare::run(&settings, load) {
-            Ok(report) => {
-                println!("{}", report.to_line());
-                GONE
-            }
+        WorkerArgs::Bare(settings, load) => match bare::run(&settings, load, |report| println!("{}", report.to_line()))
+        {
+            Ok(()) => GONE,
             Err(error) => {
                 tracing::error!("{error}");
                 NOT_LOADED

@@ -23,7 +23,8 @@ pub(crate) struct ContextConfig {
     /// Most rows of one batch whose logits are wanted; at least `slots`. Memory is taken for so many.
     pub(crate) outputs: u32,
     pub(crate) threads: u32,
-    /// One cell pool for all sequences, which allows any mix of rows; else one stream each.
+    /// One pool of cells for all sequences: any mix of rows is computed at once and in its order, and each row looks past the
+    /// cells of all others. Else a pool each: a mixed batch is computed in parts, whose rows come in another order.
     pub(crate) unified: bool,
     /// Let llama.cpp choose flash attention; else never.
     pub(crate) flash: bool,
