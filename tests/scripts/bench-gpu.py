@@ -22,6 +22,8 @@ import time
 PROMPT_TOKENS = 512
 OUTPUT_TOKENS = 128
 PORT = 8402
+# One engine's rounds, one after another, as the paid ones are; the median counts.
+BARE_ROUNDS = 3
 
 
 def say(text):
@@ -33,18 +35,22 @@ def devices(satgrid):
     return [line.split("\t") for line in out.stdout.splitlines()]
 
 
-def bare(satgrid, args, streams, prompt, output):
+def bare(satgrid, args, streams, prompt, output, turns=BARE_ROUNDS):
     command = [satgrid, "engine-worker", "--bare-streams", streams, "--bare-prompt", prompt, "--bare-output", output,
                "--model", args.model, "--profile", "fast", "--threads", args.threads, "--slots", max(streams, 1),
-               "--context", 2048, "--device", args.device]
+               "--context", 2048, "--device", args.device, "--bare-rounds", turns]
     begin = time.monotonic()
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     wall = time.monotonic() - begin
     if done.returncode:
         sys.exit(f"the bare engine failed: {done.stderr[-2000:]}")
-    line = next(line for line in done.stdout.splitlines() if line.startswith("bare "))
-    total, decode, _, *first = (float(part) for part in line.split()[1:])
-    return {"tokens_per_s": total, "decode_per_s": decode, "first_ms": statistics.median(first), "process_s": wall}
+    rounds = []
+    for line in done.stdout.splitlines():
+        if line.startswith("bare "):
+            total, decode, _, *first = (float(part) for part in line.split()[1:])
+            rounds.append((total, decode, statistics.median(first)))
+    total, decode, first = (statistics.median(column) for column in zip(*rounds))
+    return {"tokens_per_s": total, "decode_per_s": decode, "first_ms": first, "process_s": wall}
 
 
 def stream(model, nth, result):
@@ -90,8 +96,11 @@ def paid(model, streams, base):
     tokens = sum(one[4]["completion_tokens"] for one in result)
     prompts = [one[4]["prompt_tokens"] for one in result]
     first = sorted((one[2] - one[1]) * 1000 for one in result if one[2])
+    # Two providers on one card share it: figures of such a round are of something else.
+    sellers = {one["provider"] for done in result for one in done[4]["cost_details"]["providers"]}
     return {"tokens_per_s": tokens / (end - begin), "first_ms": statistics.median(first) if first else float("nan"),
-            "tokens": tokens, "prompt": prompts[0], "cost_msat": sum(one[4]["cost_msat"] for one in result)}
+            "tokens": tokens, "prompt": prompts[0], "cost_msat": sum(one[4]["cost_msat"] for one in result),
+            "sellers": len(sellers)}
 
 
 def show(what, streams, run):
@@ -118,7 +127,7 @@ def main():
     begin = time.monotonic()
     subprocess.run([satgrid, "models", "random", args.shape, "--out", args.model], check=True, stderr=subprocess.DEVNULL)
     say(f"model   {os.path.getsize(args.model) / 1e9:.2f} GB of random weights in {time.monotonic() - begin:.1f} s")
-    start = bare(satgrid, args, 1, 1, 1)
+    start = bare(satgrid, args, 1, 1, 1, turns=1)
     say(f"start   a process from nothing to its first token: {start['process_s']:.1f} s")
 
     counts = [int(n) for n in args.streams.split(",")]

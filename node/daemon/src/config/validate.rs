@@ -229,7 +229,6 @@ fn provider(config: &Config, found: &mut Found) {
         format!("no slice lies between {} and {} sat", p.slice_min_sat, p.slice_max_sat),
         "make it at least 1 and at most provider.slice_max_sat",
     );
-    found.check(p.requests_per_peer > 0, "provider.requests_per_peer", "0 refuses everyone", "make it at least 1");
     found.check(
         (60..=86_400).contains(&p.listing_expiry_s),
         "provider.listing_expiry_s",

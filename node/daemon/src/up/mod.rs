@@ -66,9 +66,12 @@ const WALLET_STOP: Duration = Duration::from_secs(20);
 /// How long the relays may take to hear that this node has stopped.
 const HEARTBEAT_STOP: Duration = Duration::from_secs(3);
 
+/// Most threads of the node itself.
+const MAX_THREADS: usize = 64;
+
 /// Runs a node until a signal. Blocks.
 pub(crate) fn run(config: Config) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads(&config)).enable_all().build()?;
     let result = runtime.block_on(node(config));
     // Tasks that still wait for a peer are not waited for.
     runtime.shutdown_timeout(Duration::from_secs(1));
@@ -96,6 +99,12 @@ enum Ended {
     Told,
     /// The disk was full and has room again: the journal is folded anew.
     Anew,
+}
+
+/// Engines want the cores too, and a token that wakes a second thread costs more than it gains: half of them by default.
+fn threads(config: &Config) -> usize {
+    let half = || std::thread::available_parallelism().map_or(1, |cores| cores.get() / 2);
+    usize::try_from(config.node.threads).ok().filter(|&asked| asked > 0).unwrap_or_else(half).clamp(1, MAX_THREADS)
 }
 
 async fn node(config: Config) -> anyhow::Result<Ended> {

@@ -312,7 +312,7 @@ impl Node<'_> {
     }
 
     fn endpoint(&self) -> anyhow::Result<QuicEndpoint> {
-        let limits = limits_for(self.config.provider.requests_per_peer);
+        let limits = limits_for(self.config.requests_per_peer());
         if self.config.is_provider() {
             let address = self.config.provider.quic_listen;
             return QuicEndpoint::bind(address, self.keys.identity.clone(), limits, &self.shutdown)
@@ -415,10 +415,6 @@ impl Node<'_> {
     fn provider_config(&self) -> ProviderConfig {
         let (session, provider) = (&self.config.session, &self.config.provider);
         let small = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
-        let models = provider.models.iter().map(|model| model.slots);
-        let (stages, leads) = (provider.stages.iter().map(|s| s.slots), provider.leads.iter().map(|l| l.slots));
-        let packs = provider.packs.iter().map(|pack| pack.slots);
-        let slots: u32 = models.chain(stages).chain(packs).chain(leads).sum();
         ProviderConfig {
             terms: Terms {
                 min_slice: sat(provider.slice_min_sat),
@@ -435,9 +431,9 @@ impl Node<'_> {
                 ..Terms::default()
             },
             quote_validity_ms: session.quote_validity_s.saturating_mul(1_000),
-            max_requests_per_peer: provider.requests_per_peer as usize,
+            max_requests_per_peer: self.config.requests_per_peer() as usize,
             // As many again may wait as run.
-            max_requests: (slots as usize).saturating_mul(2).max(1),
+            max_requests: (self.config.slots().0 as usize).saturating_mul(2).max(1),
             engine_name: ENGINE_NAME.to_owned(),
             part_batch: satgrid_engine_llama::BATCH,
             ..ProviderConfig::default()

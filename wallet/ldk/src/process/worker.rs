@@ -32,7 +32,8 @@ const ANSWERS: usize = 256;
 /// Serves a Lightning node on the socket that is this process's standard input, until it ends; then stops the node.
 pub fn worker_main() -> io::Result<()> {
     end_with_a_panic();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    // One payment at a time holds the manager's lock anyway; a second thread would only be woken for nothing.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let served = runtime.block_on(serve());
     runtime.shutdown_timeout(Duration::from_secs(1));
     served
