@@ -107,7 +107,7 @@ impl Consumer {
         let demand = SliceDemand {
             balance: if session.short { Msat::ZERO } else { session.usable_balance() },
             at_hand: starts.saturating_add(running),
-            ahead: reserves.saturating_add(session.flow.ahead(now, payment_ms, rest)),
+            ahead: reserves.saturating_add(session.flow.ahead(now, payment_ms, session.requests.len(), rest)),
             last: state.last_paid(),
             proven: self.settled_with(&provider).saturating_add(state.acked_open()),
             committed: state.paid().saturating_sub(state.refunded()),

@@ -179,7 +179,7 @@ impl Consumer {
         let start = StartRequest { open: signed, salt, prompt, private };
         let ordered = call.part().map(|_| Emission::Ordered { session: state.id(), key: state.consumer(), request });
         if let Some(session) = self.sessions.get_mut(&index) {
-            session.flow.started(now, need, session.requests.is_empty());
+            session.flow.started(now, need, session.requests.len());
             session.streams.insert(stream, request);
             session.requests.insert(request, live);
             session.unfunded = None;
