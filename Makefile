@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build build-native build-gpu demo demo-experts demo-split bench-split lengths-split bench-experts test test-fast lint deny bench bench-ledger fuzz-ledger sim fuzz clean-cache test-conformance test-acme bench-api test-wallet bench-wallet
+.PHONY: help build release build-native build-gpu demo demo-experts demo-split bench-split lengths-split bench-experts test test-fast lint deny bench bench-ledger fuzz-ledger sim fuzz clean-cache test-conformance test-acme bench-api test-wallet bench-wallet
 
 ENV := . tests/scripts/env.sh;
 
@@ -11,6 +11,9 @@ help: ## list the targets
 
 build: ## build the shipped binaries, satgrid and satgrid-ledger
 	@tests/scripts/build.sh
+
+release: ## the same optimised across crates, for a node that runs for money: into target/release (docs/operating/provider.md)
+	@tests/scripts/build.sh release
 
 build-native: ## the same with llama.cpp compiled for this very processor (AVX-512, VNNI, AMX): into target/native (docs/operating/provider.md)
 	@tests/scripts/build-native.sh

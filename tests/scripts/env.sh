@@ -34,7 +34,7 @@ fi
 # the long runs they explore.
 if [ "${CI:-}" = true ]; then export PROPTEST_RNG_SEED="${PROPTEST_RNG_SEED:-20261122}"; fi
 # The shipped binary, for whoever runs it from a script or a test.
-SATGRID_BIN="${CARGO_TARGET_DIR:-$PWD/target}/debug/satgrid"
+SATGRID_BIN="${SATGRID_BIN:-${CARGO_TARGET_DIR:-$PWD/target}/debug/satgrid}"
 export SATGRID_BIN
 # In CI the lockfile is the law; at a desk cargo may add to it.
 LOCKED=""
