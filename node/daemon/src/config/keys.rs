@@ -238,7 +238,7 @@ pub(super) const KEYS: &[Key] = &[
         "provider.requests_per_peer",
         Number,
         Value("0"),
-        "open requests of one consumer, over all its sessions; 0: as many as run at once, at least 16",
+        "open requests of one consumer, over all its sessions; 0: twice as many as run at once, at least 16",
     ),
     key("provider.models", Tables(MODEL_KEYS), Value("[]"), "what is for sale"),
     key("provider.stages", Tables(STAGE_KEYS), Value("[]"), "layers for sale, to nodes that lead"),

@@ -5,6 +5,7 @@
 //! must not silently be no limit. This module reads files and variables; it opens nothing else and decides nothing.
 
 mod acme;
+mod derived;
 mod keys;
 mod load;
 mod places;

@@ -23,52 +23,6 @@ pub(crate) struct Config {
     pub log: Log,
 }
 
-/// Where it is not configured, one consumer may always have so many requests open.
-const LEAST_REQUESTS_PER_PEER: u32 = 16;
-
-impl Config {
-    pub(crate) fn is_provider(&self) -> bool {
-        self.node.roles.contains(&Role::Provider)
-    }
-
-    pub(crate) fn is_consumer(&self) -> bool {
-        self.node.roles.contains(&Role::Consumer)
-    }
-
-    /// How many requests run at once of all that is for sale, and of what has the most.
-    pub(crate) fn slots(&self) -> (u32, u32) {
-        let Provider { models, stages, packs, leads, .. } = &self.provider;
-        let of_models = models.iter().map(|model| model.slots);
-        let of_parts = stages.iter().map(|stage| stage.slots).chain(packs.iter().map(|pack| pack.slots));
-        let all = || of_models.clone().chain(of_parts.clone()).chain(leads.iter().map(|lead| lead.slots));
-        (all().fold(0, u32::saturating_add), all().max().unwrap_or(0))
-    }
-
-    /// Open requests of one consumer: what is configured, else as many as run at once of anything for sale, so that one
-    /// consumer can use an idle provider whole, and enough for one that sells little.
-    pub(crate) fn requests_per_peer(&self) -> u32 {
-        match self.provider.requests_per_peer {
-            0 => self.slots().1.max(LEAST_REQUESTS_PER_PEER),
-            asked => asked,
-        }
-    }
-
-    /// What the front door sells, if it is open.
-    pub(crate) fn door_sells(&self) -> DoorSells {
-        match self.door.sells.as_deref() {
-            Some("own") => DoorSells::Own,
-            Some(_) => DoorSells::Market,
-            None if self.is_provider() => DoorSells::Own,
-            None => DoorSells::Market,
-        }
-    }
-
-    /// Whether a house buys this provider's own models for strangers.
-    pub(crate) fn has_house(&self) -> bool {
-        self.door.listen.is_some() && self.door_sells() == DoorSells::Own
-    }
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Network {
