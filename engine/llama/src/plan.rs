@@ -2,7 +2,8 @@
 //!
 //! While any stream is decoding, prompts together get at most [`Limits::prefill_beside_streams`] positions between two
 //! steps of the streams, so they slow these but never stop them; alone they get whole batches. Up to that bound prompts
-//! go first: the sooner they are streams, the more of them share each step. They take turns, the one served longest ago first.
+//! go first: the sooner they are streams, the more of them share each step. They take turns, the one served longest ago first; in
+//! `fast` a short rest goes before all.
 //! Where several batches are under way at once, streams that are away count as running, and beside them one prompt at a time
 //! is on its way.
 //!
@@ -17,6 +18,8 @@ use satgrid_engine::port::Profile;
 
 /// A shorter piece of a prompt is not worth a batch of its own.
 const LEAST_CHUNK: u32 = 8;
+/// A piece of less than this part of what prompts may have in a batch is a sliver.
+const SLIVERS: u32 = 8;
 
 /// How far one running job is. Positions count from 0 through prompt and output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,10 +103,15 @@ pub(crate) fn plan_batch(jobs: &[Progress], limits: &Limits, since_step: u32) ->
             let steps = ready.iter().filter(|job| !job.is_prefilling()).take(batch as usize);
             let mut chunks: Vec<Chunk> = steps.map(|job| job.next(1)).collect();
             let mut room = prefill.min(batch - u32::try_from(chunks.len()).unwrap_or(batch).min(batch));
+            // What is left of a prompt goes first, and none is begun by a sliver: prompts become streams in their order, next to
+            // each other. The library computes runs of neighbouring sequences at once and parts a batch at each gap.
+            let least = (prefill / SLIVERS).max(1);
+            prompts.sort_by_key(|job| (job.ready() > least, job.served, job.slot));
             for job in prompts {
                 let chunk = job.next(room);
-                room -= chunk.upto - chunk.from;
-                if chunk.upto > chunk.from {
+                let positions = chunk.upto - chunk.from;
+                if positions >= least.min(job.ready()) {
+                    room -= positions;
                     chunks.push(chunk);
                 }
             }
@@ -210,6 +218,10 @@ mod tests {
         fast(&["s5", "p0/2000", "s9"], "0:5..6 1:0..64 2:9..10");
         fast(&["p0/300", "p0/300", "p0/10<0"], "0:0..300 1:0..212");
         fast(&["s5", "p0/10<5", "p0/200"], "0:5..6 1:0..5 2:0..59");
+        // A short rest goes first, a sliver not at all.
+        fast(&["s5", "p0/300", "p297/300"], "0:5..6 1:0..61 2:297..300");
+        fast(&["p0/500", "p0/300"], "0:0..500");
+        fast(&["s5", "p0/60", "p0/300"], "0:5..6 1:0..60");
     }
 
     #[test]

@@ -285,10 +285,15 @@ impl Scheduler {
         }
     }
 
-    /// The slot for a job: its session's with the longest common start, else an empty one, else the longest unused.
+    /// The slot for a job: its session's with the longest common start, else an empty one, else the longest unused; of these one
+    /// beside a slot that runs, where any is. The library computes the steps of neighbouring sequences at once, and parts a
+    /// batch at each gap.
     fn choose_slot(&self, job: &Job) -> Option<usize> {
         let free = || self.slots.iter().enumerate().filter(|(_, slot)| slot.running.is_none());
-        let empty = free().find(|(_, slot)| slot.idle.is_empty()).map(|(number, _)| number);
+        let runs = |number: usize| self.slots.get(number).is_some_and(|slot| slot.running.is_some());
+        let gap = |number: usize| !runs(number + 1) && !number.checked_sub(1).is_some_and(runs);
+        let empty =
+            free().filter(|(_, slot)| slot.idle.is_empty()).map(|(number, _)| number).min_by_key(|&n| (gap(n), n));
         let own = free()
             .filter(|(_, slot)| slot.session == Some(job.session))
             .map(|(number, slot)| (common_start(&slot.idle, &job.prompt), number, slot.idle.len()))
@@ -300,7 +305,7 @@ impl Scheduler {
                 return Some(number);
             }
         }
-        empty.or_else(|| free().min_by_key(|(_, slot)| slot.used).map(|(number, _)| number))
+        empty.or_else(|| free().map(|(number, slot)| (gap(number), slot.used, number)).min().map(|(.., number)| number))
     }
 
     fn seat(&mut self, number: usize, waiting: Waiting, backend: &mut impl Backend) {

@@ -337,6 +337,23 @@ fn the_longest_unused_slot_goes_first() {
 }
 
 #[test]
+fn a_job_is_seated_beside_those_that_run() {
+    let (mut s, mut backend) = (scheduler(Profile::Fast, 5), Arithmetic::default());
+    let mut start = |s: &mut Scheduler, id: u64, session| {
+        s.handle(Command::Start(job(id, session, 0..10)), &mut backend);
+        s.handle(grant(id, ALL, ALL), &mut backend);
+        assert!(s.step(&mut backend));
+        s.slots.iter().map(|slot| if slot.running.is_some() { 'r' } else { '-' }).collect::<String>()
+    };
+    (1..=4).for_each(|id| drop(start(&mut s, id, id as u8)));
+    [1, 2, 4].into_iter().for_each(|id| s.handle(Command::Cancel { job: JobId(id) }, &mut Arithmetic::default()));
+    // The empty slot is a gap away, but costs nobody's cache; then the longest unused of the neighbours goes.
+    assert_eq!(start(&mut s, 5, 5), "--r-r");
+    assert_eq!(start(&mut s, 6, 6), "-rr-r");
+    assert_eq!(start(&mut s, 7, 7), "rrr-r");
+}
+
+#[test]
 fn cancelling_ends_a_job_wherever_it_is() {
     let (mut s, mut backend, mut heard) = (scheduler(Profile::Exact, 1), Arithmetic::default(), BTreeMap::new());
     for id in 1..=3 {
