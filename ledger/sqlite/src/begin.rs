@@ -10,7 +10,11 @@ use sqlx::{
 /// One that may write, from its beginning. The connection is nobody else's meanwhile, so what is counted as open is not.
 pub(crate) async fn begin(connection: &mut SqliteConnection) -> Result<Transaction<'_, Sqlite>, sqlx::Error> {
     if Manager::get_transaction_depth(connection) > 0 {
-        // A rollback that has something to roll back; it may, where it was held up until now.
+        // One that was dropped is rolled back by the connection's own thread, soon: it is, once that thread has answered.
+        connection.ping().await?;
+    }
+    if Manager::get_transaction_depth(connection) > 0 {
+        // A rollback that has something to roll back.
         let _ = sqlx::query("BEGIN").execute(&mut *connection).await;
         Manager::rollback(connection).await?;
     }
