@@ -166,30 +166,25 @@ pub struct Chained {
     pub opening: Option<Vec<u8>>,
 }
 
-/// What is stored of an entry: its canonical bytes, and the private fields kept beside them. Both within their limits.
-fn stored_form(entry: &Entry) -> Result<(Vec<u8>, Option<Vec<u8>>), JournalError> {
+/// Chains one draft onto `head`, which is then the entry's.
+fn link(head: &mut Head, at: UnixMs, draft: Draft) -> Result<Chained, JournalError> {
     let within = |what, given, limit| match given <= limit {
         true => Ok(()),
         false => Err(JournalError::Limit { what, given, limit }),
     };
+    let entry = Entry::chain(head, at, draft);
     let (bytes, opening) = (entry.bytes(), entry.opening().map(cbor::encode));
     within("bytes in one entry", bytes.len(), MAX_ENTRY_LEN)?;
     within("bytes of private fields", opening.as_ref().map_or(0, Vec::len), MAX_OPENING_LEN)?;
-    Ok((bytes, opening))
+    let leaf = leaf_hash(&bytes);
+    *head = Head { len: head.len.saturating_add(1), last: leaf, at: entry.at };
+    Ok(Chained { entry, bytes, leaf, opening })
 }
 
 /// Chains drafts onto `head`.
 pub fn chain(mut head: Head, at: UnixMs, drafts: Vec<Draft>) -> Result<Vec<Chained>, JournalError> {
     check_limits(&drafts)?;
-    let mut out = Vec::with_capacity(drafts.len());
-    for draft in drafts {
-        let entry = Entry::chain(&head, at, draft);
-        let (bytes, opening) = stored_form(&entry)?;
-        let leaf = leaf_hash(&bytes);
-        head = Head { len: head.len.saturating_add(1), last: leaf, at: entry.at };
-        out.push(Chained { entry, bytes, leaf, opening });
-    }
-    Ok(out)
+    drafts.into_iter().map(|draft| link(&mut head, at, draft)).collect()
 }
 
 /// A journal in memory: for simulations, tests and tools. Clones share the same entries.

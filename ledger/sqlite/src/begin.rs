@@ -20,3 +20,22 @@ pub(crate) async fn begin(connection: &mut SqliteConnection) -> Result<Transacti
     }
     connection.begin_with("BEGIN IMMEDIATE").await
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn one_that_was_dropped_is_no_lost_one() {
+        let mut connection = SqliteConnection::connect("sqlite::memory:").await.unwrap();
+        sqlx::query("CREATE TABLE t (n)").execute(&mut connection).await.unwrap();
+        // Its rollback is under way while the next begins.
+        for n in 0..500 {
+            let mut tx = begin(&mut connection).await.unwrap();
+            sqlx::query("INSERT INTO t VALUES (?)").bind(n).execute(&mut *tx).await.unwrap();
+        }
+        let mut tx = begin(&mut connection).await.unwrap();
+        let left: (i64,) = sqlx::query_as("SELECT count(*) FROM t").fetch_one(&mut *tx).await.unwrap();
+        assert_eq!(left.0, 0);
+    }
+}

@@ -1,10 +1,10 @@
 //! What every stored journal does the same, whatever database it stands on: the end that a writer holds, the group of
 //! appends that one transaction writes, and entries read back from their rows. The adapters keep their SQL.
 
-use super::{JournalError, check_limits, named_by, stored_form};
+use super::{Chained, JournalError, check_limits, link, named_by};
 use crate::{
     entry::{Draft, Entry, Head},
-    log::{SignedCheckpoint, TILE_WIDTH, TileEdge, TileId, leaf_hash},
+    log::{SignedCheckpoint, TILE_WIDTH, TileEdge, TileId},
     statements::ReceiptOpening,
 };
 use ed25519_dalek::SigningKey;
@@ -109,10 +109,8 @@ impl Group {
         let (before, mut head) = (self.rows.len(), self.tip.head);
         let (mut entries, mut leaves) = (Vec::with_capacity(drafts.len()), Vec::with_capacity(drafts.len()));
         for draft in drafts {
-            let entry = Entry::chain(&head, at, draft);
-            let (bytes, opening) = stored_form(&entry).inspect_err(|_| self.rows.truncate(before))?;
-            let leaf = leaf_hash(&bytes);
-            head = Head { len: head.len.saturating_add(1), last: leaf, at: entry.at };
+            let linked = link(&mut head, at, draft);
+            let Chained { entry, bytes, leaf, opening } = linked.inspect_err(|_| self.rows.truncate(before))?;
             self.rows.push(Row { seq: entry.seq, at: entry.at, bytes, opening });
             leaves.push(leaf);
             entries.push(entry);
