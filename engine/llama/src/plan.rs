@@ -105,8 +105,9 @@ pub(crate) fn plan_batch(jobs: &[Progress], limits: &Limits, since_step: u32) ->
             let mut room = prefill.min(batch - u32::try_from(chunks.len()).unwrap_or(batch).min(batch));
             // What is left of a prompt goes first, and none is begun by a sliver: prompts become streams in their order, next to
             // each other. The library computes runs of neighbouring sequences at once and parts a batch at each gap.
+            // Otherwise they keep their turns.
             let least = (prefill / SLIVERS).max(1);
-            prompts.sort_by_key(|job| (job.ready() > least, job.served, job.slot));
+            prompts.sort_by_key(|job| job.ready() > least);
             for job in prompts {
                 let chunk = job.next(room);
                 let positions = chunk.upto - chunk.from;

@@ -15,20 +15,18 @@ impl Config {
         self.node.roles.contains(&Role::Consumer)
     }
 
-    /// How many requests run at once of all that is for sale, and of what has the most.
-    pub(crate) fn slots(&self) -> (u32, u32) {
+    /// How many requests run at once, of each thing that is for sale.
+    pub(crate) fn slots(&self) -> impl Iterator<Item = u32> {
         let Provider { models, stages, packs, leads, .. } = &self.provider;
-        let of_models = models.iter().map(|model| model.slots);
-        let of_parts = stages.iter().map(|stage| stage.slots).chain(packs.iter().map(|pack| pack.slots));
-        let all = || of_models.clone().chain(of_parts.clone()).chain(leads.iter().map(|lead| lead.slots));
-        (all().fold(0, u32::saturating_add), all().max().unwrap_or(0))
+        let whole = models.iter().map(|model| model.slots).chain(leads.iter().map(|lead| lead.slots));
+        whole.chain(stages.iter().map(|stage| stage.slots)).chain(packs.iter().map(|pack| pack.slots))
     }
 
     /// Open requests of one consumer: what is configured, else twice as many as run at once of anything for sale, so that one
     /// consumer can use an idle provider whole while what it had before is being settled, and enough for one that sells little.
     pub(crate) fn requests_per_peer(&self) -> u32 {
         match self.provider.requests_per_peer {
-            0 => self.slots().1.saturating_mul(2).max(LEAST_REQUESTS_PER_PEER),
+            0 => self.slots().max().unwrap_or(0).saturating_mul(2).max(LEAST_REQUESTS_PER_PEER),
             asked => asked,
         }
     }

@@ -181,14 +181,13 @@ async fn buy(sources: &ExpertSources<'_>, trunk: Trunk, of: Group, with: LeadPar
         build: Some(build),
         max_rate: sources.max_price.map(MsatPerMtok),
     };
-    let rows = u64::from(context)
-        * u64::from(manifest.used)
-        * u64::from(layers.map_or(manifest.layers, |range| range.layers()));
+    let wire = sources.wire.wire_type();
+    let shape = shape(manifest, layers, wire);
+    let rows = u64::from(context) * u64::from(shape.used) * u64::from(shape.layers);
     let most_rows = rows.saturating_mul(ORDER_MARGIN).min(u64::from(u32::MAX));
     let own: BTreeSet<(u32, u32)> = group.held().collect();
-    let wire = sources.wire.wire_type();
     let dealer = Dealer {
-        shape: shape(manifest, layers, wire),
+        shape,
         own: ExpertSet::new(own.iter().copied()),
         wanted: demand.wanted.clone(),
         batch: slots,

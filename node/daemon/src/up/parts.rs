@@ -433,7 +433,7 @@ impl Node<'_> {
             quote_validity_ms: session.quote_validity_s.saturating_mul(1_000),
             max_requests_per_peer: self.config.requests_per_peer() as usize,
             // As many again may wait as run.
-            max_requests: (self.config.slots().0 as usize).saturating_mul(2).max(1),
+            max_requests: (self.config.slots().fold(0, u32::saturating_add) as usize).saturating_mul(2).max(1),
             engine_name: ENGINE_NAME.to_owned(),
             part_batch: satgrid_engine_llama::BATCH,
             ..ProviderConfig::default()
