@@ -5,6 +5,8 @@ SHELL := /bin/bash
 .PHONY: help build release build-native build-gpu demo demo-experts demo-split bench-split lengths-split bench-experts test test-fast lint deny bench bench-ledger fuzz-ledger sim fuzz clean-cache test-conformance test-acme bench-api test-wallet bench-wallet
 
 ENV := . tests/scripts/env.sh;
+# Benches measure what a node for money runs.
+RELEASED := $(ENV) export SATGRID_BIN="$${CARGO_TARGET_DIR:-$$PWD/target}/release/satgrid";
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,11 +33,11 @@ demo-split: build ## one model over a lead and three paid workers as processes: 
 lengths-split: build ## prompts of 1 to 2,000 tokens over a lead and paid workers, eight sessions at once, each held against one machine (KILL=1 kills a worker)
 	@$(ENV) exec tests/scripts/lengths-split.py $(if $(filter-out 0,$(KILL)),--kill) $(ARGS)
 
-bench-split: build ## what a split by layers costs: rings of 1 to 3 workers at 0 to 50 ms beside one machine, llama.cpp's RPC and the peer's law (ARGS="--workers 2 --rtt 20")
-	@$(ENV) exec tests/scripts/bench-split.py --out .bench-split.json $(ARGS)
+bench-split: release ## what a split by layers costs: rings of 1 to 3 workers at 0 to 50 ms beside one machine, llama.cpp's RPC and the peer's law (ARGS="--workers 2 --rtt 20")
+	@$(RELEASED) exec tests/scripts/bench-split.py --out .bench-split.json $(ARGS)
 
-bench-experts: build ## what a split by experts costs: a lead and three paid workers beside one machine, over links with a delay (ARGS="--rtt 0.1,5 --batch 1,8")
-	@$(ENV) exec tests/scripts/bench-experts.py --out .bench-experts.json $(ARGS)
+bench-experts: release ## what a split by experts costs: a lead and three paid workers beside one machine, over links with a delay (ARGS="--rtt 0.1,5 --batch 1,8")
+	@$(RELEASED) exec tests/scripts/bench-experts.py --out .bench-experts.json $(ARGS)
 
 demo-experts: build ## a mixture of experts over a lead and three paid workers as processes: the map, the answer, its proof (KILL=1 kills a worker, LIE=1 makes one lie, STAGE=1: a paid stage buys the experts of its layers)
 	@$(ENV) exec tests/scripts/demo-experts.py $(if $(filter-out 0,$(KILL)),--kill) $(if $(filter-out 0,$(LIE)),--lie) $(if $(filter-out 0,$(STAGE)),--stage)
@@ -64,18 +66,18 @@ lint: ## rustfmt and clippy, warnings are errors
 deny: ## licences, banned crates, sources; advisories where reachable
 	@tests/scripts/deny.sh
 
-bench: build ## speed and memory, printed as ratios from one run
+bench: release ## speed and memory of the release build, printed as ratios from one run
 	@tests/scripts/model.sh >/dev/null
-	@$(ENV) exec cargo test $$LOCKED -p satgrid-tests --test bench -- --ignored --test-threads 1 --nocapture
+	@$(RELEASED) exec cargo test --release $$LOCKED -p satgrid-tests --test bench -- --ignored --test-threads 1 --nocapture
 
-bench-api: build ## the API beside llama.cpp's own server in one run: 1, 8 and 16 streams, first token, memory, 200 requests a second
+bench-api: release ## the API beside llama.cpp's own server in one run: 1, 8 and 16 streams, first token, memory, 200 requests a second
 	@tests/scripts/model.sh >/dev/null
-	@tests/scripts/bench-api.sh
+	@$(RELEASED) exec tests/scripts/bench-api.sh
 
 bench-ledger: ## the ledger's speed: verify a million receipts, ten million appends, proofs (RECEIPTS=100000 GROWTH=1000000 for a short run)
-	@$(ENV) SATGRID_BENCH_RECEIPTS="$(or $(RECEIPTS),1000000)" cargo test $$LOCKED -p satgrid-ledger-cli --test bench -- --ignored --nocapture
-	@$(ENV) SATGRID_BENCH_GROWTH="$(or $(GROWTH),10000000)" cargo test $$LOCKED -p satgrid-ledger-sqlite --test bench --test journal -- --ignored --nocapture --test-threads 1 proofs_from growth_of append_rate
-	@$(ENV) BENCH_ONLY=journal exec cargo test $$LOCKED -p satgrid-tests --test bench -- --ignored --nocapture
+	@$(ENV) SATGRID_BENCH_RECEIPTS="$(or $(RECEIPTS),1000000)" cargo test --release $$LOCKED -p satgrid-ledger-cli --test bench -- --ignored --nocapture
+	@$(ENV) SATGRID_BENCH_GROWTH="$(or $(GROWTH),10000000)" cargo test --release $$LOCKED -p satgrid-ledger-sqlite --test bench --test journal -- --ignored --nocapture --test-threads 1 proofs_from growth_of append_rate
+	@$(ENV) BENCH_ONLY=journal exec cargo test --release $$LOCKED -p satgrid-tests --test bench -- --ignored --nocapture
 
 fuzz-ledger: ## every single flipped bit of bundles and claims (minutes); of given exports: FILES="a.bundle b.bundle" (STEP=97 for a slice)
 	@$(ENV) if [ -z "$(FILES)" ]; then exec cargo test $$LOCKED -p satgrid-ledger --lib whole_ -- --ignored --nocapture; fi; \

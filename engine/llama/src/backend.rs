@@ -20,6 +20,9 @@ use crate::settings::{BATCH, DEFAULT_CONTEXT, EngineSettings, MAX_SLOTS, TILED_P
 const STALL_MS: u64 = 400;
 /// Least positions of a prompt's piece beside running streams; also the shortest piece whose speed tells anything.
 const LEAST_PIECE: u32 = 16;
+/// Most batches of prompts between two steps, on a card that reads them in less than the time above: beyond that the steps are
+/// full enough.
+const MOST_PIECES: u32 = 4;
 
 /// Why a model does not run with these settings.
 #[derive(Debug, thiserror::Error)]
@@ -170,7 +173,7 @@ impl LlamaBackend {
     pub(crate) fn piece_beside_streams(&self) -> Option<u32> {
         // A float too large or not a number becomes the nearest bound.
         let positions = (self.prefill_per_s? * STALL_MS as f64 / 1000.0) as u32;
-        Some(positions.clamp(LEAST_PIECE, BATCH))
+        Some(positions.clamp(LEAST_PIECE, MOST_PIECES * BATCH))
     }
 
     fn mind_the_pace(&mut self, rows: &[BatchRow], took: Duration) {

@@ -3,7 +3,7 @@
 //! While any stream is decoding, prompts together get at most [`Limits::prefill_beside_streams`] positions between two
 //! steps of the streams, so they slow these but never stop them; alone they get whole batches. Up to that bound prompts
 //! go first: the sooner they are streams, the more of them share each step. They take turns, the one served longest ago first; in
-//! `fast` a short rest goes before all.
+//! `fast` a short rest goes before all, and where the bound is several batches, the steps ride in the last of them.
 //! Where several batches are under way at once, streams that are away count as running, and beside them one prompt at a time
 //! is on its way.
 //!
@@ -63,7 +63,7 @@ impl Progress {
         self.upto.saturating_sub(self.at)
     }
 
-    fn is_prefilling(&self) -> bool {
+    pub(crate) fn is_prefilling(&self) -> bool {
         self.at < self.prompt
     }
 
@@ -72,8 +72,8 @@ impl Progress {
     }
 }
 
-/// The next batch, by rising slot; empty when no job may go on. `since_step` counts the positions in batches that were a
-/// prompt's alone since streams were last served.
+/// The next batch, by rising slot; empty when no job may go on. `since_step` counts the positions in batches that were
+/// prompts' alone since streams were last served.
 pub(crate) fn plan_batch(jobs: &[Progress], limits: &Limits, since_step: u32) -> Vec<Chunk> {
     let batch = limits.batch.max(1);
     let mut ready: Vec<&Progress> = jobs.iter().filter(|job| job.ready() > 0).collect();
@@ -82,7 +82,7 @@ pub(crate) fn plan_batch(jobs: &[Progress], limits: &Limits, since_step: u32) ->
     let mut prompts: Vec<&Progress> = ready.iter().copied().filter(|job| job.is_prefilling()).collect();
     prompts.sort_by_key(|job| (job.served, job.slot));
     let beside = streams > 0 || limits.streams_away;
-    let prefill = if beside { limits.prefill_beside_streams.clamp(1, batch) } else { batch };
+    let prefill = if beside { limits.prefill_beside_streams.max(1) } else { batch };
 
     let mut chunks = match limits.profile {
         Profile::Exact => {
@@ -94,19 +94,23 @@ pub(crate) fn plan_batch(jobs: &[Progress], limits: &Limits, since_step: u32) ->
             let room = match (steps.is_empty() && !limits.streams_away, beside && limits.prompts_away) {
                 (_, true) => 0,
                 (true, false) => batch,
-                (false, false) => prefill.saturating_sub(since_step),
+                (false, false) => prefill.saturating_sub(since_step).min(batch),
             };
             let long = prompts.iter().find(|job| job.ready() > 1 && room >= LEAST_CHUNK.min(job.ready()));
             long.map_or(steps, |job| vec![job.next(room)])
         }
         Profile::Fast => {
-            let steps = ready.iter().filter(|job| !job.is_prefilling()).take(batch as usize);
+            // A step of few streams beside a piece costs as much as one of many: pieces that fill batches come first.
+            let left = if beside { prefill.saturating_sub(since_step) } else { batch };
+            let waiting = prompts.iter().fold(0_u32, |sum, job| sum.saturating_add(job.ready()));
+            let most = if left > batch && waiting >= batch { 0 } else { batch as usize };
+            let steps = ready.iter().filter(|job| !job.is_prefilling()).take(most);
             let mut chunks: Vec<Chunk> = steps.map(|job| job.next(1)).collect();
-            let mut room = prefill.min(batch - u32::try_from(chunks.len()).unwrap_or(batch).min(batch));
+            let mut room = left.min(batch - u32::try_from(chunks.len()).unwrap_or(batch).min(batch));
             // What is left of a prompt goes first, and none is begun by a sliver: prompts become streams in their order, next to
             // each other. The library computes runs of neighbouring sequences at once and parts a batch at each gap.
             // Otherwise they keep their turns.
-            let least = (prefill / SLIVERS).max(1);
+            let least = (prefill.min(batch) / SLIVERS).max(1);
             prompts.sort_by_key(|job| job.ready() > least);
             for job in prompts {
                 let chunk = job.next(room);
@@ -226,6 +230,25 @@ mod tests {
     }
 
     #[test]
+    fn fast_reads_several_pieces_between_two_steps_where_they_are_quick() {
+        let quick = Limits { profile: Profile::Fast, prefill_beside_streams: 1300, ..LIMITS };
+        let check = |jobs: &[&str], since_step, expect: &str| {
+            let jobs: Vec<Progress> = jobs.iter().enumerate().map(|(slot, text)| job(slot, text)).collect();
+            let plan = plan_batch(&jobs, &quick, since_step);
+            let text: Vec<String> = plan.iter().map(|c| format!("{}:{}..{}", c.slot, c.from, c.upto)).collect();
+            assert_eq!(text.join(" "), expect, "{jobs:?}");
+        };
+        check(&["s5", "p0/400", "p0/400", "p0/2000"], 0, "1:0..400 2:0..112");
+        check(&["s5", "s401", "p112/400", "p0/2000"], 512, "2:112..400 3:0..224");
+        // The last piece takes the steps along, and what it leaves is the next one's.
+        check(&["s5", "s401", "s401", "p224/2000"], 1024, "0:5..6 1:401..402 2:401..402 3:224..500");
+        check(&["s6", "s402", "s402", "p500/2000"], 0, "3:500..1012");
+        // Nobody waits for a batch that is not full.
+        check(&["s5", "p0/300"], 0, "0:5..6 1:0..300");
+        check(&["s5", "p0/2000"], 1300, "0:5..6");
+    }
+
+    #[test]
     fn prompts_take_turns() {
         let limits = Limits { batch: 100, prefill_beside_streams: 10, ..LIMITS };
         let mut jobs: Vec<Progress> = (0..3).map(|slot| job(slot, "p0/250")).collect();
@@ -244,26 +267,28 @@ mod tests {
     #[test]
     fn streams_are_never_starved() {
         for profile in [Profile::Exact, Profile::Fast] {
-            let limits = Limits { profile, ..LIMITS };
-            let mut jobs = vec![job(0, "s10"), job(1, "p0/1000"), job(2, "p0/700"), job(3, "s20")];
-            let mut waited = 0;
-            for number in 1..200 {
-                let plan = plan_batch(&jobs, &limits, waited);
-                let rows: u32 = plan.iter().map(|c| c.upto - c.from).sum();
-                waited = if plan.iter().any(|c| c.slot == 0) { 0 } else { waited + rows };
-                assert!(waited <= 64, "{profile:?}: the stream waits at batch {number}");
-                for chunk in plan {
-                    let job = &mut jobs[chunk.slot as usize];
-                    assert_eq!(job.at, chunk.from);
-                    job.at = chunk.upto;
-                    if job.at > job.prompt {
-                        job.upto = job.at + 1;
-                    } else {
-                        job.served = number;
+            for beside in [64, 1300] {
+                let limits = Limits { profile, prefill_beside_streams: beside, ..LIMITS };
+                let mut jobs = vec![job(0, "s10"), job(1, "p0/1000"), job(2, "p0/1700"), job(3, "s20")];
+                let mut waited = 0;
+                for number in 1..200 {
+                    let plan = plan_batch(&jobs, &limits, waited);
+                    let rows: u32 = plan.iter().map(|c| c.upto - c.from).sum();
+                    waited = if plan.iter().any(|c| c.slot == 0) { 0 } else { waited + rows };
+                    assert!(waited <= beside, "{profile:?}: the stream waits at batch {number}");
+                    for chunk in plan {
+                        let job = &mut jobs[chunk.slot as usize];
+                        assert_eq!(job.at, chunk.from);
+                        job.at = chunk.upto;
+                        if job.at > job.prompt {
+                            job.upto = job.at + 1;
+                        } else {
+                            job.served = number;
+                        }
                     }
                 }
+                assert!(jobs.iter().all(|job| job.at >= job.prompt), "{profile:?}: {jobs:?}");
             }
-            assert!(jobs.iter().all(|job| job.at >= job.prompt), "{profile:?}: {jobs:?}");
         }
     }
 }

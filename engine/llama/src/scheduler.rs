@@ -24,7 +24,7 @@ use satgrid_engine::grammar::Vocabulary;
 use satgrid_engine::port::{Command, EngineEvent, FinishReason, Job, JobError, JobId, Profile};
 
 use crate::ffi::{BatchRow, DecodeError};
-use crate::plan::{Limits, Progress, plan_batch};
+use crate::plan::{Chunk, Limits, Progress, plan_batch};
 use slot::{Grant, Running, Slot, Waiting};
 pub(crate) use waves::Sends;
 
@@ -163,14 +163,15 @@ impl Scheduler {
             return None;
         }
         self.batches += 1;
-        self.since_step = match chunks.as_slice() {
-            [alone] if alone.upto - alone.from > 1 => self.since_step.saturating_add(alone.upto - alone.from),
-            _ => 0,
-        };
+        let positions: u32 = chunks.iter().map(|chunk| chunk.upto - chunk.from).sum();
+        // A batch of prompts alone; lone positions of theirs go with the streams.
+        let of_a_prompt = |chunk: &Chunk| jobs.iter().any(|job| job.slot == chunk.slot && job.is_prefilling());
+        let no_step = chunks.iter().all(of_a_prompt) && positions > to_u32(chunks.len());
+        self.since_step = if no_step { self.since_step.saturating_add(positions) } else { 0 };
 
         let mut rows = Vec::new();
         let mut ends = Vec::new();
-        let mut room = self.shape.batch.saturating_sub(chunks.iter().map(|chunk| chunk.upto - chunk.from).sum());
+        let mut room = self.shape.batch.saturating_sub(positions);
         for chunk in &chunks {
             let Some(running) = self.slots.get_mut(chunk.slot as usize).and_then(|slot| slot.running.as_mut()) else {
                 continue;
