@@ -56,7 +56,9 @@ def measure(args, market, links, shape, results):
                 # Prompts of many streams are read one after another: answers are to be longer than that takes.
                 for attempt in range(4):
                     tokens = args.tokens << attempt
-                    asked = [split.body(100_000 * (turn + 1) + 1_000 * batch + 100 * n + at + 10_000 * attempt, tokens) for at in range(batch)]
+                    first = 100_000 * (turn + 1) + 1_000 * batch + 100 * n + 10_000 * attempt
+                    # Random weights end an answer when they will: that token is barred.
+                    asked = [split.body(first + at, tokens, logit_bias={split.END: -100}) for at in range(batch)]
                     before = links.sent()
                     solo_streams = together(market, solo, asked)
                     middle = links.sent()
@@ -123,6 +125,7 @@ def main():
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--used", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--direct", action="store_true", help="no proxy between the nodes: a round trip of 0, bytes not counted")
     parser.add_argument("--dir", default=".bench-experts")
     parser.add_argument("--out")
     args = parser.parse_args()
@@ -130,7 +133,8 @@ def main():
     model = os.path.join(dir, "moe.gguf")
     shape = {"layers": args.layers, "width": args.width, "expert-width": args.expert_width, "experts": args.experts, "used": args.used}
     run("devnet", "tiny-moe", model, *(f"--{key}={value}" for key, value in shape.items()))
-    links = split.Links(dir)
+    links = split.Links(dir, args.direct)
+    args.rtt = [0.0] if args.direct else args.rtt
     # A tenth of the demo's prices: slices are paid, and are not what is measured.
     market = ExpertMarket(dir, Packs(model, dir, WORKERS), [100_000] * WORKERS, slots=max(16, *args.batch), threads=args.threads, door=links.door)
     links.start()

@@ -59,7 +59,7 @@ pub(crate) struct Chunk {
 }
 
 impl Progress {
-    fn ready(&self) -> u32 {
+    pub(crate) fn ready(&self) -> u32 {
         self.upto.saturating_sub(self.at)
     }
 
@@ -73,7 +73,7 @@ impl Progress {
 }
 
 /// The next batch, by rising slot; empty when no job may go on. `since_step` counts the positions in batches that were
-/// prompts' alone since streams were last served.
+/// prompts' alone while streams waited, since these were last served.
 pub(crate) fn plan_batch(jobs: &[Progress], limits: &Limits, since_step: u32) -> Vec<Chunk> {
     let batch = limits.batch.max(1);
     let mut ready: Vec<&Progress> = jobs.iter().filter(|job| job.ready() > 0).collect();

@@ -164,10 +164,11 @@ impl Scheduler {
         }
         self.batches += 1;
         let positions: u32 = chunks.iter().map(|chunk| chunk.upto - chunk.from).sum();
-        // A batch of prompts alone; lone positions of theirs go with the streams.
+        // Prompts alone, lone positions of theirs go with the streams; and only a stream that is there waits.
         let of_a_prompt = |chunk: &Chunk| jobs.iter().any(|job| job.slot == chunk.slot && job.is_prefilling());
-        let no_step = chunks.iter().all(of_a_prompt) && positions > to_u32(chunks.len());
-        self.since_step = if no_step { self.since_step.saturating_add(positions) } else { 0 };
+        let stepped = positions == to_u32(chunks.len()) || !chunks.iter().all(of_a_prompt);
+        let waits = limits.streams_away || jobs.iter().any(|job| job.ready() > 0 && !job.is_prefilling());
+        self.since_step = if waits && !stepped { self.since_step.saturating_add(positions) } else { 0 };
 
         let mut rows = Vec::new();
         let mut ends = Vec::new();
