@@ -40,7 +40,8 @@ def bare(satgrid, args, streams, prompt, output, turns=BARE_ROUNDS):
                "--model", args.model, "--profile", "fast", "--threads", args.threads, "--slots", max(streams, 1),
                "--context", 2048, "--device", args.device, "--bare-rounds", turns]
     begin = time.monotonic()
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    # Large pages, as the node gives its engine.
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
     wall = time.monotonic() - begin
     if done.returncode:
         sys.exit(f"the bare engine failed: {done.stderr[-2000:]}")

@@ -42,6 +42,7 @@ mod plan;
 mod render;
 mod scheduler;
 mod settings;
+mod socket;
 mod split;
 mod stage;
 mod texts;

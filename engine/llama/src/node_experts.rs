@@ -2,20 +2,17 @@
 //!
 //! Whether the trunk is a whole model's or a stage's, the node hears the layers' numbers in the model, and whose each row is.
 
-use std::os::unix::net::UnixStream;
-use std::sync::mpsc::Receiver;
-
-use satgrid_engine::experts::{ExpertRows, ExpertStep};
+use satgrid_engine::experts::ExpertStep;
 use satgrid_engine::port::JobId;
 use satgrid_types::LayerRange;
 
 use crate::ffi::{BatchRow, ExpertHook};
 use crate::owners::Owners;
-use crate::wire::{self, FromWorker};
+use crate::wire::FromWorker;
+use crate::worker::SharedSocket;
 
 pub(crate) struct NodeExperts {
-    writer: UnixStream,
-    outputs: Receiver<Result<ExpertRows, String>>,
+    socket: SharedSocket,
     /// The layer of the model that is the file's first.
     first: u32,
     step: u64,
@@ -26,13 +23,9 @@ pub(crate) struct NodeExperts {
 
 impl NodeExperts {
     /// Of a file that holds these layers of the model.
-    pub(crate) fn new(
-        writer: UnixStream,
-        outputs: Receiver<Result<ExpertRows, String>>,
-        layers: LayerRange,
-    ) -> NodeExperts {
+    pub(crate) fn new(socket: SharedSocket, layers: LayerRange) -> NodeExperts {
         let (first, owners) = (layers.start(), Owners::new(layers.layers()));
-        NodeExperts { writer, outputs, first, step: 0, layer: first, owners }
+        NodeExperts { socket, first, step: 0, layer: first, owners }
     }
 }
 
@@ -53,12 +46,12 @@ impl ExpertHook for NodeExperts {
         self.step += u64::from(layer <= self.layer);
         self.layer = layer;
         let step = ExpertStep { step: self.step, layer, used, ids, rows, jobs };
-        wire::write(&mut self.writer, &FromWorker::ExpertStep(step)).map_err(|error| error.to_string())
+        self.socket.lock().send(&FromWorker::ExpertStep(step)).map_err(|error| error.to_string())
     }
 
     fn outputs(&mut self) -> Result<Vec<f32>, String> {
-        // The reading thread ends the process when the node is gone, so this wait has an end.
-        let rows = self.outputs.recv().map_err(|_| "the node is gone".to_owned())??;
+        // The socket ends with the node, so this wait has an end.
+        let rows = self.socket.lock().outputs().map_err(|error| error.to_string())??;
         if (rows.step, rows.layer) != (self.step, self.layer) {
             return Err("the node answered another step".to_owned());
         }

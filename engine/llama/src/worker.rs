@@ -8,12 +8,13 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, setrlimit};
 use satgrid_engine::embedder::Embedder;
-use satgrid_engine::experts::ExpertRows;
 use satgrid_engine::port::{Command, EngineEvent, EngineFacts, SpecialTokens, Speed, TokenizerError};
 use satgrid_types::LayerRange;
 
@@ -29,10 +30,11 @@ use crate::pack::{PackBackend, Waiting};
 use crate::render::Renderer;
 use crate::scheduler::Scheduler;
 use crate::settings::{BATCH, EngineSettings, PackSettings, WorkerArgs};
+use crate::socket::Socket;
 use crate::stage;
 use crate::texts::LlamaTexts;
 use crate::watchdog::Watchdog;
-use crate::wire::{self, CallFailure, FromWorker, PieceBytes, PieceTable, ToWorker, VERSION, VocabFacts};
+use crate::wire::{CallFailure, FromWorker, PieceBytes, PieceTable, ToWorker, VERSION, VocabFacts};
 
 /// Exit codes: the parent went, or all is well; the file did not load; the process was not started by a node.
 const GONE: u8 = 0;
@@ -95,26 +97,44 @@ pub fn worker_main(args: WorkerArgs) -> u8 {
     }
 }
 
-/// The socket, split into a writer and a thread that reads.
-pub(crate) struct Link {
-    writer: UnixStream,
-    pub(crate) requests: Receiver<ToWorker>,
-    /// What a trunk waits for in the middle of a batch; taken by its hook.
-    outputs: Option<Receiver<Result<ExpertRows, String>>>,
+/// The socket, which a trunk's hook uses in the middle of a batch. One thread computes and speaks: nobody waits for the lock.
+#[derive(Clone)]
+pub(crate) struct SharedSocket(Arc<Mutex<Socket>>);
+
+impl SharedSocket {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Socket> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
+
+/// The way to the node.
+pub(crate) struct Link(SharedSocket);
 
 impl Link {
     pub(crate) fn send(&mut self, message: &FromWorker) -> io::Result<()> {
-        wire::write(&mut self.writer, message)
+        self.0.lock().send(message)
     }
 
-    /// The way to the experts of these layers of a model; there is one, and it is handed out once.
-    pub(crate) fn experts(&mut self, layers: Option<LayerRange>) -> io::Result<Option<Box<dyn ExpertHook>>> {
-        let Some((layers, outputs)) = layers.zip(self.outputs.take()) else { return Ok(None) };
-        Ok(Some(Box::new(NodeExperts::new(self.writer.try_clone()?, outputs, layers))))
+    /// What the node says next; `None` if it says nothing within the time.
+    pub(crate) fn next(&mut self, wait: Duration) -> Result<Option<ToWorker>, Stop> {
+        Ok(self.0.lock().next(Some(wait))?)
     }
 
-    /// That the parent may be gone is the reading thread's to notice.
+    /// What the node says next, however long that takes.
+    pub(crate) fn wait(&mut self) -> Result<ToWorker, Stop> {
+        loop {
+            if let Some(word) = self.0.lock().next(None)? {
+                return Ok(word);
+            }
+        }
+    }
+
+    /// The way to the experts of these layers of a model.
+    pub(crate) fn experts(&mut self, layers: LayerRange) -> Box<dyn ExpertHook> {
+        Box::new(NodeExperts::new(self.0.clone(), layers))
+    }
+
+    /// That the parent may be gone is another thread's to notice.
     pub(crate) fn tell_load(&mut self, permille: u32) {
         let _ = self.send(&FromWorker::Loading { permille });
     }
@@ -123,12 +143,15 @@ impl Link {
 /// Why a worker stops. A parent that went is the ordinary end.
 pub(crate) enum Stop {
     ParentGone,
+    /// The node's words do not parse.
+    Misused(io::Error),
     LoadFailed(String),
 }
 
 impl From<io::Error> for Stop {
-    fn from(_: io::Error) -> Self {
-        Self::ParentGone
+    fn from(error: io::Error) -> Self {
+        // A node that died with our words unread shows as a reset connection.
+        if error.kind() == io::ErrorKind::InvalidData { Self::Misused(error) } else { Self::ParentGone }
     }
 }
 
@@ -160,6 +183,10 @@ fn serve(run: impl FnOnce(&mut Link) -> Result<(), Stop>) -> u8 {
     };
     match run(&mut link) {
         Ok(()) | Err(Stop::ParentGone) => GONE,
+        Err(Stop::Misused(error)) => {
+            tracing::error!("the node's words do not parse: {error}");
+            MISUSED
+        }
         Err(Stop::LoadFailed(reason)) => {
             // If that cannot be written the parent is gone and nobody is left to tell.
             let _ = link.send(&FromWorker::LoadFailed { reason });
@@ -169,38 +196,18 @@ fn serve(run: impl FnOnce(&mut Link) -> Result<(), Stop>) -> u8 {
 }
 
 fn link() -> io::Result<Link> {
-    let writer = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     // Tells a socket from a terminal or a pipe.
-    writer.local_addr()?;
-    let reader = writer.try_clone()?;
-    let ((to_main, requests), (to_hook, outputs)) = (channel(), channel());
-    let reading = move || read_requests(reader, &to_main, &to_hook);
-    std::thread::Builder::new().name("engine-requests".into()).spawn(reading)?;
-    Ok(Link { writer, requests, outputs: Some(outputs) })
+    socket.local_addr()?;
+    let other_end = socket.try_clone()?;
+    std::thread::Builder::new().name("engine-parent".into()).spawn(move || end_with(&other_end))?;
+    Ok(Link(SharedSocket(Arc::new(Mutex::new(Socket::new(socket))))))
 }
 
-/// Hands requests to the main thread, and ends the process when the parent is gone: the main thread may be in the middle of a
-/// load or a batch.
-fn read_requests(mut reader: UnixStream, to_main: &Sender<ToWorker>, to_hook: &Sender<Result<ExpertRows, String>>) {
-    loop {
-        match wire::read::<ToWorker>(&mut reader) {
-            Ok(Some(ToWorker::ExpertOutputs(outputs))) => {
-                // Nobody waits for outputs that nobody asked for.
-                let _ = to_hook.send(outputs);
-            }
-            Ok(Some(request)) => {
-                if to_main.send(request).is_err() {
-                    return;
-                }
-            }
-            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-                tracing::error!("the node's words do not parse: {error}");
-                std::process::exit(MISUSED.into());
-            }
-            // A node that died with our words unread shows as a reset connection.
-            Ok(None) | Err(_) => std::process::exit(GONE.into()),
-        }
-    }
+/// Ends the process when the parent is gone: the main thread may be in the middle of a load or a batch. Words do not wake it.
+fn end_with(socket: &UnixStream) {
+    while poll(&mut [PollFd::new(socket, PollFlags::RDHUP)], None) == Err(Errno::INTR) {}
+    std::process::exit(GONE.into());
 }
 
 fn run_engine(settings: &EngineSettings, is_trunk: bool, link: &mut Link) -> Result<(), Stop> {
@@ -210,7 +217,8 @@ fn run_engine(settings: &EngineSettings, is_trunk: bool, link: &mut Link) -> Res
     let read = model_file::read(&settings.model, is_trunk, |permille| link.tell_load(permille / 2));
     let file = read.map_err(|reason| failed(&reason))?;
     let known_answer = facts::known_answer().map_err(|error| failed(&error))?;
-    let hook = if is_trunk { link.experts(LayerRange::new(0, file.facts.layers))? } else { None };
+    let layers = LayerRange::new(0, file.facts.layers).filter(|_| is_trunk);
+    let hook = layers.map(|layers| link.experts(layers));
     let told = |instruction_set, (slots, context, batch), speed: Option<Speed>, file: ModelFile| {
         Box::new(EngineFacts {
             model: file.facts,
@@ -302,14 +310,9 @@ fn drive(machine: &mut dyn Machine, link: &mut Link) -> Result<(), Stop> {
     let mut gather_until = Instant::now();
     let watchdog = Watchdog::start()?;
     loop {
-        let request = if idle {
-            Some(link.requests.recv().map_err(|_| Stop::ParentGone)?)
-        } else {
-            match link.requests.recv_timeout(gather_until.saturating_duration_since(Instant::now())) {
-                Ok(request) => Some(request),
-                Err(RecvTimeoutError::Timeout) => None,
-                Err(RecvTimeoutError::Disconnected) => return Err(Stop::ParentGone),
-            }
+        let request = match idle {
+            true => Some(link.wait()?),
+            false => link.next(gather_until.saturating_duration_since(Instant::now()))?,
         };
         match request {
             Some(ToWorker::Command(command)) => {
@@ -348,7 +351,7 @@ fn run_tokenizer(artefact: &Path, link: &mut Link) -> Result<(), Stop> {
     // Compiled when it is first asked for: a template that breaks the process leaves the vocabulary of use.
     let mut renderer = None;
     loop {
-        match link.requests.recv().map_err(|_| Stop::ParentGone)? {
+        match link.wait()? {
             ToWorker::Tokenize { text, add_special, parse_special } => {
                 let ids = model.tokenize(&text, add_special, parse_special);
                 let reason = || TokenizerError::Backend { reason: "the text cannot be tokenised".into() };
@@ -385,10 +388,9 @@ fn run_pack(settings: &PackSettings, link: &mut Link) -> Result<(), Stop> {
     let (mut waiting, watchdog) = (Waiting::default(), Watchdog::start()?);
     loop {
         // All that is there is heard before the next graph, so that calls on one layer share it.
-        let request = if waiting.is_empty() {
-            Some(link.requests.recv().map_err(|_| Stop::ParentGone)?)
-        } else {
-            link.requests.try_recv().ok()
+        let request = match waiting.is_empty() {
+            true => Some(link.wait()?),
+            false => link.next(Duration::ZERO)?,
         };
         match request {
             Some(ToWorker::ExpertCall { id, call }) => {

@@ -145,8 +145,8 @@ fn bare(market: &Market, streams: u32, prompt: u32, output: u32) -> Bare {
     command.args(["engine-worker", "--profile", "exact", "--model"]).arg(&market.model);
     command.args(["--bare-streams", streams, "--bare-prompt", prompt, "--bare-output", output]);
     command.args(["--threads", threads, "--slots", slots, "--context", context]);
-    // The exact profile's own switch, which ggml reads when a process starts; the node sets it for its engine too.
-    command.env("GGML_CPU_TILED_MM", "0");
+    // The exact profile's own switch, which ggml reads when a process starts, and large pages: the node sets both for its engine.
+    command.env("GGML_CPU_TILED_MM", "0").env("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1");
     let printed = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output().unwrap();
     let text = String::from_utf8(printed.stdout).unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix("bare ")).expect("the bare engine gives figures");

@@ -43,13 +43,11 @@ impl<'a> RingBackend<'a> {
 
     /// What the node says next; waits as long as told, for ever if not.
     pub(crate) fn next(&mut self, wait: Option<Duration>) -> Result<Next, Stop> {
-        use std::sync::mpsc::RecvTimeoutError;
         let word = match wait {
-            None => self.link.requests.recv().map_err(|_| Stop::ParentGone)?,
-            Some(wait) => match self.link.requests.recv_timeout(wait) {
-                Ok(word) => word,
-                Err(RecvTimeoutError::Timeout) => return Ok(Next::Nothing),
-                Err(RecvTimeoutError::Disconnected) => return Err(Stop::ParentGone),
+            None => self.link.wait()?,
+            Some(wait) => match self.link.next(wait)? {
+                Some(word) => word,
+                None => return Ok(Next::Nothing),
             },
         };
         match word {

@@ -1,7 +1,6 @@
 //! The child's loop for a stage: commands between batches, then a batch, then its events.
 
-use std::sync::mpsc::TryRecvError;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use satgrid_engine::stage::port::StageFacts;
 
@@ -46,7 +45,7 @@ pub(crate) fn run(settings: &StageSettings, is_trunk: bool, link: &mut Link) -> 
         offload: settings.offload.clone(),
         memory: settings.memory_mib.map(|mib| u64::from(mib) << 20),
     };
-    let hook = link.experts(is_trunk.then_some(file.range))?;
+    let hook = is_trunk.then(|| link.experts(file.range));
     let opened = LlamaLayers::open(&settings.part, &gguf, &config, hook);
     let mut layers = opened.map_err(|error| named(&error.to_string()))?;
     let facts = StageFacts {
@@ -78,12 +77,8 @@ fn drive(queue: &mut StageQueue, layers: &mut LlamaLayers, link: &mut Link) -> R
     let mut idle = false;
     loop {
         let request = match idle {
-            true => Some(link.requests.recv().map_err(|_| Stop::ParentGone)?),
-            false => match link.requests.try_recv() {
-                Ok(request) => Some(request),
-                Err(TryRecvError::Empty) => None,
-                Err(TryRecvError::Disconnected) => return Err(Stop::ParentGone),
-            },
+            true => Some(link.wait()?),
+            false => link.next(Duration::ZERO)?,
         };
         match request {
             Some(ToWorker::Stage(command)) => {
