@@ -15,18 +15,13 @@ out="${OUT:-target/gpu}"
 export CARGO_TARGET_DIR="${GPU_TARGET_DIR:-${CARGO_TARGET_DIR:-$PWD/target}/gpu-build}"
 export GGML_BACKEND_DL=ON
 
-echo "== satgrid with loadable backends, optimised (llama.cpp compiles: minutes)"
-# Dependencies as everywhere, our own crates optimised too: what both nodes do per token counts at a card's speed.
-# Those that the profile names by themselves are named here too.
-more=(--config profile.dev.opt-level=2)
-for crate in satgrid satgrid-api satgrid-engine-llama satgrid-wallet-ldk; do
-    more+=(--config "profile.dev.package.$crate.opt-level=2")
-done
-cargo build "${more[@]}" ${LOCKED:-} -p satgrid -p satgrid-ledger-cli --features satgrid/gpu
+echo "== satgrid with loadable backends, optimised across crates (llama.cpp compiles too: half an hour on 2 cores)"
+# What both nodes do for a token counts at a card's speed.
+cargo build --release ${LOCKED:-} -p satgrid -p satgrid-ledger-cli --features satgrid/gpu
 
 mkdir -p "$out"
-cp "$CARGO_TARGET_DIR/debug/satgrid" "$CARGO_TARGET_DIR/debug/satgrid-ledger" "$out/"
-built="$(ls -dt "$CARGO_TARGET_DIR"/debug/build/llama-cpp-sys-2-*/out | head -1)"
+cp "$CARGO_TARGET_DIR/release/satgrid" "$CARGO_TARGET_DIR/release/satgrid-ledger" "$out/"
+built="$(ls -dt "$CARGO_TARGET_DIR"/release/build/llama-cpp-sys-2-*/out | head -1)"
 # The names that the executable asks for (libllama.so.0 and so on) and the backend modules. -L: no links, real files.
 find "$built/lib" "$built/bin" -maxdepth 1 -name 'lib*.so*' -exec cp -L {} "$out/" \; 2>/dev/null || true
 
