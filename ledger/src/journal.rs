@@ -3,6 +3,7 @@
 //! An entry is durable when `append` returns, and nothing that it authorises may begin before. One journal has one
 //! writer. The conformance suite in `testing` is what every implementation passes.
 
+pub mod copied;
 mod named;
 pub mod stored;
 

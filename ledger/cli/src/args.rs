@@ -251,17 +251,17 @@ pub(crate) struct ReconcileArgs {
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct SnapshotArgs {
-    /// The node's journal
+    /// The node's journal: a SQLite file, or postgres://... or env:NAME that holds such an address; the node may be running
     #[arg(long, value_name = "FILE")]
     pub(crate) db: PathBuf,
-    /// Where to write the copy
+    /// Where to write the copy, a SQLite file in either case
     #[arg(long, value_name = "FILE")]
     pub(crate) out: PathBuf,
 }
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct PruneArgs {
-    /// The journal of a node that is stopped
+    /// The journal of a node that is stopped: a SQLite file, or postgres://... or env:NAME that holds such an address
     #[arg(long, value_name = "FILE")]
     pub(crate) db: PathBuf,
     /// Only sessions that are over and silent for so many days

@@ -1,6 +1,5 @@
 //! Where entries come from: a journal, or an exported file.
 
-use crate::output::hinted;
 use anyhow::{Context, bail};
 use satgrid_ledger::{
     bundle::{BundleReader, Opened, open},
@@ -35,23 +34,13 @@ pub(crate) fn open_file(path: &Path) -> anyhow::Result<BufReader<File>> {
 const POSTGRES: [&str; 2] = ["postgres://", "postgresql://"];
 
 /// The PostgreSQL address that `--db` names, if it names one.
-fn address(db: &Path) -> anyhow::Result<Option<String>> {
+pub(crate) fn address(db: &Path) -> anyhow::Result<Option<String>> {
     let Some(text) = db.to_str() else { return Ok(None) };
     let text = match text.strip_prefix("env:") {
         Some(name) => std::env::var(name).map_err(|_| anyhow::anyhow!("the environment variable {name} is not set"))?,
         None => text.to_owned(),
     };
     Ok(POSTGRES.iter().any(|scheme| text.starts_with(scheme)).then_some(text))
-}
-
-/// Refuses what is done to a SQLite file alone, in words.
-pub(crate) fn only_a_file(db: &Path, what: &str, instead: &str) -> anyhow::Result<()> {
-    match address(db)? {
-        None => Ok(()),
-        Some(_) => {
-            Err(hinted(format!("a journal on PostgreSQL is not {what} by this tool; nothing was changed"), instead))
-        }
-    }
 }
 
 /// Opens a journal for reading: a SQLite file, or the address of a PostgreSQL database.

@@ -188,7 +188,7 @@ fn a_receipt_is_proved_and_two_histories_are_too() {
 }
 
 #[test]
-fn what_is_for_files_alone_is_refused_for_a_server() {
+fn a_server_that_is_not_there_leaves_nothing_behind() {
     let fixture = Fixture::new();
     let (server, out) = ("postgres://nobody@127.0.0.1:1/none", fixture.text("copy.db"));
     for args in [
@@ -196,8 +196,7 @@ fn what_is_for_files_alone_is_refused_for_a_server() {
         &["prune", "--db", server, "--older-than-days", "1", "--yes"],
     ] {
         let said = ledger(args);
-        let refused = said.err.contains("PostgreSQL is not") && said.err.contains("hint:");
-        assert!(said.code == 2 && refused, "{}", said.err);
+        assert!(said.code == 2 && said.err.contains("cannot be reached"), "{}", said.err);
     }
     assert!(!fixture.path("copy.db").exists());
 }

@@ -63,6 +63,14 @@ impl PostgresJournal {
         answered.await.map_err(|_| JournalError::Closed)?
     }
 
+    /// Lets go of the bodies of these entries: their evidence and private fields. Their transfers and leaves stay. Says how
+    /// many went; the last entry never does.
+    pub async fn prune(&self, bodies: Vec<u64>) -> Result<u64, JournalError> {
+        let (answer, answered) = oneshot::channel();
+        self.ask(Ask::Prune { bodies, answer }).await?;
+        answered.await.map_err(|_| JournalError::Closed)?
+    }
+
     async fn ask(&self, ask: Ask) -> Result<(), JournalError> {
         self.asks.send(ask).await.map_err(|_| JournalError::Closed)
     }

@@ -1,4 +1,4 @@
-//! What is kept beside the entries: checkpoints that others signed, and what entries name.
+//! What is kept beside the entries, and what is let go: checkpoints that others signed, what entries name, pruned bodies.
 
 use crate::reader::{entry_of, row_number, storage};
 use satgrid_ledger::{
@@ -7,10 +7,13 @@ use satgrid_ledger::{
         JournalError, MAX_READ, Witness, named_by,
         stored::{KEPT_PER_NODE, NAMES_LAG},
     },
-    log::SignedCheckpoint,
+    log::{SignedCheckpoint, leaf_hash},
 };
 use satgrid_types::{Digest, UnixMs};
-use sqlx::{Connection, PgConnection};
+use sqlx::{Connection, Executor, PgConnection, Row};
+
+/// Bodies pruned in one transaction.
+const PRUNED_AT_ONCE: usize = 1_000;
 
 pub(crate) async fn witness(
     connection: &mut PgConnection,
@@ -98,4 +101,45 @@ pub(crate) async fn name_the_rest(connection: &mut PgConnection, len: u64) -> Re
         upto = next;
     }
     Ok(upto)
+}
+
+/// Replaces bodies by the same entries without evidence, and keeps their leaves.
+pub(crate) async fn prune(connection: &mut PgConnection, bodies: &[u64], len: u64) -> Result<u64, JournalError> {
+    let mut pruned: u64 = 0;
+    for piece in bodies.chunks(PRUNED_AT_ONCE) {
+        let asked: Vec<i64> =
+            piece.iter().filter(|seq| seq.saturating_add(1) < len).map(|seq| row_number(*seq)).collect();
+        // Dropped without a commit, the transaction is rolled back.
+        let mut transaction = connection.begin().await.map_err(|e| storage(&e))?;
+        let rows = sqlx::query("SELECT seq, bytes, opening FROM entries WHERE seq = ANY($1) AND leaf IS NULL")
+            .bind(asked)
+            .fetch_all(&mut *transaction)
+            .await
+            .map_err(|e| storage(&e))?;
+        let (mut seqs, mut stubs, mut leaves) = (Vec::new(), Vec::new(), Vec::new());
+        for row in &rows {
+            let stub = Entry { evidence: None, ..entry_of(row)? };
+            seqs.push(row_number(stub.seq));
+            leaves.push(leaf_hash(row.get(1)).0.to_vec());
+            stubs.push(stub.bytes());
+        }
+        let done = sqlx::query(
+            "UPDATE entries SET bytes = stub.bytes, opening = NULL, leaf = stub.leaf FROM UNNEST($1::bigint[], $2::bytea[], $3::bytea[]) AS stub (seq, bytes, leaf) WHERE entries.seq = stub.seq",
+        )
+        .bind(seqs)
+        .bind(stubs)
+        .bind(leaves)
+        .execute(&mut *transaction)
+        .await
+        .map_err(|e| storage(&e))?;
+        transaction.commit().await.map_err(|e| storage(&e))?;
+        pruned = pruned.saturating_add(done.rows_affected());
+    }
+    if pruned > 0
+        && let Err(error) = connection.execute("VACUUM entries").await
+    {
+        // The server's own cleaning comes sooner or later; the bodies are gone either way.
+        tracing::warn!(%error, "the room of what was pruned is not free yet");
+    }
+    Ok(pruned)
 }

@@ -1,6 +1,9 @@
 //! Reading: entries, checkpoints and tiles. Works beside a running node; never blocks its writer.
 
-use crate::open::{self, OpenError, check_schema};
+use crate::{
+    open::{self, OpenError, check_schema},
+    snapshot::PostgresSnapshot,
+};
 use satgrid_ledger::{
     entry::{Entry, Head},
     journal::{JournalError, JournalFuture, JournalReader, MAX_READ, stored},
@@ -8,7 +11,7 @@ use satgrid_ledger::{
 };
 use satgrid_types::{Digest, NodeKey};
 use sqlx::{
-    PgPool, Row,
+    Connection, PgConnection, PgPool, Row,
     postgres::{PgConnectOptions, PgPoolOptions, PgRow},
 };
 
@@ -41,18 +44,24 @@ impl PostgresReader {
     pub async fn open(url: &str) -> Result<PostgresReader, OpenError> {
         let options = open::options(url)?;
         let place = open::place(&options);
-        let reader = PostgresReader::connect(options);
-        let mut connection =
-            reader.pool.acquire().await.map_err(|source| OpenError::Unreachable { place: place.clone(), source })?;
+        // Not out of the pool, which goes on trying for half a minute where nobody listens.
+        let connected = PgConnection::connect_with(&options).await;
+        let mut connection = connected.map_err(|source| OpenError::Unreachable { place: place.clone(), source })?;
         check_schema(&place, &mut connection, false).await?;
-        drop(connection);
-        Ok(reader)
+        let closed = connection.close().await;
+        closed.map_err(|source| OpenError::Postgres { place, source })?;
+        Ok(PostgresReader::connect(options))
     }
 
     pub(crate) fn connect(options: PgConnectOptions) -> PostgresReader {
         // A reader that could write would be a mistake in this program: the server refuses it.
         let options = options.options([("default_transaction_read_only", "on")]);
         PostgresReader { pool: PgPoolOptions::new().max_connections(CONNECTIONS).connect_lazy_with(options) }
+    }
+
+    /// Every row as it stands now, for a copy; the node beside goes on.
+    pub async fn snapshot(&self) -> Result<PostgresSnapshot, JournalError> {
+        PostgresSnapshot::begin(&self.pool).await
     }
 
     pub(crate) async fn close(&self) {

@@ -41,6 +41,7 @@ pub(crate) enum Ask {
     Append(Append),
     Checkpoint { key: Box<SigningKey>, answer: Answer<SignedCheckpoint> },
     Witness { heard: Box<SignedCheckpoint>, at: UnixMs, answer: Answer<Witness> },
+    Prune { bodies: Vec<u64>, answer: Answer<u64> },
     Close,
 }
 
@@ -125,6 +126,7 @@ impl Writer {
                 Ask::Witness { heard, at, answer } => {
                     drop(answer.send(keep::witness(&mut self.connection, &heard, at).await));
                 }
+                Ask::Prune { bodies, answer } => drop(answer.send(self.prune(&bodies).await)),
                 Ask::Close => break,
             }
         }
@@ -208,6 +210,13 @@ impl Writer {
         transaction.commit().await.map_err(|e| storage(&e))?;
         self.named = index.map_or(self.named, |(_, len)| len);
         Ok(())
+    }
+
+    async fn prune(&mut self, bodies: &[u64]) -> Result<u64, JournalError> {
+        if let Some(error) = &self.broken {
+            return Err(error.clone());
+        }
+        keep::prune(&mut self.connection, bodies, self.tip.head().len).await
     }
 
     async fn checkpoint(&mut self, key: &SigningKey) -> Result<SignedCheckpoint, JournalError> {

@@ -5,128 +5,39 @@
 
 #![allow(clippy::unwrap_used)]
 
-use rustix::process::{Pid, Signal, geteuid, kill_process};
+mod server;
+
 use satgrid_ledger::{
     Entry, Journal, JournalError, JournalReader,
-    journal::Witness,
+    journal::{Witness, copied::Copied},
     log::{FraudProof, SignedCheckpoint},
-    testing::conformance::{CASES, READER_CASES, assert_chained, numbered},
+    testing::conformance::{CASES, READER_CASES, assert_chained, lets_go_of_bodies, numbered},
 };
 use satgrid_ledger_postgres::{OpenError, PostgresJournal, PostgresReader};
 use satgrid_types::{Digest, UnixMs, node_key};
+use server::{START, Server};
 use std::{
-    fs,
-    os::unix::{fs::PermissionsExt, process::CommandExt},
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
-    thread,
     time::{Duration, Instant},
 };
 
-/// PostgreSQL refuses to run as root; then it runs as nobody.
-const NOBODY: u32 = 65_534;
-const START: Duration = Duration::from_secs(60);
-
-/// A server of its own folder and socket, gone with this value.
-struct Server {
-    folder: tempfile::TempDir,
-    process: Child,
-    databases: AtomicU32,
-}
-
-/// The folder with `initdb` and `postgres`.
-fn binaries() -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let mut folders: Vec<PathBuf> = std::env::split_paths(&path).collect();
-    if let Ok(versions) = fs::read_dir("/usr/lib/postgresql") {
-        folders.extend(versions.filter_map(|version| Some(version.ok()?.path().join("bin"))));
-    }
-    folders.into_iter().find(|folder| folder.join("initdb").exists() && folder.join("postgres").exists())
-}
-
-fn command(program: &Path) -> Command {
-    let mut command = Command::new(program);
-    command.env("LC_ALL", "C").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    if geteuid().is_root() {
-        command.uid(NOBODY).gid(NOBODY);
-    }
-    command
-}
-
-impl Server {
-    /// Starts one; `None`, with a loud line, where this machine has none.
-    fn start() -> Option<Server> {
-        let Some(bin) = binaries() else {
-            let line = "SKIPPED: no PostgreSQL server on this machine (apt-get install postgresql): nothing was tested";
-            assert!(std::env::var_os("SATGRID_REQUIRE_POSTGRES").is_none(), "{line}");
-            eprintln!("{line}");
-            return None;
-        };
-        let folder = tempfile::tempdir().unwrap();
-        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o700)).unwrap();
-        if geteuid().is_root() {
-            std::os::unix::fs::chown(folder.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+/// The address of a new, empty database.
+async fn database(server: &Server) -> String {
+    use sqlx::{Connection, PgConnection};
+    static MADE: AtomicU32 = AtomicU32::new(0);
+    let name = format!("journal{}", MADE.fetch_add(1, Ordering::Relaxed));
+    let started = Instant::now();
+    let mut connection = loop {
+        match PgConnection::connect(&server.url("postgres")).await {
+            Ok(connection) => break connection,
+            Err(error) => assert!(started.elapsed() < START, "the server does not come up: {error}"),
         }
-        let data = folder.path().join("data");
-        let made = command(&bin.join("initdb"))
-            .args(["-U", "satgrid", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync", "-D"])
-            .arg(&data)
-            .current_dir(folder.path())
-            .status()
-            .unwrap();
-        assert!(made.success(), "initdb: {made}");
-        // Durability is the server's business and not under test: without fsync the suite is quick.
-        let process = command(&bin.join("postgres"))
-            .arg("-D")
-            .arg(&data)
-            .arg("-k")
-            .arg(folder.path())
-            .args(["-c", "listen_addresses=", "-c", "fsync=off", "-c", "max_connections=50"])
-            .current_dir(folder.path())
-            .spawn()
-            .unwrap();
-        Some(Server { folder, process, databases: AtomicU32::new(0) })
-    }
-
-    fn url(&self, database: &str) -> String {
-        format!("postgres://satgrid@localhost/{database}?host={}", self.folder.path().display())
-    }
-
-    /// The address of a new, empty database.
-    async fn database(&self) -> String {
-        use sqlx::{Connection, PgConnection};
-        let name = format!("journal{}", self.databases.fetch_add(1, Ordering::Relaxed));
-        let started = Instant::now();
-        let mut connection = loop {
-            match PgConnection::connect(&self.url("postgres")).await {
-                Ok(connection) => break connection,
-                Err(error) => assert!(started.elapsed() < START, "the server does not come up: {error}"),
-            }
-            // A real process starts in real time.
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        };
-        sqlx::query(&format!("CREATE DATABASE {name}")).execute(&mut connection).await.unwrap();
-        connection.close().await.unwrap();
-        self.url(&name)
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // SIGINT is a fast, clean stop; killing it would leave its children to find out.
-        if let Some(pid) = Pid::from_raw(i32::try_from(self.process.id()).unwrap_or(0)) {
-            let _ = kill_process(pid, Signal::INT);
-        }
-        for _ in 0..200 {
-            if matches!(self.process.try_wait(), Ok(Some(_))) {
-                return;
-            }
-            thread::sleep(Duration::from_millis(25));
-        }
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
+        // A real process starts in real time.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
+    sqlx::query(&format!("CREATE DATABASE {name}")).execute(&mut connection).await.unwrap();
+    connection.close().await.unwrap();
+    server.url(&name)
 }
 
 async fn all(reader: &PostgresReader) -> Vec<Entry> {
@@ -150,22 +61,24 @@ fn it_is_a_journal_like_any_other() {
     let Some(server) = Server::start() else { return };
     run(async {
         for (name, case) in CASES {
-            let journal = PostgresJournal::open(&server.database().await).await.unwrap();
+            let journal = PostgresJournal::open(&database(&server).await).await.unwrap();
             case(&journal).await;
             journal.close().await;
             println!("{name}");
         }
         for (name, case) in READER_CASES {
-            let journal = PostgresJournal::open(&server.database().await).await.unwrap();
+            let journal = PostgresJournal::open(&database(&server).await).await.unwrap();
             case(&journal, journal.reader()).await;
             journal.close().await;
             println!("{name}");
         }
-        concurrent_appends(&server.database().await).await;
-        one_writer(&server.database().await).await;
-        lost_connection(&server.database().await).await;
-        checkpoints(&server.database().await).await;
+        concurrent_appends(&database(&server).await).await;
+        one_writer(&database(&server).await).await;
+        lost_connection(&database(&server).await).await;
+        checkpoints(&database(&server).await).await;
         schemas(&server).await;
+        pruning(&database(&server).await).await;
+        of_one_moment(&database(&server).await).await;
     });
 }
 
@@ -242,7 +155,7 @@ async fn checkpoints(url: &str) {
 
 async fn schemas(server: &Server) {
     use sqlx::{Connection, PgConnection};
-    let url = server.database().await;
+    let url = database(server).await;
     let refused = PostgresReader::open(&url).await.unwrap_err();
     assert!(matches!(refused, OpenError::NotAJournal { .. }), "{refused}");
     PostgresJournal::open(&url).await.unwrap().close().await;
@@ -261,4 +174,52 @@ async fn schemas(server: &Server) {
     let secret = "postgres://u:hunter2@127.0.0.1:1/x";
     let error = PostgresJournal::open(secret).await.unwrap_err().to_string();
     assert!(!error.contains("hunter2") && error.contains("127.0.0.1"), "{error}");
+}
+
+async fn pruning(url: &str) {
+    let journal = PostgresJournal::open(url).await.unwrap();
+    let prune = async |bodies| journal.prune(bodies).await;
+    let last = lets_go_of_bodies(&journal, journal.reader(), prune).await;
+    // The journal goes on, also after a restart.
+    journal.close().await;
+    let journal = PostgresJournal::open(url).await.unwrap();
+    assert_eq!(journal.append(UnixMs(0), vec![numbered(1)]).await.unwrap()[0].prev, last);
+    journal.close().await;
+}
+
+/// Rows that are read while the writer goes on belong together.
+async fn of_one_moment(url: &str) {
+    let journal = PostgresJournal::open(url).await.unwrap();
+    let writer = {
+        let journal = journal.clone();
+        tokio::spawn(async move {
+            for n in 0..60 {
+                journal.append(UnixMs(n), (0..50).map(numbered).collect()).await.unwrap();
+            }
+        })
+    };
+    let mut sizes = Vec::new();
+    loop {
+        let over = writer.is_finished();
+        let mut snapshot = journal.reader().snapshot().await.unwrap();
+        let (mut entries, mut leaves) = (0, 0);
+        while let Some(piece) = snapshot.next().await.unwrap() {
+            match piece {
+                Copied::Entries(rows) => entries += rows.len(),
+                Copied::Tiles(tiles) => {
+                    leaves +=
+                        tiles.iter().filter(|(id, _)| id.level == 0).map(|(_, bytes)| bytes.len() / 32).sum::<usize>();
+                }
+                Copied::Checkpoints(_) | Copied::Witnessed(_) | Copied::Names { .. } => {}
+            }
+        }
+        assert_eq!((entries % 50, leaves), (0, entries), "an append is in it whole or not at all, and with its leaves");
+        sizes.push(entries);
+        if over {
+            break;
+        }
+    }
+    writer.await.unwrap();
+    assert!(sizes.is_sorted() && sizes.last() == Some(&3_000), "{sizes:?}");
+    journal.close().await;
 }

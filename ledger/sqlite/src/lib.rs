@@ -7,6 +7,7 @@
 //! | `scribe` | the thread that owns the writing connection |
 //! | `reader` | [`SqliteReader`]: entries, checkpoints and proofs, also beside a running node |
 //! | `keep` | checkpoints of others, and pruned bodies |
+//! | `copy` | [`SqliteCopy`]: a journal of another database as a file |
 //! | `keys` | [`KeyStore`]: API keys, what they may spend and what their calls cost |
 //! | `figures` | [`FigureStore`]: which experts a lead's router chose, and how fast its workers answered |
 //! | `paces` | [`StagePace`]: how fast those are whose layers a lead buys, beside what they list |
@@ -18,6 +19,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod begin;
+mod copy;
 mod figures;
 mod journal;
 mod keep;
@@ -29,6 +31,7 @@ mod reader;
 mod scribe;
 mod writer;
 
+pub use copy::SqliteCopy;
 pub use figures::{Cost, Costs, ExpertRows, FigureStore, read_figures};
 pub use journal::{Options, SqliteJournal};
 pub use keys::{

@@ -3,15 +3,16 @@
 #![allow(clippy::unwrap_used)]
 
 use satgrid_ledger::{
-    Books, Entry, Evidence, Journal, JournalReader,
+    Journal, JournalReader,
     journal::Witness,
-    log::{FraudProof, SignedCheckpoint, verify_inclusion},
-    retention::Retention,
-    testing::{World, conformance::numbered},
+    log::{FraudProof, SignedCheckpoint},
+    testing::{
+        World,
+        conformance::{lets_go_of_bodies, numbered},
+    },
 };
 use satgrid_ledger_sqlite::{SqliteJournal, SqliteReader};
 use satgrid_types::{Digest, UnixMs, node_key};
-use std::path::Path;
 
 fn run<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap().block_on(future)
@@ -42,56 +43,18 @@ fn a_second_history_is_found_among_what_was_heard() {
     });
 }
 
-async fn all(path: &Path) -> Vec<Entry> {
-    let reader = SqliteReader::open(path).await.unwrap();
-    reader.read(0, 4_000).await.unwrap()
-}
-
 #[test]
 fn pruned_bodies_leave_their_leaves_and_the_books() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("ledger.db");
     run(async {
-        let (world, journal) = (World::example(), SqliteJournal::open(&path).await.unwrap());
-        let entries = world.provider.journal.entries();
-        for entry in &entries {
-            journal.append(entry.at, vec![entry.draft()]).await.unwrap();
-        }
-        let (size, reader) = (entries.len() as u64, journal.reader().clone());
-        let root = reader.root(size).await.unwrap();
-        let mut retention = Retention::new();
-        entries.iter().for_each(|entry| retention.observe(entry).unwrap());
-        let mut gone = retention.finish(UnixMs(u64::MAX));
-        assert!(!gone.is_empty());
-        let count = gone.len() as u64;
-        // Asked for as well, and refused: the next entry is chained to it.
-        gone.push(size - 1);
-        assert_eq!(journal.prune(gone.clone()).await.unwrap(), count);
-        assert_eq!(journal.prune(gone.clone()).await.unwrap(), 0, "once");
-        gone.pop();
-        assert_eq!(reader.pruned(0, size).await.unwrap(), gone);
-        assert_eq!(reader.root(size).await.unwrap(), root);
-        let books = |entries: &[Entry]| {
-            let mut books = Books::new();
-            entries.iter().for_each(|entry| books.apply(entry.at, &entry.draft()).unwrap());
-            books.accounts().map(|(account, sums)| (*account, *sums)).collect::<Vec<_>>()
-        };
-        let left = all(&path).await;
-        assert_eq!(books(&left), books(&entries));
-        for (before, after) in entries.iter().zip(&left) {
-            if gone.contains(&before.seq) {
-                assert_eq!((after.evidence.clone(), &after.transfers), (None, &before.transfers));
-                let proof = reader.prove_inclusion(before.seq, size).await.unwrap();
-                assert!(verify_inclusion(&before.leaf(), before.seq, size, &proof, &root), "the leaf stayed");
-            } else {
-                assert_eq!(after, before);
-            }
-        }
-        assert!(left.iter().any(|entry| matches!(entry.evidence, Some(Evidence::Close(_)))));
+        let journal = SqliteJournal::open(&path).await.unwrap();
+        let prune = async |bodies| journal.prune(bodies).await;
+        let last = lets_go_of_bodies(&journal, journal.reader(), prune).await;
         // The journal goes on, also after a restart.
         journal.close().await;
         let journal = SqliteJournal::open(&path).await.unwrap();
-        assert_eq!(journal.append(UnixMs(0), vec![numbered(1)]).await.unwrap()[0].prev, entries.last().unwrap().leaf());
+        assert_eq!(journal.append(UnixMs(0), vec![numbered(1)]).await.unwrap()[0].prev, last);
         journal.close().await;
     });
 }

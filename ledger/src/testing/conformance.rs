@@ -4,9 +4,11 @@
 
 use super::World;
 use crate::{
+    Books,
     entry::{Draft, Entry, Evidence, Head},
     journal::{Journal, JournalError, JournalReader, MAX_APPEND, MAX_READ, named_by},
     log::{MemoryTiles, root_at, verify_consistency, verify_inclusion},
+    retention::Retention,
 };
 use core::{future::Future, pin::Pin};
 use satgrid_types::{Digest, Msat, UnixMs};
@@ -104,6 +106,50 @@ async fn proves_from_its_tiles(journal: &dyn Journal, reader: &dyn JournalReader
         assert!(reader.prove_inclusion(size, size).await.is_err());
         assert!(reader.prove_consistency(size.saturating_add(1), size).await.is_err());
     }
+}
+
+/// What every stored journal does that lets go of bodies. Gives the leaf that its next entry is chained to.
+pub async fn lets_go_of_bodies(
+    journal: &dyn Journal,
+    reader: &dyn JournalReader,
+    prune: impl AsyncFn(Vec<u64>) -> Result<u64, JournalError>,
+) -> Digest {
+    let entries = World::example().provider.journal.entries();
+    for entry in &entries {
+        journal.append(entry.at, vec![entry.draft()]).await.expect("appended");
+    }
+    let size = entries.len() as u64;
+    let root = reader.root(size).await.expect("a root");
+    let mut retention = Retention::new();
+    entries.iter().for_each(|entry| retention.observe(entry).expect("books"));
+    let mut gone = retention.finish(UnixMs(u64::MAX));
+    assert!(!gone.is_empty());
+    let count = gone.len() as u64;
+    // Asked for as well, and refused: the next entry is chained to it.
+    gone.push(size.saturating_sub(1));
+    assert_eq!(prune(gone.clone()).await, Ok(count));
+    assert_eq!(prune(gone.clone()).await, Ok(0), "once");
+    gone.pop();
+    assert_eq!(reader.pruned(0, size).await, Ok(gone.clone()));
+    assert_eq!(reader.root(size).await, Ok(root));
+    let books = |entries: &[Entry]| {
+        let mut books = Books::new();
+        entries.iter().for_each(|entry| books.apply(entry.at, &entry.draft()).expect("books"));
+        books.accounts().map(|(account, sums)| (*account, *sums)).collect::<Vec<_>>()
+    };
+    let left = reader.read(0, MAX_READ).await.expect("read");
+    assert_eq!((left.len(), books(&left)), (entries.len(), books(&entries)));
+    for (before, after) in entries.iter().zip(&left) {
+        if gone.contains(&before.seq) {
+            assert_eq!((after.evidence.clone(), &after.transfers), (None, &before.transfers));
+            let proof = reader.prove_inclusion(before.seq, size).await.expect("a proof");
+            assert!(verify_inclusion(&before.leaf(), before.seq, size, &proof, &root), "the leaf stayed");
+        } else {
+            assert_eq!(after, before);
+        }
+    }
+    assert!(left.iter().any(|entry| matches!(entry.evidence, Some(Evidence::Close(_)))));
+    entries.last().expect("entries").leaf()
 }
 
 async fn empty(journal: &dyn Journal) {
