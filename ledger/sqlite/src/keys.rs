@@ -17,7 +17,7 @@ use crate::{
 use rows::{KEY_COLUMNS, amount, key_of};
 use satgrid_ledger::keys::{KeyId, KeyRecord, KeyRefusal, MAX_DEPTH, MAX_KEYS, NewKey, NewKeyError, day_of};
 use satgrid_types::{Msat, RequestId, UnixMs};
-use sqlx::{Row, SqliteConnection};
+use sqlx::{ConnectOptions, Row, SqliteConnection};
 use std::{path::Path, sync::Arc};
 use thiserror::Error;
 use tokio::sync::{Mutex, mpsc};
@@ -67,10 +67,12 @@ pub struct CallRef {
     pub part: u32,
 }
 
-/// The store. Clones share one connection.
+/// The store. Clones share its connections.
 #[derive(Debug, Clone)]
 pub struct KeyStore {
     connection: Arc<Mutex<SqliteConnection>>,
+    /// Sees what is committed, and waits for no commit.
+    reading: Arc<Mutex<SqliteConnection>>,
     /// What calls write, in groups.
     asks: mpsc::Sender<groups::Ask>,
 }
@@ -82,8 +84,9 @@ impl KeyStore {
         let mut connection = open::writer(path, None).await?;
         sqlx::query("PRAGMA foreign_keys = ON").execute(&mut connection).await.map_err(sqlite)?;
         let connection = Arc::new(Mutex::new(connection));
+        let reading = Arc::new(Mutex::new(open::read_options(path).connect().await.map_err(sqlite)?));
         let asks = groups::start(connection.clone(), open::turn(path));
-        Ok(KeyStore { connection, asks })
+        Ok(KeyStore { connection, reading, asks })
     }
 
     /// Makes a key whose secret hashes to `hash`.
@@ -129,9 +132,10 @@ impl KeyStore {
         Ok(record)
     }
 
-    /// The key whose secret hashes to this, and those above it, nearest first. Empty where there is none.
+    /// The key whose secret hashes to this, and those above it, nearest first. Empty where there is none. Of what they spent
+    /// and reserved, the last calls may be missing.
     pub async fn find(&self, hash: [u8; 32], now: UnixMs) -> Result<Vec<KeyRecord>, KeyError> {
-        let mut connection = self.connection.lock().await;
+        let mut connection = self.reading.lock().await;
         let found: Option<(i64,)> = sqlx::query_as("SELECT id FROM api_keys WHERE hash = ?")
             .bind(hash.as_slice())
             .fetch_optional(&mut *connection)
@@ -142,14 +146,21 @@ impl KeyStore {
         }
     }
 
-    /// A key and those above it, nearest first. Empty where there is none.
+    /// A key and those above it, nearest first, with every call that ended before. Empty where there is none.
     pub async fn chain(&self, id: KeyId, now: UnixMs) -> Result<Vec<KeyRecord>, KeyError> {
-        chain(&mut *self.connection.lock().await, id, now).await
+        self.flush().await?;
+        self.glance(id, now).await
+    }
+
+    /// As [`KeyStore::chain`], without waiting for the disk: of what the keys spent and reserved, the last calls may be missing.
+    pub async fn glance(&self, id: KeyId, now: UnixMs) -> Result<Vec<KeyRecord>, KeyError> {
+        chain(&mut *self.reading.lock().await, id, now).await
     }
 
     /// Every key, or every key directly below one, oldest first.
     pub async fn list(&self, below: Option<KeyId>, now: UnixMs) -> Result<Vec<KeyRecord>, KeyError> {
-        let mut connection = self.connection.lock().await;
+        self.flush().await?;
+        let mut connection = self.reading.lock().await;
         let which = if below.is_some() { "parent = ?" } else { "? IS NULL" };
         let rows = sqlx::query(&format!("SELECT {KEY_COLUMNS} FROM api_keys WHERE {which} ORDER BY id LIMIT ?"))
             .bind(row_number(day_of(now)))
@@ -173,7 +184,8 @@ impl KeyStore {
 
     /// Every key whose figures are not the sums of its calls: empty unless the database was changed by hand.
     pub async fn faults(&self) -> Result<Vec<KeyId>, KeyError> {
-        let mut connection = self.connection.lock().await;
+        self.flush().await?;
+        let mut connection = self.reading.lock().await;
         let rows = sqlx::query(
             "WITH RECURSIVE under (top, id) AS (SELECT id, id FROM api_keys UNION \
              SELECT under.top, k.id FROM api_keys k JOIN under ON k.parent = under.id) \

@@ -167,3 +167,29 @@ async fn a_refusal_leaves_its_group_alone() {
     assert_eq!(figures(&keys, key).await, (3_000, 7_000));
     assert!(keys.faults().await.unwrap().is_empty());
 }
+
+/// Whose end nobody waits for.
+#[tokio::test]
+async fn the_next_call_knows_what_the_last_one_cost() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_journal, keys) = store(&dir.path().join("l.sqlite")).await;
+    let key = make(&keys, 1, None, KeyLimits { total: Some(Msat(1_000)), ..KeyLimits::default() }).await;
+    for n in 0..10 {
+        // All that is left is reserved each time: it is granted only where the last reservation was given back.
+        let (opened, granted) = keys.open_call(&call(n, key, 100, 1_000), NOW).await.unwrap();
+        assert_eq!(granted, Msat(1_000 - 100 * u64::from(n)));
+        keys.ending_call(opened, &end(100), NOW).await.unwrap();
+        assert_eq!(
+            keys.list(None, NOW).await.unwrap()[0].usage.spent,
+            Msat(100 * u64::from(n + 1)),
+            "whoever asks waits"
+        );
+        assert_eq!(keys.glance(key, NOW).await.unwrap()[0].usage.reserved, Msat::ZERO);
+    }
+    assert!(matches!(keys.open_call(&call(10, key, 100, 100), NOW).await, Err(KeyError::Refused(_))));
+    // Ended once, however it is told.
+    let row = keys.calls(RequestId([3; 32])).await.unwrap()[0].call;
+    keys.ending_call(row, &end(100), NOW).await.unwrap();
+    assert_eq!(figures(&keys, key).await, (1_000, 0));
+    assert!(keys.faults().await.unwrap().is_empty());
+}

@@ -94,7 +94,13 @@ impl KeyStore {
     /// reserved at a key: that is what the reservation promised.
     pub async fn end_call(&self, call: CallRef, end: &CallEnd, now: UnixMs) -> Result<Msat, KeyError> {
         let end = Box::new(end.clone());
-        self.asked(|answer| Ask::End { call, end, now, answer }).await
+        self.asked(|answer| Ask::End { call, end, now, answer: Some(answer) }).await
+    }
+
+    /// As [`KeyStore::end_call`], and returns before that is on the disk: the next call at the key is opened after it, whoever
+    /// asks what was spent waits for it, and after a crash the call is settled for what the journal says.
+    pub async fn ending_call(&self, call: CallRef, end: &CallEnd, now: UnixMs) -> Result<(), KeyError> {
+        self.tell(Ask::End { call, end: Box::new(end.clone()), now, answer: None }).await
     }
 
     /// Writes a call without a key down once it is over. Returns before that is on the disk: nothing is owed by it, and the

@@ -40,7 +40,8 @@ pub(super) enum Ask {
         call: CallRef,
         end: Box<CallEnd>,
         now: UnixMs,
-        answer: Answer<Msat>,
+        /// None where nobody waits.
+        answer: Option<Answer<Msat>>,
     },
     Ended {
         new: Box<NewCall>,
@@ -156,16 +157,26 @@ async fn done(tx: &mut SqliteConnection, ask: Ask, fault: &mut Option<KeyError>)
     match ask {
         Ask::Open { new, now, answer } => Some(reply(answer, calls::open(tx, &new, now).await, fault)),
         Ask::Leg { call, request, answer } => Some(reply(answer, calls::leg(tx, call, request).await, fault)),
-        Ask::End { call, end, now, answer } => Some(reply(answer, calls::end(tx, call, &end, now).await, fault)),
-        Ask::Flush { answer } => Some(reply(answer, Ok(()), fault)),
-        Ask::Ended { new, at, end, now } => {
-            match calls::ended(tx, &new, at, &end, now).await {
-                Ok(()) => {}
-                Err(error @ KeyError::Storage(_)) => *fault = Some(error),
-                Err(error) => tracing::error!(%error, call = %new.id.short(), "a call was not written down"),
-            }
+        Ask::End { call, end, now, answer: Some(answer) } => {
+            Some(reply(answer, calls::end(tx, call, &end, now).await, fault))
+        }
+        Ask::End { call, end, now, answer: None } => {
+            unwaited(call.id, calls::end(tx, call, &end, now).await.map(drop), fault);
             None
         }
+        Ask::Flush { answer } => Some(reply(answer, Ok(()), fault)),
+        Ask::Ended { new, at, end, now } => {
+            unwaited(new.id, calls::ended(tx, &new, at, &end, now).await, fault);
+            None
+        }
+    }
+}
+
+fn unwaited(call: RequestId, done: Result<(), KeyError>, fault: &mut Option<KeyError>) {
+    match done {
+        Ok(()) => {}
+        Err(error @ KeyError::Storage(_)) => *fault = Some(error),
+        Err(error) => tracing::error!(%error, call = %call.short(), "a call was not written down"),
     }
 }
 
@@ -182,7 +193,7 @@ fn unanswered(ask: Ask) -> Option<Reply> {
     match ask {
         Ask::Open { answer, .. } => Some(failing(answer)),
         Ask::Leg { answer, .. } | Ask::Flush { answer } => Some(failing(answer)),
-        Ask::End { answer, .. } => Some(failing(answer)),
+        Ask::End { answer, .. } => answer.map(failing),
         Ask::Ended { .. } => None,
     }
 }

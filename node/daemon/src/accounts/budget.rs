@@ -81,7 +81,12 @@ impl Budget {
                 max_output,
             });
         };
-        let chain = desk.keys.chain(key, began).await.map_err(|error| refused(model, error))?;
+        // What is left is told exactly where an output is cut to it.
+        let chain = match request.max_tokens {
+            Some(_) => desk.keys.glance(key, began).await,
+            None => desk.keys.chain(key, began).await,
+        };
+        let chain = chain.map_err(|error| refused(model, error))?;
         let prepaid = chain.first().is_some_and(|key| key.kind == KeyKind::Prepaid);
         let margin = if prepaid { desk.till.margin_permille } else { 0 };
         if request.max_tokens.is_none()
@@ -126,7 +131,8 @@ impl Budget {
         Bill { rate: self.desk.rate.now(), charged, ..bill }
     }
 
-    /// The call is over. Returns once that is written, where a key's money is in it.
+    /// The call is over. Where a key's money is in it, that is written before the key's next call is opened; a crash before that
+    /// settles it for what the journal says.
     pub(crate) async fn end(self, finish: Option<FinishReason>, bill: &Bill) {
         self.desk.meter.ended(finish.is_some(), self.clock.elapsed(), bill);
         if let (Some(traces), Some(trace)) = (&self.desk.traces, self.trace) {
@@ -145,7 +151,7 @@ impl Budget {
                     false => Ok(()),
                 };
                 match booked {
-                    Ok(()) => self.desk.keys.end_call(call, &end, now()).await.map(drop),
+                    Ok(()) => self.desk.keys.ending_call(call, &end, now()).await,
                     Err(reason) => Err(KeyError::Storage(reason)),
                 }
             }
