@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build release build-native build-gpu demo demo-experts demo-split bench-split lengths-split bench-experts test test-fast lint deny bench bench-ledger fuzz-ledger sim fuzz clean-cache test-conformance test-acme bench-api test-wallet bench-wallet
+.PHONY: help build release build-native build-gpu demo demo-experts demo-split bench-split lengths-split bench-experts test test-fast lint deny bench bench-ledger fuzz-ledger sim fuzz clean-cache test-conformance test-acme bench-api bench-tiny test-wallet bench-wallet
 
 ENV := . tests/scripts/env.sh;
 # Benches measure what a node for money runs.
@@ -73,6 +73,10 @@ bench: release ## speed and memory of the release build, printed as ratios from 
 bench-api: release ## the API beside llama.cpp's own server in one run: 1, 8 and 16 streams, first token, memory, 200 requests a second
 	@tests/scripts/model.sh >/dev/null
 	@$(RELEASED) exec tests/scripts/bench-api.sh
+
+bench-tiny: release ## 200 tiny completions a second through a whole node with the toy engine, beside a bare handler (RATE=100 SECONDS_EACH=30 PAID=1)
+	@$(RELEASED) export RATE="$(or $(RATE),200)" SECONDS_EACH="$(or $(SECONDS_EACH),10)" PAID="$(or $(PAID),0)"; \
+	exec cargo test --release $$LOCKED -p satgrid --bin satgrid -- --ignored --exact --nocapture commands::demo::on_toy::tiny_completions_at_a_fixed_rate
 
 bench-ledger: ## the ledger's speed: verify a million receipts, ten million appends, proofs (RECEIPTS=100000 GROWTH=1000000 for a short run)
 	@$(ENV) SATGRID_BENCH_RECEIPTS="$(or $(RECEIPTS),1000000)" cargo test --release $$LOCKED -p satgrid-ledger-cli --test bench -- --ignored --nocapture

@@ -33,10 +33,14 @@ use std::process::ExitCode;
 
 /// This program, to be started as a child or anew. Where it was replaced or removed since its start, as by an upgrade, what runs is
 /// still there under another name: all processes of a node are of one version.
+#[cfg(not(test))]
 fn program() -> std::io::Result<std::path::PathBuf> {
     let exe = std::env::current_exe()?;
     Ok(if exe.exists() { exe } else { "/proc/self/exe".into() })
 }
+
+#[cfg(test)]
+use commands::shipped as program;
 
 fn main() -> ExitCode {
     // The children that run llama.cpp and the wallet are this same binary; nothing of the command line is its business.

@@ -49,7 +49,7 @@ const TINY_TEMPLATE: &str = "{% for message in messages %}{{ message['role'] }}:
     {% if add_generation_prompt %}assistant:{% endif %}";
 
 /// Conformance runs and benches sell it on a market of their own.
-fn tiny_model(path: &Path) -> anyhow::Result<()> {
+pub(super) fn tiny_model(path: &Path) -> anyhow::Result<()> {
     let cannot = || format!("cannot write {}", path.display());
     let mut out = BufWriter::new(File::create(path).with_context(cannot)?);
     let model = TinyModel { chat_template: Some(TINY_TEMPLATE.to_owned()), ..TinyModel::default() };

@@ -18,6 +18,9 @@ mod up;
 mod wallet;
 pub(crate) mod wallet_process;
 
+#[cfg(test)]
+pub(crate) use demo::on_toy::{runs_on_toy, shipped};
+
 use crate::cli::{Cli, Command};
 use crate::signals;
 use std::process::ExitCode;

@@ -125,6 +125,14 @@ async fn load(
         context: model.context.unwrap_or(0),
         offload: Offload { device: model.device.clone(), layers: model.gpu_layers },
     };
+    #[cfg(test)]
+    if crate::commands::runs_on_toy() {
+        let engine = super::toy::OnToy::in_place_of(&identified, settings.slots);
+        let (speed, tokenizer) = (engine.facts().speed, Bytes::from(identified.inspected.tokenizer.bytes));
+        let memory_bytes = identified.inspected.facts.tensor_bytes;
+        let engine = RunningEngine::Toy(Arc::new(engine));
+        return Ok(ForSale { id, engine, buys: None, speed, name, rates, tokenizer, memory_bytes });
+    }
     tracing::info!(model = %name, profile = settings.profile.name(), slots = settings.slots, "loading");
     let engine_config = EngineConfig { program: worker_program()?, settings };
     let mut buys = None;

@@ -52,6 +52,8 @@ pub(crate) mod scout;
 pub(crate) mod space;
 pub(crate) mod sweep;
 pub(crate) mod tokenizers;
+#[cfg(test)]
+pub(crate) mod toy;
 pub(crate) mod trunks;
 pub(crate) mod upstream;
 pub(crate) mod wallet;

@@ -26,6 +26,8 @@ const BATCH: u32 = 512;
 pub(crate) enum RunningEngine {
     Llama(Arc<LlamaEngine>),
     Upstream(Arc<UpstreamEngine>),
+    #[cfg(test)]
+    Toy(Arc<super::toy::OnToy>),
 }
 
 impl RunningEngine {
@@ -33,6 +35,8 @@ impl RunningEngine {
         match self {
             RunningEngine::Llama(engine) => engine.clone(),
             RunningEngine::Upstream(engine) => engine.clone(),
+            #[cfg(test)]
+            RunningEngine::Toy(engine) => engine.clone(),
         }
     }
 
@@ -45,6 +49,8 @@ impl RunningEngine {
         match self {
             RunningEngine::Llama(engine) => engine.process_id(),
             RunningEngine::Upstream(_) => None,
+            #[cfg(test)]
+            RunningEngine::Toy(_) => None,
         }
     }
 
@@ -52,6 +58,8 @@ impl RunningEngine {
         match self {
             RunningEngine::Llama(engine) => engine.shut_down(),
             RunningEngine::Upstream(engine) => engine.shut_down(),
+            #[cfg(test)]
+            RunningEngine::Toy(engine) => engine.shut_down(),
         }
     }
 }

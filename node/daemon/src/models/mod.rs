@@ -19,6 +19,8 @@ pub(crate) use catalogue::CATALOGUE;
 pub(crate) use error::PullError;
 pub(crate) use file::{free_bytes, sha256_of};
 pub(crate) use hub::{CHUNK_BYTES, HubOptions};
+#[cfg(test)]
+pub(crate) use inspect::Identified;
 pub(crate) use inspect::{Inspected, identify, inspect};
 pub(crate) use reference::Reference;
 pub(crate) use split::{Sets, SplitFile, SplitFiles, split_experts};

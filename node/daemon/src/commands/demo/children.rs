@@ -30,6 +30,16 @@ pub(super) struct Child {
     expected: bool,
 }
 
+/// This program with these arguments, to end when this process does.
+#[cfg(not(test))]
+fn command(args: &[&str]) -> std::io::Result<std::process::Command> {
+    let mut command = std::process::Command::new(std::env::current_exe()?);
+    command.args(args).args(["--with-parent", &std::process::id().to_string()]);
+    Ok(command)
+}
+#[cfg(test)]
+use super::on_toy::command;
+
 impl Child {
     /// Starts `satgrid ARGS...`; what it says goes into `log`.
     pub(super) fn start(name: &str, args: &[&str], log: &Path) -> anyhow::Result<Child> {
@@ -57,12 +67,10 @@ impl Child {
         log: &Path,
         stdout: Stdio,
     ) -> anyhow::Result<(Child, Option<tokio::process::ChildStdout>)> {
-        let exe = std::env::current_exe().context("this program does not find itself")?;
+        let command = command(args).context("this program does not find itself")?;
         let file = File::options().create(true).append(true).open(log);
         let file = file.with_context(|| format!("cannot write {}", log.display()))?;
-        let mut process = Command::new(exe)
-            .args(args)
-            .args(["--with-parent", &std::process::id().to_string()])
+        let mut process = Command::from(command)
             .stdin(Stdio::null())
             .stdout(stdout)
             .stderr(file)

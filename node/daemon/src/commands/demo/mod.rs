@@ -16,6 +16,7 @@
 //! | `ledgers` | both sides' exports, read back and verified |
 //! | `bill` | what was paid, held against every other account of it |
 //! | `show` | tables for people |
+//! | `on_toy` | a bench in test builds: the same market with the toy engine, at a fixed rate |
 
 mod bill;
 mod chat;
@@ -25,6 +26,8 @@ mod experts;
 mod funding;
 mod ledgers;
 mod nodes;
+#[cfg(test)]
+pub(super) mod on_toy;
 mod show;
 
 use anyhow::{Context, bail};
