@@ -90,23 +90,23 @@ impl Session {
     }
 
     pub(super) fn hunger(&self, id: &RequestId) -> Hunger {
+        // Asked of every request at every event, and what is free is a sum over all of them: it is looked at where money lacks.
+        let Some(lack) = self.unfunded else { return Hunger::Fed };
         let (Some((grant, request)), Some(live)) = (self.granted(id), self.requests.get(id)) else {
             return Hunger::Fed;
         };
         let mut done = request.acked();
         done.completion = done.completion.max(live.received);
-        match self.unfunded {
-            Some(lack) if !Meter::of(request.open()).goes_on(grant, &done) => {
-                if self.closing && lack.limit == FundsLimit::SessionCap { Hunger::Final } else { Hunger::Starved }
-            }
-            Some(_) | None => Hunger::Fed,
+        if Meter::of(request.open()).goes_on(grant, &done) {
+            return Hunger::Fed;
         }
+        if self.closing && lack.limit == FundsLimit::SessionCap { Hunger::Final } else { Hunger::Starved }
     }
 
     /// What should be free beside a running request's reservation: `low` water or its next prompt piece, and never more
     /// than the rest of it can cost.
     pub(super) fn ahead(&self, id: &RequestId, low: Msat) -> Msat {
-        let Some((_, request)) = self.granted(id) else { return Msat::ZERO };
+        let Some(request) = self.state.as_ref().and_then(|s| s.request_state(id)) else { return Msat::ZERO };
         let terms = self.state.as_ref().map_or_else(Terms::default, |s| s.quote().terms);
         Meter::of(request.open()).ahead(&request.acked(), request.reserved(), low, request.rates(), &terms)
     }
