@@ -19,7 +19,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from expert_market import ExpertMarket, Packs, engines, spoil, weights
-from ring_market import SAT, Stream, fail, folder, run, run_script, say, until
+from ring_market import SAT, Stream, dies, fail, folder, run, run_script, say, until
 
 PROMPT = "The history of money is a history of trust. At first people traded goods for goods. Later they"
 # In msat per million expert rows.
@@ -92,7 +92,7 @@ def main():
     parser.add_argument("--dir", default=".demo-experts")
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--wire", default="f32")
-    parser.add_argument("--kill", action="store_true", help="kill a worker in the middle of the answer")
+    parser.add_argument("--kill", action="store_true", help="kill a worker in the middle of the answer; then, under another answer, the engine of one whose experts nobody else has")
     parser.add_argument("--stage", action="store_true", help="layers and experts: the lead buys the middle layers of a stage, and the stage buys their experts")
     parser.add_argument("--lie", action="store_true", help="spoil a worker's weights in its memory in the middle of the answer; every row has a witness")
     args = parser.parse_args()
@@ -144,6 +144,11 @@ def main():
     # Workers' receipts come before the lead's own, and everything is in the ledgers a moment later.
     time.sleep(KEPT_WITHIN_S)
     placed = {} if args.stage else placement(market, packs)
+    died = None
+    if args.kill:
+        # The first worker's experts have no second holder.
+        died = dies(market.workers[0], lambda heard: Stream(market, lead, body, heard), KILL_AFTER)
+        time.sleep(KEPT_WITHIN_S)
     earned, clean = market.earned(), market.verify()
     same = alone.text == over.text and caught.get("text", alone.text) == alone.text
     if same:
@@ -152,7 +157,7 @@ def main():
         say(f"DIFFERENT TEXTS:\n{alone.text!r}\n{over.text!r}")
     if args.wire != "f32":
         say(f"rows travelled as {args.wire}, which is not exact: texts may differ")
-    print(json.dumps({"same": same, "clean": clean, "text": over.text, "usage": over.usage, "workers": earned, "caught": caught, "placement": placed, "root": market.parts.root, "dir": dir}, indent=2))
+    print(json.dumps({"same": same, "clean": clean, "text": over.text, "usage": over.usage, "workers": earned, "caught": caught, "died": died, "placement": placed, "root": market.parts.root, "dir": dir}, indent=2))
     return 0 if clean and (same or args.wire != "f32") else 1
 
 

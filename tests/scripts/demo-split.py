@@ -15,7 +15,7 @@ import sys
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from ring_market import Market, Parts, Slowed, Stream, fail, folder, run, run_script, say
+from ring_market import Market, Parts, Slowed, Stream, dies, fail, folder, run, run_script, say
 
 PROMPT = "The history of money is a history of trust. At first people traded goods for goods. Later they"
 
@@ -25,7 +25,7 @@ def main():
     parser.add_argument("--model", required=True)
     parser.add_argument("--dir", default=".demo-split")
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--kill", action="store_true", help="kill a worker in the middle of the answer")
+    parser.add_argument("--kill", action="store_true", help="kill a worker in the middle of the answer; then, under another answer, the engine of who took over, alone with its layers by then")
     parser.add_argument("--slow", action="store_true", help="first make a worker much slower than it lists: it is measured, told and replaced")
     args = parser.parse_args()
     dir = folder(args.dir, "satgrid-demo-split")
@@ -66,6 +66,14 @@ def main():
     split = answer(lead, second if args.kill else None)
     if slow and (not slow["same"](alone) or lead.noticed("a slow worker gives way") == float("inf")):
         fail(f"the slow worker kept its place, or changed the text: {slow}")
+    died = None
+    if args.kill:
+        # Who took over is alone with its layers now.
+        heir = next(worker for worker in [workers[1], workers[-1]] if worker is not second)
+        told = dies(heir, lambda heard: Stream(market, lead, body, heard), args.tokens // 3)
+        with open(lead.log) as log:
+            lost = [line for line in log if "rows were lost under way" in line]
+        died = {"told": told, "accounted": len(lost)}
     time.sleep(2)
     clean = market.verify()
     same = alone.text == split.text
@@ -74,6 +82,7 @@ def main():
     if struck:
         say(f"the loss was noticed after {noticed:.2f} s; the stream's longest pause was {split.longest_gap_s():.2f} s")
     found = {"same": same, "clean": clean, "noticed_s": noticed, "longest_pause_s": split.longest_gap_s()}
+    found |= {"died": died} if died else {}
     found |= {"slow": {"told": slow["told"], "next": slow["next"]}} if slow else {}
     print(json.dumps(found | {"text": split.text, "usage": split.usage, "root": parts.root, "dir": dir}, indent=2))
     return 0 if same and clean else 1

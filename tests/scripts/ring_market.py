@@ -175,6 +175,32 @@ def engines(node):
     return found
 
 
+def dies(node, asks, pieces):
+    """An answer under which the process that computes for a node dies, in the middle of a batch: what its client is told."""
+    struck = []
+
+    def heard(heard_pieces):
+        if heard_pieces < pieces or struck:
+            return
+        struck.extend(engines(node))
+        for pid in struck:
+            os.kill(pid, signal.SIGSTOP)
+        # Rows reach it by now, and stay there.
+        time.sleep(0.5)
+        for pid in struck:
+            os.kill(pid, signal.SIGKILL)
+        say(f"the engine of {node.name} killed (SIGKILL) under a batch, after {heard_pieces} pieces: nobody else has its part")
+
+    try:
+        stream = asks(heard)
+    except RuntimeError as error:
+        if not struck:
+            raise
+        say(f"the client is told: {error}")
+        return str(error)
+    fail(f"the answer came to its end: {stream.text!r}" if struck else "the answer was over before the engine was killed")
+
+
 class Slowed:
     """A worker that has become much slower than it lists: its engine's process gets a millisecond at a time, with pauses between
     them, as on a machine that is sold twice."""

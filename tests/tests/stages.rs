@@ -342,7 +342,7 @@ fn layers_are_bought_metered_acknowledged_and_receipted() {
     let Some(Emission::Finished { bill, .. }) = pair.heard.last() else { panic!("{:?}", pair.heard) };
     assert_eq!(bill.cost(), Msat(500), "50 positions through 10 layers");
     let leg: Leg = bill.legs[0].part.unwrap();
-    assert_eq!(leg.rows, Some((Digest([1; 32]), Digest([2; 32]))));
+    assert_eq!(leg.rows.map(|rows| (rows.input, rows.output)), Some((Digest([1; 32]), Digest([2; 32]))));
     assert_eq!((leg.order, leg.usage.prefill), (pair.order(Some(layers())), 50));
     let [worker, lead] = pair.clean();
     assert_eq!((worker.as_provider.charged_msat, lead.as_consumer.charged_msat), (500, 500));

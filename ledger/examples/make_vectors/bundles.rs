@@ -39,6 +39,10 @@ pub(crate) fn write(files: &mut Files) {
         vectors.push(single(files, &name, Some(rule), bytes));
     }
     vectors.push(single(files, "lead", None, satgrid_ledger::testing::lead_bundle(|_| ())));
+    vectors.push(single(files, "lead-lost-rows", None, satgrid_ledger::testing::lost_bundle(|_| ())));
+    for (name, rule, bytes) in tampered::losses() {
+        vectors.push(single(files, name, Some(rule), bytes));
+    }
     vectors.push(single(files, "experts", None, satgrid_ledger::testing::experts_bundle(|_| ())));
     vectors.push(single(files, "stage", None, satgrid_ledger::testing::stage_bundle(|_| ())));
     vectors.push(single(files, "replaced-invoice-paid", None, tampered::replaced_invoice_paid(&lab)));

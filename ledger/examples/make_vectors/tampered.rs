@@ -9,14 +9,15 @@ use satgrid_ledger::{
     statements::{Ack, SliceDescriptor},
     testing::{
         Party, Session, Work, World, bolt11, bundle_of, bytes32, chain_entries, checkpoint_of, drafts_of,
-        experts_bundle, lead_bundle, succession_of, tiles_of,
+        experts_bundle, lead_bundle, lost_bundle, succession_of, tiles_of,
     },
     transfer::{Account, Transfer, TransferKind, TransferOp, transfer_id},
 };
 use satgrid_pricing::{charge, numerators};
 use satgrid_types::{
-    AckId, BothSigned, Digest, GivenUp, ModelRoot, Msat, Numerators, PaymentHash, Preimage, QuoteId, RequestId, Salt,
-    SessionId, Signed, SignedSuccession, Statement, TransferId, UnixMs, cbor, node_key, nostr_key, sign_body,
+    AckId, BothSigned, Digest, GivenUp, ModelRoot, Msat, Numerators, PartUsage, PaymentHash, Preimage, QuoteId,
+    RequestId, Salt, SessionId, Signed, SignedSuccession, Statement, TransferId, UnixMs, WorkKind, cbor, node_key,
+    nostr_key, sign_body,
 };
 
 /// The history that is tampered with.
@@ -575,5 +576,25 @@ pub(crate) fn successions(world: &World) -> Vec<(&'static str, Rule, Vec<u8>)> {
         ("succession-of-another-key", Rule::BundleNode, instead(usurped)),
         ("succession-to-nobody", Rule::BundleNode, instead(ended)),
         ("succession-not-accepted", Rule::StatementSignature, instead(unaccepted)),
+    ]
+}
+
+/// Losses that a lead's receipt speaks of, or does not, against what its worker signed.
+pub(crate) fn losses() -> Vec<(&'static str, Rule, Vec<u8>)> {
+    let evaluated = |positions| PartUsage::default().plus(WorkKind::Prefill, positions, 8).unwrap();
+    vec![
+        ("bad-lead-lost-and-unsaid", Rule::StageRows, lost_bundle(|s| s.split.as_mut().unwrap().lost = None)),
+        ("bad-lead-lost-and-none-missing", Rule::StageRows, lost_bundle(|s| s.work.bytes_in = 48)),
+        ("bad-lead-lost-and-more-received", Rule::StageRows, lost_bundle(|s| s.work.bytes_in = 49)),
+        ("bad-lead-lost-too-few", Rule::StageConservation, lost_bundle(|s| s.usage = evaluated(49))),
+        (
+            "bad-lead-lost-what-was-sold",
+            Rule::StageConservation,
+            lost_bundle(|s| {
+                let split = s.split.as_mut().unwrap();
+                split.positions -= 10;
+                split.lost.as_mut().unwrap().positions += 10;
+            }),
+        ),
     ]
 }

@@ -129,7 +129,7 @@ rules! {
     StageRoot = "stage/root",
     /// The lead's and the workers' layer ranges do not tile the model.
     StageTiling = "stage/tiling",
-    /// Layers of one request evaluated different numbers of positions for the first time.
+    /// Layers of one request evaluated different numbers of positions for the first time, or what was sold is said to be lost.
     StageConservation = "stage/conservation",
     /// The rows that one stage sent are not those that the next received.
     StageRows = "stage/rows",

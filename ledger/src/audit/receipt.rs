@@ -5,7 +5,7 @@ use super::{
     flows::Backing,
     session::{Notes, Request, SessionAudit, SliceStatus, half, signed_by_both},
 };
-use crate::statements::{ExpertFault, Leg, Receipt, ReceiptOpening, check_work, receipt_id};
+use crate::statements::{ExpertFault, Leg, Passed, Receipt, ReceiptOpening, check_work, receipt_id};
 use satgrid_pricing::{marginal_charge, numerators};
 use satgrid_types::{BothSigned, Digest, Msat, ReceiptId, Statement};
 
@@ -128,7 +128,7 @@ impl SessionAudit {
         }
         if let Some(work) = receipt.part {
             let usage = receipt.usage.part.unwrap_or_default();
-            let rows = Some((work.input, work.output));
+            let rows = Some(Passed::from(&work));
             let id = Some(Digest(id.0));
             notes.leg = Some(Leg { worker: self.provider, order: work.order, usage, id, rows });
             notes.counts = work.order.layers.is_none().then(|| receipt.expert_rows.clone().unwrap_or_default());

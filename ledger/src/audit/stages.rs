@@ -6,7 +6,7 @@
 
 use super::{Party, Rule, session::Notes};
 use crate::statements::{
-    ExpertCount, ExpertLegs, Leg, Receipt, SplitFault, check_conservation, check_split, stage_root,
+    ExpertCount, ExpertLegs, Leg, Receipt, SplitFault, check_conservation, check_sold, check_split, stage_root,
 };
 use satgrid_types::RequestId;
 use std::collections::{BTreeMap, BTreeSet};
@@ -67,10 +67,13 @@ impl Stages {
         notes.require(receipt.stage_root == Some(root), Rule::StageRoot, lead, || {
             format!("names {:?}, that over {} receipts is {root}", receipt.stage_root, legs.len())
         });
-        if let Err(fault) = check_split(split, &legs) {
+        if let Err(fault) = check_split(split, &legs).and_then(|()| check_sold(split, &receipt.usage)) {
             let (rule, party) = match &fault {
                 SplitFault::Gap { .. } | SplitFault::Overlap { .. } | SplitFault::Own => (Rule::StageTiling, lead),
-                SplitFault::Conservation { .. } => (Rule::StageConservation, lead),
+                SplitFault::Conservation { .. } | SplitFault::Rising { .. } | SplitFault::Sold { .. } => {
+                    (Rule::StageConservation, lead)
+                }
+                SplitFault::Missing { .. } => (Rule::StageRows, lead),
                 SplitFault::Rows { party, .. } => (Rule::StageRows, Party::Provider(*party)),
             };
             notes.add(rule, party, fault.to_string());

@@ -8,7 +8,7 @@
 
 use crate::log::{Frontier, leaf_hash};
 use minicbor::{Decode, Encode};
-use satgrid_types::{Digest, LayerRange, NodeKey, PartUsage, RequestId, WireType};
+use satgrid_types::{Digest, LayerRange, NodeKey, PartUsage, RequestId, TokenUsage, WireType};
 use sha2::{Digest as _, Sha256};
 
 /// What a lead orders: which layers, for which request of its own customer, and how many positions at the most.
@@ -86,6 +86,24 @@ pub struct Split {
     /// The same over the rows that came back.
     #[n(4)]
     pub received: Digest,
+    /// What was sent and never came back, where the workers' receipts show it.
+    #[n(5)]
+    pub lost: Option<LostRows>,
+}
+
+/// What a lead sent into the ring and never saw again: a worker's engine or a link died under it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct LostRows {
+    /// Positions, each time that they were sent, replays left out.
+    #[n(0)]
+    pub positions: u64,
+    /// Wire bytes of all rows that the lead sent into the ring.
+    #[n(1)]
+    pub bytes_sent: u64,
+    /// Wire bytes of all rows that came back.
+    #[n(2)]
+    pub bytes_received: u64,
 }
 
 /// Ranges that a lead may run itself.
@@ -99,8 +117,24 @@ pub struct Leg {
     pub usage: PartUsage,
     /// Id of the receipt or of the last acknowledgement; absent where nothing was ever signed.
     pub id: Option<Digest>,
-    /// The fingerprints of the rows; absent without a receipt.
-    pub rows: Option<(Digest, Digest)>,
+    /// The rows that passed; absent without a receipt.
+    pub rows: Option<Passed>,
+}
+
+/// The rows that a worker took in and gave out, by its receipt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Passed {
+    pub input: Digest,
+    pub output: Digest,
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+}
+
+impl From<&PartWork> for Passed {
+    fn from(work: &PartWork) -> Passed {
+        let PartWork { input, output, bytes_in, bytes_out, .. } = *work;
+        Passed { input, output, bytes_in, bytes_out }
+    }
 }
 
 /// Merkle root (RFC 6962 hashing) over the ids of a request's legs, ordered by their first layer and then by id.
@@ -124,16 +158,26 @@ pub enum SplitFault {
     Overlap { layer: u32 },
     #[error("the lead names no first or last layer, more than {MAX_OWN_RANGES} ranges, or layers that there are not")]
     Own,
-    #[error("layer {layer} evaluated {evaluated} positions for the first time, the request {positions}")]
-    Conservation { layer: u32, evaluated: u64, positions: u64 },
+    #[error(
+        "layer {layer} evaluated {evaluated} positions for the first time, the request {positions}, and {lost} were lost"
+    )]
+    Conservation { layer: u32, evaluated: u64, positions: u64, lost: u64 },
+    #[error(
+        "layer {layer} evaluated {evaluated} positions for the first time, and only {before} passed the one before"
+    )]
+    Rising { layer: u32, evaluated: u64, before: u64 },
+    #[error("{positions} positions came back, the others were lost, and {sold} were sold")]
+    Sold { positions: u64, sold: u64 },
     #[error("the rows that {from} sent are not those that {to} received")]
     Rows { from: String, to: String, party: NodeKey },
+    #[error("{to} received {missing} bytes of rows less than {from} sent, and the lead says that nothing was lost")]
+    Missing { from: String, to: String, missing: u64 },
 }
 
 /// Checks that ranges tile the model and that every layer evaluated the same positions.
 ///
 /// Where every leg has its receipt, each layer evaluated exactly the split's positions for the first time, replays left
-/// out. Where a worker vanished, what it did after its last acknowledgement is nobody's to count: then every layer whose
+/// out; what was lost under way may be evaluated beside them, by ever fewer layers. Where a worker vanished, what it did after its last acknowledgement is nobody's to count: then every layer whose
 /// legs all have receipts evaluated at least so many, replays included.
 pub fn check_split(split: &Split, legs: &[Leg]) -> Result<(), SplitFault> {
     let inside = |range: &LayerRange| range.end() <= split.layers;
@@ -145,6 +189,9 @@ pub fn check_split(split: &Split, legs: &[Leg]) -> Result<(), SplitFault> {
     }
     let covers = |range: &LayerRange, layer: u32| range.start() <= layer && layer < range.end();
     let undisturbed = legs.iter().all(|leg| leg.rows.is_some());
+    let lost = split.lost.map_or(0, |lost| lost.positions);
+    // Rows that are lost are lost to every worker after that; not so where another takes over and begins anew.
+    let mut before = (undisturbed && !is_replaced(legs)).then_some(u64::MAX);
     // Every border between ranges, so that a model of a million layers costs no more than its legs.
     let ranges = split.own.iter().copied().chain(legs.iter().filter_map(|leg| leg.order.layers));
     let mut borders: Vec<u32> = ranges.flat_map(|range| [range.start(), range.end()]).collect();
@@ -167,36 +214,88 @@ pub fn check_split(split: &Split, legs: &[Leg]) -> Result<(), SplitFault> {
         };
         let evaluated = sum(PartUsage::first_evaluations);
         let conserved = if undisturbed {
-            evaluated == split.positions
+            (split.positions..=split.positions.saturating_add(lost)).contains(&evaluated)
         } else {
             there.iter().any(|leg| leg.rows.is_none()) || sum(PartUsage::positions) >= split.positions
         };
         if !conserved {
-            return Err(SplitFault::Conservation { layer, evaluated, positions: split.positions });
+            return Err(SplitFault::Conservation { layer, evaluated, positions: split.positions, lost });
+        }
+        match &mut before {
+            Some(before) if evaluated > *before => {
+                return Err(SplitFault::Rising { layer, evaluated, before: *before });
+            }
+            Some(before) => *before = evaluated,
+            None => {}
         }
     }
     check_rows(split, legs)
 }
 
-/// The output of each leg is the input of the next, where nobody was replaced: then each stands for its layers alone.
-fn check_rows(split: &Split, legs: &[Leg]) -> Result<(), SplitFault> {
-    let mut chain: Vec<&Leg> = legs.iter().filter(|leg| leg.order.layers.is_some()).collect();
-    chain.sort_unstable_by_key(|leg| leg.order.layers.map(|range| range.start()));
-    let replaced = chain.windows(2).any(|pair| pair[0].order.layers == pair[1].order.layers);
-    if replaced || chain.iter().any(|leg| leg.rows.is_none()) || chain.is_empty() {
+/// What was sold came back: none of it is among the rows that a lead says were lost. Without losses there is nothing to say.
+///
+/// Each fresh position of the prompt was evaluated, and each token of the output but the last.
+pub fn check_sold(split: &Split, usage: &TokenUsage) -> Result<(), SplitFault> {
+    let fresh = u64::from(usage.prompt.saturating_sub(usage.cached_prompt));
+    let sold = fresh.saturating_add(usage.completion.into());
+    if split.lost.is_none() || split.positions.saturating_add(1) >= sold {
         return Ok(());
     }
-    let (mut from, mut rows) = ("the lead".to_owned(), split.sent);
-    let mut before = chain[0].order.lead;
-    for leg in chain {
-        let Some((input, output)) = leg.rows else { return Ok(()) };
-        let to = format!("worker {}", leg.worker.short());
-        if input != rows {
-            return Err(SplitFault::Rows { from, to, party: leg.worker });
-        }
-        (from, rows, before) = (to, output, leg.worker);
+    Err(SplitFault::Sold { positions: split.positions, sold })
+}
+
+/// Legs of layers, by their layers.
+fn chain_of(legs: &[Leg]) -> Vec<&Leg> {
+    let mut chain: Vec<&Leg> = legs.iter().filter(|leg| leg.order.layers.is_some()).collect();
+    chain.sort_unstable_by_key(|leg| leg.order.layers.map(|range| range.start()));
+    chain
+}
+
+/// Some layers were ordered twice.
+fn is_replaced(legs: &[Leg]) -> bool {
+    chain_of(legs).windows(2).any(|pair| pair[0].order.layers == pair[1].order.layers)
+}
+
+/// One end of a hop: who, the hash over the rows, and their bytes where they are known.
+struct End {
+    who: String,
+    rows: Digest,
+    bytes: Option<u64>,
+}
+
+/// The output of each leg is the input of the next, where nobody was replaced: then each stands for its layers alone. Where
+/// rows were lost, the next may have received fewer bytes: then nothing can be said of those that it has.
+fn check_rows(split: &Split, legs: &[Leg]) -> Result<(), SplitFault> {
+    let chain = chain_of(legs);
+    if is_replaced(legs) || chain.iter().any(|leg| leg.rows.is_none()) || chain.is_empty() {
+        return Ok(());
     }
-    if rows == split.received { Ok(()) } else { Err(SplitFault::Rows { from, to: "the lead".into(), party: before }) }
+    let lead = |rows, bytes| End { who: "the lead".to_owned(), rows, bytes };
+    let mut from = lead(split.sent, split.lost.map(|lost| lost.bytes_sent));
+    let mut party = chain[0].worker;
+    for leg in chain {
+        let Some(Passed { input, output, bytes_in, bytes_out }) = leg.rows else { return Ok(()) };
+        let who = format!("worker {}", leg.worker.short());
+        let to = End { who: who.clone(), rows: input, bytes: Some(bytes_in) };
+        party = leg.worker;
+        check_hop(from, to, split.lost.is_some(), party)?;
+        from = End { who, rows: output, bytes: Some(bytes_out) };
+    }
+    let to = lead(split.received, split.lost.map(|lost| lost.bytes_received));
+    check_hop(from, to, split.lost.is_some(), party)
+}
+
+fn check_hop(from: End, to: End, lost: bool, party: NodeKey) -> Result<(), SplitFault> {
+    if from.rows == to.rows {
+        return Ok(());
+    }
+    let missing = from.bytes.zip(to.bytes).and_then(|(sent, came)| sent.checked_sub(came)).filter(|bytes| *bytes > 0);
+    match missing {
+        Some(_) if lost => Ok(()),
+        // Who leads knows what did not come back, and has to say so.
+        Some(missing) => Err(SplitFault::Missing { from: from.who, to: to.who, missing }),
+        None => Err(SplitFault::Rows { from: from.who, to: to.who, party }),
+    }
 }
 
 /// The running hash over wire bytes of rows.
@@ -229,12 +328,15 @@ mod tests {
             max_positions: 1_000,
         };
         assert!(order.allows(&usage));
-        let rows = rows.map(|(i, o)| (Digest([i; 32]), Digest([o; 32])));
+        let bytes = 8 * usage.positions().unwrap();
+        let passed =
+            |(i, o)| Passed { input: Digest([i; 32]), output: Digest([o; 32]), bytes_in: bytes, bytes_out: bytes };
+        let rows = rows.map(passed);
         Leg { worker: NodeKey([worker; 32]), order, usage, id: Some(Digest([worker; 32])), rows }
     }
     fn own(ranges: &[(u32, u32)]) -> Split {
         let own = ranges.iter().map(|(a, b)| LayerRange::new(*a, *b).unwrap()).collect();
-        Split { layers: 12, own, positions: 40, sent: Digest([1; 32]), received: Digest([4; 32]) }
+        Split { layers: 12, own, positions: 40, sent: Digest([1; 32]), received: Digest([4; 32]), lost: None }
     }
     #[track_caller]
     fn check(split: &Split, legs: &[Leg], expect: &str) {
@@ -285,6 +387,45 @@ mod tests {
             &[first, leg(2, (4, 11), 40, 0, Some((2, 5)))],
             "worker 02020202 sent are not those that the lead",
         );
+    }
+
+    /// A worker's engine died under a batch of 5 and nobody else sells its layers: the one before has evaluated it.
+    #[test]
+    fn rows_that_were_lost_are_told_apart_from_rows_that_were_changed() {
+        let says = |sent: u64, received: u64, positions: u64| Split {
+            lost: Some(LostRows { positions, bytes_sent: 8 * sent, bytes_received: 8 * received }),
+            ..own(&[(0, 1), (11, 12)])
+        };
+        let first = |positions| leg(1, (1, 4), positions, 0, Some((1, 2)));
+        let died = leg(2, (4, 8), 40, 0, Some((7, 8)));
+        let last = leg(3, (8, 11), 40, 0, Some((8, 4)));
+        check(&says(45, 40, 5), &[first(45), died, last], "");
+        // Whoever says nothing of it is named, and not the worker.
+        check(&own(&[(0, 1), (11, 12)]), &[first(45), died, last], "layer 1 evaluated 45");
+        let silent = Split { positions: 40, ..own(&[(0, 1), (11, 12)]) };
+        let replayed = leg(1, (1, 4), 40, 5, Some((1, 2)));
+        check(&silent, &[replayed, died, last], "40 bytes of rows less than worker 01010101 sent, and the lead says");
+        check(&says(45, 40, 4), &[first(45), died, last], "and 4 were lost");
+        // The first worker's own engine, and rows that nobody can have received.
+        check(&says(45, 40, 5), &[leg(1, (1, 4), 40, 0, Some((9, 2))), leg(2, (4, 11), 40, 0, Some((2, 4)))], "");
+        let (all, changed) = (leg(1, (1, 4), 45, 0, Some((1, 2))), leg(2, (4, 11), 45, 0, Some((7, 4))));
+        check(&says(45, 40, 5), &[all, changed], "worker 01010101 sent are not those that worker 02020202");
+        check(&says(45, 45, 0), &[first(40), leg(2, (4, 11), 40, 0, Some((2, 5)))], "that the lead received");
+        let more = [first(41), leg(2, (4, 11), 45, 0, Some((7, 4)))];
+        check(&says(45, 40, 5), &more, "only 41 passed");
+        // A replacement begins anew: what was under way is evaluated twice, and each time for the first time.
+        let again = leg(4, (4, 8), 5, 40, Some((7, 8)));
+        check(&says(50, 40, 5), &[first(40), leg(2, (4, 8), 40, 0, Some((2, 8))), again, last], "");
+    }
+
+    #[test]
+    fn nothing_that_was_sold_is_lost() {
+        let lost = Some(LostRows { positions: 10, bytes_sent: 400, bytes_received: 300 });
+        let says = |positions, lost| Split { positions, lost, ..own(&[(0, 1), (11, 12)]) };
+        let usage = TokenUsage { prompt: 40, cached_prompt: 8, completion: 9, ..TokenUsage::default() };
+        assert_eq!(check_sold(&says(40, lost), &usage), Ok(()));
+        assert_eq!(check_sold(&says(39, lost), &usage), Err(SplitFault::Sold { positions: 39, sold: 41 }));
+        assert_eq!(check_sold(&says(39, None), &usage), Ok(()));
     }
 
     #[test]

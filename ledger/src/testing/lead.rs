@@ -6,8 +6,8 @@ use crate::{
     bundle::Filter,
     entry::{Draft, Evidence},
     statements::{
-        Ack, ExpertCount, ExpertLegs, ExpertSplit, Leg, PartOrder, PartWork, Receipt, RequestOpen, Split, ack_id,
-        receipt_id, stage_root,
+        Ack, ExpertCount, ExpertLegs, ExpertSplit, Leg, LostRows, PartOrder, PartWork, Passed, Receipt, RequestOpen,
+        Split, ack_id, receipt_id, stage_root,
     },
     transfer::Transfer,
 };
@@ -36,6 +36,17 @@ pub fn lead_bundle(bend: impl Fn(&mut Stated)) -> Vec<u8> {
     let rates = RateCard { position_layer: Some(MsatPerMtok(1_000_000)), ..RateCard::default() };
     let (drafts, key) = lead_drafts(rates, None, bend);
     bundle_of(&chain_entries(drafts), &key, Filter::All, false)
+}
+
+/// The journal of a lead whose worker's engine died under a batch of 8, which nobody else could evaluate: it was never sold.
+pub fn lost_bundle(bend: impl Fn(&mut Stated)) -> Vec<u8> {
+    lead_bundle(|stated| {
+        if let Some(split) = &mut stated.split {
+            split.sent = Digest([9; 32]);
+            split.lost = Some(LostRows { positions: 8, bytes_sent: 48, bytes_received: 40 });
+        }
+        bend(stated);
+    })
 }
 
 /// The journal of a lead that bought experts: two layers of ten rows through two experts each, of which the lead evaluated
@@ -151,7 +162,7 @@ fn lead_drafts(
     let mut stated = Stated {
         usage: PartUsage::default().plus(WorkKind::Prefill, 40, 8).expect("small numbers"),
         work: PartWork { order, input: sent, output: received, bytes_in: 40, bytes_out: 40, busy_ms: 7 },
-        split: Some(Split { layers: 12, own, positions: 40, sent, received }),
+        split: Some(Split { layers: 12, own, positions: 40, sent, received, lost: None }),
         counts: None,
         expert_split: None,
         late: false,
@@ -162,7 +173,7 @@ fn lead_drafts(
     let done = Done { usage: part, work, counts: counts.clone() };
     let id = Some(becomes_work(&mut bought, (&worker, &buyer), (&rates, order), done));
     let receipt_at = at(&bought, "receipt");
-    let rows = Some((work.input, work.output));
+    let rows = Some(Passed::from(&work));
     let leg = Leg { worker: node_key(&worker), order: work.order, usage: part, id, rows };
 
     let customer = SigningKey::from_bytes(&bytes32("session 1"));

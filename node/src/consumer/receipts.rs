@@ -6,7 +6,7 @@ use super::{
     caps::Starved,
     streams::{Ended, Held, SILENT},
 };
-use satgrid_ledger::statements::{Leg as PartLeg, Receipt, ReceiptOpening, ReceiptPrivate, receipt_id};
+use satgrid_ledger::statements::{Leg as PartLeg, Passed, Receipt, ReceiptOpening, ReceiptPrivate, receipt_id};
 use satgrid_protocol::{check, frame::ConsumerFrame, session::RequestState};
 use satgrid_types::{
     BothSigned, Digest, FinishReason, Msat, ReceiptId, RequestId, Signed, UnixMs, Verified, cbor, sign_body,
@@ -156,7 +156,7 @@ fn leg(offered: &Receipt, id: ReceiptId) -> Leg {
         order: work.order,
         usage: offered.usage.part.unwrap_or_default(),
         id: Some(Digest(id.0)),
-        rows: Some((work.input, work.output)),
+        rows: Some(Passed::from(&work)),
     });
     Leg {
         provider: offered.provider,

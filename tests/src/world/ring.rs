@@ -400,7 +400,7 @@ impl World {
         let layers = 2 + LAYERS_EACH * u32::try_from(ring.workers.len()).unwrap();
         let own = [(0, 1), (layers - 1, layers)].map(|(a, b)| LayerRange::new(a, b).unwrap()).to_vec();
         let (sent, received) = (ring.sent.value(), ring.received.value());
-        let split = Split { layers, own, positions: ring.back.into(), sent, received };
+        let split = Split { layers, own, positions: ring.back.into(), sent, received, lost: None };
         let verdict = check_split(&split, &ring.legs);
         assert!(verdict.is_ok(), "ring {id} of consumer {c}: {verdict:?}\n{:#?}", ring.legs);
     }

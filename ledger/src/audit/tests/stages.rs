@@ -1,8 +1,8 @@
 //! A lead's journal: what it bought of its workers against what it sold.
 
 use super::{Rule, report};
-use crate::testing::{Stated, experts_bundle, lead_bundle, stage_bundle};
-use satgrid_types::Digest;
+use crate::testing::{Stated, experts_bundle, lead_bundle, lost_bundle, stage_bundle};
+use satgrid_types::{Digest, PartUsage, WorkKind};
 
 #[track_caller]
 fn check(what: &str, expect: &[Rule], bend: impl Fn(&mut Stated)) {
@@ -28,6 +28,24 @@ fn what_a_lead_sold_is_what_its_workers_did() {
     check("workers that the receipt does not name", &[Rule::StageRoot], |s| s.split = None);
     let late = [Rule::StageRoot, Rule::StageTiling, Rule::StageOrphan];
     check("a worker's receipt after the request's", &late, |s| s.late = true);
+}
+
+#[test]
+fn what_a_dying_worker_lost_is_nobody_s_fault_and_hides_nothing() {
+    let check = |what: &str, expect: &[Rule], bend: fn(&mut Stated)| check_bundle(what, expect, &lost_bundle(bend));
+    check("honest", &[], |_| ());
+    check("a loss that nobody speaks of", &[Rule::StageRows], |s| s.split.as_mut().unwrap().lost = None);
+    check("positions that were sold and are said to be lost", &[Rule::StageConservation], |s| {
+        let split = s.split.as_mut().unwrap();
+        split.positions -= 10;
+        split.lost.as_mut().unwrap().positions += 10;
+    });
+    check("more evaluated than came back and was lost", &[Rule::StageConservation], |s| {
+        s.usage = PartUsage::default().plus(WorkKind::Prefill, 49, 8).unwrap();
+    });
+    check("other rows, and none of them missing", &[Rule::StageRows], |s| s.work.bytes_in = 48);
+    check("more rows than were sent", &[Rule::StageRows], |s| s.work.bytes_in = 49);
+    check("other rows came back, and none is missing", &[Rule::StageRows], |s| s.work.output = Digest([7; 32]));
 }
 
 #[test]

@@ -15,6 +15,7 @@ mod back;
 mod pace;
 mod rebuild;
 mod settle;
+mod tally;
 
 use super::{
     consumer::Message as ConsumerMessage,
@@ -30,7 +31,7 @@ use satgrid_engine::{
     port::{EngineDown, JobId},
     stage::ring::{Ring, RingCommand, RingEvent, RingFacts, RingWork},
 };
-use satgrid_ledger::statements::{Leg, PartOrder, RowsHash};
+use satgrid_ledger::statements::{Leg, PartOrder};
 use satgrid_node::consumer::{CallId, ConsumerEvent, Emission, Submit};
 use satgrid_protocol::{
     frame::Resend,
@@ -45,6 +46,7 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
+use tally::Tally;
 use tokio::sync::{Mutex, mpsc, oneshot};
 
 /// How long workers may take to give their receipts once a request is over.
@@ -174,9 +176,7 @@ struct Job {
     workers: Vec<Worker>,
     /// The first worker has (or will be shown) the ticket for the lead's hop.
     ready: bool,
-    sent: RowsHash,
-    received: RowsHash,
-    positions: u64,
+    tally: Tally,
     legs: Vec<Leg>,
     over: bool,
     losses: u32,
@@ -347,9 +347,7 @@ impl Running {
             request,
             workers,
             ready: false,
-            sent: RowsHash::default(),
-            received: RowsHash::default(),
-            positions: 0,
+            tally: Tally::default(),
             legs: Vec::new(),
             over: false,
             losses: 0,
@@ -470,7 +468,7 @@ impl Running {
                 told.for_each(|(_, since)| *since = Some(since.unwrap_or(work.id.0)));
             }
             if let Some(job) = self.jobs.get_mut(&piece.job) {
-                job.sent.push(work.rows.bytes.get(at..at + bytes).unwrap_or_default());
+                job.tally.sent(kind, piece.rows, work.rows.bytes.get(at..at + bytes).unwrap_or_default());
                 for (index, (worker, stage)) in job.workers.iter_mut().zip(&self.parts.plan).enumerate() {
                     let reached = work.ends_at.is_none_or(|last| index <= last as usize);
                     // A worker may book as replay what was under way when another was lost: either is ordered.

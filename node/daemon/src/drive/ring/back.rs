@@ -87,10 +87,9 @@ impl Running {
             let kind = piece.purpose;
             let bytes = piece.rows as usize * row_bytes;
             let Some(job) = self.jobs.get_mut(&piece.job) else { continue };
-            job.received.push(rows.bytes.get(at..at + bytes).unwrap_or_default());
+            job.tally.came_back(kind, piece.rows, rows.bytes.get(at..at + bytes).unwrap_or_default());
             at += bytes;
             if kind != WorkKind::Replay {
-                job.positions = job.positions.saturating_add(piece.rows.into());
                 if let Some(sequence) = self.sequences.get_mut(&piece.sequence) {
                     sequence.back = piece.start.saturating_add(piece.rows);
                 }

@@ -178,6 +178,9 @@ impl Running {
         }
         // No rows: nobody has anything to compute, and so nothing to bill.
         let RingPiece { job, sequence, start, rows, .. } = again;
+        if let Some(job) = self.jobs.get_mut(&job) {
+            job.tally.sent(WorkKind::Replay, rows, &[]);
+        }
         let piece = RowsPiece { slot: job.0, sequence, start, rows, kind: WorkKind::Replay };
         let wire = self.parts.wire;
         let header = RowsHeader { work: number, pieces: vec![piece], wire, ends_after: Some(0), again: false };

@@ -112,6 +112,7 @@ impl Running {
             let ends_at = u32::try_from(stage).ok();
             let around = RingWork { id: WorkId(work), pieces: vec![piece], rows: none, ends_at, again: false };
             self.works.insert(work, UnderWay { work: around, from: stage, sent: Instant::now() });
+            job.tally.sent(WorkKind::Replay, rows, &[]);
             if let Some(worker) = job.workers.get_mut(stage)
                 && let Some(sent) = worker.sent.plus(WorkKind::Replay, rows.into(), layers)
             {

@@ -6,7 +6,7 @@ use satgrid_engine::{
     port::JobId,
     stage::ring::{Held, RingEvent, RingWork},
 };
-use satgrid_ledger::statements::{Split, stage_root};
+use satgrid_ledger::statements::stage_root;
 use satgrid_node::consumer::ConsumerEvent;
 use satgrid_protocol::hop::{Lost, LostFrame};
 use satgrid_types::{NodeKey, RequestId, WorkKind};
@@ -106,13 +106,10 @@ impl Running {
         for (_, slots) in self.back.values_mut() {
             slots.remove(&id.0);
         }
-        let split = Split {
-            layers: self.parts.model_layers,
-            own: self.parts.own.clone(),
-            positions: job.positions,
-            sent: job.sent.value(),
-            received: job.received.value(),
-        };
+        let split = job.tally.split(self.parts.model_layers, &self.parts.own, &job.legs);
+        if let Some(lost) = split.lost {
+            tracing::info!(job = id.0, positions = lost.positions, "rows were lost under way: the receipt says so");
+        }
         let root = stage_root(&job.legs);
         let worked = job.legs.iter().any(|leg| leg.id.is_some());
         let _ = answer.send(worked.then(|| Settled::Layers(Box::new(split), root)));
