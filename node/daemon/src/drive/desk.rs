@@ -376,7 +376,9 @@ impl Running {
         let output = header.ends_after != Some(0);
         let work = StageWork { id, pieces, rows, output };
         if self.parts.stage.send(StageCommand::Evaluate(work)).is_err() {
-            self.refuse(hop, &header, Lost::Worker, "the engine process is not running");
+            // It has just died: every job ends with its receipt, by which its lead knows to look for another worker. A
+            // refusal would be there before that, and end what another could go on with.
+            tracing::debug!(work = header.work, "rows for an engine that is down");
             return self.put_down(&jobs);
         }
         self.at_work.insert(id, AtWork { hop, header, jobs, sequences });
