@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Prompts of many lengths through the paid ring, eight sessions at once, each held against one machine's text to the bit: a
-lead, workers and everybody else are processes of the shipped binary. With --kill a worker is killed while eight answer.
+lead, workers and everybody else are processes of the shipped binary. With --kill a worker is killed while eight answer, with
+--kill-engine the process that computes for it alone.
 
-    lengths-split.py [--dir DIR] [--lengths 1,2,...,2000] [--tokens N] [--workers N] [--kill]
+    lengths-split.py [--dir DIR] [--lengths 1,2,...,2000] [--tokens N] [--workers N] [--kill | --kill-engine]
 
 Exit 0: every answer is the one of one machine, and every ledger is clean.
 """
@@ -15,7 +16,7 @@ import sys
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from ring_market import Market, Parts, folder, run, run_script, say, together
+from ring_market import Market, Parts, engines, folder, run, run_script, say, together
 
 AT_ONCE = 8
 # The end of an answer in the vocabulary of random models.
@@ -45,7 +46,9 @@ def main():
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--kill", action="store_true", help="kill the second worker while eight answers are under way")
+    parser.add_argument("--kill-engine", action="store_true", help="the same with its engine's process alone: the worker itself gives its receipts")
     args = parser.parse_args()
+    args.kill |= args.kill_engine
     dir = folder(args.dir, "satgrid-lengths-split")
     model = os.path.join(dir, "deep.gguf")
     run("models", "random", "llama-deep", "--layers", args.layers, "--out", model)
@@ -68,9 +71,11 @@ def main():
             # Eight streams are answering.
             if args.kill and last and len(pieces) == AT_ONCE * 2 and not struck:
                 struck.append(time.time())
-                kill.killed = True
-                kill.child.send_signal(signal.SIGKILL)
-                say(f"{kill.name} killed (SIGKILL)")
+                kill.killed = not args.kill_engine
+                for pid in engines(kill) if args.kill_engine else [kill.child.pid]:
+                    os.kill(pid, signal.SIGKILL)
+                what = ", its engine alone," if args.kill_engine else ""
+                say(f"{kill.name}{what} killed (SIGKILL)")
 
         if args.kill:
             with open(lead.log) as log:
