@@ -89,10 +89,10 @@ impl Running {
             let Some(job) = self.jobs.get_mut(&piece.job) else { continue };
             job.tally.came_back(kind, piece.rows, rows.bytes.get(at..at + bytes).unwrap_or_default());
             at += bytes;
-            if kind != WorkKind::Replay {
-                if let Some(sequence) = self.sequences.get_mut(&piece.sequence) {
-                    sequence.back = piece.start.saturating_add(piece.rows);
-                }
+            if kind != WorkKind::Replay
+                && let Some(sequence) = self.sequences.get_mut(&piece.sequence)
+            {
+                sequence.back = piece.start.saturating_add(piece.rows);
             }
             touched.insert(piece.job);
         }
