@@ -3,7 +3,7 @@
 answers, a consumer, and a node that sells the whole model, for comparison. Each is a process of its own, started from the
 shipped binary, with its own wallet and ledger.
 
-    demo-experts.py [--dir DIR] [--kill | --lie] [--stage] [--tokens N] [--wire f32|bf16|q8_0] [--model FILE]
+    demo-experts.py [--dir DIR] [--kill [--then-engine] | --lie] [--stage] [--tokens N] [--wire f32|bf16|q8_0] [--model FILE]
 
 The model is a tiny random one, made here, where no other is named: what it says means nothing, and every bit of it counts.
 Exit 0: the answer over the workers is the answer of one machine, and every ledger is clean.
@@ -92,7 +92,8 @@ def main():
     parser.add_argument("--dir", default=".demo-experts")
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--wire", default="f32")
-    parser.add_argument("--kill", action="store_true", help="kill a worker in the middle of the answer; then, under another answer, the engine of one whose experts nobody else has")
+    parser.add_argument("--kill", action="store_true", help="kill a worker in the middle of the answer")
+    parser.add_argument("--then-engine", action="store_true", help="with --kill: then, under another answer, the engine of one whose experts nobody else has")
     parser.add_argument("--stage", action="store_true", help="layers and experts: the lead buys the middle layers of a stage, and the stage buys their experts")
     parser.add_argument("--lie", action="store_true", help="spoil a worker's weights in its memory in the middle of the answer; every row has a witness")
     args = parser.parse_args()
@@ -145,7 +146,7 @@ def main():
     time.sleep(KEPT_WITHIN_S)
     placed = {} if args.stage else placement(market, packs)
     died = None
-    if args.kill:
+    if args.kill and args.then_engine:
         # The first worker's experts have no second holder.
         died = dies(market.workers[0], lambda heard: Stream(market, lead, body, heard), KILL_AFTER)
         time.sleep(KEPT_WITHIN_S)

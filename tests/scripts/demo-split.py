@@ -2,7 +2,7 @@
 """A model over several machines, paid: three workers that sell layers, a lead that buys them and sells answers, a consumer,
 and a node that sells the whole model, for comparison. Each is a process of its own, started from the shipped binary.
 
-    demo-split.py [--model FILE] [--dir DIR] [--kill] [--slow] [--tokens N]
+    demo-split.py [--model FILE] [--dir DIR] [--kill [--then-engine]] [--slow] [--tokens N]
 
 Exit 0: the answer of the ring is the answer of one machine, and every ledger is clean.
 """
@@ -25,7 +25,8 @@ def main():
     parser.add_argument("--model", required=True)
     parser.add_argument("--dir", default=".demo-split")
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--kill", action="store_true", help="kill a worker in the middle of the answer; then, under another answer, the engine of who took over, alone with its layers by then")
+    parser.add_argument("--kill", action="store_true", help="kill a worker in the middle of the answer")
+    parser.add_argument("--then-engine", action="store_true", help="with --kill: then, under another answer, the engine of who took over, alone with its layers by then")
     parser.add_argument("--slow", action="store_true", help="first make a worker much slower than it lists: it is measured, told and replaced")
     args = parser.parse_args()
     dir = folder(args.dir, "satgrid-demo-split")
@@ -67,7 +68,7 @@ def main():
     if slow and (not slow["same"](alone) or lead.noticed("a slow worker gives way") == float("inf")):
         fail(f"the slow worker kept its place, or changed the text: {slow}")
     died = None
-    if args.kill:
+    if args.kill and args.then_engine:
         # Who took over is alone with its layers now.
         heir = next(worker for worker in [workers[1], workers[-1]] if worker is not second)
         told = dies(heir, lambda heard: Stream(market, lead, body, heard), args.tokens // 3)

@@ -236,7 +236,6 @@ fn experts_of_paid_workers_one_killed_and_one_lying() {
         let more: &[&str] = if staged { &["--tokens", "96", how, "--kill"] } else { &["--tokens", "96", how] };
         let found = split::run("demo-experts.py", &dir.path().join(how), &model, more);
         assert!(found["same"] == true && found["clean"] == true, "{found:#}");
-        assert!(how == "--lie" || found["died"].is_string(), "{found:#}");
         let counted = || found["placement"]["why"]["counted_rows"].as_u64().unwrap() > 0;
         let stage = || found["workers"]["stage"]["position_layers"].as_u64().unwrap() > 0;
         assert!(if staged { stage() } else { counted() }, "{found:#}");

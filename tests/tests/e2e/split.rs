@@ -36,7 +36,5 @@ pub(crate) fn holds(found: &Value, killed: bool) {
     if killed {
         let noticed = found["noticed_s"].as_f64().unwrap();
         assert!(noticed < NOTICED_WITHIN_S, "noticed after {noticed} s");
-        // Then the engine of its successor, under a batch that nobody else could compute: the lead's receipt accounts for it.
-        assert_eq!(found["died"]["accounted"], 1, "{found:#}");
     }
 }
