@@ -313,7 +313,7 @@ pub(crate) fn environment(args: &WorkerArgs) -> Vec<(&'static str, &'static str)
 }
 
 /// The C library asks for large pages under large buffers: weights that are no file's pages are read from end to end for every
-/// token, half as fast where a page is 4 KB. Other C libraries ignore it.
+/// token, a third to a half more slowly where a page is 4 KB. Other C libraries ignore it.
 const LARGE_PAGES: (&str, &str) = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1");
 
 /// ggml's switch for its tiled matrix product.

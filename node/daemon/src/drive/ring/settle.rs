@@ -74,17 +74,23 @@ impl Running {
     /// A job that is over and has nothing under way asks its workers for their receipts.
     pub(super) fn wind_up(&mut self, job: JobId) -> Vec<ConsumerMessage> {
         let under_way = self.works.values().any(|one| one.work.pieces.iter().any(|piece| piece.job == job));
-        let Some(held) = self.jobs.get(&job).filter(|held| held.over && !under_way) else { return Vec::new() };
-        let open = held.workers.iter().filter(|worker| !worker.over);
-        open.map(|worker| {
+        let Some(held) = self.jobs.get_mut(&job).filter(|held| held.over && !under_way) else { return Vec::new() };
+        // Rows that were lost behind a worker come back no more. Its receipt may tell of all that was ordered; so may the
+        // acknowledgement that it offered before, or its receipt would wait behind that.
+        for worker in held.workers.iter_mut().filter(|worker| worker.sent.covers(&worker.returned)) {
+            worker.returned = worker.sent;
+        }
+        let mut orders = self.tell(job);
+        let open = self.jobs.get(&job).into_iter().flat_map(|held| &held.workers).filter(|worker| !worker.over);
+        orders.extend(open.map(|worker| {
             let call = worker.call;
             let event = match worker.ordered {
                 Some(_) => ConsumerEvent::PartDone { call },
                 None => ConsumerEvent::Cancel { call },
             };
             ConsumerMessage::Event(event)
-        })
-        .collect()
+        }));
+        orders
     }
 
     pub(super) fn finish(&mut self, job: JobId) {
