@@ -96,19 +96,25 @@ def measured(market, lead, worker, answer):
     slowed = Slowed(worker, max(0.03, asked()["plan"]["token_us"] / 1e6))
     say(f"{worker.name} is much slower than it lists from now on")
     try:
-        text = answer(lead).text
+        # A speed that was listed while the machine was busy takes longer to disprove: a ring listens again every five seconds.
+        for _ in range(3):
+            text = answer(lead).text
+            time.sleep(1)  # figures are on the disk
+            why = asked()
+            told = next(one for one in why["considered"] if one["worker"] == worker.status["node_key"])
+            noticed = told["measured"] and told["measured"]["token_us"] > 2 * told["listed_us"]
+            if noticed:
+                break
     finally:
         slowed.end()
-    time.sleep(1)  # figures are on the disk
-    why = asked()
-    told = next(one for one in why["considered"] if one["worker"] == worker.status["node_key"])
-    if not told["measured"] or told["measured"]["token_us"] <= 2 * told["listed_us"]:
+    if not noticed:
         fail(f"nobody noticed that {worker.name} is slower than it lists: {told}")
     say(f"market why: {told['verdict']}: {told['why']}")
     if told["verdict"].startswith("worker"):
         fail(f"a plan made now would still take {worker.name}")
-    others = {one["worker"]: one["measured"] for one in why["considered"] if one is not told and one["measured"]}
-    if any(one["lies"] for one in others.values()):
+    # Once too slow is what a busy machine makes of anybody; three times is a judgement.
+    others = [one for one in why["considered"] if one is not told and "not believed" in (one["why"] or "")]
+    if others:
         fail(f"an honest worker was taken for slow: {others}")
     return {"told": told["why"], "next": why["plan"], "same": lambda alone: alone.text == text}
 

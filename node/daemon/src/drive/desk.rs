@@ -104,8 +104,8 @@ struct Running {
     out: BTreeMap<(NodeKey, NodeKey), Outgoing>,
     /// By lead and its number of the work.
     sent_on: VecDeque<(NodeKey, u64, HopId)>,
-    /// How far each sequence was computed here: what is sent again is replay up to there.
-    held: BTreeMap<SequenceId, u32>,
+    /// Of whom each sequence was last, and how far it was computed for that job here: what is sent again is replay up to there.
+    held: BTreeMap<SequenceId, (JobId, u32)>,
     /// Rows that were sent on. What is kept of a sequence that was cut since is as long as what was computed after.
     kept: KeptRows<SequenceId>,
 }
@@ -402,7 +402,9 @@ impl Running {
                 let Some(AtWork { hop, header, jobs, .. }) = self.at_work.remove(&work) else { return Vec::new() };
                 let why = match &error {
                     StageError::Gap { sequence, held, .. } => {
-                        self.held.insert(*sequence, *held);
+                        if let Some((_, computed)) = self.held.get_mut(sequence) {
+                            *computed = *held;
+                        }
                         Lost::Gap(sequence.number, *held)
                     }
                     StageError::BadWork { .. } | StageError::BadRows(_) | StageError::OverContext { .. } => {
@@ -440,7 +442,11 @@ impl Running {
         let mut reports = Vec::new();
         for ((piece, id), sequence) in header.pieces.iter().zip(&jobs).zip(sequences) {
             // Judged as works were computed, not as they came: in between, the engine may have refused what was before.
-            let held = self.held.entry(sequence).or_default();
+            let (of, held) = self.held.entry(sequence).or_insert((*id, 0));
+            if *of != *id {
+                // What another job left there was no work for this one.
+                (*of, *held) = (*id, piece.start);
+            }
             let again = header.again && piece.start < *held;
             let end = piece.start.saturating_add(piece.rows);
             // A replay goes over what was computed here already: what follows it is sent again too.
