@@ -7,8 +7,13 @@ tools_dir="${XDG_CACHE_HOME:-$HOME/.cache}/satgrid/tools"
 if ! command -v cmake >/dev/null 2>&1 && [ -x "$tools_dir/cmake/cmake/data/bin/cmake" ]; then
     export PATH="$tools_dir/cmake/cmake/data/bin:$PATH"
 fi
-have_system_libclang() {
-    compgen -G "/usr/lib/llvm-*/lib/libclang*.so*" >/dev/null || compgen -G "/usr/lib/*-linux-gnu/libclang*.so*" >/dev/null
+# By the names that bindgen looks for: libclang-cpp, which comes with many a graphics driver, is another library.
+have_system_libclang() { # [ROOT]
+    local name
+    for name in "${1:-}"/usr/lib/{llvm-*/lib,*-linux-gnu}/libclang{,-[0-9]*}.so*; do
+        if [ -e "$name" ]; then return 0; fi
+    done
+    return 1
 }
 if [ -z "${LIBCLANG_PATH:-}" ] && ! have_system_libclang && [ -e "$tools_dir/libclang/clang/native/libclang.so" ]; then
     export LIBCLANG_PATH="$tools_dir/libclang/clang/native"

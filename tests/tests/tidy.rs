@@ -343,3 +343,24 @@ fn migrations_are_named_by_time_verb_and_object() {
         assert!(name == "README.md" || is_migration_name(&name), "{}", relative(&path));
     }
 }
+
+/// The scripts install a library where it is missing, and another of a like name is none.
+#[test]
+fn scripts_tell_libclang_from_its_neighbours() {
+    let rows = [
+        ("usr/lib/llvm-14/lib/libclang-cpp.so.14", false),
+        ("usr/lib/x86_64-linux-gnu/libclang-cpp.so.14", false),
+        ("usr/lib/llvm-14/lib/libclang.so.1", true),
+        ("usr/lib/llvm-19/lib/libclang.so", true),
+        ("usr/lib/aarch64-linux-gnu/libclang-14.so.1", true),
+    ];
+    for (name, expect) in rows {
+        let system = tempfile::tempdir().expect("a folder");
+        let file = system.path().join(name);
+        fs::create_dir_all(file.parent().expect("it is below the root")).expect("folders");
+        fs::write(file, "").expect("a file");
+        let ask = ". tests/scripts/env.sh && have_system_libclang \"$1\"";
+        let asked = Command::new("bash").current_dir(root()).args(["-euc", ask, "-"]).arg(system.path()).status();
+        assert_eq!(asked.expect("bash").code(), Some(i32::from(!expect)), "{name}");
+    }
+}
