@@ -58,12 +58,21 @@ pub(crate) struct Chunk {
     pub(crate) upto: u32,
 }
 
+/// The next batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Plan {
+    /// By rising slot; empty when no job may go on.
+    pub(crate) chunks: Vec<Chunk>,
+    /// Positions in batches that were prompts' alone while streams waited, since these were last served: this one counted.
+    pub(crate) since_step: u32,
+}
+
 impl Progress {
-    pub(crate) fn ready(&self) -> u32 {
+    fn ready(&self) -> u32 {
         self.upto.saturating_sub(self.at)
     }
 
-    pub(crate) fn is_prefilling(&self) -> bool {
+    fn is_prefilling(&self) -> bool {
         self.at < self.prompt
     }
 
@@ -72,9 +81,8 @@ impl Progress {
     }
 }
 
-/// The next batch, by rising slot; empty when no job may go on. `since_step` counts the positions in batches that were
-/// prompts' alone while streams waited, since these were last served.
-pub(crate) fn plan_batch(jobs: &[Progress], limits: &Limits, since_step: u32) -> Vec<Chunk> {
+/// The next batch; `since_step` is the last one's.
+pub(crate) fn plan_batch(jobs: &[Progress], limits: &Limits, since_step: u32) -> Plan {
     let batch = limits.batch.max(1);
     let mut ready: Vec<&Progress> = jobs.iter().filter(|job| job.ready() > 0).collect();
     ready.sort_by_key(|job| job.slot);
@@ -112,7 +120,7 @@ pub(crate) fn plan_batch(jobs: &[Progress], limits: &Limits, since_step: u32) ->
             // Otherwise they keep their turns.
             let least = (prefill.min(batch) / SLIVERS).max(1);
             prompts.sort_by_key(|job| job.ready() > least);
-            for job in prompts {
+            for job in &prompts {
                 let chunk = job.next(room);
                 let positions = chunk.upto - chunk.from;
                 if positions >= least.min(job.ready()) {
@@ -124,7 +132,12 @@ pub(crate) fn plan_batch(jobs: &[Progress], limits: &Limits, since_step: u32) ->
         }
     };
     chunks.sort_by_key(|chunk| chunk.slot);
-    chunks
+    let positions: u32 = chunks.iter().map(|chunk| chunk.upto - chunk.from).sum();
+    // Prompts alone, lone positions of theirs go with the streams; and only a stream that is there waits.
+    let of_a_prompt = |chunk: &Chunk| prompts.iter().any(|job| job.slot == chunk.slot);
+    let alone = chunks.iter().all(of_a_prompt) && chunks.iter().any(|chunk| chunk.upto - chunk.from > 1);
+    let since_step = if beside && alone { since_step.saturating_add(positions) } else { 0 };
+    Plan { chunks, since_step }
 }
 
 #[cfg(test)]
@@ -159,16 +172,26 @@ mod tests {
         }
     }
 
+    fn jobs_of(texts: &[&str]) -> Vec<Progress> {
+        texts.iter().enumerate().map(|(slot, text)| job(slot, text)).collect()
+    }
+
+    fn words(chunks: &[Chunk]) -> String {
+        let words: Vec<String> = chunks.iter().map(|c| format!("{}:{}..{}", c.slot, c.from, c.upto)).collect();
+        words.join(" ")
+    }
+
+    fn rows(chunks: &[Chunk]) -> u32 {
+        chunks.iter().map(|c| c.upto - c.from).sum()
+    }
+
     fn check(profile: Profile, jobs: &[&str], since_step: u32, expect: &str) {
-        let jobs: Vec<Progress> = jobs.iter().enumerate().map(|(slot, text)| job(slot, text)).collect();
         let limits = Limits { profile, batch: 512, ..LIMITS };
-        let plan = plan_batch(&jobs, &limits, since_step);
-        let text: Vec<String> = plan.iter().map(|c| format!("{}:{}..{}", c.slot, c.from, c.upto)).collect();
-        assert_eq!(text.join(" "), expect, "{jobs:?}");
-        let rows: u32 = plan.iter().map(|c| c.upto - c.from).sum();
-        assert!(rows <= limits.batch);
+        let Plan { chunks, .. } = plan_batch(&jobs_of(jobs), &limits, since_step);
+        assert_eq!(words(&chunks), expect, "{jobs:?}");
+        assert!(rows(&chunks) <= limits.batch);
         if profile == Profile::Exact {
-            assert!(plan.len() <= 1 || plan.iter().all(|c| c.upto - c.from == 1), "not an exact batch: {plan:?}");
+            assert!(chunks.len() <= 1 || chunks.iter().all(|c| c.upto - c.from == 1), "not an exact batch: {chunks:?}");
         }
     }
 
@@ -198,11 +221,9 @@ mod tests {
     #[test]
     fn steps_go_in_groups_where_several_are_under_way() {
         let check = |jobs: &[&str], served: &[u64], limits: Limits, since_step, expect: &str| {
-            let mut jobs: Vec<Progress> = jobs.iter().enumerate().map(|(slot, text)| job(slot, text)).collect();
+            let mut jobs = jobs_of(jobs);
             jobs.iter_mut().zip(served).for_each(|(job, served)| job.served = *served);
-            let plan = plan_batch(&jobs, &limits, since_step);
-            let text: Vec<String> = plan.iter().map(|c| format!("{}:{}..{}", c.slot, c.from, c.upto)).collect();
-            assert_eq!(text.join(" "), expect, "{jobs:?}");
+            assert_eq!(words(&plan_batch(&jobs, &limits, since_step).chunks), expect, "{jobs:?}");
         };
         let two = Limits { streams: 2, ..LIMITS };
         check(&["s5", "s6", "s7"], &[0, 0, 0], two, 0, "0:5..6 1:6..7");
@@ -233,19 +254,18 @@ mod tests {
     fn fast_reads_several_pieces_between_two_steps_where_they_are_quick() {
         let quick = Limits { profile: Profile::Fast, prefill_beside_streams: 1300, ..LIMITS };
         let check = |jobs: &[&str], since_step, expect: &str| {
-            let jobs: Vec<Progress> = jobs.iter().enumerate().map(|(slot, text)| job(slot, text)).collect();
-            let plan = plan_batch(&jobs, &quick, since_step);
-            let text: Vec<String> = plan.iter().map(|c| format!("{}:{}..{}", c.slot, c.from, c.upto)).collect();
-            assert_eq!(text.join(" "), expect, "{jobs:?}");
+            let plan = plan_batch(&jobs_of(jobs), &quick, since_step);
+            assert_eq!(words(&plan.chunks), expect, "{jobs:?}");
+            plan.since_step
         };
-        check(&["s5", "p0/400", "p0/400", "p0/2000"], 0, "1:0..400 2:0..112");
-        check(&["s5", "s401", "p112/400", "p0/2000"], 512, "2:112..400 3:0..224");
+        assert_eq!(check(&["s5", "p0/400", "p0/400", "p0/2000"], 0, "1:0..400 2:0..112"), 512);
+        assert_eq!(check(&["s5", "s401", "p112/400", "p0/2000"], 512, "2:112..400 3:0..224"), 1024);
         // The last piece takes the steps along, and what it leaves is the next one's.
-        check(&["s5", "s401", "s401", "p224/2000"], 1024, "0:5..6 1:401..402 2:401..402 3:224..500");
-        check(&["s6", "s402", "s402", "p500/2000"], 0, "3:500..1012");
+        assert_eq!(check(&["s5", "s401", "s401", "p224/2000"], 1024, "0:5..6 1:401..402 2:401..402 3:224..500"), 0);
+        assert_eq!(check(&["s6", "s402", "s402", "p500/2000"], 0, "3:500..1012"), 512);
         // Nobody waits for a batch that is not full.
-        check(&["s5", "p0/300"], 0, "0:5..6 1:0..300");
-        check(&["s5", "p0/2000"], 1300, "0:5..6");
+        assert_eq!(check(&["s5", "p0/300"], 0, "0:5..6 1:0..300"), 0);
+        assert_eq!(check(&["s5", "p0/2000"], 1300, "0:5..6"), 0);
     }
 
     #[test]
@@ -255,7 +275,7 @@ mod tests {
         let mut order = Vec::new();
         for number in 1.. {
             let plan = plan_batch(&jobs, &limits, 0);
-            let Some(chunk) = plan.first() else { break };
+            let Some(chunk) = plan.chunks.first() else { break };
             order.push(chunk.slot);
             jobs[chunk.slot as usize].at = chunk.upto;
             jobs[chunk.slot as usize].served = number;
@@ -273,10 +293,10 @@ mod tests {
                 let mut waited = 0;
                 for number in 1..200 {
                     let plan = plan_batch(&jobs, &limits, waited);
-                    let rows: u32 = plan.iter().map(|c| c.upto - c.from).sum();
-                    waited = if plan.iter().any(|c| c.slot == 0) { 0 } else { waited + rows };
+                    waited = if plan.chunks.iter().any(|c| c.slot == 0) { 0 } else { waited + rows(&plan.chunks) };
+                    assert_eq!(plan.since_step, waited, "{profile:?}: what the plan counts at batch {number}");
                     assert!(waited <= beside, "{profile:?}: the stream waits at batch {number}");
-                    for chunk in plan {
+                    for chunk in plan.chunks {
                         let job = &mut jobs[chunk.slot as usize];
                         assert_eq!(job.at, chunk.from);
                         job.at = chunk.upto;

@@ -24,7 +24,7 @@ use satgrid_engine::grammar::Vocabulary;
 use satgrid_engine::port::{Command, EngineEvent, FinishReason, Job, JobError, JobId, Profile};
 
 use crate::ffi::{BatchRow, DecodeError};
-use crate::plan::{Chunk, Limits, Progress, plan_batch};
+use crate::plan::{Limits, Plan, Progress, plan_batch};
 use slot::{Grant, Running, Slot, Waiting};
 pub(crate) use waves::Sends;
 
@@ -158,17 +158,13 @@ impl Scheduler {
             prompts_away: away(true),
         };
         let jobs: Vec<Progress> = (0_u32..).zip(&self.slots).filter_map(|(slot, s)| s.progress(slot)).collect();
-        let chunks = plan_batch(&jobs, &limits, self.since_step);
+        let Plan { chunks, since_step } = plan_batch(&jobs, &limits, self.since_step);
         if chunks.is_empty() {
             return None;
         }
         self.batches += 1;
+        self.since_step = since_step;
         let positions: u32 = chunks.iter().map(|chunk| chunk.upto - chunk.from).sum();
-        // Prompts alone, lone positions of theirs go with the streams; and only a stream that is there waits.
-        let of_a_prompt = |chunk: &Chunk| jobs.iter().any(|job| job.slot == chunk.slot && job.is_prefilling());
-        let stepped = positions == to_u32(chunks.len()) || !chunks.iter().all(of_a_prompt);
-        let waits = limits.streams_away || jobs.iter().any(|job| job.ready() > 0 && !job.is_prefilling());
-        self.since_step = if waits && !stepped { self.since_step.saturating_add(positions) } else { 0 };
 
         let mut rows = Vec::new();
         let mut ends = Vec::new();
