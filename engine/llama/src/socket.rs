@@ -39,7 +39,7 @@ impl Socket {
         let frame = wire::encode(message)?;
         let mut rest = frame.as_slice();
         while !rest.is_empty() {
-            match send(&self.stream, rest, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            match send(&self.stream, rest, SendFlags::DONTWAIT) {
                 Ok(sent) => rest = rest.get(sent..).unwrap_or_default(),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
@@ -53,43 +53,58 @@ impl Socket {
         Ok(())
     }
 
-    /// The next word; `None` if there is none within the time, without one it waits for as long as it takes.
-    pub(crate) fn next(&mut self, wait: Option<Duration>) -> io::Result<Option<ToWorker>> {
+    /// The next word, however long that takes.
+    pub(crate) fn wait(&mut self) -> io::Result<ToWorker> {
         match self.kept.pop_front() {
-            Some(word) => Ok(Some(word)),
-            None => self.read(wait),
+            Some(word) => Ok(word),
+            None => self.read(),
+        }
+    }
+
+    /// The next word; `None` if there is none within the time.
+    pub(crate) fn next(&mut self, within: Duration) -> io::Result<Option<ToWorker>> {
+        if let Some(word) = self.kept.pop_front() {
+            return Ok(Some(word));
+        }
+        let until = Instant::now() + within;
+        loop {
+            if let Some(word) = self.decoded()? {
+                return Ok(Some(word));
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            let more = self.take_in(RecvFlags::DONTWAIT)?;
+            if !more && (left.is_zero() || self.until(PollFlags::IN, Some(left))?.is_empty()) {
+                return Ok(None);
+            }
         }
     }
 
     /// What a trunk asked for in the middle of a batch. Other words are kept for [`Socket::next`].
     pub(crate) fn outputs(&mut self) -> io::Result<Result<ExpertRows, String>> {
         loop {
-            match self.read(None)? {
-                Some(ToWorker::ExpertOutputs(outputs)) => return Ok(outputs),
-                Some(other) => self.kept.push_back(other),
-                None => {}
+            let word = self.read()?;
+            if let ToWorker::ExpertOutputs(outputs) = word {
+                return Ok(outputs);
             }
+            self.kept.push_back(word);
         }
     }
 
-    fn read(&mut self, wait: Option<Duration>) -> io::Result<Option<ToWorker>> {
-        let until = wait.map(|wait| Instant::now() + wait);
+    fn read(&mut self) -> io::Result<ToWorker> {
         loop {
-            let mut frames = self.bytes.get(self.taken..).unwrap_or_default();
-            if let Some(word) = wire::next_of(&mut frames)? {
-                self.taken = self.bytes.len() - frames.len();
-                return Ok(Some(word));
+            if let Some(word) = self.decoded()? {
+                return Ok(word);
             }
-            match until.map(|until| until.saturating_duration_since(Instant::now())) {
-                None => drop(self.take_in(RecvFlags::empty())?),
-                Some(left) => {
-                    let more = self.take_in(RecvFlags::DONTWAIT)?;
-                    if !more && (left.is_zero() || self.until(PollFlags::IN, Some(left))?.is_empty()) {
-                        return Ok(None);
-                    }
-                }
-            }
+            self.take_in(RecvFlags::empty())?;
         }
+    }
+
+    /// The first word of what came, if it is there whole.
+    fn decoded(&mut self) -> io::Result<Option<ToWorker>> {
+        let mut frames = self.bytes.get(self.taken..).unwrap_or_default();
+        let word = wire::next_of(&mut frames)?;
+        self.taken = self.bytes.len() - frames.len();
+        Ok(word)
     }
 
     /// Reads what is there; false if nothing is.
@@ -138,11 +153,9 @@ mod tests {
         ToWorker::Names { ids: ids.into_iter().collect() }
     }
 
-    fn ids(word: Option<ToWorker>) -> Vec<u32> {
-        match word {
-            Some(ToWorker::Names { ids }) => ids,
-            other => panic!("{other:?}"),
-        }
+    fn ids(word: ToWorker) -> Vec<u32> {
+        let ToWorker::Names { ids } = word else { panic!("{word:?}") };
+        ids
     }
 
     #[test]
@@ -158,16 +171,16 @@ mod tests {
             }
             node
         });
-        assert!(socket.next(Some(Duration::ZERO)).unwrap().is_none());
-        assert_eq!(ids(socket.next(None).unwrap()), [1]);
-        assert_eq!(ids(socket.next(Some(Duration::from_secs(60))).unwrap()).len(), 100_000);
-        assert!(ids(socket.next(None).unwrap()).is_empty());
+        assert!(socket.next(Duration::ZERO).unwrap().is_none());
+        assert_eq!(ids(socket.wait().unwrap()), [1]);
+        assert_eq!(ids(socket.next(Duration::from_secs(60)).unwrap().unwrap()).len(), 100_000);
+        assert!(ids(socket.wait().unwrap()).is_empty());
         let node = writing.join().unwrap();
         let since = Instant::now();
-        assert!(socket.next(Some(Duration::from_millis(30))).unwrap().is_none());
+        assert!(socket.next(Duration::from_millis(30)).unwrap().is_none());
         assert!(since.elapsed() >= Duration::from_millis(30));
         drop(node);
-        assert_eq!(socket.next(None).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(socket.wait().unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
 
     #[test]
@@ -178,10 +191,20 @@ mod tests {
             node.write_all(&wire::encode(&word).unwrap()).unwrap();
         }
         assert_eq!(socket.outputs().unwrap(), Ok(rows));
-        assert_eq!(ids(socket.next(None).unwrap()), [1]);
-        assert_eq!(ids(socket.next(None).unwrap()), [2]);
+        assert_eq!(ids(socket.wait().unwrap()), [1]);
+        assert_eq!(ids(socket.wait().unwrap()), [2]);
         node.write_all(&[0, 0, 0, 1, 0xff]).unwrap();
         assert_eq!(socket.outputs().unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
+
+    #[test]
+    fn a_node_that_dies_in_the_middle_of_a_word_is_gone() {
+        let (mut socket, mut node) = pair();
+        let frame = wire::encode(&names(0..1_000)).unwrap();
+        node.write_all(&frame[..frame.len() - 1]).unwrap();
+        assert!(socket.next(Duration::ZERO).unwrap().is_none());
+        drop(node);
+        assert_eq!(socket.wait().unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
 
     /// More than the sockets hold, both ways at once, by a node that reads nothing until its own word is out.
@@ -198,7 +221,7 @@ mod tests {
             assert!(heard == answer);
         });
         socket.send(&FromWorker::LoadFailed { reason }).unwrap();
-        assert_eq!(ids(socket.next(None).unwrap()).len(), 2_000_000);
+        assert_eq!(ids(socket.wait().unwrap()).len(), 2_000_000);
         other.join().unwrap();
         assert!(socket.send(&FromWorker::Loading { permille: 1 }).is_err());
     }

@@ -117,16 +117,12 @@ impl Link {
 
     /// What the node says next; `None` if it says nothing within the time.
     pub(crate) fn next(&mut self, wait: Duration) -> Result<Option<ToWorker>, Stop> {
-        Ok(self.0.lock().next(Some(wait))?)
+        Ok(self.0.lock().next(wait)?)
     }
 
     /// What the node says next, however long that takes.
     pub(crate) fn wait(&mut self) -> Result<ToWorker, Stop> {
-        loop {
-            if let Some(word) = self.0.lock().next(None)? {
-                return Ok(word);
-            }
-        }
+        Ok(self.0.lock().wait()?)
     }
 
     /// The way to the experts of these layers of a model.
@@ -204,9 +200,10 @@ fn link() -> io::Result<Link> {
     Ok(Link(SharedSocket(Arc::new(Mutex::new(Socket::new(socket))))))
 }
 
-/// Ends the process when the parent is gone: the main thread may be in the middle of a load or a batch. Words do not wake it.
+/// Ends the process when the parent is gone: the main thread may be in the middle of a load or a batch. Words do not wake it:
+/// that the other end is closed is told even where nothing is asked for.
 fn end_with(socket: &UnixStream) {
-    while poll(&mut [PollFd::new(socket, PollFlags::RDHUP)], None) == Err(Errno::INTR) {}
+    while poll(&mut [PollFd::new(socket, PollFlags::empty())], None) == Err(Errno::INTR) {}
     std::process::exit(GONE.into());
 }
 
