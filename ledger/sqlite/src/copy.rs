@@ -1,7 +1,10 @@
 //! A copy of a journal that stands on another database, row by row into a file of its own: to be read, shown and proven from.
 //! It has no entry of its own, and decodes none.
 
-use crate::open::{self, OpenError};
+use crate::{
+    open::{self, OpenError},
+    reader::{row_number, storage},
+};
 use satgrid_ledger::journal::{
     JournalError,
     copied::{Copied, CopiedEntry, CopiedNote},
@@ -36,14 +39,6 @@ impl Drop for Unfinished {
     }
 }
 
-fn failed(error: &sqlx::Error) -> JournalError {
-    JournalError::Storage(error.to_string())
-}
-
-fn number(n: u64) -> i64 {
-    i64::try_from(n).unwrap_or(i64::MAX)
-}
-
 impl SqliteCopy {
     /// A new file; one that is there is left alone.
     pub async fn create(path: &Path) -> Result<SqliteCopy, OpenError> {
@@ -62,14 +57,14 @@ impl SqliteCopy {
             insert(&mut transaction, rows).await?;
             transaction.commit().await
         };
-        taken.await.map_err(|e| failed(&e))
+        taken.await.map_err(|e| storage(&e))
     }
 
     /// The copy is whole: one file, on the disk.
     pub async fn finish(mut self) -> Result<(), JournalError> {
         let mut connection = self.connection.take().ok_or(JournalError::Closed)?;
-        sqlx::query("PRAGMA journal_mode = DELETE").execute(&mut connection).await.map_err(|e| failed(&e))?;
-        connection.close().await.map_err(|e| failed(&e))?;
+        sqlx::query("PRAGMA journal_mode = DELETE").execute(&mut connection).await.map_err(|e| storage(&e))?;
+        connection.close().await.map_err(|e| storage(&e))?;
         let path = self.file.0.take().ok_or(JournalError::Closed)?;
         let synced = fs::File::open(path).and_then(|file| file.sync_all());
         synced.map_err(|error| JournalError::Storage(error.to_string()))
@@ -81,8 +76,8 @@ async fn insert(connection: &mut SqliteConnection, rows: Copied) -> Result<(), s
         Copied::Entries(entries) => {
             for CopiedEntry { seq, at, bytes, opening, leaf } in entries {
                 sqlx::query("INSERT INTO entries (seq, at, bytes, opening, leaf) VALUES (?, ?, ?, ?, ?)")
-                    .bind(number(seq))
-                    .bind(number(at))
+                    .bind(row_number(seq))
+                    .bind(row_number(at))
                     .bind(bytes)
                     .bind(opening)
                     .bind(leaf)
@@ -94,7 +89,7 @@ async fn insert(connection: &mut SqliteConnection, rows: Copied) -> Result<(), s
             for (id, hashes) in tiles {
                 sqlx::query("INSERT INTO tiles (level, idx, hashes) VALUES (?, ?, ?)")
                     .bind(i64::from(id.level))
-                    .bind(number(id.index))
+                    .bind(row_number(id.index))
                     .bind(hashes)
                     .execute(&mut *connection)
                     .await?;
@@ -103,7 +98,7 @@ async fn insert(connection: &mut SqliteConnection, rows: Copied) -> Result<(), s
         Copied::Checkpoints(notes) => {
             for (size, note) in notes {
                 sqlx::query("INSERT INTO checkpoints (size, note) VALUES (?, ?)")
-                    .bind(number(size))
+                    .bind(row_number(size))
                     .bind(note)
                     .execute(&mut *connection)
                     .await?;
@@ -113,9 +108,9 @@ async fn insert(connection: &mut SqliteConnection, rows: Copied) -> Result<(), s
             for CopiedNote { node, size, note, heard_at } in notes {
                 sqlx::query("INSERT INTO witnessed (node, size, note, heard_at) VALUES (?, ?, ?, ?)")
                     .bind(node)
-                    .bind(number(size))
+                    .bind(row_number(size))
                     .bind(note)
-                    .bind(number(heard_at))
+                    .bind(row_number(heard_at))
                     .execute(&mut *connection)
                     .await?;
             }
@@ -127,7 +122,10 @@ async fn insert(connection: &mut SqliteConnection, rows: Copied) -> Result<(), s
                     .execute(&mut *connection)
                     .await?;
             }
-            sqlx::query("UPDATE named_upto SET len = ? WHERE one = 1").bind(number(upto)).execute(connection).await?;
+            sqlx::query("UPDATE named_upto SET len = ? WHERE one = 1")
+                .bind(row_number(upto))
+                .execute(connection)
+                .await?;
         }
     }
     Ok(())

@@ -24,7 +24,7 @@ pub struct SqliteReader {
     pool: SqlitePool,
 }
 
-fn storage(error: &sqlx::Error) -> JournalError {
+pub(crate) fn storage(error: &sqlx::Error) -> JournalError {
     JournalError::Storage(error.to_string())
 }
 
