@@ -4,6 +4,8 @@
 //! The role decides who is admitted and how much is granted; the desk computes nothing beyond. Rows of one sequence are taken
 //! in their order: where the first of them waits for a grant, those behind it wait too.
 
+mod sequences;
+
 use super::{
     account::Account,
     hops::{HopEvent, HopId, Outgoing, Switchboard},
@@ -28,6 +30,7 @@ use satgrid_protocol::{
 };
 use satgrid_protocol_quic::QuicEndpoint;
 use satgrid_types::{NodeKey, RequestId, SessionId, WorkKind, node_key};
+use sequences::Sequences;
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
@@ -96,7 +99,7 @@ struct Running {
     parts: DeskParts,
     ear: mpsc::Sender<HopEvent>,
     jobs: BTreeMap<JobId, Job>,
-    owners: BTreeMap<SessionId, u64>,
+    sequences: Sequences,
     inlets: Inlets<(RowsHeader, Vec<u8>)>,
     at_work: BTreeMap<WorkId, AtWork>,
     next_work: u64,
@@ -104,8 +107,6 @@ struct Running {
     out: BTreeMap<(NodeKey, NodeKey), Outgoing>,
     /// By lead and its number of the work.
     sent_on: VecDeque<(NodeKey, u64, HopId)>,
-    /// Of whom each sequence was last, and how far it was computed for that job here: what is sent again is replay up to there.
-    held: BTreeMap<SequenceId, (JobId, u32)>,
     /// Rows that were sent on. What is kept of a sequence that was cut since is as long as what was computed after.
     kept: KeptRows<SequenceId>,
 }
@@ -119,13 +120,12 @@ pub(crate) fn start(parts: DeskParts) -> Desk {
         parts,
         ear,
         jobs: BTreeMap::new(),
-        owners: BTreeMap::new(),
+        sequences: Sequences::default(),
         inlets: Inlets::new(ours),
         at_work: BTreeMap::new(),
         next_work: 0,
         out: BTreeMap::new(),
         sent_on: VecDeque::new(),
-        held: BTreeMap::new(),
         kept: KeptRows::new(KEPT_BYTES),
     };
     tokio::spawn(running.run(orders, hop_inbox));
@@ -176,8 +176,7 @@ impl Running {
     fn order(&mut self, order: Order) -> Vec<ProviderEvent> {
         match order {
             Order::Admit { job, session, request, order, lead } => {
-                let fresh = u64::try_from(self.owners.len()).unwrap_or(u64::MAX);
-                let owner = *self.owners.entry(session).or_insert(fresh);
+                let owner = self.sequences.owner(session);
                 let account = Account::new(session, request, order, lead);
                 self.jobs.insert(job, Job { account, owner, next: None, reason: FinishReason::Stop });
                 if let Some(buys) = &self.parts.buys {
@@ -198,7 +197,7 @@ impl Running {
             }
             Order::Engine(Command::ForgetSession { session }) => {
                 self.inlets.forget(&SessionId(session));
-                if let Some(owner) = self.owners.remove(&SessionId(session)) {
+                if let Some(owner) = self.sequences.forget(SessionId(session)) {
                     self.kept.forget_all(|sequence| sequence.owner == owner);
                     let _ = self.parts.stage.send(StageCommand::ForgetOwner { owner });
                 }
@@ -402,9 +401,7 @@ impl Running {
                 let Some(AtWork { hop, header, jobs, .. }) = self.at_work.remove(&work) else { return Vec::new() };
                 let why = match &error {
                     StageError::Gap { sequence, held, .. } => {
-                        if let Some((_, computed)) = self.held.get_mut(sequence) {
-                            *computed = *held;
-                        }
+                        self.sequences.cut(*sequence, *held);
                         Lost::Gap(sequence.number, *held)
                     }
                     StageError::BadWork { .. } | StageError::BadRows(_) | StageError::OverContext { .. } => {
@@ -426,7 +423,7 @@ impl Running {
             }
             StageEvent::Down { reason } => {
                 self.at_work.clear();
-                self.held.clear();
+                self.sequences.clear();
                 self.jobs.values_mut().for_each(|job| job.account.drop_work());
                 vec![self.engine(EngineEvent::Down { reason })]
             }
@@ -441,17 +438,7 @@ impl Running {
         let mut at = 0;
         let mut reports = Vec::new();
         for ((piece, id), sequence) in header.pieces.iter().zip(&jobs).zip(sequences) {
-            // Judged as works were computed, not as they came: in between, the engine may have refused what was before.
-            let (of, held) = self.held.entry(sequence).or_insert((*id, 0));
-            if *of != *id {
-                // What another job left there was no work for this one.
-                (*of, *held) = (*id, piece.start);
-            }
-            let again = header.again && piece.start < *held;
-            let end = piece.start.saturating_add(piece.rows);
-            // A replay goes over what was computed here already: what follows it is sent again too.
-            *held = if header.again || piece.kind == WorkKind::Replay { end.max(*held) } else { end };
-            let kind = if again { WorkKind::Replay } else { piece.kind };
+            let kind = self.sequences.computed(sequence, *id, piece, header.again);
             let Some(job) = self.jobs.get_mut(id) else { continue };
             let bytes = piece.rows as usize * row_bytes;
             let account = &mut job.account;
