@@ -96,14 +96,16 @@ def measured(market, lead, worker, answer):
     slowed = Slowed(worker, max(0.03, asked()["plan"]["token_us"] / 1e6))
     say(f"{worker.name} is much slower than it lists from now on")
     try:
-        # A speed that was listed while the machine was busy takes longer to disprove: a ring listens again every five seconds.
-        for _ in range(3):
+        # A busy machine lists less and is measured at more: a ring listens again every five seconds, and takes a word back.
+        for _ in range(5):
             text = answer(lead).text
             time.sleep(1)  # figures are on the disk
             why = asked()
             told = next(one for one in why["considered"] if one["worker"] == worker.status["node_key"])
             noticed = told["measured"] and told["measured"]["token_us"] > 2 * told["listed_us"]
-            if noticed:
+            others = {one["worker"]: one["measured"] for one in why["considered"] if one is not told and one["measured"]}
+            honest = not any(one["lies"] for one in others.values())
+            if noticed and honest:
                 break
     finally:
         slowed.end()
@@ -112,9 +114,7 @@ def measured(market, lead, worker, answer):
     say(f"market why: {told['verdict']}: {told['why']}")
     if told["verdict"].startswith("worker"):
         fail(f"a plan made now would still take {worker.name}")
-    # Once too slow is what a busy machine makes of anybody; three times is a judgement.
-    others = [one for one in why["considered"] if one is not told and "not believed" in (one["why"] or "")]
-    if others:
+    if not honest:
         fail(f"an honest worker was taken for slow: {others}")
     return {"told": told["why"], "next": why["plan"], "same": lambda alone: alone.text == text}
 

@@ -7,7 +7,7 @@
 //! | `a_killed_provider_is_replaced_in_mid_stream` | SIGKILL for the serving provider; the bill sums both legs |
 //! | `a_market_under_bad_input_and_bad_luck` | one market on a tiny model, left running, and everything that is done to it |
 //! | `budgets_hold_and_a_key_is_given_up` | API keys on a running node: twenty at once on the balance of one, refusals, a crash; then a provider rotates its node key |
-//! | `a_model_over_paid_workers_one_of_them_killed` | `make demo-split SLOW=1 KILL=1`: layers bought from processes, one slower than it lists, the text of one machine |
+//! | `a_model_over_paid_workers_one_of_them_killed` | `make demo-split SLOW=1 KILL=1`: layers bought from processes, one slower than it lists, the text of one machine; then an engine that nobody can replace dies |
 //! | `the_operators_money_and_a_killed_wallet` | coins and channel money swept, with what it costs; SIGKILL for the process of the Lightning node in mid-payment |
 //! | `strangers_at_the_front_door` | a provider with its door open: L402, a prepaid key, refunds, a kill, its house's ledger; then a consumer's door over HTTPS on what it buys, and a Lightning address |
 //! | `two_leads_take_each_others_places_at_their_workers` | workers too small for both: rows are sent again, the text of one machine, clean ledgers |
@@ -220,9 +220,13 @@ fn the_operators_money_and_a_killed_wallet() {
 fn a_model_over_paid_workers_one_of_them_killed() {
     let dir = tempfile::tempdir().unwrap();
     // Before that, a worker that has become far slower than it lists: measured, told by `market why`, replaced by another.
-    let found = split::run("demo-split.py", dir.path(), &real_model(), &["--slow", "--kill"]);
+    // After it the engine of who took over dies in a batch, when nobody else has its layers: the client is told, and what was lost
+    // under way is accounted for.
+    let found = split::run("demo-split.py", dir.path(), &real_model(), &["--slow", "--kill", "--then-engine"]);
     split::holds(&found, true);
     assert!(found["slow"]["told"].as_str().unwrap().contains("not believed"), "{found:#}");
+    assert!(found["died"]["told"].as_str().is_some_and(|told| !told.is_empty()), "{found:#}");
+    assert!(found["died"]["accounted"].as_u64().unwrap() > 0, "{found:#}");
 }
 
 #[test]
