@@ -18,7 +18,7 @@ use crate::commands::devnet::tiny_model;
 use crate::models::Store;
 use axum::{Json, body::Body, http::header::CONTENT_TYPE, response::Response, routing::post};
 use clap::Parser;
-use load::{Answered, Call, Load};
+use load::Load;
 use satgrid_engine::{
     port::{Command as ToEngine, Engine, EngineEvent, Extras, Job, JobId},
     sampling::Sampling,
@@ -219,9 +219,9 @@ struct Bare {
 }
 
 impl Bare {
-    fn start(dir: &Path, kept: &[Answered]) -> anyhow::Result<Bare> {
-        std::fs::write(dir.join("whole"), &kept[0].body)?;
-        std::fs::write(dir.join("stream"), &kept[1].body)?;
+    fn start(dir: &Path, kept: &[Vec<u8>]) -> anyhow::Result<Bare> {
+        std::fs::write(dir.join("whole"), &kept[0])?;
+        std::fs::write(dir.join("stream"), &kept[1])?;
         let address = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
         let mut command = again(BARE_HANDLER)?;
         command.env(BARE, format!("{address}\n{}", dir.display())).stdout(std::process::Stdio::null());
@@ -275,11 +275,8 @@ fn busy() -> String {
     format!("{} over {cores} cores", average.split_whitespace().next().unwrap_or("unknown"))
 }
 
-/// One call as bytes, and what an answer has to hold.
-fn call(load: &Load, model: &str, number: u64) -> Call {
-    let body = json!({
-        "model": model, "messages": [{ "role": "user", "content": format!("hi {number}") }], "max_tokens": 1, "temperature": 0,
-        "stream": load.streamed,
-    });
-    Call::new(&body, load.key.as_deref(), load.once.then_some(number))
+/// The body of a call.
+fn body(model: &str, streamed: bool, number: u64) -> Value {
+    let message = json!({ "role": "user", "content": format!("hi {number}") });
+    json!({ "model": model, "messages": [message], "max_tokens": 1, "temperature": 0, "stream": streamed })
 }

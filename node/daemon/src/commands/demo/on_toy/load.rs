@@ -1,20 +1,16 @@
 //! A client that asks by schedule over kept connections, times each call from when it was due, and reads the processor time of
-//! those who answered. Knows HTTP/1.1 as far as its two servers speak it.
+//! those who answered.
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
+use reqwest::{Client, RequestBuilder, StatusCode};
 use serde_json::Value;
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
-    sync::{Arc, Mutex},
+    sync::atomic::{AtomicU64, Ordering},
     time::{Duration, Instant},
 };
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-    sync::mpsc,
-    task::JoinSet,
-};
+use tokio::{sync::mpsc, task::JoinSet};
 
 /// No answer takes longer.
 const WITHIN: Duration = Duration::from_secs(30);
@@ -31,91 +27,49 @@ pub(super) struct Load {
     pub(super) key: Option<String>,
 }
 
-/// A request as it goes over the wire.
-pub(super) struct Call(Vec<u8>);
-
-impl Call {
-    pub(super) fn new(body: &Value, key: Option<&str>, once: Option<u64>) -> Call {
-        let body = body.to_string();
-        let key = key.map(|key| format!("Authorization: Bearer {key}\r\n")).unwrap_or_default();
-        let once = once.map(|number| format!("Idempotency-Key: bench-{number}\r\n")).unwrap_or_default();
-        let head = format!(
-            "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{}Content-Length: {}\r\n\r\n",
-            key + &once,
-            body.len(),
-        );
-        Call([head.into_bytes(), body.into_bytes()].concat())
+impl Load {
+    /// The next call. No two of a run have the same number: an idempotency key is used once.
+    fn next(&self, client: &Client, at: SocketAddr, model: &str) -> RequestBuilder {
+        static NUMBERS: AtomicU64 = AtomicU64::new(0);
+        let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
+        let body = super::body(model, self.streamed, number);
+        let mut call = client.post(format!("http://{at}/v1/chat/completions")).json(&body);
+        if let Some(key) = &self.key {
+            call = call.bearer_auth(key);
+        }
+        if self.once {
+            call = call.header("Idempotency-Key", format!("bench-{number}"));
+        }
+        call
     }
 }
 
-/// The answer's status and body, the latter without the marks of its pieces.
-pub(super) struct Answered {
-    status: u16,
-    pub(super) body: Vec<u8>,
+fn client() -> reqwest::Result<Client> {
+    Client::builder().no_proxy().tcp_nodelay(true).timeout(WITHIN).build()
 }
 
-async fn ask(stream: &mut TcpStream, call: &Call) -> anyhow::Result<Answered> {
-    stream.write_all(&call.0).await?;
-    let mut bytes = Vec::with_capacity(4_096);
-    let head_end = loop {
-        if let Some(at) = bytes.windows(4).position(|four| four == b"\r\n\r\n") {
-            break at + 4;
-        }
-        more(stream, &mut bytes).await?;
-    };
-    let head = std::str::from_utf8(&bytes[..head_end])?.to_ascii_lowercase();
-    let status = head.split(' ').nth(1).context("no status")?.parse()?;
-    let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
-    let mut rest = bytes.split_off(head_end);
-    if let Some(length) = length {
-        let length: usize = length.trim().parse()?;
-        while rest.len() < length {
-            more(stream, &mut rest).await?;
-        }
-        return Ok(Answered { status, body: rest });
-    }
-    let (mut body, mut at) = (Vec::new(), 0);
-    loop {
-        let Some(line) = rest[at..].windows(2).position(|two| two == b"\r\n") else {
-            more(stream, &mut rest).await?;
-            continue;
-        };
-        let size = usize::from_str_radix(std::str::from_utf8(&rest[at..at + line])?, 16)?;
-        let from = at + line + 2;
-        while rest.len() < from + size + 2 {
-            more(stream, &mut rest).await?;
-        }
-        if size == 0 {
-            return Ok(Answered { status, body });
-        }
-        body.extend_from_slice(&rest[from..from + size]);
-        at = from + size + 2;
-    }
+async fn ask(call: RequestBuilder) -> reqwest::Result<(StatusCode, Vec<u8>)> {
+    let answer = call.send().await?;
+    Ok((answer.status(), answer.bytes().await?.into()))
 }
 
-async fn more(stream: &mut TcpStream, bytes: &mut Vec<u8>) -> anyhow::Result<()> {
-    let read = tokio::time::timeout(WITHIN, stream.read_buf(bytes)).await.context("no answer")??;
-    ensure!(read > 0, "the server hung up");
-    Ok(())
-}
-
-/// One after the other; the last answer comes back, and is a whole one.
-pub(super) fn warm_up(at: SocketAddr, load: &Load, model: &str, calls: u64) -> anyhow::Result<Answered> {
+/// One after the other; the body of the last answer comes back, and is a whole one.
+pub(super) fn warm_up(at: SocketAddr, load: &Load, model: &str, calls: u64) -> anyhow::Result<Vec<u8>> {
     on_a_thread(async {
-        let mut stream = TcpStream::connect(at).await?;
+        let client = client()?;
         let mut last = None;
-        for number in 0..calls {
-            let answered = ask(&mut stream, &super::call(load, model, number)).await?;
-            if answered.status != 200 {
-                bail!("{}: {}", answered.status, String::from_utf8_lossy(&answered.body));
-            }
-            last = Some(answered);
+        for _ in 0..calls {
+            let (status, body) = ask(load.next(&client, at, model)).await?;
+            ensure!(status.is_success(), "{status}: {}", String::from_utf8_lossy(&body));
+            last = Some(body);
         }
         let last = last.context("no calls")?;
-        let text = String::from_utf8_lossy(&last.body).into_owned();
-        let usage =
-            if load.streamed { text.contains("data: [DONE]") } else { text.contains("\"completion_tokens\":1,") };
-        ensure!(usage, "no whole answer: {text}");
+        let is_whole = if load.streamed {
+            last.ends_with(b"data: [DONE]\n\n")
+        } else {
+            serde_json::from_slice::<Value>(&last)?["usage"]["completion_tokens"] == 1
+        };
+        ensure!(is_whole, "no whole answer: {}", String::from_utf8_lossy(&last));
         Ok(last)
     })
 }
@@ -146,38 +100,23 @@ pub(super) fn at_a_fixed_rate(
     pids: &[(&str, u64)],
 ) -> anyhow::Result<Figures> {
     let calls = per_second * seconds;
-    // Numbers that no other load has: an idempotency key is used once.
-    let first = u64::from(Instant::now().elapsed().subsec_nanos())
-        + u64::from(std::process::id()) * 1_000_000
-        + u64::from(at.port());
     let before = processor_time(pids);
-    let (give, mut take) = mpsc::unbounded_channel::<(Instant, Call)>();
+    let (give, mut take) = mpsc::unbounded_channel::<Instant>();
     let (micros, refused) = std::thread::scope(|scope| {
-        let client = scope.spawn(|| {
-            on_a_thread(async move {
-                let idle: Arc<Mutex<Vec<TcpStream>>> = Arc::default();
+        let asking = scope.spawn(|| {
+            on_a_thread(async {
+                let client = client()?;
                 let mut open = JoinSet::new();
-                while let Some((due, call)) = take.recv().await {
-                    let idle = idle.clone();
-                    open.spawn(async move {
-                        let kept = idle.lock().unwrap().pop();
-                        let mut stream = match kept {
-                            Some(stream) => stream,
-                            None => TcpStream::connect(at).await?,
-                        };
-                        stream.set_nodelay(true)?;
-                        let answered = ask(&mut stream, &call).await?;
-                        let took = due.elapsed();
-                        idle.lock().unwrap().push(stream);
-                        anyhow::Ok((took, answered))
-                    });
+                while let Some(due) = take.recv().await {
+                    let call = load.next(&client, at, model);
+                    open.spawn(async move { ask(call).await.map(|answer| (due.elapsed(), answer)) });
                 }
                 let (mut micros, mut refused) = (Vec::new(), Vec::new());
                 while let Some(done) = open.join_next().await {
-                    let (took, answered) = done??;
-                    match answered.status {
-                        200 => micros.push(u64::try_from(took.as_micros())?),
-                        status => refused.push(format!("{status}: {}", String::from_utf8_lossy(&answered.body))),
+                    let (took, (status, body)) = done??;
+                    match status {
+                        StatusCode::OK => micros.push(u64::try_from(took.as_micros())?),
+                        status => refused.push(format!("{status}: {}", String::from_utf8_lossy(&body))),
                     }
                 }
                 micros.sort_unstable();
@@ -188,12 +127,11 @@ pub(super) fn at_a_fixed_rate(
         let began = Instant::now() + Duration::from_millis(100);
         for number in 0..calls {
             let due = began + Duration::from_nanos(number * 1_000_000_000 / per_second);
-            let call = super::call(load, model, first + number);
             std::thread::sleep(due.saturating_duration_since(Instant::now()));
-            let _ = give.send((due, call));
+            let _ = give.send(due);
         }
         drop(give);
-        client.join().unwrap()
+        asking.join().unwrap()
     })?;
     // Receipts and the journal are written behind the answer: their time counts as well.
     std::thread::sleep(Duration::from_millis(500));
