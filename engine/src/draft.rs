@@ -3,7 +3,7 @@
 //! a guess changes when a token comes, never which.
 //!
 //! [`Drafter`] is the port; [`Lookup`] guesses that a text goes on as it went on before, in the prompt or in what was said
-//! since. A small model may guess behind the same port. Pure: no clock, no random source.
+//! since. A small model guesses behind the same port, in `engine/llama`. Pure: no clock, no random source.
 
 /// Most tokens in one guess.
 pub const MAX_GUESS: usize = 16;
@@ -25,10 +25,10 @@ pub trait Drafter: Send {
     fn verified(&mut self, guessed: usize, right: usize);
 }
 
-/// Prompt lookup: what followed the last time that the text ended like this. Its length adapts: doubled while guesses are
-/// right, halved when they are not; after one that was wholly wrong it pauses, each time for longer.
+/// How long guesses may be: doubled while they are right, halved when they are not; after one that was wholly wrong there is
+/// a pause, each time a longer one.
 #[derive(Debug, Clone)]
-pub struct Lookup {
+pub struct Pace {
     length: usize,
     pause: u32,
     next_pause: u32,
@@ -36,24 +36,25 @@ pub struct Lookup {
     credit: usize,
 }
 
-impl Default for Lookup {
+impl Default for Pace {
     fn default() -> Self {
         Self { length: 4, pause: 0, next_pause: FIRST_PAUSE, credit: CREDIT }
     }
 }
 
-impl Drafter for Lookup {
-    fn guess(&mut self, tokens: &[u32], most: usize) -> Vec<u32> {
+impl Pace {
+    /// How long a guess may be at this step, where `most` would be of use.
+    pub fn step(&mut self, most: usize) -> usize {
         self.credit = (self.credit + 1).min(CREDIT);
         if self.pause > 0 {
             self.pause -= 1;
-            return Vec::new();
+            return 0;
         }
-        let most = most.min(self.length).min(self.credit);
-        follow(tokens, most)
+        most.min(self.length).min(self.credit)
     }
 
-    fn verified(&mut self, guessed: usize, right: usize) {
+    /// How much of the last guess was right.
+    pub fn verified(&mut self, guessed: usize, right: usize) {
         self.credit = (self.credit + right).saturating_sub(guessed - right.min(guessed)).min(CREDIT);
         if right == guessed {
             self.length = (self.length * 2).min(MAX_GUESS);
@@ -66,6 +67,23 @@ impl Drafter for Lookup {
             self.pause = self.next_pause;
             self.next_pause = (self.next_pause * 2).min(MAX_PAUSE);
         }
+    }
+}
+
+/// Prompt lookup: what followed the last time that the text ended like this.
+#[derive(Debug, Clone, Default)]
+pub struct Lookup {
+    pace: Pace,
+}
+
+impl Drafter for Lookup {
+    fn guess(&mut self, tokens: &[u32], most: usize) -> Vec<u32> {
+        let most = self.pace.step(most);
+        follow(tokens, most)
+    }
+
+    fn verified(&mut self, guessed: usize, right: usize) {
+        self.pace.verified(guessed, right);
     }
 }
 

@@ -27,6 +27,7 @@ pub mod bare;
 mod child;
 mod crowd;
 mod devices;
+mod draft;
 mod engine;
 mod experts;
 mod facts;

@@ -20,6 +20,7 @@ mod waves;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
+use satgrid_engine::draft::{Drafter, Lookup};
 use satgrid_engine::grammar::Vocabulary;
 use satgrid_engine::port::{Command, EngineEvent, FinishReason, Job, JobError, JobId, Profile};
 
@@ -51,6 +52,10 @@ pub(crate) trait Backend {
     fn seated(&mut self, _slot: u32, _job: JobId, _prompt: u32) {}
     /// In the next batch, the slot's rows from this position on are guesses.
     fn guessed(&mut self, _slot: u32, _from: u32) {}
+    /// Who guesses for a job in a slot.
+    fn drafter(&self, _slot: u32, _job: &Job) -> Box<dyn Drafter> {
+        Box::<Lookup>::default()
+    }
 }
 
 /// The shape of the context that the scheduler fills.
@@ -333,7 +338,7 @@ impl Scheduler {
         slot.used = self.batches;
         let limit = job.max_output.min(self.shape.context.saturating_sub(prompt));
         backend.seated(to_u32(number), job.id, prompt);
-        slot.running = Some(Running::new(job, grant, cached, limit, constraint, backend));
+        slot.running = Some(Running::new(job, grant, (to_u32(number), cached), limit, constraint, backend));
         self.tell_prefilled(number);
     }
 

@@ -60,6 +60,8 @@ pub struct LeadSettings {
     pub ring: RingFacts,
     /// Guess tokens and verify them in one trip; only in the exact profile, where it changes no text.
     pub guess: bool,
+    /// A small model of the same vocabulary that guesses where the text does not repeat itself.
+    pub draft: Option<PathBuf>,
 }
 
 /// Positions for each job where the settings name none.
@@ -154,6 +156,9 @@ impl WorkerArgs {
                 add("--ring-batch", lead.ring.batch.to_string().into());
                 add("--ring-wire", lead.ring.wire.name().into());
                 add("--guess", u32::from(lead.guess).to_string().into());
+                if let Some(draft) = &lead.draft {
+                    add("--draft", draft.clone().into());
+                }
                 &lead.tail
             }
             Self::Pack(pack) => {
@@ -203,7 +208,7 @@ impl WorkerArgs {
             offload: Offload::default(),
         };
         let (mut artefact, mut stage, mut head) = (None, None, None);
-        let (mut guess, mut memory_mib) = (false, None);
+        let (mut guess, mut draft, mut memory_mib) = (false, None, None);
         let mut ring = RingFacts { stages: Vec::new(), sequences: 0, context: 0, batch: 0, wire: WireType::F32 };
         let (mut pack, mut only, mut trunk) = (None, None, false);
         let mut load = crate::bare::Load { streams: 0, prompt: 0, output: 0, rounds: 1 };
@@ -223,6 +228,7 @@ impl WorkerArgs {
                 "--ring-batch" => ring.batch = number()?,
                 "--ring-wire" => ring.wire = value.to_str().and_then(WireType::from_name).ok_or_else(bad)?,
                 "--guess" => guess = number()? > 0,
+                "--draft" => draft = Some(PathBuf::from(&value)),
                 "--pack" => pack = Some(PathBuf::from(&value)),
                 "--only" => only = Some(value.to_str().and_then(pairs_from_text).ok_or_else(bad)?),
                 "--trunk" => trunk = true,
@@ -258,7 +264,7 @@ impl WorkerArgs {
             Some(artefact) => Ok(Self::Tokenizer { artefact }),
             None if engine.model.as_os_str().is_empty() => Err(ArgsError::NoFile),
             None if head.is_some() => {
-                Ok(Self::Lead(LeadSettings { head: head.unwrap_or_default(), tail: engine, ring, guess }))
+                Ok(Self::Lead(LeadSettings { head: head.unwrap_or_default(), tail: engine, ring, guess, draft }))
             }
             None if load.streams > 0 => Ok(Self::Bare(engine, load)),
             None if trunk => Ok(Self::Trunk(engine)),
@@ -370,12 +376,19 @@ mod tests {
             WorkerArgs::Stage(StageSettings { memory_mib: None, ..stage.clone() }),
             WorkerArgs::StageTrunk(stage.clone()),
             WorkerArgs::Stage(stage),
-            WorkerArgs::Lead(LeadSettings { head: "head.gguf".into(), tail: engine.clone(), ring, guess: true }),
+            WorkerArgs::Lead(LeadSettings {
+                head: "head.gguf".into(),
+                tail: engine.clone(),
+                ring,
+                guess: true,
+                draft: Some("small.gguf".into()),
+            }),
             WorkerArgs::Lead(LeadSettings {
                 head: "head.gguf".into(),
                 tail: engine.clone(),
                 ring: alone,
                 guess: false,
+                draft: None,
             }),
             WorkerArgs::Engine(engine.clone()),
             WorkerArgs::Trunk(engine.clone()),

@@ -88,6 +88,16 @@ impl Parts {
 
     /// The middle stages, a ring over them, and the lead.
     async fn lead(&self, base: &EngineSettings, wire: WireType) -> Split {
+        self.lead_that_asks(base, wire, None).await.unwrap()
+    }
+
+    /// The same, with a small model that guesses.
+    async fn lead_that_asks(
+        &self,
+        base: &EngineSettings,
+        wire: WireType,
+        draft: Option<PathBuf>,
+    ) -> Result<Split, SpawnError> {
         let ranges = self.ranges();
         let mut stages = Vec::new();
         for part in &ranges[1..ranges.len() - 1] {
@@ -95,8 +105,8 @@ impl Parts {
         }
         let ports = stages.iter().map(|stage| Arc::clone(stage) as Arc<dyn Stage>).collect();
         let ring = LocalRing::new(ports, wire);
-        let lead = self.lead_over(base, Arc::clone(&ring) as Arc<dyn Ring>).await.unwrap();
-        Split { stages, ring, lead }
+        let lead = self.lead_of(base, Arc::clone(&ring) as Arc<dyn Ring>, draft).await?;
+        Ok(Split { stages, ring, lead })
     }
 
     /// The same with stages that hold no experts: each leads a group of its own.
@@ -122,9 +132,18 @@ impl Parts {
     }
 
     async fn lead_over(&self, base: &EngineSettings, ring: Arc<dyn Ring>) -> Result<Arc<LlamaLead>, SpawnError> {
+        self.lead_of(base, ring, None).await
+    }
+
+    async fn lead_of(
+        &self,
+        base: &EngineSettings,
+        ring: Arc<dyn Ring>,
+        draft: Option<PathBuf>,
+    ) -> Result<Arc<LlamaLead>, SpawnError> {
         let ranges = self.ranges();
         let tail = EngineSettings { model: self.path(*ranges.last().unwrap()), ..base.clone() };
-        let settings = LeadSettings { head: self.path(ranges[0]), tail, ring: ring.facts(), guess: true };
+        let settings = LeadSettings { head: self.path(ranges[0]), tail, ring: ring.facts(), guess: true, draft };
         timeout(PATIENCE, LlamaLead::spawn(LeadConfig { program: program(), settings }, ring, |_| {})).await.unwrap()
     }
 }
@@ -339,6 +358,37 @@ async fn one_session_of_the_fast_profile_is_the_same_too() {
     let expect = run(common::spawn(base.clone()).await.unwrap().as_ref(), &jobs).await;
     let split = parts.lead(&base, WireType::F32).await;
     assert_eq!(run(split.lead.as_ref(), &jobs).await, expect);
+}
+
+/// A small model that says what the large one says, and one that knows nothing of it: guesses change when tokens come, never
+/// which; those that are right are verified many at once, and those that are wrong stay within their bound.
+#[tokio::test]
+async fn a_model_that_guesses_changes_no_text() {
+    let bytes = |seed| TinyModel { layers: 4, context: 1024, seed, ..TinyModel::default() }.to_bytes().unwrap();
+    let parts = Parts::of(&bytes(7), 4, &[1, 3]);
+    let base = settings(&parts.whole, Profile::Exact, 8);
+    let expect = streams(common::spawn(base.clone()).await.unwrap().as_ref()).await;
+    let needed: u64 = expect.iter().map(|heard| u64::from(heard.end.unwrap().1)).sum();
+    let said: u64 = expect.iter().map(|heard| heard.output.len() as u64).sum();
+    let other = parts.folder.path().join("other.gguf");
+    std::fs::write(&other, bytes(8)).unwrap();
+    for (draft, knows) in [(&parts.whole, true), (&other, false)] {
+        let split = parts.lead_that_asks(&base, WireType::F32, Some(draft.clone())).await.unwrap();
+        assert_eq!(streams(split.lead.as_ref()).await, expect, "{}", draft.display());
+        for counts in split.ring.counts() {
+            let drafts = counts.positions.get(&WorkKind::Draft).copied().unwrap_or(0);
+            let wasted = counts.positions.values().sum::<u64>() - needed;
+            match knows {
+                true => assert!(drafts * 2 > said && wasted * 5 < drafts, "{drafts} of {said}, {wasted} wasted"),
+                // Twice 16 for each job and for each of the two that guess for it, and one for each token.
+                false => assert!(drafts > 0 && wasted < said + 10 * 64, "{drafts} of {said}, {wasted} wasted"),
+            }
+        }
+    }
+    let strange = TinyShape { family: Family::Llama, seed: 1, kind: kind(0), layers: 4, context: 256 };
+    std::fs::write(&other, strange.to_bytes().unwrap()).unwrap();
+    let refused = parts.lead_that_asks(&base, WireType::F32, Some(other)).await.map(|_| ()).unwrap_err().to_string();
+    assert!(refused.contains("cannot guess for this model"), "{refused}");
 }
 
 #[tokio::test]

@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
-use satgrid_engine::port::{Command, JobId};
+use satgrid_engine::draft::{Drafter, Lookup};
+use satgrid_engine::port::{Command, Job, JobId};
 use satgrid_engine::stage::ring::RingCommand;
 
 use super::ends::LlamaEnds;
 use super::trip::{Trip, TripShape, Way};
+use crate::draft::DraftModel;
 use crate::ffi::{BatchRow, DecodeError};
 use crate::scheduler::{Backend, Sends};
 use crate::wire::{FromWorker, ToWorker};
@@ -33,12 +35,13 @@ impl Way for Link {
 pub(crate) struct RingBackend<'a> {
     ends: LlamaEnds,
     trip: Trip,
+    draft: Option<DraftModel>,
     link: &'a mut Link,
 }
 
 impl<'a> RingBackend<'a> {
-    pub(crate) fn new(ends: LlamaEnds, shape: TripShape, link: &'a mut Link) -> Self {
-        Self { ends, trip: Trip::new(shape), link }
+    pub(crate) fn new(ends: LlamaEnds, shape: TripShape, draft: Option<DraftModel>, link: &'a mut Link) -> Self {
+        Self { ends, trip: Trip::new(shape), draft, link }
     }
 
     /// What the node says next; waits as long as told, for ever if not.
@@ -116,5 +119,12 @@ impl Backend for RingBackend<'_> {
 
     fn guessed(&mut self, slot: u32, from: u32) {
         self.trip.guessed(slot, from);
+    }
+
+    fn drafter(&self, slot: u32, job: &Job) -> Box<dyn Drafter> {
+        match &self.draft {
+            Some(draft) => draft.drafter(slot, job),
+            None => Box::<Lookup>::default(),
+        }
     }
 }

@@ -12,8 +12,9 @@ use super::ends::{Embedding, LlamaEnds};
 use super::trip::TripShape;
 use crate::backend::LlamaBackend;
 use crate::devices::Offload;
+use crate::draft::{DraftModel, Fits};
 use crate::facts;
-use crate::scheduler::{Scheduler, Shape};
+use crate::scheduler::{Backend, Scheduler, Shape};
 use crate::settings::{BATCH, LeadSettings};
 use crate::stage::layers::{LayersConfig, LlamaLayers, Part};
 use crate::wire::FromWorker;
@@ -30,6 +31,7 @@ pub(crate) fn run(settings: &LeadSettings, link: &mut Link) -> Result<(), Stop> 
     let failed = |reason: &dyn std::fmt::Display| Stop::LoadFailed(reason.to_string());
     let opened = open(settings, link);
     let (ends, shape, model, root, tokenizer_hash) = opened.map_err(|reason| failed(&reason))?;
+    let draft = open_draft(settings, &ends, &shape).map_err(|reason| failed(&reason))?;
     let known_answer = facts::known_answer().map_err(|error| failed(&error))?;
     let facts = EngineFacts {
         model,
@@ -55,7 +57,7 @@ pub(crate) fn run(settings: &LeadSettings, link: &mut Link) -> Result<(), Stop> 
     let works = stages.saturating_add(1).saturating_mul(2);
     let exact = settings.tail.profile == Profile::Exact;
     let trip = TripShape { slots: shape.slots, stages, chunk, works, exact, wire: settings.ring.wire };
-    drive(&mut Scheduler::new(shape), &mut RingBackend::new(ends, trip, link))
+    drive(&mut Scheduler::new(shape), &mut RingBackend::new(ends, trip, draft, link))
 }
 
 type Opened = (LlamaEnds, Shape, ModelFacts, [u8; 32], [u8; 32]);
@@ -120,6 +122,19 @@ fn open(settings: &LeadSettings, link: &mut Link) -> Result<Opened, String> {
     let tokenizer_hash =
         TokenizerArtefact::from_gguf(&tail.file.whole).map(|artefact| artefact.hash).unwrap_or_default();
     Ok((LlamaEnds { embedding, head: layers, tail: backend }, shape, model, tail.file.root, tokenizer_hash))
+}
+
+/// The small model that guesses, where one is named and guesses are verified.
+fn open_draft(settings: &LeadSettings, ends: &LlamaEnds, shape: &Shape) -> Result<Option<DraftModel>, String> {
+    let Some(path) = settings.draft.as_deref().filter(|_| shape.guess) else { return Ok(None) };
+    let fits = Fits {
+        slots: shape.slots,
+        context: shape.context,
+        threads: settings.tail.threads,
+        vocab: shape.vocab,
+        piece: &|token| ends.tail.piece(token),
+    };
+    DraftModel::open(path, &fits).map(Some)
 }
 
 /// Hears all that waits, lands what is back, begins what may begin, tells of it. Where nothing can be done it waits for the

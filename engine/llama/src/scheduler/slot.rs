@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use satgrid_engine::draft::{Drafter, Lookup};
+use satgrid_engine::draft::Drafter;
 use satgrid_engine::grammar::{Constraint, Vocabulary};
 use satgrid_engine::port::{Job, Logprobs};
 use satgrid_engine::sampling::{draw, logprobs};
@@ -108,7 +108,7 @@ impl Running {
     pub(super) fn new(
         mut job: Job,
         grant: Grant,
-        cached: u32,
+        (slot, cached): (u32, u32),
         limit: u32,
         constraint: Option<Constraint>,
         backend: &impl Backend,
@@ -125,6 +125,7 @@ impl Running {
         let tokens = job.prompt.clone();
         let over_after = constraint.as_ref().is_some_and(Constraint::is_over).then_some(0);
         let (told, emitted, served) = ((0, 0), 0, 0);
+        let drafter = backend.drafter(slot, &job);
         Self {
             job,
             grant,
@@ -140,7 +141,7 @@ impl Running {
             over_after,
             logprobs: VecDeque::new(),
             served,
-            drafter: Box::<Lookup>::default(),
+            drafter,
             keep: true,
         }
     }

@@ -131,6 +131,7 @@ pub(super) const LEAD_KEYS: &[&str] = &[
     "max_price_msat_per_million_position_layers",
     "wire",
     "speculate",
+    "draft",
     "profile",
     "slots",
     "context",

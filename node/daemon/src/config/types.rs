@@ -351,6 +351,8 @@ pub(crate) struct LeadForSale {
     /// Guess tokens and verify several in one trip around the ring (profile exact alone); wrong guesses are paid too.
     #[serde(default = "default_speculate")]
     pub speculate: bool,
+    /// A small model, whole and of the same vocabulary, that guesses where the text does not repeat itself.
+    pub draft: Option<PathBuf>,
     #[serde(default = "default_slots")]
     pub slots: u32,
     pub context: Option<u32>,

@@ -207,6 +207,20 @@ fn provider(config: &Config, found: &mut Found) {
             "make it with: satgrid models split MODEL A-B OUT",
         );
     }
+    for (lead, draft) in p.leads.iter().filter_map(|lead| Some((lead, lead.draft.as_ref()?))) {
+        found.check(
+            draft.is_file(),
+            "provider.leads",
+            format!("{} is no file", draft.display()),
+            "draft names a small GGUF with the vocabulary of the model that is led",
+        );
+        found.check(
+            lead.speculate && lead.profile == Profile::Exact,
+            "provider.leads",
+            format!("{}: a draft model guesses, and guesses are verified in the profile exact alone", lead.alias),
+            "set speculate = true and profile = \"exact\", or leave draft out",
+        );
+    }
     for stage in &p.stages {
         found.check(
             stage.witness_per_million <= 1_000_000,

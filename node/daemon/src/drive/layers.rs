@@ -276,7 +276,8 @@ pub(crate) async fn start_lead(lead: &LeadForSale, id: EngineId, with: LeadParts
         offload: Offload { device: lead.device.clone(), layers: None },
     };
     let facts = satgrid_engine::stage::ring::Ring::facts(ring.as_ref());
-    let settings = LeadSettings { head: lead.head.clone(), tail, ring: facts, guess: lead.speculate };
+    let (head, guess, draft) = (lead.head.clone(), lead.speculate, lead.draft.clone());
+    let settings = LeadSettings { head, tail, ring: facts, guess, draft };
     let engine = LlamaLead::spawn(LeadConfig { program: worker_program()?, settings }, ring.clone(), |_| {}).await?;
     let rates = RateCard {
         input: MsatPerMtok(lead.price_in_msat_per_mtok),
