@@ -131,3 +131,30 @@ impl Account {
         u32::try_from(self.begun).unwrap_or(u32::MAX)
     }
 }
+
+/// The rows of pieces that lie one behind the other, by how many each has; none beyond the end. Whoever passes over a piece, since
+/// its job is over, finds the next one where it is.
+pub(super) fn cut(rows: &[u8], row_bytes: usize, pieces: impl Iterator<Item = usize>) -> Vec<&[u8]> {
+    let mut at = 0_usize;
+    let next = |count: usize| {
+        let from = at;
+        at = at.saturating_add(count.saturating_mul(row_bytes));
+        rows.get(from..at).unwrap_or_default()
+    };
+    pieces.map(next).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_a_piece_are_where_they_are_whoever_wants_those_before() {
+        let rows: Vec<u8> = (0..12).collect();
+        let cut = |counts: &[usize]| cut(&rows, 2, counts.iter().copied()).concat();
+        assert_eq!(cut(&[1, 3, 2]), rows);
+        assert_eq!(super::cut(&rows, 2, [1, 3, 2].into_iter())[1], [2, 3, 4, 5, 6, 7]);
+        assert_eq!(super::cut(&rows, 2, [5, 2, 1].into_iter())[1..], [[0_u8; 0]; 2], "beyond the end");
+        assert_eq!(super::cut(&[], 0, [1, 1].into_iter()), [[0_u8; 0]; 2], "a replay that ended before");
+    }
+}

@@ -7,7 +7,7 @@
 mod sequences;
 
 use super::{
-    account::Account,
+    account::{Account, cut},
     hops::{HopEvent, HopId, Outgoing, Switchboard},
     inlets::Inlets,
     provider::Message,
@@ -435,22 +435,19 @@ impl Running {
         let AtWork { hop, header, jobs, sequences } = done;
         let total = header.rows().max(1);
         let row_bytes = if rows.count == 0 { 0 } else { rows.bytes.len() / rows.count as usize };
-        let mut at = 0;
+        let parts = cut(&rows.bytes, row_bytes, header.pieces.iter().map(|piece| piece.rows as usize));
         let mut reports = Vec::new();
-        for ((piece, id), sequence) in header.pieces.iter().zip(&jobs).zip(sequences) {
+        for (((piece, id), sequence), part) in header.pieces.iter().zip(&jobs).zip(sequences).zip(parts) {
             let kind = self.sequences.computed(sequence, *id, piece, header.again);
             let Some(job) = self.jobs.get_mut(id) else { continue };
-            let bytes = piece.rows as usize * row_bytes;
             let account = &mut job.account;
             let share = Duration::from_micros(busy_us.saturating_mul(piece.rows.into()) / total);
-            account.came_out(rows.bytes.get(at..at + bytes).unwrap_or_default(), share);
+            account.came_out(part, share);
             if rows.count > 0 {
                 // From an engine whose rows are whole: they were checked where they came in.
-                let bytes = rows.bytes.get(at..at + bytes).unwrap_or_default().to_vec();
-                let part = HiddenRows { wire: header.wire, count: piece.rows, bytes };
+                let part = HiddenRows { wire: header.wire, count: piece.rows, bytes: part.to_vec() };
                 self.kept.push(sequence, piece.start, &part);
             }
-            at += bytes;
             account.put_down();
             let layers = account.order.layers.map_or(0, |range| range.layers());
             if let Some(usage) = account.usage.plus(kind, piece.rows.into(), layers) {

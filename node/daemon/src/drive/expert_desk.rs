@@ -6,7 +6,7 @@
 //! whichever lead they are of.
 
 use super::{
-    account::Account,
+    account::{Account, cut},
     desk::{Desk, Order},
     hops::{HopEvent, HopId, Switchboard},
     inlets::Inlets,
@@ -243,14 +243,15 @@ impl Running {
     fn evaluated(&mut self, done: Done) -> Vec<ProviderEvent> {
         let Done { hop, header, jobs, result, took } = done;
         let mut touched = Vec::new();
-        let (mut at, pairs) = (0, header.pairs().max(1));
-        for (row, id) in header.rows.iter().zip(&jobs) {
+        let pairs = header.pairs().max(1);
+        let answered = result.as_ref().map_or(&[][..], |rows| rows.bytes.as_slice());
+        let parts = cut(answered, answered.len() / pairs, header.rows.iter().map(|row| row.experts.len()));
+        for ((row, id), out) in header.rows.iter().zip(&jobs).zip(parts) {
             let Some(job) = self.jobs.get_mut(id) else { continue };
             job.account.put_down();
-            let Ok(rows) = &result else { continue };
-            let bytes = row.experts.len() * (rows.bytes.len() / pairs);
-            let out = rows.bytes.get(at..at + bytes).unwrap_or_default();
-            at += bytes;
+            if result.is_err() {
+                continue;
+            }
             let share = u32::try_from(row.experts.len()).unwrap_or(u32::MAX);
             job.account.came_out(out, took * share / u32::try_from(pairs).unwrap_or(u32::MAX));
             for expert in &row.experts {

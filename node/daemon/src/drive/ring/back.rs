@@ -2,6 +2,7 @@
 
 use super::{ConsumerMessage, Running, UnderWay, pace::is_probe, rebuild::is_rebuild};
 use crate::drive::{
+    account::cut,
     hops::{HopEvent, HopId},
     now,
 };
@@ -81,14 +82,12 @@ impl Running {
             let _ = self.events.send(RingEvent::Failed { reason });
             return Vec::new();
         }
-        let mut at = 0;
+        let parts = cut(&rows.bytes, row_bytes, work.pieces.iter().map(|piece| piece.rows as usize));
         let mut touched = BTreeSet::new();
-        for piece in &work.pieces {
+        for (piece, part) in work.pieces.iter().zip(parts) {
             let kind = piece.purpose;
-            let bytes = piece.rows as usize * row_bytes;
             let Some(job) = self.jobs.get_mut(&piece.job) else { continue };
-            job.tally.came_back(kind, piece.rows, rows.bytes.get(at..at + bytes).unwrap_or_default());
-            at += bytes;
+            job.tally.came_back(kind, piece.rows, part);
             if kind != WorkKind::Replay
                 && let Some(sequence) = self.sequences.get_mut(&piece.sequence)
             {
