@@ -463,9 +463,15 @@ impl Running {
     }
 
     fn send_on(&mut self, hop: HopId, header: &RowsHeader, jobs: &[JobId], rows: Vec<u8>) {
-        let to =
-            jobs.first().and_then(|id| self.jobs.get(id)).and_then(|job| Some((job.account.order.lead, job.next?)));
-        let Some((lead, out)) = to.and_then(|to| Some((to.0, self.out.get(&to)?))) else {
+        // All pieces of a work go one way, which any job that still runs knows.
+        let mut running = jobs.iter().filter_map(|id| self.jobs.get(id));
+        let Some(to) = running.find_map(|job| Some((job.account.order.lead, job.next?))) else {
+            // Its orders have ended meanwhile, and their ends say so. A refusal would end what others of this lead could go on with.
+            tracing::debug!(work = header.work, "rows of requests that are over");
+            return;
+        };
+        let (lead, _) = to;
+        let Some(out) = self.out.get(&to) else {
             return self.refuse(hop, header, Lost::Worker, "the next node is not connected");
         };
         let ends_after = header.ends_after.map(|left| left.saturating_sub(1));
@@ -512,3 +518,6 @@ impl Running {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,141 @@
+use super::*;
+use async_trait::async_trait;
+use satgrid_engine::{
+    port::{EngineDown, Profile},
+    stage::port::StageFacts,
+};
+use satgrid_protocol_quic::Limits;
+use satgrid_types::{LayerRange, WireType};
+use std::net::{Ipv4Addr, SocketAddr};
+use tokio_util::sync::CancellationToken;
+
+const LEAD: NodeKey = NodeKey([1; 32]);
+const NEXT: NodeKey = NodeKey([3; 32]);
+const HOP: HopId = HopId(1);
+
+/// Layers that take everything and say nothing.
+struct Mute;
+
+#[async_trait]
+impl Stage for Mute {
+    fn facts(&self) -> StageFacts {
+        StageFacts {
+            model_root: [0; 32],
+            architecture: "llama".into(),
+            layers: range(),
+            model_layers: 8,
+            n_embd: 1,
+            profile: Profile::Exact,
+            build_id: [0; 32],
+            instruction_set: String::new(),
+            sequences: 8,
+            context: 64,
+            batch: 64,
+            speed: None,
+            tensor_bytes: 0,
+            name: None,
+            quantisation: String::new(),
+            memory_bytes: 0,
+        }
+    }
+
+    fn send(&self, _command: StageCommand) -> Result<(), EngineDown> {
+        Ok(())
+    }
+
+    async fn next_event(&self) -> Option<StageEvent> {
+        None
+    }
+
+    fn is_up(&self) -> bool {
+        true
+    }
+}
+
+fn range() -> LayerRange {
+    LayerRange::new(1, 3).unwrap()
+}
+
+fn endpoint() -> QuicEndpoint {
+    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    QuicEndpoint::bind_client(any, Limits::default(), &CancellationToken::new()).unwrap()
+}
+
+/// A desk on which an upstream node has a hop; what it is answered.
+fn desk() -> (Running, mpsc::Receiver<HopFrame>) {
+    let (role, _) = mpsc::channel(8);
+    let (ear, _) = mpsc::channel(8);
+    let (back, answers) = mpsc::channel(8);
+    let key = Arc::new(SigningKey::from_bytes(&[9; 32]));
+    let mut inlets = Inlets::new(node_key(&key));
+    inlets.begun(HOP, LEAD, back);
+    let (engine, stage, switchboard) = (EngineId(0), Arc::new(Mute), Switchboard::default());
+    let parts = DeskParts { engine, stage, key, endpoint: endpoint(), switchboard, role, buys: None };
+    let running = Running {
+        parts,
+        ear,
+        jobs: BTreeMap::new(),
+        sequences: Sequences::default(),
+        inlets,
+        at_work: BTreeMap::new(),
+        next_work: 0,
+        out: BTreeMap::new(),
+        sent_on: VecDeque::new(),
+        kept: KeptRows::new(KEPT_BYTES),
+    };
+    (running, answers)
+}
+
+impl Running {
+    /// A job of a lead, whose rows go to the next node.
+    fn with_job(&mut self, id: u64, lead: NodeKey) -> JobId {
+        let order = PartOrder {
+            layers: Some(range()),
+            lead,
+            request: RequestId([7; 32]),
+            wire: WireType::F32,
+            max_positions: 100,
+        };
+        let request = RequestId([u8::try_from(id).unwrap(); 32]);
+        let admit = Order::Admit { job: JobId(id), session: SessionId([5; 32]), request, order, lead };
+        assert!(self.order(admit).is_empty());
+        self.jobs.get_mut(&JobId(id)).unwrap().next = Some(NEXT);
+        let (ear, key) = (self.ear.clone(), self.parts.key.clone());
+        self.out
+            .entry((lead, NEXT))
+            .or_insert_with(|| Outgoing::start(self.parts.endpoint.clone(), key, (lead, NEXT), &[], ear));
+        JobId(id)
+    }
+}
+
+/// A work of one row of each of some jobs.
+fn work(jobs: &[JobId]) -> RowsHeader {
+    let piece = |job: &JobId| {
+        let sequence = u32::try_from(job.0).unwrap();
+        RowsPiece { slot: job.0, sequence, start: 0, rows: 1, kind: WorkKind::Prefill }
+    };
+    let pieces = jobs.iter().map(piece).collect();
+    RowsHeader { work: 70, pieces, wire: WireType::F32, ends_after: None, again: false }
+}
+
+#[tokio::test]
+async fn a_request_that_ends_under_its_rows_takes_nobody_elses_along() {
+    let (mut desk, mut answers) = desk();
+    let jobs = [desk.with_job(1, LEAD), desk.with_job(2, LEAD)];
+    desk.begin(HOP, work(&jobs), vec![0; 8], jobs.to_vec());
+    assert_eq!(desk.order(Order::Engine(Command::Cancel { job: jobs[0] })).len(), 1);
+    let rows = HiddenRows { wire: WireType::F32, count: 2, bytes: vec![1, 1, 1, 1, 2, 2, 2, 2] };
+    let reports = desk.stage_event(StageEvent::Evaluated { work: WorkId(0), rows, busy_us: 9 });
+    assert_eq!(reports.len(), 1, "the other one's work is counted");
+    assert_eq!(desk.sent_on.len(), 1, "and goes on");
+    assert!(answers.try_recv().is_err(), "nothing is refused");
+    // Its own rows, not those of the one before it.
+    let kept = SequenceId { owner: desk.jobs[&jobs[1]].owner, number: 2 };
+    assert_eq!(desk.kept.rows(kept, 0, 1).map(|rows| rows.bytes), Some(vec![2; 4]));
+    // Where all have ended there is nobody to send to, and nobody to blame.
+    desk.begin(HOP, work(&jobs[1..]), vec![0; 4], vec![jobs[1]]);
+    desk.order(Order::Engine(Command::Cancel { job: jobs[1] }));
+    let rows = HiddenRows { wire: WireType::F32, count: 1, bytes: vec![2; 4] };
+    assert!(desk.stage_event(StageEvent::Evaluated { work: WorkId(1), rows, busy_us: 9 }).is_empty());
+    assert!(answers.try_recv().is_err());
+}
