@@ -279,9 +279,9 @@ impl Running {
                 }
             }
             HopEvent::Back { .. } => {}
-            HopEvent::Lost { to, reason } => {
+            HopEvent::Lost { lead, to, reason } => {
                 tracing::info!(next = %to.short(), %reason, "the hop to the next node is gone");
-                self.out.retain(|(_, next), _| *next != to);
+                self.out.remove(&(lead, to));
             }
         }
         self.advance()

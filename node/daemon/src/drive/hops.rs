@@ -48,6 +48,8 @@ pub(crate) enum HopEvent {
     },
     /// A hop of ours is over, or never came to be.
     Lost {
+        /// As of [`HopEvent::Back`]: what one lead says of a node's addresses may be wrong, and is nobody else's trouble.
+        lead: NodeKey,
         to: NodeKey,
         reason: String,
     },
@@ -158,7 +160,7 @@ impl Outgoing {
                 Ok(()) => return,
                 Err(reason) => reason,
             };
-            let _ = ear.send(HopEvent::Lost { to, reason }).await;
+            let _ = ear.send(HopEvent::Lost { lead, to, reason }).await;
         });
         Outgoing { frames }
     }

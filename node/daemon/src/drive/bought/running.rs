@@ -334,7 +334,7 @@ impl Running {
                 let _ = under_way.answer.send(Err(HostError::Gone { reason: lost.text }));
                 Vec::new()
             }
-            HopEvent::Lost { to, reason } => {
+            HopEvent::Lost { to, reason, .. } => {
                 tracing::info!(worker = %to.short(), %reason, "the hop to a worker is gone");
                 if let Some(worker) = self.workers.get_mut(&to) {
                     worker.hop = None;

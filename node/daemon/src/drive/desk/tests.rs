@@ -10,6 +10,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use tokio_util::sync::CancellationToken;
 
 const LEAD: NodeKey = NodeKey([1; 32]);
+const OTHER_LEAD: NodeKey = NodeKey([2; 32]);
 const NEXT: NodeKey = NodeKey([3; 32]);
 const HOP: HopId = HopId(1);
 
@@ -138,4 +139,14 @@ async fn a_request_that_ends_under_its_rows_takes_nobody_elses_along() {
     let rows = HiddenRows { wire: WireType::F32, count: 1, bytes: vec![2; 4] };
     assert!(desk.stage_event(StageEvent::Evaluated { work: WorkId(1), rows, busy_us: 9 }).is_empty());
     assert!(answers.try_recv().is_err());
+}
+
+/// A lead may name any addresses for the node that is next.
+#[tokio::test]
+async fn a_hop_that_one_lead_loses_is_no_other_leads() {
+    let (mut desk, _answers) = desk();
+    desk.with_job(1, LEAD);
+    desk.with_job(2, OTHER_LEAD);
+    desk.hop_event(HopEvent::Lost { lead: OTHER_LEAD, to: NEXT, reason: "nobody is there".into() });
+    assert_eq!(desk.out.keys().copied().collect::<Vec<_>>(), [(LEAD, NEXT)]);
 }

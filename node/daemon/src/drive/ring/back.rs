@@ -33,7 +33,7 @@ impl Running {
             }
             HopEvent::Back { frame: HopFrame::Lost(lost), .. } => self.refused(&lost),
             HopEvent::Back { .. } => Vec::new(),
-            HopEvent::Lost { to, reason } => {
+            HopEvent::Lost { to, reason, .. } => {
                 tracing::info!(worker = %to.short(), %reason, "the hop to the first worker is gone");
                 if self.first.as_ref().is_some_and(|(node, _)| *node == to) {
                     self.first = None;
