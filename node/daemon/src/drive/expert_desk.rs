@@ -61,6 +61,8 @@ struct Done {
     /// Of each row of the call.
     jobs: Vec<JobId>,
     result: Result<HiddenRows, (Lost, String)>,
+    /// The pack's process died under it. Whatever else comes to nothing was computed, and may be the rows' fault.
+    died: bool,
     took: Duration,
 }
 
@@ -229,6 +231,7 @@ impl Running {
             let call = ExpertCall { step: header.work, layer: header.layer, rows, work, jobs: Vec::new() };
             let answer = host.evaluate(call).await;
             let took = began.elapsed();
+            let died = matches!(answer, Err(HostError::Gone { .. }));
             let result = coded(answer.map(|rows| rows.rows), width, &header);
             // Rows first: whoever waits for them is not kept waiting for the books.
             if let (Ok(rows), Some(back)) = (&result, back) {
@@ -236,12 +239,12 @@ impl Running {
                 let answer = AnswerHeader { work: header.work, wire: header.wire, busy_us };
                 let _ = back.send(HopFrame::Answer(answer, rows.bytes.clone())).await;
             }
-            let _ = done.send(Done { hop, header, jobs, result, took });
+            let _ = done.send(Done { hop, header, jobs, result, died, took });
         });
     }
 
     fn evaluated(&mut self, done: Done) -> Vec<ProviderEvent> {
-        let Done { hop, header, jobs, result, took } = done;
+        let Done { hop, header, jobs, result, died, took } = done;
         let mut touched = Vec::new();
         let pairs = header.pairs().max(1);
         let answered = result.as_ref().map_or(&[][..], |rows| rows.bytes.as_slice());
@@ -249,6 +252,10 @@ impl Running {
         for ((row, id), out) in header.rows.iter().zip(&jobs).zip(parts) {
             let Some(job) = self.jobs.get_mut(id) else { continue };
             job.account.put_down();
+            if died {
+                // Nobody signs for it, and so nothing would be granted in its place: what is granted stands.
+                job.account.give_back(row.experts.len() as u64);
+            }
             if result.is_err() {
                 continue;
             }
@@ -274,6 +281,10 @@ impl Running {
         let mut ended: Vec<JobId> = jobs;
         ended.dedup();
         reports.extend(ended.into_iter().flat_map(|job| self.settled(job)));
+        if died {
+            // Calls may have waited for what it had taken.
+            self.advance();
+        }
         reports
     }
 
@@ -306,4 +317,95 @@ fn coded(rows: Result<Vec<f32>, HostError>, width: u32, header: &CallHeader) -> 
         }
     })?;
     HiddenRows::encode(&rows, width, header.wire).map_err(|error| (Lost::Worker, error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use async_trait::async_trait;
+    use satgrid_engine::{
+        experts::{CallError, ExpertRows},
+        port::Profile,
+    };
+    use satgrid_ledger::statements::PartOrder;
+    use satgrid_protocol::experts::CallRow;
+    use satgrid_types::{RequestId, WireType};
+
+    const HOP: HopId = HopId(1);
+
+    /// Ends every call alike.
+    struct Host(Result<f32, HostError>);
+
+    #[async_trait]
+    impl ExpertHost for Host {
+        async fn evaluate(&self, call: ExpertCall) -> Result<ExpertRows, HostError> {
+            let number = self.0.clone()?;
+            let rows = (0_u8..).zip(&call.work).map(|(at, _)| number + f32::from(at)).collect();
+            Ok(ExpertRows { step: call.step, layer: call.layer, rows })
+        }
+    }
+
+    fn desk(host: Host) -> (Running, mpsc::UnboundedReceiver<Done>) {
+        let facts = PackFacts {
+            model_root: [0; 32],
+            experts: Vec::new(),
+            n_embd: 1,
+            layers: 1,
+            experts_per_layer: 8,
+            used: 2,
+            bytes: 0,
+            profile: Profile::Exact,
+            build_id: [0; 32],
+            instruction_set: String::new(),
+            millirows_per_s: 1,
+        };
+        let (role, _) = mpsc::channel(8);
+        let (ear, _) = mpsc::channel(8);
+        let (done, finished) = mpsc::unbounded_channel();
+        let (ours, switchboard) = (NodeKey([9; 32]), Switchboard::default());
+        let parts = ExpertDeskParts { engine: EngineId(0), host: Arc::new(host), facts, ours, switchboard, role };
+        let mut running = Running { parts, ear, done, jobs: BTreeMap::new(), inlets: Inlets::new(ours) };
+        for id in [1_u8, 2] {
+            let (session, request, lead) = (SessionId([5; 32]), RequestId([id; 32]), NodeKey([1; 32]));
+            let order = PartOrder { layers: None, lead, request, wire: WireType::F32, max_positions: 100 };
+            let job = JobId(id.into());
+            assert!(running.order(Order::Admit { job, session, request, order, lead }).is_empty());
+            let grant = Command::Grant { job, prompt_upto: 0, output_upto: 2 };
+            assert!(running.order(Order::Engine(grant)).is_empty());
+        }
+        (running, finished)
+    }
+
+    /// One row of each of two jobs, for two experts.
+    fn begin(desk: &mut Running) {
+        let row = |slot| CallRow { slot, experts: vec![0, 1] };
+        let header = CallHeader { work: 70, layer: 0, wire: WireType::F32, rows: vec![row(1), row(2)] };
+        desk.begin(HOP, header, &[0; 8], vec![0.0; 2], vec![JobId(1), JobId(2)]);
+    }
+
+    #[tokio::test]
+    async fn what_a_dying_pack_lost_may_begin_again() {
+        let again = async |error: HostError| {
+            let (mut desk, mut finished) = desk(Host(Err(error)));
+            begin(&mut desk);
+            let done = finished.recv().await.unwrap();
+            assert!(desk.evaluated(done).is_empty());
+            desk.jobs[&JobId(1)].account.may_begin(2, WireType::F32, "expert rows") == Some(Ok(()))
+        };
+        assert!(again(HostError::Gone { reason: "it died".into() }).await);
+        // Who sends what cannot be computed has used up what it was granted.
+        assert!(!again(HostError::Refused(CallError::Empty)).await);
+    }
+
+    #[tokio::test]
+    async fn rows_behind_those_of_a_request_that_is_over_are_booked_as_they_are() {
+        let (mut desk, mut finished) = desk(Host(Ok(1.0)));
+        begin(&mut desk);
+        assert_eq!(desk.order(Order::Engine(Command::Cancel { job: JobId(1) })).len(), 2);
+        let done = finished.recv().await.unwrap();
+        assert_eq!(desk.evaluated(done).len(), 1);
+        let mut given = satgrid_ledger::statements::RowsHash::default();
+        given.push(&[3.0_f32.to_le_bytes(), 4.0_f32.to_le_bytes()].concat());
+        assert_eq!(desk.jobs[&JobId(2)].account.done().output, given.value());
+    }
 }
