@@ -158,10 +158,19 @@ impl Running {
         }
     }
 
-    /// Where the engine is down every job is over, and whoever holds experts for one gives its receipt.
+    /// Where the engine died every job is over, and whoever holds experts for one gives its receipt. The role says no more of
+    /// these jobs: they are forgotten once it is up again, with those that came before the role had heard of it. Until then
+    /// their rows are left to the receipts, as in `begin`.
     async fn before(&mut self, event: &StageEvent) {
-        if let (StageEvent::Down { .. }, Some(buys)) = (event, self.parts.buys.clone()) {
+        let (died, up) = match event {
+            StageEvent::Down { .. } => (true, false),
+            StageEvent::Up => (false, true),
+            StageEvent::Evaluated { .. } | StageEvent::Refused { .. } => (false, false),
+        };
+        if let Some(buys) = self.parts.buys.clone().filter(|_| died || up) {
             rings::tell_all_over(self.parts.engine, buys.as_ref(), &self.parts.role).await;
+        }
+        if up {
             for (id, job) in std::mem::take(&mut self.jobs) {
                 self.parts.switchboard.forget(job.account.session, job.account.request);
                 self.inlets.over(id);

@@ -150,3 +150,19 @@ async fn a_hop_that_one_lead_loses_is_no_other_leads() {
     desk.hop_event(HopEvent::Lost { lead: OTHER_LEAD, to: NEXT, reason: "nobody is there".into() });
     assert_eq!(desk.out.keys().copied().collect::<Vec<_>>(), [(LEAD, NEXT)]);
 }
+
+/// The role has no more to say of jobs that died with the engine.
+#[tokio::test]
+async fn jobs_that_died_with_the_engine_are_forgotten_when_it_is_back() {
+    let (mut desk, mut answers) = desk();
+    let job = desk.with_job(1, LEAD);
+    let down = StageEvent::Down { reason: "killed".into() };
+    desk.before(&down).await;
+    desk.stage_event(down);
+    // What was on its way here is not refused: others may go on with it.
+    desk.begin(HOP, work(&[job]), vec![0; 4], vec![job]);
+    assert!(answers.try_recv().is_err());
+    desk.before(&StageEvent::Up).await;
+    desk.stage_event(StageEvent::Up);
+    assert!(desk.jobs.is_empty());
+}
