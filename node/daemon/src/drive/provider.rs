@@ -300,7 +300,11 @@ impl Running {
             // The engine is between two lives: the job ends here and its consumer is told.
             let error = JobError::Backend { reason: "the engine process is not running".into() };
             let event = ProviderEvent::Engine { engine, event: EngineEvent::Failed { job, error } };
-            self.later(std::future::ready(event));
+            match self.driver.buys.get(&engine) {
+                // Its workers have their orders already.
+                Some(buys) => rings::tell_over((engine, job), buys.clone(), self.inbox.clone(), event),
+                None => self.later(std::future::ready(event)),
+            }
         }
     }
 

@@ -95,9 +95,9 @@ pub(super) fn tell_over(
 
 /// All runs are over: their workers give receipts.
 pub(super) async fn tell_all_over(engine: EngineId, buys: &dyn Buys, inbox: &mpsc::Sender<Message>) {
-    for job in buys.jobs().await {
-        tell_split(engine, job, buys, inbox).await;
-    }
+    // Side by side: each may wait for as long as its workers may take.
+    let told = buys.jobs().await.into_iter().map(|job| tell_split(engine, job, buys, inbox));
+    futures::future::join_all(told).await;
 }
 
 async fn tell_split(engine: EngineId, job: JobId, buys: &dyn Buys, inbox: &mpsc::Sender<Message>) {
@@ -107,4 +107,38 @@ async fn tell_split(engine: EngineId, job: JobId, buys: &dyn Buys, inbox: &mpsc:
         None => return,
     };
     let _ = inbox.send(Message::Event(event)).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{sync::Mutex, time::Duration};
+
+    /// Three jobs, settled only once all three are asked for.
+    #[derive(Default)]
+    struct Slow(Mutex<Vec<oneshot::Sender<Option<Settled>>>>);
+
+    impl Buys for Slow {
+        fn tell(&self, asked: Asked) -> bool {
+            match asked {
+                Asked::Begin(..) => {}
+                Asked::Jobs(answer) => assert!(answer.send([1, 2, 3].map(JobId).to_vec()).is_ok()),
+                Asked::Settle(_, answer) => {
+                    let mut asked = self.0.lock().unwrap();
+                    asked.push(answer);
+                    if asked.len() == 3 {
+                        asked.drain(..).for_each(|answer| assert!(answer.send(None).is_ok()));
+                    }
+                }
+            }
+            true
+        }
+    }
+
+    #[tokio::test]
+    async fn jobs_of_a_dead_engine_are_settled_side_by_side() {
+        let (inbox, _messages) = mpsc::channel(8);
+        let (buys, within) = (Slow::default(), Duration::from_secs(60));
+        tokio::time::timeout(within, tell_all_over(EngineId(0), &buys, &inbox)).await.unwrap();
+    }
 }
