@@ -10,11 +10,16 @@ use satgrid_protocol::{
     hop::{Expected, HopFrame, Lost, LostFrame, Shown, TicketFrame, take_ticket},
 };
 use satgrid_types::{NodeKey, RequestId, SessionId};
-use std::collections::{BTreeMap, VecDeque};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::{Duration, Instant},
+};
 use tokio::sync::mpsc;
 
 /// Frames of one hop, and tickets for orders that are not known yet, that may wait.
 const MAX_WAITING: usize = 1_024;
+/// A ticket may come before its order. Where that does not come by then, it is over already: rows wait for the ticket no longer.
+const ORDER_WITHIN: Duration = Duration::from_secs(10);
 
 /// What a ticket must be for.
 #[derive(Debug, Clone, Copy)]
@@ -31,7 +36,8 @@ struct Inlet<F> {
     back: mpsc::Sender<HopFrame>,
     slots: BTreeMap<u64, JobId>,
     waiting: VecDeque<F>,
-    tickets: Vec<TicketFrame>,
+    /// Those whose orders are not known yet, and when they came.
+    tickets: Vec<(Instant, TicketFrame)>,
 }
 
 /// All hops of a desk.
@@ -72,7 +78,7 @@ impl<F> Inlets<F> {
     /// A ticket was shown; [`Inlets::take_tickets`] looks at it.
     pub(super) fn show(&mut self, hop: HopId, ticket: TicketFrame) {
         if let Some(held) = self.hops.get_mut(&hop) {
-            held.tickets.push(ticket);
+            held.tickets.push((Instant::now(), ticket));
         }
     }
 
@@ -81,10 +87,12 @@ impl<F> Inlets<F> {
         let (ours, time) = (self.ours, now());
         for (id, hop) in &mut self.hops {
             let mut later = Vec::new();
-            for frame in core::mem::take(&mut hop.tickets) {
+            for (came, frame) in core::mem::take(&mut hop.tickets) {
                 let Ok(said) = frame.ticket.peek() else { continue };
                 let Some((job, Ordered { session, request, lead })) = find(&said.session, &said.request) else {
-                    later.push(frame);
+                    if came.elapsed() < ORDER_WITHIN {
+                        later.push((came, frame));
+                    }
                     continue;
                 };
                 let expected = Expected { lead, upstream: hop.upstream, downstream: ours, session, request };
@@ -119,10 +127,11 @@ impl<F> Inlets<F> {
     /// or what is wrong.
     pub(super) fn job(&self, hop: HopId, slot: u64, runs: impl Fn(&JobId) -> bool) -> Option<Result<JobId, String>> {
         let held = self.hops.get(&hop);
+        let awaits = |held: &Inlet<F>| held.tickets.iter().any(|(came, _)| came.elapsed() < ORDER_WITHIN);
         match held.and_then(|held| held.slots.get(&slot)) {
             Some(job) if runs(job) => Some(Ok(*job)),
             Some(_) => Some(Err("the request is over".into())),
-            None if held.is_some_and(|held| !held.tickets.is_empty()) => None,
+            None if held.is_some_and(awaits) => None,
             None => Some(Err(format!("no ticket covers slot {slot}"))),
         }
     }
@@ -167,5 +176,54 @@ impl<F> Inlets<F> {
             other @ (HopEvent::Frame { .. } | HopEvent::Back { .. } | HopEvent::Lost { .. }) => return Some(other),
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ed25519_dalek::SigningKey;
+    use satgrid_protocol::hop::{MAX_TICKET_MS, Ticket};
+    use satgrid_types::{Signed, node_key};
+
+    const HOP: HopId = HopId(1);
+    const SESSION: SessionId = SessionId([3; 32]);
+
+    /// Of a request that ended before its ticket came: a ticket and its end travel on different streams.
+    #[test]
+    fn a_ticket_whose_order_never_comes_holds_nothing_up() {
+        let lead = SigningKey::from_bytes(&[9; 32]);
+        let [ours, upstream] = [1, 2].map(|n| NodeKey([n; 32]));
+        let (back, _answers) = mpsc::channel(8);
+        let mut inlets: Inlets<()> = Inlets::new(ours);
+        inlets.begun(HOP, upstream, back);
+        let show = |inlets: &mut Inlets<()>, slot: u64, request: RequestId| {
+            let ticket = Ticket {
+                version: Ticket::VERSION,
+                upstream,
+                downstream: ours,
+                session: SESSION,
+                request,
+                positions: 9,
+                expires_at: now().plus_ms(MAX_TICKET_MS),
+                nonce: slot,
+            };
+            inlets.show(HOP, TicketFrame { slot, ticket: Signed::sign(&ticket, &lead) });
+        };
+        let known = RequestId([1; 32]);
+        show(&mut inlets, 70, known);
+        show(&mut inlets, 71, RequestId([2; 32]));
+        let ordered = Ordered { session: SESSION, request: known, lead: node_key(&lead) };
+        let find = |_: &SessionId, request: &RequestId| (*request == known).then_some((JobId(5), ordered));
+        inlets.take_tickets(find);
+        assert_eq!(inlets.job(HOP, 70, |_| true), Some(Ok(JobId(5))));
+        assert_eq!(inlets.job(HOP, 71, |_| true), None, "its order may come");
+        for (came, _) in &mut inlets.hops.get_mut(&HOP).unwrap().tickets {
+            *came = came.checked_sub(ORDER_WITHIN).unwrap();
+        }
+        inlets.over(JobId(5));
+        assert!(matches!(inlets.job(HOP, 70, |_| true), Some(Err(_))), "rows of what is over are refused");
+        inlets.take_tickets(find);
+        assert!(inlets.hops[&HOP].tickets.is_empty());
     }
 }
