@@ -26,7 +26,7 @@ use satgrid_ledger::statements::PartOrder;
 use satgrid_node::provider::{EngineId, ProviderEvent};
 use satgrid_protocol::{
     frame::{PartRoute, Resend},
-    hop::{HopFrame, Lost, RowsHeader, RowsPiece, TicketFrame},
+    hop::{HopFrame, Lost, MAX_ROWS_BYTES, RowsHeader, RowsPiece, TicketFrame},
 };
 use satgrid_protocol_quic::QuicEndpoint;
 use satgrid_types::{NodeKey, RequestId, SessionId, WorkKind, node_key};
@@ -36,7 +36,7 @@ use std::{
     sync::Arc,
     time::Duration,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 /// Messages that may wait.
 const INBOX: usize = 1_024;
@@ -44,6 +44,8 @@ const INBOX: usize = 1_024;
 const MAX_SENT_ON: usize = 4_096;
 /// Bytes of rows that were sent on and are kept, to be sent again where the next worker is replaced.
 const KEPT_BYTES: usize = 64 << 20;
+/// KiB of them that may wait on all hops together until the next node reads. Beyond, they are as good as not kept.
+const RESENDING_KIB: usize = 128 << 10;
 
 /// What the provider's driver tells the desk.
 pub(crate) enum Order {
@@ -109,6 +111,8 @@ struct Running {
     sent_on: VecDeque<(NodeKey, u64, HopId)>,
     /// Rows that were sent on. What is kept of a sequence that was cut since is as long as what was computed after.
     kept: KeptRows<SequenceId>,
+    /// Room for those that wait to be sent again, in KiB.
+    resending: Arc<Semaphore>,
 }
 
 /// Starts a desk.
@@ -127,6 +131,7 @@ pub(crate) fn start(parts: DeskParts) -> Desk {
         out: BTreeMap::new(),
         sent_on: VecDeque::new(),
         kept: KeptRows::new(KEPT_BYTES),
+        resending: Arc::new(Semaphore::new(RESENDING_KIB)),
     };
     tokio::spawn(running.run(orders, hop_inbox));
     desk
@@ -243,13 +248,19 @@ impl Running {
         let Resend { work, sequence, start, rows } = *resend;
         let kept = SequenceId { owner: job.owner, number: sequence };
         let found = self.kept.rows(kept, start, start.saturating_add(rows));
-        match found.filter(|found| found.wire == job.account.order.wire && found.count > 0) {
-            Some(found) => {
+        let fits = |found: &HiddenRows| found.count > 0 && found.bytes.len() <= MAX_ROWS_BYTES;
+        let found = found.filter(|found| found.wire == job.account.order.wire && fits(found));
+        let room = |bytes: usize| {
+            let kib = u32::try_from(bytes.div_ceil(1 << 10)).ok()?;
+            self.resending.clone().try_acquire_many_owned(kib).ok()
+        };
+        match found.and_then(|found| Some((room(found.bytes.len())?, found))) {
+            Some((room, found)) => {
                 let pieces = vec![RowsPiece { slot, sequence, start, rows, kind: WorkKind::Replay }];
                 let header = RowsHeader { work, pieces, wire: found.wire, ends_after: Some(0), again: false };
                 job.account.sent_again(&found.bytes);
                 if let Some(out) = self.out.get(&to) {
-                    out.send(HopFrame::Rows(header, found.bytes));
+                    out.send_again(HopFrame::Rows(header, found.bytes), room);
                 }
             }
             None => {

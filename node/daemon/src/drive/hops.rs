@@ -12,7 +12,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 /// Frames that may wait on a hop in either direction; beyond, QUIC holds the sender back.
 const QUEUE: usize = 64;
@@ -140,8 +140,11 @@ impl Switchboard {
 
 /// A hop of ours to the next node. Dropped, it ends once everything is sent.
 pub(crate) struct Outgoing {
-    frames: mpsc::UnboundedSender<HopFrame>,
+    frames: mpsc::UnboundedSender<Queued>,
 }
+
+/// A frame, and its room among those that are sent again.
+type Queued = (HopFrame, Option<OwnedSemaphorePermit>);
 
 impl Outgoing {
     /// Connects in the background; frames wait meanwhile. What becomes of it is told to `ear`.
@@ -166,7 +169,12 @@ impl Outgoing {
     }
 
     pub(crate) fn send(&self, frame: HopFrame) {
-        let _ = self.frames.send(frame);
+        let _ = self.frames.send((frame, None));
+    }
+
+    /// Nothing is granted anew for what is sent again: it waits only where there is `room`, which it leaves once it is sent.
+    pub(crate) fn send_again(&self, frame: HopFrame, room: OwnedSemaphorePermit) {
+        let _ = self.frames.send((frame, Some(room)));
     }
 }
 
@@ -175,7 +183,7 @@ async fn run(
     key: &SigningKey,
     (lead, to): (NodeKey, NodeKey),
     hints: &[AddressHint],
-    mut queue: mpsc::UnboundedReceiver<HopFrame>,
+    mut queue: mpsc::UnboundedReceiver<Queued>,
     ear: &Ear,
 ) -> Result<(), String> {
     let link: Link = endpoint.connect(hints, to, key).await.map_err(|error| error.to_string())?;
@@ -192,7 +200,7 @@ async fn run(
     let outcome = loop {
         tokio::select! {
             frame = queue.recv() => match frame {
-                Some(frame) => {
+                Some((frame, _room)) => {
                     if let Err(error) = tx.send(&frame.encode()).await {
                         break Err(error.to_string());
                     }

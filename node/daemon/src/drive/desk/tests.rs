@@ -83,6 +83,7 @@ fn desk() -> (Running, mpsc::Receiver<HopFrame>) {
         out: BTreeMap::new(),
         sent_on: VecDeque::new(),
         kept: KeptRows::new(KEPT_BYTES),
+        resending: Arc::new(Semaphore::new(2)),
     };
     (running, answers)
 }
@@ -165,4 +166,18 @@ async fn jobs_that_died_with_the_engine_are_forgotten_when_it_is_back() {
     desk.before(&StageEvent::Up).await;
     desk.stage_event(StageEvent::Up);
     assert!(desk.jobs.is_empty());
+}
+
+/// A lead may ask as often as it likes, and its next node need not read.
+#[tokio::test]
+async fn rows_wait_to_be_sent_again_only_where_there_is_room() {
+    let (mut desk, _answers) = desk();
+    let job = desk.with_job(1, LEAD);
+    let kept = SequenceId { owner: desk.jobs[&job].owner, number: 1 };
+    desk.kept.push(kept, 0, &HiddenRows { wire: WireType::F32, count: 1, bytes: vec![1; 4] });
+    for work in 0..5 {
+        desk.send_again(job, ((LEAD, NEXT), 1), &Resend { work, sequence: 1, start: 0, rows: 1 });
+    }
+    assert_eq!(desk.jobs[&job].account.done().bytes_out, 8, "room for two, and neither is sent");
+    assert_eq!(desk.resending.available_permits(), 0);
 }
