@@ -12,6 +12,7 @@
 
 use super::{PendingRefund, Provider, ProviderAction};
 use crate::LinkId;
+use satgrid_engine::port::Command;
 use satgrid_ledger::{
     entry::{Draft, Evidence},
     statements::{CreditNote, CreditReason, SessionClose},
@@ -67,12 +68,12 @@ impl Provider {
         let Some(session) = self.sessions.get(&id) else { return };
         let (remainder, terms) = (session.state.remainder(), session.state.quote().terms);
         let draft = session.state.closed(close);
+        // Nothing comes in it any more: its engine need not keep what it computed for it.
+        let forget = Command::ForgetSession { session: id.0 };
+        let forget = session.engine.map(|engine| ProviderAction::Engine { engine, command: forget });
         if remainder.is_zero() {
-            return self.record(
-                id,
-                vec![draft],
-                vec![ProviderAction::Control { link, frame: ProviderControl::Closed }],
-            );
+            let closed = ProviderAction::Control { link, frame: ProviderControl::Closed };
+            return self.record(id, vec![draft], forget.into_iter().chain([closed]).collect());
         }
         let refusal = if remainder < terms.refund_dust {
             Some(CreditReason::Dust)
@@ -81,7 +82,7 @@ impl Provider {
         } else {
             None
         };
-        self.record(id, vec![draft], Vec::new());
+        self.record(id, vec![draft], forget.into_iter().collect());
         if let Some(reason) = refusal {
             return self.owe(now, id, remainder, reason);
         }

@@ -105,6 +105,8 @@ struct Running {
     inlets: Inlets<(RowsHeader, Vec<u8>)>,
     at_work: BTreeMap<WorkId, AtWork>,
     next_work: u64,
+    /// The lead of each session.
+    leads: BTreeMap<SessionId, NodeKey>,
     /// Hops of ours, by the lead they work for and the node they go to.
     out: BTreeMap<(NodeKey, NodeKey), Outgoing>,
     /// By lead and its number of the work.
@@ -128,6 +130,7 @@ pub(crate) fn start(parts: DeskParts) -> Desk {
         inlets: Inlets::new(ours),
         at_work: BTreeMap::new(),
         next_work: 0,
+        leads: BTreeMap::new(),
         out: BTreeMap::new(),
         sent_on: VecDeque::new(),
         kept: KeptRows::new(KEPT_BYTES),
@@ -191,6 +194,7 @@ impl Running {
         match order {
             Order::Admit { job, session, request, order, lead } => {
                 let owner = self.sequences.owner(session);
+                self.leads.insert(session, order.lead);
                 let account = Account::new(session, request, order, lead);
                 self.jobs.insert(job, Job { account, owner, next: None, reason: FinishReason::Stop });
                 if let Some(buys) = &self.parts.buys {
@@ -211,6 +215,11 @@ impl Running {
             }
             Order::Engine(Command::ForgetSession { session }) => {
                 self.inlets.forget(&SessionId(session));
+                if let Some(lead) = self.leads.remove(&SessionId(session))
+                    && !self.leads.values().any(|other| *other == lead)
+                {
+                    self.out.retain(|(of, _), _| *of != lead);
+                }
                 if let Some(owner) = self.sequences.forget(SessionId(session)) {
                     self.kept.forget_all(|sequence| sequence.owner == owner);
                     let _ = self.parts.stage.send(StageCommand::ForgetOwner { owner });

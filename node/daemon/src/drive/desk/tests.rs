@@ -80,6 +80,7 @@ fn desk() -> (Running, mpsc::Receiver<HopFrame>) {
         inlets,
         at_work: BTreeMap::new(),
         next_work: 0,
+        leads: BTreeMap::new(),
         out: BTreeMap::new(),
         sent_on: VecDeque::new(),
         kept: KeptRows::new(KEPT_BYTES),
@@ -180,4 +181,17 @@ async fn rows_wait_to_be_sent_again_only_where_there_is_room() {
     }
     assert_eq!(desk.jobs[&job].account.done().bytes_out, 8, "room for two, and neither is sent");
     assert_eq!(desk.resending.available_permits(), 0);
+}
+
+#[tokio::test]
+async fn a_session_that_is_over_leaves_no_rows_and_no_hops() {
+    let (mut desk, _answers) = desk();
+    let job = desk.with_job(1, LEAD);
+    let kept = SequenceId { owner: desk.jobs[&job].owner, number: 1 };
+    desk.kept.push(kept, 0, &HiddenRows { wire: WireType::F32, count: 1, bytes: vec![1; 4] });
+    desk.order(Order::Engine(Command::Cancel { job }));
+    desk.order(Order::Engine(Command::ForgetSession { session: [4; 32] }));
+    assert_eq!((desk.kept.upto(kept), desk.out.len()), (1, 1), "it was another one");
+    desk.order(Order::Engine(Command::ForgetSession { session: [5; 32] }));
+    assert_eq!((desk.kept.upto(kept), desk.out.len()), (0, 0));
 }
