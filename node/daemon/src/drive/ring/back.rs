@@ -78,8 +78,7 @@ impl Running {
         if !same || !shape || rows.check(self.parts.n_embd).is_err() {
             let reason = format!("worker {} sent back what was not asked for", upstream.short());
             tracing::warn!(%reason, "rows refused");
-            self.works.clear();
-            let _ = self.events.send(RingEvent::Failed { reason });
+            self.fail(reason);
             return Vec::new();
         }
         let parts = cut(&rows.bytes, row_bytes, work.pieces.iter().map(|piece| piece.rows as usize));

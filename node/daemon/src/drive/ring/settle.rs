@@ -41,11 +41,7 @@ impl Running {
                 }
             }
             Lost::Sender | Lost::Worker => {
-                self.held_back.clear();
-                self.works.clear();
-                self.gaps.clear();
-                let reason = format!("worker {}: {}", lost.worker.short(), lost.text);
-                let _ = self.events.send(RingEvent::Failed { reason });
+                self.fail(format!("worker {}: {}", lost.worker.short(), lost.text));
             }
         }
         let jobs: BTreeSet<JobId> = work.pieces.iter().map(|piece| piece.job).collect();
@@ -127,6 +123,15 @@ impl Running {
         u32::try_from(at.unwrap_or(0)).unwrap_or(0)
     }
 
+    /// Nothing that is under way will be answered. A gap that the engine was told of is told again when there is one: nothing
+    /// goes out because of the last time.
+    pub(super) fn fail(&mut self, reason: String) {
+        self.works.clear();
+        self.held_back.clear();
+        self.gaps.clear();
+        let _ = self.events.send(RingEvent::Failed { reason });
+    }
+
     /// A worker is gone: another one takes its layers, and the engine sends again what it held.
     pub(super) fn lost(&mut self, id: JobId, at: usize) -> Vec<ConsumerMessage> {
         let stage = self.parts.plan[at].clone();
@@ -152,10 +157,7 @@ impl Running {
             Some(next) => next,
             None => {
                 self.avoided.remove(&gone);
-                self.works.clear();
-                self.held_back.clear();
-                let reason = format!("worker {} was lost, and nobody else sells layers {}", gone.short(), stage.range);
-                let _ = self.events.send(RingEvent::Failed { reason });
+                self.fail(format!("worker {} was lost, and nobody else sells layers {}", gone.short(), stage.range));
                 return Vec::new();
             }
         };
