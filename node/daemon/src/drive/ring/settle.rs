@@ -151,9 +151,9 @@ impl Running {
         }
         // The first job to notice moves the plan; the others follow it.
         let others: BTreeSet<NodeKey> = self.parts.plan.iter().map(|planned| planned.listing.node_key).collect();
-        let avoided: BTreeSet<NodeKey> = self.avoided.union(&others).copied().collect();
         let ends = self.beside(at);
-        let next = match (losses <= MAX_LOSSES).then(|| self.parts.scout.replace(&stage, ends, &avoided)).flatten() {
+        let find = |avoid: &BTreeSet<NodeKey>| self.parts.scout.replace(&stage, ends, avoid);
+        let next = match (losses <= MAX_LOSSES).then(|| successor(&self.avoided, &others, find)).flatten() {
             Some(next) => next,
             None => {
                 self.avoided.remove(&gone);
@@ -162,6 +162,7 @@ impl Running {
             }
         };
         tracing::info!(worker = %next.node_key.short(), layers = %stage.range, "a replacement was found");
+        self.avoided.remove(&next.node_key);
         self.parts.plan[at].listing = next;
         self.slow.remove(&at);
         self.pacing.begin_anew();
@@ -182,5 +183,33 @@ impl Running {
             job.workers[at] = worker;
         }
         vec![order]
+    }
+}
+
+/// Who takes a worker's place: nobody who was lost before, unless that leaves nobody. Then one of those may be back.
+fn successor<T>(
+    lost: &BTreeSet<NodeKey>,
+    others: &BTreeSet<NodeKey>,
+    find: impl Fn(&BTreeSet<NodeKey>) -> Option<T>,
+) -> Option<T> {
+    find(&lost.union(others).copied().collect()).or_else(|| find(others))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_was_lost_once_is_taken_where_nobody_else_is_left() {
+        let set = |keys: &[u8]| keys.iter().map(|key| NodeKey([*key; 32])).collect::<BTreeSet<_>>();
+        let check = |lost: &[u8], planned: &[u8], expect: Option<u8>| {
+            let find = |avoid: &BTreeSet<NodeKey>| set(&[1, 2, 3]).difference(avoid).next().copied();
+            assert_eq!(successor(&set(lost), &set(planned), find), expect.map(|key| NodeKey([key; 32])));
+        };
+        check(&[1], &[1], Some(2));
+        check(&[1, 2], &[2], Some(3));
+        // All were lost, one after the other; the first may have been back for hours.
+        check(&[1, 2, 3], &[3], Some(1));
+        check(&[1], &[1, 2, 3], None);
     }
 }
