@@ -86,6 +86,8 @@ enum Said {
     Asked(Asked),
     Emission(JobId, CallId, Emission),
     Late(JobId),
+    /// A worker that is left has had its time to end its call.
+    Left(JobId, CallId),
     /// A rebuild has had its time.
     Rebuild(JobId, u64),
 }
@@ -167,8 +169,17 @@ struct Worker {
     /// Its layers computed so much for this job.
     sent: PartUsage,
     returned: PartUsage,
+    /// The plan has moved on: once its call has ended, another takes its place.
+    left: bool,
     /// Its call has ended.
     over: bool,
+}
+
+impl Worker {
+    /// It took its order, and keeps it.
+    fn stands(&self) -> bool {
+        self.ordered.is_some() && !self.left && !self.over
+    }
 }
 
 struct Job {
@@ -302,6 +313,15 @@ impl Running {
                 Vec::new()
             }
             Said::Rebuild(job, number) => self.rebuild_is_late(job, number),
+            Said::Left(job, call) => {
+                let Some(held) = self.jobs.get_mut(&job).filter(|held| !held.over) else { return Vec::new() };
+                let Some(at) = held.workers.iter().position(|one| one.call == call && !one.over) else {
+                    return Vec::new();
+                };
+                // Its last acknowledgement is what it has.
+                held.workers[at].over = true;
+                self.lost(job, at)
+            }
             Said::Late(job) => {
                 // Who has not given a receipt by now is left with its last acknowledgement.
                 self.works.retain(|_, one| one.work.pieces.iter().all(|piece| piece.job != job));
@@ -334,7 +354,7 @@ impl Running {
         });
         let (sent, returned) = (PartUsage::default(), PartUsage::default());
         let node = stage.listing.node_key;
-        let worker = Worker { call, node, ordered: None, sent, returned, over: false };
+        let worker = Worker { call, node, ordered: None, sent, returned, left: false, over: false };
         (worker, ConsumerMessage::Call(Box::new(submit), emissions))
     }
 
@@ -366,8 +386,10 @@ impl Running {
         match emission {
             Emission::Ordered { session, key, request } => {
                 held.workers[at].ordered = Some((session, key, request));
-                if held.workers.iter().all(|worker| worker.ordered.is_some()) { self.routes(job) } else { Vec::new() }
+                if held.workers.iter().all(Worker::stands) { self.routes(job) } else { Vec::new() }
             }
+            // Some worker was lost since it was asked for: with the next one's order it is asked for again.
+            Emission::Ticket { .. } if !held.workers.iter().all(Worker::stands) => Vec::new(),
             Emission::Ticket { ticket } => {
                 let first = &self.parts.plan[0].listing;
                 let to = first.node_key;

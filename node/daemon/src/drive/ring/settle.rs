@@ -1,7 +1,9 @@
 //! How a job of the ring ends or goes on without a worker: receipts asked for, the split put together, a replacement found
 //! and the engine told what to send again. Like the rest of the ring it decides nothing about money: the consumer role does.
 
-use super::{ConsumerMessage, MAX_LOSSES, Running, Settled, UnderWay, pace::is_probe, rebuild::is_rebuild};
+use super::{
+    ConsumerMessage, MAX_LOSSES, Running, SETTLE, Said, Settled, UnderWay, pace::is_probe, rebuild::is_rebuild,
+};
 use satgrid_engine::{
     port::JobId,
     stage::ring::{Held, RingEvent, RingWork},
@@ -166,7 +168,33 @@ impl Running {
         self.parts.plan[at].listing = next;
         self.slow.remove(&at);
         self.pacing.begin_anew();
-        self.order_again(id, request, at)
+        let mut orders = self.leave(at, gone, id);
+        orders.extend(self.order_again(id, request, at));
+        orders
+    }
+
+    /// The plan has moved. Rows of several jobs are one work and go one way, so every other job leaves that worker too, though it
+    /// may serve them still: what is under way of them goes out again once each has its new order.
+    fn leave(&mut self, at: usize, gone: NodeKey, but: JobId) -> Vec<ConsumerMessage> {
+        let (mut orders, mut leaving) = (Vec::new(), BTreeSet::new());
+        for (id, job) in self.jobs.iter_mut().filter(|(id, job)| **id != but && !job.over) {
+            let Some(worker) = job.workers.get_mut(at).filter(|one| one.node == gone && !one.over && !one.left) else {
+                continue;
+            };
+            worker.left = true;
+            let (id, call, said) = (*id, worker.call, self.said.clone());
+            tokio::spawn(async move {
+                tokio::time::sleep(SETTLE).await;
+                let _ = said.send(Said::Left(id, call));
+            });
+            orders.push(ConsumerMessage::Event(ConsumerEvent::Cancel { call }));
+            (job.ready, job.ticketed) = (false, false);
+            leaving.insert(id);
+        }
+        let stays = |work: &RingWork| work.pieces.iter().all(|piece| !leaving.contains(&piece.job));
+        // Refusals of these are nobody's trouble. The engine awaits them until it is told what is lacking.
+        self.works.retain(|_, one| stays(&one.work));
+        orders
     }
 
     /// Who sends to a worker and who it sends to.
