@@ -501,7 +501,7 @@ impl Running {
         };
         let (lead, _) = to;
         let Some(out) = self.out.get(&to) else {
-            return self.refuse(hop, header, Lost::Worker, "the next node is not connected");
+            return self.inlets.refuse_later(hop, header.work, Lost::Worker, "the next node is not connected");
         };
         let ends_after = header.ends_after.map(|left| left.saturating_sub(1));
         let header = RowsHeader { ends_after, ..header.clone() };

@@ -20,6 +20,8 @@ use tokio::sync::mpsc;
 const MAX_WAITING: usize = 1_024;
 /// A ticket may come before its order. Where that does not come by then, it is over already: rows wait for the ticket no longer.
 const ORDER_WITHIN: Duration = Duration::from_secs(10);
+/// How long a lead may take to notice that a node is dead.
+const NOTICED_WITHIN: Duration = Duration::from_secs(3);
 
 /// What a ticket must be for.
 #[derive(Debug, Clone, Copy)]
@@ -153,6 +155,17 @@ impl<F> Inlets<F> {
             let lost = LostFrame { work, worker: self.ours, why, text: reason(text) };
             let _ = back.try_send(HopFrame::Lost(lost));
         }
+    }
+
+    /// As [`Inlets::refuse`], once the lead has had time to notice by itself that the node behind this one is dead: it goes on with
+    /// another one then, and a refusal would end what it could go on with.
+    pub(super) fn refuse_later(&self, hop: HopId, work: u64, why: Lost, text: &str) {
+        let Some(back) = self.back(hop).cloned() else { return };
+        let lost = LostFrame { work, worker: self.ours, why, text: reason(text) };
+        tokio::spawn(async move {
+            tokio::time::sleep(NOTICED_WITHIN).await;
+            let _ = back.try_send(HopFrame::Lost(lost));
+        });
     }
 
     /// A job is over: its slots cover nothing any more.

@@ -195,3 +195,17 @@ async fn a_session_that_is_over_leaves_no_rows_and_no_hops() {
     desk.order(Order::Engine(Command::ForgetSession { session: [5; 32] }));
     assert_eq!((desk.kept.upto(kept), desk.out.len()), (0, 0));
 }
+
+/// Whoever is next may be dead, which its lead hears of too.
+#[tokio::test]
+async fn rows_for_a_node_that_is_gone_are_refused_when_the_lead_has_had_its_time() {
+    let (mut desk, mut answers) = desk();
+    let job = desk.with_job(1, LEAD);
+    desk.begin(HOP, work(&[job]), vec![0; 4], vec![job]);
+    desk.hop_event(HopEvent::Lost { lead: LEAD, to: NEXT, reason: "silent".into() });
+    let rows = HiddenRows { wire: WireType::F32, count: 1, bytes: vec![1; 4] };
+    desk.stage_event(StageEvent::Evaluated { work: WorkId(0), rows, busy_us: 9 });
+    assert!(answers.try_recv().is_err(), "not at once");
+    let refused = tokio::time::timeout(Duration::from_secs(60), answers.recv()).await.unwrap();
+    assert!(matches!(refused, Some(HopFrame::Lost(lost)) if lost.work == 70 && lost.why == Lost::Worker));
+}
