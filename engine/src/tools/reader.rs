@@ -255,11 +255,9 @@ impl Reader {
         cursor.word(",")?;
         cursor.skip(char::is_whitespace);
         let other = if self.style.arguments() == "arguments" { "parameters" } else { "arguments" };
-        let key = if cursor.rest().len() > 2 && format!("\"{other}\"").starts_with(&cursor.rest()[..2]) {
-            other
-        } else {
-            self.style.arguments()
-        };
+        // A quote and a letter tell the two apart. The model may say any other character there, and of several bytes.
+        let is_other = cursor.rest().get(..2).is_some_and(|begin| format!("\"{other}\"").starts_with(begin));
+        let key = if is_other { other } else { self.style.arguments() };
         cursor.word(&format!("\"{key}\""))?;
         cursor.skip(char::is_whitespace);
         cursor.word(":")?;

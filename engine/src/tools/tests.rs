@@ -54,6 +54,8 @@ fn calls_are_found_in_every_style_however_the_text_is_cut() {
     let (a, b) = (a.replace("arguments", "parameters"), b.replace("arguments", "parameters"));
     check(Style::Llama, false, None, &format!("{a}; {b}"), &both);
     check(Style::Llama, false, None, &format!("<|python_tag|>{a}"), &f);
+    check(Style::Llama, false, None, r#"{"name": "f", "arguments": {"a": "}\"{"}}"#, &f);
+    check(Style::Hermes, false, None, r#"<tool_call>{"name": "g", "parameters": {}}</tool_call>"#, &g);
     check(Style::Gemma, false, None, &format!("```json\n{a}\n```"), &f);
     check(Style::Llama, false, None, r#"{"answer": 42}"#, &[text(r#"{"answer": 42}"#)]);
     check(Style::Gemma, false, None, "```rust\nfn f() {}\n```", &[text("```rust\nfn f() {}\n```")]);
@@ -64,6 +66,17 @@ fn calls_are_found_in_every_style_however_the_text_is_cut() {
         r#"{"name": "unknown", "parameters": {}}"#,
         &[text(r#"{"name": "unknown", "parameters": {}}"#)],
     );
+}
+
+#[test]
+fn a_head_of_any_characters_is_read() {
+    // A character of several bytes where the name of the arguments should be.
+    for other in ["\u{e9}", "\"\u{e9}", "\u{1F600}"] {
+        let said = format!("{{\"name\": \"f\", {other}\": {{}}}}");
+        check(Style::Llama, false, None, &said, &[text(&said)]);
+        let said = format!("<tool_call>{said}</tool_call>");
+        check(Style::Hermes, false, None, &said, &[text(&said)]);
+    }
 }
 
 #[test]
