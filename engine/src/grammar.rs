@@ -137,25 +137,33 @@ impl Grammar {
         Ok(grammar)
     }
 
+    /// Each node is looked at once, and once more for each of its children that is found to be empty: a stranger's grammar
+    /// costs no more than its length.
     fn may_be_empty(&self) -> Vec<bool> {
-        let mut empty = vec![false; self.nodes.len()];
-        loop {
-            let mut news = false;
-            for (at, node) in self.nodes.iter().enumerate().rev() {
-                let now = match node {
-                    Node::Text(text) => text.is_empty(),
-                    Node::Bytes(_) => false,
-                    Node::Sequence(parts) => parts.iter().all(|id| empty[*id as usize]),
-                    Node::Choice(options) => options.iter().any(|id| empty[*id as usize]),
-                    Node::Repeat { node, min, .. } => *min == 0 || empty[*node as usize],
-                };
-                news |= now && !empty[at];
-                empty[at] |= now;
-            }
-            if !news {
-                return empty;
+        // Of each node: how many children must be found empty before it is. Text and bytes have none.
+        let lacks = |node: &Node| match node {
+            Node::Text(text) => usize::from(!text.is_empty()),
+            Node::Bytes(_) | Node::Choice(_) => 1,
+            Node::Sequence(parts) => parts.len(),
+            Node::Repeat { min, .. } => usize::from(*min > 0),
+        };
+        let mut lacks: Vec<usize> = self.nodes.iter().map(lacks).collect();
+        let mut parents: Vec<Vec<usize>> = vec![Vec::new(); self.nodes.len()];
+        for (at, node) in self.nodes.iter().enumerate() {
+            children(node).iter().for_each(|child| parents[*child as usize].push(at));
+        }
+        let mut empty: Vec<bool> = lacks.iter().map(|lacks| *lacks == 0).collect();
+        let mut news: Vec<usize> = (0..empty.len()).filter(|at| empty[*at]).collect();
+        while let Some(at) = news.pop() {
+            for &parent in &parents[at] {
+                lacks[parent] = lacks[parent].saturating_sub(1);
+                if lacks[parent] == 0 && !empty[parent] {
+                    empty[parent] = true;
+                    news.push(parent);
+                }
             }
         }
+        empty
     }
 
     /// Walks the nodes that another may begin with; a way back to itself would never read a byte.
@@ -166,6 +174,8 @@ impl Grammar {
             Open,
             Done,
         }
+        // Looked up once: a sequence of what may be empty is as long as its sender likes.
+        let begins: Vec<&[NodeId]> = (0..self.nodes.len()).map(|at| self.begins_with(at, empty)).collect();
         let mut marks = vec![Mark::New; self.nodes.len()];
         for start in 0..self.nodes.len() {
             let mut path = vec![(start, 0)];
@@ -177,7 +187,7 @@ impl Grammar {
                         Mark::New => marks[at] = Mark::Open,
                     }
                 }
-                match self.begins_with(at, empty).get(next) {
+                match begins[at].get(next) {
                     Some(&child) => {
                         path.push((at, next + 1));
                         path.push((child as usize, 0));

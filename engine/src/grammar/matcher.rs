@@ -1,7 +1,8 @@
 //! Running a grammar: the set of places in it where the output so far may stand.
 //!
 //! A place is a stack: the text or byte set that comes next, and what follows it. The stacks share their tails. All
-//! bounds are here: how deep a stack, how many at once, how much work one byte may cause.
+//! bounds are here: how deep a stack, how many at once, how much work one byte, one token or one look through the vocabulary
+//! may cause. The work depends on nothing but the grammar, the output and the vocabulary.
 
 use std::sync::Arc;
 
@@ -13,6 +14,32 @@ const MAX_DEPTH: u32 = 512;
 const MAX_PLACES: usize = 512;
 /// Steps that one byte may cause.
 const MAX_STEPS: usize = 50_000;
+
+/// Work of one step; to look at a link or at a range of bytes is 1.
+const STEP: usize = 8;
+/// Work that one token's bytes may cause: a JSON schema's take some thousands.
+const TOKEN_WORK: u64 = 1 << 24;
+/// Work that a look through the whole vocabulary may cause: some seconds. Inside a JSON string, where most of a large
+/// vocabulary may follow, a byte's step takes a few hundred.
+const VOCABULARY_WORK: u64 = 1 << 30;
+
+/// Work that may still be done.
+pub(super) struct Work(u64);
+
+impl Work {
+    fn of_a_token() -> Self {
+        Self(TOKEN_WORK)
+    }
+
+    pub(super) fn of_a_vocabulary() -> Self {
+        Self(VOCABULARY_WORK)
+    }
+
+    fn spend(&mut self, work: usize) -> Result<(), Overrun> {
+        self.0 = self.0.checked_sub(work as u64).ok_or(Overrun)?;
+        Ok(())
+    }
+}
 
 /// What follows once a node is through: the next part of a sequence or text, or a repetition's next round.
 #[derive(Debug)]
@@ -54,7 +81,7 @@ impl Matcher {
     /// At the beginning of a grammar that was checked.
     pub fn new(grammar: Arc<Grammar>) -> Result<Self, Overrun> {
         let mut places = Places::default();
-        settle(&grammar, vec![Task::Enter(grammar.root, None)], &mut places)?;
+        settle(&grammar, vec![Task::Enter(grammar.root, None)], &mut places, &mut Work::of_a_token())?;
         Ok(Self { grammar, places })
     }
 
@@ -88,9 +115,9 @@ impl Matcher {
     }
 
     fn after(&self, places: &Places, bytes: &[u8]) -> Result<Option<Places>, Overrun> {
-        let mut now: Option<Places> = None;
+        let (mut now, mut work): (Option<Places>, _) = (None, Work::of_a_token());
         for &byte in bytes {
-            let next = self.step(now.as_ref().unwrap_or(places), byte)?;
+            let next = self.step(now.as_ref().unwrap_or(places), byte, &mut work)?;
             if next.is_none() {
                 return Ok(None);
             }
@@ -100,8 +127,9 @@ impl Matcher {
     }
 
     /// The places one byte on; `None` where it fits none.
-    pub(super) fn step(&self, from: &Places, byte: u8) -> Result<Option<Places>, Overrun> {
+    pub(super) fn step(&self, from: &Places, byte: u8, work: &mut Work) -> Result<Option<Places>, Overrun> {
         let mut tasks = Vec::new();
+        work.spend(from.open.len())?;
         for place in &from.open {
             match &self.grammar.nodes[place.node as usize] {
                 Node::Text(text) if text.get(place.at as usize) == Some(&byte) => {
@@ -112,10 +140,13 @@ impl Matcher {
                         tasks.push(Task::Leave(Some(link(place.node, at, place.rest.clone()))));
                     }
                 }
-                Node::Bytes(ranges) if ranges.iter().any(|(low, high)| (*low..=*high).contains(&byte)) => {
-                    tasks.push(Task::Leave(place.rest.clone()));
+                Node::Bytes(ranges) => {
+                    work.spend(ranges.len())?;
+                    if ranges.iter().any(|(low, high)| (*low..=*high).contains(&byte)) {
+                        tasks.push(Task::Leave(place.rest.clone()));
+                    }
                 }
-                Node::Text(_) | Node::Bytes(_) | Node::Sequence(_) | Node::Choice(_) | Node::Repeat { .. } => {}
+                Node::Text(_) | Node::Sequence(_) | Node::Choice(_) | Node::Repeat { .. } => {}
             }
         }
         if tasks.is_empty() {
@@ -123,7 +154,7 @@ impl Matcher {
         }
         tasks.reverse();
         let mut places = Places::default();
-        settle(&self.grammar, tasks, &mut places)?;
+        settle(&self.grammar, tasks, &mut places, work)?;
         Ok((places.complete || !places.open.is_empty()).then_some(places))
     }
 }
@@ -134,13 +165,15 @@ fn link(node: NodeId, at: u32, rest: Option<Arc<Link>>) -> Arc<Link> {
 }
 
 /// Works tasks down to places on texts and byte sets.
-fn settle(grammar: &Grammar, mut tasks: Vec<Task>, places: &mut Places) -> Result<(), Overrun> {
+fn settle(grammar: &Grammar, mut tasks: Vec<Task>, places: &mut Places, work: &mut Work) -> Result<(), Overrun> {
     let mut steps = 0;
     while let Some(task) = tasks.pop() {
         steps += 1;
-        if steps > MAX_STEPS {
+        // What waits is a step each, too: too much of it ends here and not once it fills the memory.
+        if steps + tasks.len() > MAX_STEPS {
             return Err(Overrun);
         }
+        work.spend(STEP)?;
         match task {
             Task::Enter(id, rest) => {
                 if rest.as_ref().is_some_and(|rest| rest.depth >= MAX_DEPTH) {
@@ -148,7 +181,7 @@ fn settle(grammar: &Grammar, mut tasks: Vec<Task>, places: &mut Places) -> Resul
                 }
                 match &grammar.nodes[id as usize] {
                     Node::Text(text) if text.is_empty() => tasks.push(Task::Leave(rest)),
-                    Node::Text(_) | Node::Bytes(_) => open(places, link(id, 0, rest))?,
+                    Node::Text(_) | Node::Bytes(_) => open(places, link(id, 0, rest), work)?,
                     Node::Sequence(_) => tasks.push(Task::Leave(Some(link(id, 0, rest)))),
                     Node::Choice(options) => {
                         tasks.extend(options.iter().rev().map(|option| Task::Enter(*option, rest.clone())));
@@ -172,7 +205,7 @@ fn settle(grammar: &Grammar, mut tasks: Vec<Task>, places: &mut Places) -> Resul
                 Node::Repeat { .. } => {
                     tasks.push(Task::Round { node: top.node, done: top.at, rest: top.rest.clone() });
                 }
-                Node::Text(_) | Node::Bytes(_) => open(places, top)?,
+                Node::Text(_) | Node::Bytes(_) => open(places, top, work)?,
                 Node::Choice(_) => {}
             },
             Task::Round { node: id, done, rest } => {
@@ -191,9 +224,11 @@ fn settle(grammar: &Grammar, mut tasks: Vec<Task>, places: &mut Places) -> Resul
     Ok(())
 }
 
-fn open(places: &mut Places, place: Arc<Link>) -> Result<(), Overrun> {
-    if places.open.iter().any(|known| same(known, &place)) {
-        return Ok(());
+fn open(places: &mut Places, place: Arc<Link>, work: &mut Work) -> Result<(), Overrun> {
+    for known in &places.open {
+        if same(known, &place, work)? {
+            return Ok(());
+        }
     }
     if places.open.len() >= MAX_PLACES {
         return Err(Overrun);
@@ -203,17 +238,18 @@ fn open(places: &mut Places, place: Arc<Link>) -> Result<(), Overrun> {
 }
 
 /// Equal stacks, as far as a bounded look tells.
-fn same(a: &Arc<Link>, b: &Arc<Link>) -> bool {
+fn same(a: &Arc<Link>, b: &Arc<Link>, work: &mut Work) -> Result<bool, Overrun> {
     let (mut a, mut b) = (Some(a), Some(b));
     for _ in 0..MAX_DEPTH {
+        work.spend(1)?;
         match (a, b) {
-            (None, None) => return true,
-            (Some(x), Some(y)) if Arc::ptr_eq(x, y) => return true,
+            (None, None) => return Ok(true),
+            (Some(x), Some(y)) if Arc::ptr_eq(x, y) => return Ok(true),
             (Some(x), Some(y)) if (x.node, x.at, x.depth) == (y.node, y.at, y.depth) => {
                 (a, b) = (x.rest.as_ref(), y.rest.as_ref());
             }
-            (_, _) => return false,
+            (_, _) => return Ok(false),
         }
     }
-    false
+    Ok(false)
 }

@@ -145,6 +145,40 @@ fn hostile_grammars_are_refused_or_stopped() {
     assert!(matches!(outcome, Ok(_) | Err(Overrun)), "bounded either way");
 }
 
+/// What a request's frame can carry is checked in the time of its length, and run in bounded memory and time.
+#[test]
+fn wide_grammars_are_checked_quickly_and_stopped_early() {
+    let repeat = |node, min| Node::Repeat { node, min, max: None };
+    let (a, empty) = (Node::Text(b"a".to_vec()), Node::Text(Vec::new()));
+    let nodes = vec![
+        Node::Sequence(vec![1, 2]),
+        empty.clone(),
+        repeat(3, 0),
+        a,
+        Node::Choice(vec![3, 1, 1]),
+        Node::Sequence(vec![4, 3]),
+        repeat(1, 2),
+        Node::Choice(Vec::new()),
+        Node::Sequence(vec![8]),
+    ];
+    let found = Grammar { nodes, root: 0 }.may_be_empty();
+    assert_eq!(found, [true, true, true, false, true, false, true, false, false]);
+    // Each node begins with the one before it.
+    let chain = (1..MAX_NODES as NodeId).map(|at| Node::Choice(vec![at - 1]));
+    let chain = Grammar { nodes: std::iter::once(empty.clone()).chain(chain).collect(), root: MAX_NODES as NodeId - 1 };
+    assert!(chain.check().is_ok() && chain.may_be_empty().iter().all(|empty| *empty));
+    // Each part of a long sequence may be empty, in as many ways.
+    let nodes = vec![Node::Sequence(vec![1; 60_000]), Node::Choice(vec![2; 60_000]), empty];
+    let wide = Grammar::from_bytes(&minicbor::to_vec(Grammar { nodes, root: 0 }).unwrap()).unwrap();
+    assert_eq!(Matcher::new(Arc::new(wide)).err(), Some(Overrun));
+    // Hundreds of ways to read each byte: few bytes are followed, and many are not.
+    let mut nodes = vec![repeat(1, 0), Node::Choice((2..202).collect())];
+    nodes.extend(vec![Node::Bytes(vec![(b'a', b'a')]); 200]);
+    let mut vague = matcher(Grammar { nodes, root: 0 });
+    assert_eq!(vague.accept(b"a"), Ok(true));
+    assert_eq!(vague.accept(&[b'a'; 64]), Err(Overrun));
+}
+
 #[test]
 fn a_vocabulary_gives_exactly_what_is_allowed() {
     let words = ["", "{", "}", "\"", "a", "\"a", "\"a\"", "\"a\":", ":", "1", "12", " ", "{\"", "{\"a\": 1}", "{\"b\""];

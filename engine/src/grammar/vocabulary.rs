@@ -1,6 +1,6 @@
 //! A vocabulary in the order of its bytes, so that the tokens which a grammar allows are found prefix by prefix.
 
-use super::matcher::{Matcher, Overrun, Places};
+use super::matcher::{Matcher, Overrun, Places, Work};
 
 /// The text tokens of a vocabulary, sorted. Tokens without text are not in it: they would not move a grammar on.
 #[derive(Debug, Clone, Default)]
@@ -47,13 +47,13 @@ impl Vocabulary {
     pub fn allowed(&self, matcher: &Matcher, mut allow: impl FnMut(u32)) -> Result<(), Overrun> {
         // `path[n]` is where the grammar stands after the first `n` bytes of the current piece.
         let mut path: Vec<Places> = vec![matcher.places().clone()];
-        let mut at = 0;
+        let (mut at, mut work) = (0, Work::of_a_vocabulary());
         while let Some((piece, token)) = self.pieces.get(at) {
             path.truncate(self.shared[at] + 1);
             let mut dead = None;
             while path.len() <= piece.len() {
                 let (Some(last), Some(&byte)) = (path.last(), piece.get(path.len() - 1)) else { break };
-                match matcher.step(last, byte)? {
+                match matcher.step(last, byte, &mut work)? {
                     Some(next) => path.push(next),
                     None => {
                         dead = Some(path.len());
