@@ -144,6 +144,11 @@ impl Child {
         self.process.id()
     }
 
+    /// False once the process has ended, as far as the system tells.
+    pub(crate) fn lives(&mut self) -> bool {
+        !matches!(self.process.try_wait(), Ok(Some(_)))
+    }
+
     /// Closes the socket, which ends the process; kills it if that takes too long. Says how it ended.
     pub(crate) async fn end(self) -> String {
         let Self { process, reader, writer } = self;

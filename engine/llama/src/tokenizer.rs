@@ -127,12 +127,14 @@ impl LlamaTokenizer {
         Err(failed(last))
     }
 
-    /// The child that is there, or a new one.
+    /// The child that is there, or a new one. One that died between two calls is nobody's fault, least of all the next text's.
     async fn child(&self, running: &mut Running) -> Result<Child, SpawnError> {
-        match running.child.take() {
-            Some(child) => Ok(child),
-            None => Ok(start(&self.config).await?.0),
+        if let Some(mut child) = running.child.take()
+            && child.lives()
+        {
+            return Ok(child);
         }
+        Ok(start(&self.config).await?.0)
     }
 }
 

@@ -90,6 +90,22 @@ async fn a_killed_process_is_replaced_within_the_call() {
     assert_eq!(tokenizer.tokenize("signal", false, false).await.unwrap(), ids);
 }
 
+/// A template that breaks its process is not tried again; but it is not to blame for a process that was gone before.
+#[tokio::test]
+async fn a_process_that_died_unasked_is_no_template_s_fault() {
+    let model = TinyModel::write();
+    let tokenizer = spawn(&model.path, LONG).await.unwrap();
+    let process = tokenizer.process_id().await.unwrap();
+    common::kill(process);
+    // Dead, and not waited for.
+    while std::fs::read_to_string(format!("/proc/{process}/stat")).is_ok_and(|stat| !stat.contains(") Z")) {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let messages = [serde_json::json!({"role": "user", "content": "Hi"})];
+    let prompt = tokenizer.render(ChatOrder::new(&messages, None, true, 1_700_000_000)).await.unwrap();
+    assert_eq!(prompt.text, "Hi");
+}
+
 /// A stranger's artefact can lie in every byte. Whatever llama.cpp makes of it, this process goes on, with an error in words
 /// or a tokenizer that answers.
 #[tokio::test]
