@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use satgrid_engine::experts::map::Claims;
@@ -23,6 +23,8 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(60);
 /// The wait before a restart; each failure doubles it up to the longest.
 const FIRST_WAIT: Duration = Duration::from_millis(100);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
+/// A process that served this long was well: the next wait is the first again.
+const WELL_AFTER: Duration = Duration::from_secs(60);
 
 type Answer = oneshot::Sender<Result<ExpertRows, HostError>>;
 
@@ -160,10 +162,15 @@ impl Keeper {
     }
 
     async fn keep(mut self, mut child: Child, mut calls: mpsc::UnboundedReceiver<(u64, ExpertCall)>) {
+        let mut wait = FIRST_WAIT;
         loop {
+            let since = Instant::now();
             let Some(how) = self.serve(child, calls).await else { return };
             tracing::error!(how, "the process with the experts ended");
-            let Some(next) = self.restart().await else { return };
+            if since.elapsed() >= WELL_AFTER {
+                wait = FIRST_WAIT;
+            }
+            let Some(next) = self.restart(&mut wait).await else { return };
             calls = self.put_up(&next);
             child = next;
         }
@@ -194,8 +201,14 @@ impl Keeper {
                 call = calls.recv() => {
                     let Some((id, call)) = call else { break false };
                     let Ok(frame) = wire::encode(&ToWorker::ExpertCall { id, call }) else { continue };
-                    if writer.write_all(&frame).await.is_err() {
-                        break true;
+                    tokio::select! {
+                        written = writer.write_all(&frame) => {
+                            if written.is_err() {
+                                break true;
+                            }
+                        }
+                        // A process that hangs reads nothing.
+                        _ = self.stopped.changed() => break false,
                     }
                 }
                 _ = &mut reading => break true,
@@ -209,14 +222,13 @@ impl Keeper {
         wanted.then_some(how)
     }
 
-    async fn restart(&mut self) -> Option<Child> {
-        let mut wait = FIRST_WAIT;
+    async fn restart(&mut self, wait: &mut Duration) -> Option<Child> {
         loop {
             tokio::select! {
-                () = tokio::time::sleep(wait) => {}
+                () = tokio::time::sleep(*wait) => {}
                 _ = self.stopped.changed() => return None,
             }
-            wait = (wait * 2).min(LONGEST_WAIT);
+            *wait = (*wait * 2).min(LONGEST_WAIT);
             let started = tokio::select! {
                 started = start(&self.program, &self.args, |_| {}) => started,
                 _ = self.stopped.changed() => return None,
