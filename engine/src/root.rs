@@ -23,6 +23,7 @@ use std::io::{Read, Seek};
 
 use sha2::{Digest, Sha256};
 
+use crate::experts::family::MAX_EXPERTS;
 use crate::gguf::{Gguf, GgufError, Tensor, TensorType, Value, hash_tensor, read_range};
 
 const METADATA_LABEL: &[u8] = b"satgrid-model-metadata-v1\0";
@@ -117,6 +118,11 @@ fn hash_experts<R: Read + Seek>(
     progress: &mut dyn FnMut(u64),
 ) -> Result<Vec<[u8; 32]>, GgufError> {
     let experts = tensor.shape.last().copied().unwrap_or(1).max(1);
+    // A hash and a look into the file for each: a file that lies would have us make one for each of its bytes.
+    if experts > u64::from(MAX_EXPERTS) {
+        let (what, limit) = ("experts of a tensor", u64::from(MAX_EXPERTS));
+        return Err(GgufError::OverLimit { what, value: experts, limit });
+    }
     let bytes = tensor.bytes / experts;
     let mut parts = Vec::new();
     for expert in 0..experts {
@@ -222,6 +228,20 @@ mod tests {
         assert_ne!(root(1e4, "a", &[("x", 1), ("y", 2), ("z", 4)]), base);
         assert_ne!(root(1e4, "a", &[("x", 2), ("y", 1), ("z", 3)]), base);
         assert_ne!(root(1e4, "a", &[("x", 1), ("y", 2)]), base);
+    }
+
+    #[test]
+    fn a_tensor_of_more_experts_than_there_are_is_refused() {
+        let compute = |experts: u64| {
+            let shape = [4, 1, experts];
+            let writer = GgufWriter::new().tensor("blk.0.ffn_up_exps.weight", TensorType::F32, &shape).unwrap();
+            let mut bytes = Vec::new();
+            writer.write(&mut bytes, |tensor| Ok(vec![0; tensor.bytes as usize])).unwrap();
+            let gguf = Gguf::read(&mut Cursor::new(&bytes)).unwrap();
+            ModelRoot::compute(&gguf, &mut Cursor::new(&bytes), &mut |_| ())
+        };
+        assert!(compute(512).is_ok());
+        assert!(matches!(compute(513), Err(GgufError::OverLimit { value: 513, limit: 512, .. })));
     }
 
     /// The encoding is a promise: a change needs a new label.
