@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use common::{ALL, Heard, Listener, TinyModel, job, kill, settings, spawn, tiny_bytes};
 use satgrid_engine::port::{Command, Engine, EngineDown, FinishReason, Job, Profile};
+use satgrid_engine::tiny;
 use satgrid_engine_llama::{EngineSettings, SpawnError};
 
 #[tokio::test]
@@ -105,6 +106,31 @@ async fn a_killed_engine_is_down_and_then_up_with_the_same_facts() {
     let after = engine.engine.facts();
     assert_eq!((after.build_id, after.model_root), (before.build_id, before.model_root));
     assert_eq!(engine.output(&job(60, 20, 5)).await.len(), 5);
+}
+
+/// The same weights under another vocabulary are not what was sold.
+#[tokio::test]
+async fn an_engine_does_not_come_back_with_another_tokenizer() {
+    let model = TinyModel::write();
+    let mut engine = Listener::start(settings(&model.path, Profile::Fast, 1)).await;
+    // Beside it and renamed, as the running process reads the old file as memory.
+    let replace = |bytes: Vec<u8>| {
+        let beside = model.path.with_extension("new");
+        std::fs::write(&beside, bytes).unwrap();
+        std::fs::rename(beside, &model.path).unwrap();
+    };
+    let other = tiny::TinyModel { chat_template: Some("{{ messages }}".to_owned()), ..tiny::TinyModel::default() };
+    replace(other.to_bytes().unwrap());
+    kill(engine.engine.process_id().unwrap());
+    engine.until(|l| l.downs.len() == 1).await;
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(2) {
+        assert!(!engine.engine.is_up());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    replace(tiny_bytes());
+    engine.until(|l| l.ups == 1).await;
+    assert_eq!(engine.output(&job(1, 20, 5)).await.len(), 5);
 }
 
 #[tokio::test]

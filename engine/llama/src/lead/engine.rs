@@ -51,7 +51,10 @@ impl Trade for Leading {
     }
 
     fn same(known: &EngineFacts, new: &EngineFacts) -> bool {
-        let of = |facts: &EngineFacts| (facts.model_root, facts.build_id, facts.instruction_set.clone());
+        // The root says nothing of the tokenizer, by which stop strings and grammars are read.
+        let of = |facts: &EngineFacts| {
+            (facts.model_root, facts.tokenizer_hash, facts.build_id, facts.instruction_set.clone())
+        };
         of(known) == of(new)
     }
 
