@@ -48,7 +48,7 @@ const KEEP_FREE_BYTES: u64 = 256_000_000;
 /// Refuses before the first byte what would not fit.
 pub(super) fn check_space(dir: &Path, bytes: u64) -> Result<(), PullError> {
     let free = free_bytes(dir).map_err(|e| PullError::io("look at", dir, e))?;
-    let needed = bytes + KEEP_FREE_BYTES;
+    let needed = bytes.saturating_add(KEEP_FREE_BYTES);
     if free >= needed { Ok(()) } else { Err(PullError::DiskFull { dir: dir.to_owned(), needed, free }) }
 }
 

@@ -2,10 +2,12 @@
 
 use hf_hub::api::tokio::{Api, ApiBuilder, ApiError, Progress};
 use hf_hub::{Repo, RepoType};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use tokio::sync::mpsc;
 
 use super::error::PullError;
-use super::file::{sha256_of, size_of};
+use super::file::{check_space, sha256_of, size_of};
 use super::inspect::inspect;
 use super::reference::HubFile;
 use super::store::{Record, Store};
@@ -47,12 +49,18 @@ pub(super) fn pull(
 fn download(file: &HubFile, options: &HubOptions, cache: &Path, progress: &Bytes) -> Result<PathBuf, PullError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|e| PullError::io("start a runtime for", cache, e))?;
+    let (no_room, mut refused) = mpsc::unbounded_channel();
     let fetched = runtime.block_on(async {
         let repo = Repo::with_revision(file.repo.clone(), RepoType::Model, file.revision.clone());
-        api(options, cache)?.repo(repo).download_with_progress(&file.file, Watch(progress.clone())).await
+        let repo = api(options, cache).map_err(|error| explain(file, error))?.repo(repo);
+        let watch = Watch { bytes: progress.clone(), cache: cache.to_owned(), no_room };
+        tokio::select! {
+            fetched = repo.download_with_progress(&file.file, watch) => fetched.map_err(|error| explain(file, error)),
+            Some(error) = refused.recv() => Err(error),
+        }
     });
     progress.finish();
-    let pointer = fetched.map_err(|error| explain(file, error))?;
+    let pointer = fetched?;
     pointer.canonicalize().map_err(|e| PullError::io("read", &pointer, e))
 }
 
@@ -125,16 +133,38 @@ fn root_cause(error: &dyn std::error::Error) -> String {
     deepest.to_string()
 }
 
+/// Bytes that a folder takes on the disk: a file that is not whole is as long as it will be, and takes what came of it.
+fn on_disk(dir: &Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(dir) else { return 0 };
+    let taken = |entry: std::fs::DirEntry| match entry.metadata() {
+        Ok(metadata) if metadata.is_dir() => on_disk(&entry.path()),
+        Ok(metadata) => metadata.blocks().saturating_mul(512),
+        Err(_) => 0,
+    };
+    entries.filter_map(Result::ok).map(taken).sum()
+}
+
 #[derive(Clone)]
-struct Watch(Bytes);
+struct Watch {
+    bytes: Bytes,
+    cache: PathBuf,
+    /// Hears of a file for which there is no room.
+    no_room: mpsc::UnboundedSender<PullError>,
+}
 
 impl Progress for Watch {
     async fn init(&mut self, size: usize, _filename: &str) {
-        self.0.set_total(size as u64);
+        self.bytes.set_total(size as u64);
+        let left = (size as u64).saturating_sub(on_disk(&self.cache));
+        if let Err(error) = check_space(&self.cache, left) {
+            let _ = self.no_room.send(error);
+            // Nothing is written before this returns; who hears of it ends the download.
+            std::future::pending::<()>().await;
+        }
     }
 
     async fn update(&mut self, size: usize) {
-        self.0.add(size as u64);
+        self.bytes.add(size as u64);
     }
 
     async fn finish(&mut self) {}

@@ -18,6 +18,12 @@ struct Hub {
 }
 
 fn hub(body: Vec<u8>, etag: String, patience: usize, status: &'static str) -> Hub {
+    let length = body.len();
+    hub_that_says(length, body, etag, patience, status)
+}
+
+/// As [`hub`], of a file that is said to be so long.
+fn hub_that_says(length: usize, body: Vec<u8>, etag: String, patience: usize, status: &'static str) -> Hub {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let endpoint = format!("http://{}", listener.local_addr().unwrap());
     let served = Arc::new(AtomicUsize::new(0));
@@ -40,10 +46,9 @@ fn hub(body: Vec<u8>, etag: String, patience: usize, status: &'static str) -> Hu
             let Some((first, last)) = asked else { continue };
             let slice: &[u8] = &body[first..=last];
             let head = format!(
-                "HTTP/1.1 {status}\r\ncontent-length: {}\r\ncontent-range: bytes {first}-{last}/{}\r\netag: \"{etag}\"\r\n\
+                "HTTP/1.1 {status}\r\ncontent-length: {}\r\ncontent-range: bytes {first}-{last}/{length}\r\netag: \"{etag}\"\r\n\
                  x-repo-commit: c0ffee\r\nconnection: close\r\n\r\n",
-                slice.len(),
-                body.len()
+                slice.len()
             );
             ranges += 1;
             let sent = if ranges == patience { slice.len() / 2 } else { slice.len() };
@@ -107,6 +112,7 @@ fn what_a_hub_can_do_wrong() {
     check(&hub(b"PK of no use".to_vec(), "tag".into(), 0, partial), "hf:o/r/c.gguf", "BadFile");
     check(&hub(body.clone(), sha(&body), 0, "404 Not Found"), "hf:o/r/d.gguf", "Refused");
     check(&hub(body[..body.len() - 500].to_vec(), "tag".into(), 0, partial), "hf:o/r/e.gguf", "BadFile");
+    check(&hub_that_says(1 << 60, body.clone(), sha(&body), 0, partial), "hf:o/r/g.gguf", "DiskFull");
     let nobody = Hub { endpoint: "http://127.0.0.1:1".into(), served: Arc::default() };
     check(&nobody, "hf:o/r/f.gguf", "Offline");
     assert!(store.list().is_empty(), "nothing wrong was kept");
