@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use super::matcher::Work;
 use super::{Grammar, Matcher, Overrun, Vocabulary};
 use crate::sampling::{Sampling, draw};
 
@@ -70,8 +71,24 @@ impl Constraint {
 
     /// Takes a drawn token in; false where it does not fit, as with the output of an engine that follows no grammars.
     pub fn accept(&mut self, token: u32) -> Result<bool, Overrun> {
+        self.accept_within(token, &mut Work::of_a_token())
+    }
+
+    /// Takes in what an earlier run of the same request has said; false where that does not fit. However long it is, it costs no
+    /// more than one draw may.
+    pub fn resume(&mut self, tokens: &[u32]) -> Result<bool, Overrun> {
+        let mut work = Work::of_many();
+        for &token in tokens {
+            if !self.accept_within(token, &mut work)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn accept_within(&mut self, token: u32, work: &mut Work) -> Result<bool, Overrun> {
         match self.vocabulary.piece(token) {
-            Some(piece) => self.matcher.accept(piece),
+            Some(piece) => self.matcher.accept_within(piece, work),
             None => Ok(self.vocabulary.eog().contains(&token) && self.matcher.is_complete()),
         }
     }

@@ -19,20 +19,20 @@ const MAX_STEPS: usize = 50_000;
 const STEP: usize = 8;
 /// Work that one token's bytes may cause: a JSON schema's take some thousands.
 const TOKEN_WORK: u64 = 1 << 24;
-/// Work that a look through the whole vocabulary may cause: some seconds. Inside a JSON string, where most of a large
-/// vocabulary may follow, a byte's step takes a few hundred.
-const VOCABULARY_WORK: u64 = 1 << 30;
+/// Work that a look through the whole vocabulary may cause, or all that an earlier run has said: some seconds. Inside a JSON
+/// string, where most of a large vocabulary may follow, a byte's step takes a few hundred.
+const MANY_WORK: u64 = 1 << 30;
 
 /// Work that may still be done.
 pub(super) struct Work(u64);
 
 impl Work {
-    fn of_a_token() -> Self {
+    pub(super) fn of_a_token() -> Self {
         Self(TOKEN_WORK)
     }
 
-    pub(super) fn of_a_vocabulary() -> Self {
-        Self(VOCABULARY_WORK)
+    pub(super) fn of_many() -> Self {
+        Self(MANY_WORK)
     }
 
     fn spend(&mut self, work: usize) -> Result<(), Overrun> {
@@ -87,7 +87,11 @@ impl Matcher {
 
     /// Takes bytes in; false, and nothing changes, where they do not fit.
     pub fn accept(&mut self, bytes: &[u8]) -> Result<bool, Overrun> {
-        match self.after(&self.places, bytes)? {
+        self.accept_within(bytes, &mut Work::of_a_token())
+    }
+
+    pub(super) fn accept_within(&mut self, bytes: &[u8], work: &mut Work) -> Result<bool, Overrun> {
+        match self.after(&self.places, bytes, work)? {
             Some(places) => {
                 self.places = places;
                 Ok(true)
@@ -97,7 +101,7 @@ impl Matcher {
     }
 
     pub fn allows(&self, bytes: &[u8]) -> Result<bool, Overrun> {
-        Ok(self.after(&self.places, bytes)?.is_some())
+        Ok(self.after(&self.places, bytes, &mut Work::of_a_token())?.is_some())
     }
 
     /// The output may end here.
@@ -114,10 +118,10 @@ impl Matcher {
         &self.places
     }
 
-    fn after(&self, places: &Places, bytes: &[u8]) -> Result<Option<Places>, Overrun> {
-        let (mut now, mut work): (Option<Places>, _) = (None, Work::of_a_token());
+    fn after(&self, places: &Places, bytes: &[u8], work: &mut Work) -> Result<Option<Places>, Overrun> {
+        let mut now: Option<Places> = None;
         for &byte in bytes {
-            let next = self.step(now.as_ref().unwrap_or(places), byte, &mut work)?;
+            let next = self.step(now.as_ref().unwrap_or(places), byte, work)?;
             if next.is_none() {
                 return Ok(None);
             }

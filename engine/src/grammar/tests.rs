@@ -180,6 +180,23 @@ fn wide_grammars_are_checked_quickly_and_stopped_early() {
 }
 
 #[test]
+fn what_is_resumed_must_follow_the_grammar() {
+    let mut b = Builder::default();
+    let (a, end) = (b.text("a"), b.text("."));
+    let many = b.repeat(a, 1, None);
+    let root = b.sequence([many, end]);
+    let grammar = b.finish(root).unwrap();
+    let pieces = ["a", ".", "b", ""].map(|piece| piece.as_bytes().to_vec());
+    let vocabulary = Arc::new(Vocabulary::new(pieces.into_iter(), &[3]));
+    let cases: [(&[u32], bool); 5] =
+        [(&[], true), (&[0; 10_000], true), (&[0, 1, 3], true), (&[0, 2], false), (&[0, 3], false)];
+    for (tokens, expect) in cases {
+        let mut constraint = Constraint::new(&grammar, vocabulary.clone()).unwrap();
+        assert_eq!(constraint.resume(tokens), Ok(expect), "{} tokens", tokens.len());
+    }
+}
+
+#[test]
 fn a_vocabulary_gives_exactly_what_is_allowed() {
     let words = ["", "{", "}", "\"", "a", "\"a", "\"a\"", "\"a\":", ":", "1", "12", " ", "{\"", "{\"a\": 1}", "{\"b\""];
     let vocabulary = Vocabulary::new(words.iter().map(|word| word.as_bytes().to_vec()), &[]);
@@ -215,7 +232,7 @@ fn constrained_draws_are_valid_and_fixed_by_seed_and_position() {
         let run = |given: &[u32]| {
             let mut constraint = Constraint::new(&grammar, vocabulary.clone()).unwrap();
             let mut output = given.to_vec();
-            given.iter().for_each(|token| assert!(constraint.accept(*token).unwrap()));
+            assert!(constraint.resume(given).unwrap());
             while !constraint.is_over() && output.len() < 200 {
                 let token = constraint.draw(&logits(output.len()), &output, &sampling, output.len() as u32).unwrap();
                 let token = token.unwrap();

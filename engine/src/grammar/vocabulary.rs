@@ -47,7 +47,7 @@ impl Vocabulary {
     pub fn allowed(&self, matcher: &Matcher, mut allow: impl FnMut(u32)) -> Result<(), Overrun> {
         // `path[n]` is where the grammar stands after the first `n` bytes of the current piece.
         let mut path: Vec<Places> = vec![matcher.places().clone()];
-        let (mut at, mut work) = (0, Work::of_a_vocabulary());
+        let (mut at, mut work) = (0, Work::of_many());
         while let Some((piece, token)) = self.pieces.get(at) {
             path.truncate(self.shared[at] + 1);
             let mut dead = None;

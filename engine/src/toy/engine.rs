@@ -202,7 +202,7 @@ impl ToyEngine {
         let constraint = job.extras.grammar.as_ref().and_then(|grammar| {
             let pieces = (0..VOCAB).map(|token| ToyTokenizer.piece(token, false).unwrap_or_default());
             let mut constraint = Constraint::new(grammar, Arc::new(Vocabulary::new(pieces, &[EOS]))).ok()?;
-            let fits = job.resumed_tokens().iter().all(|token| constraint.accept(*token) == Ok(true));
+            let fits = constraint.resume(job.resumed_tokens()) == Ok(true);
             fits.then_some(constraint)
         });
         if job.extras.grammar.is_some() && constraint.is_none() {

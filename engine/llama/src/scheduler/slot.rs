@@ -70,10 +70,8 @@ pub(super) struct Running {
 pub(super) fn constraint(job: &Job, vocabulary: Option<Arc<Vocabulary>>) -> Result<Option<Constraint>, String> {
     let (Some(grammar), Some(vocabulary)) = (&job.extras.grammar, vocabulary) else { return Ok(None) };
     let mut constraint = Constraint::new(grammar, vocabulary).map_err(|error| error.to_string())?;
-    for &token in job.resumed_tokens() {
-        if !constraint.accept(token).map_err(|error| error.to_string())? {
-            return Err("the output to be resumed does not follow the grammar".to_owned());
-        }
+    if !constraint.resume(job.resumed_tokens()).map_err(|error| error.to_string())? {
+        return Err("the output to be resumed does not follow the grammar".to_owned());
     }
     Ok(Some(constraint))
 }
