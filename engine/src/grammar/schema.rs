@@ -8,12 +8,15 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::json::Parts;
 use super::ordered::{Json, quoted};
-use super::{Builder, Grammar, GrammarError, MAX_NODES, NodeId, pattern};
+use super::{Builder, Grammar, GrammarError, MAX_GRAMMAR_BYTES, MAX_NODES, NodeId, pattern};
 
 /// Deepest nesting of schemas, references followed included.
 const MAX_DEPTH: usize = 64;
 /// Largest `minLength`, `maxLength`, `minItems` and `maxItems`.
 const MAX_COUNT: u64 = 100_000;
+
+/// Longest name of a member, quoted, where others may stand beside it: each of its bytes is a step down for the compiler.
+const MAX_NAME: usize = 256;
 
 /// Formats of strings, as patterns.
 const FORMATS: [(&str, &str); 8] = [
@@ -235,7 +238,8 @@ impl<'a> Compiler<'a> {
             Some(_) => return refuse(format!("{path}/properties"), "`properties` is an object"),
         };
         let required = names(schema, "required", path)?;
-        if let Some(missing) = required.iter().find(|name| !properties.iter().any(|(key, _)| key == *name)) {
+        let known: BTreeSet<&str> = properties.iter().map(|(key, _)| key.as_str()).collect();
+        if let Some(missing) = required.iter().find(|name| !known.contains(**name)) {
             return refuse(format!("{path}/required"), format!("{missing:?} is not among `properties`"));
         }
         let extra = match schema.get("additionalProperties") {
@@ -248,7 +252,7 @@ impl<'a> Compiler<'a> {
         let (mut first, mut later) = match extra {
             None => (b.text(""), b.text("")),
             Some(value) => {
-                let key = self.other_key(b, properties.iter().map(|(key, _)| key.as_str()));
+                let key = self.other_key(b, &known, path)?;
                 let member = b.sequence([key, colon, value]);
                 let next = b.sequence([comma, member]);
                 let later = b.repeat(next, 0, None);
@@ -273,10 +277,18 @@ impl<'a> Compiler<'a> {
     }
 
     /// A quoted name that is none of these. Such a name has no escapes, so that it cannot be one of them in disguise.
-    fn other_key<'n>(&self, b: &mut Builder, names: impl Iterator<Item = &'n str>) -> NodeId {
-        let names: BTreeSet<Vec<u8>> = names.map(|name| quoted(name).into_bytes()).collect();
+    fn other_key(&self, b: &mut Builder, names: &BTreeSet<&str>, path: &str) -> Result<NodeId, SchemaError> {
+        let names: BTreeSet<Vec<u8>> = names.iter().map(|name| quoted(name).into_bytes()).collect();
         if names.is_empty() {
-            return self.parts.string(b, 0, None);
+            return Ok(self.parts.string(b, 0, None));
+        }
+        let at = format!("{path}/additionalProperties");
+        if names.iter().any(|name| name.len() > MAX_NAME) {
+            return refuse(at.as_str(), format!("a name beside others is of at most {MAX_NAME} bytes"));
+        }
+        let too_large = || refuse(at.as_str(), "the schema is too large");
+        if names.iter().map(Vec::len).sum::<usize>() > MAX_GRAMMAR_BYTES {
+            return too_large();
         }
         let (quote, wide) = (b.text("\""), super::json::wide(b));
         let plain = b.add(super::Node::Bytes(vec![(0x20, 0x21), (0x23, 0x5B), (0x5D, 0x7F)]));
@@ -284,8 +296,10 @@ impl<'a> Compiler<'a> {
         let free = b.repeat(character, 0, None);
         let free = b.sequence([free, quote]);
         let trie: Vec<&[u8]> = names.iter().map(|name| &name[1..]).collect();
-        let rest = other_than(b, &trie, (free, wide, quote));
-        b.sequence([quote, rest])
+        match other_than(b, &trie, (free, wide, quote)) {
+            Some(rest) => Ok(b.sequence([quote, rest])),
+            None => too_large(),
+        }
     }
 
     fn array(&mut self, b: &mut Builder, schema: &'a Json, path: &str, depth: usize) -> Result<NodeId, SchemaError> {
@@ -431,8 +445,12 @@ fn limit(schema: &Json, inclusive: &str, exclusive: &str, step: i64, path: &str)
     })
 }
 
-/// The rest of a name that is none of `names`, which all share what was read so far; each ends in its closing quote.
-fn other_than(b: &mut Builder, names: &[&[u8]], (free, wide, quote): (NodeId, NodeId, NodeId)) -> NodeId {
+/// The rest of a name that is none of `names`, which all share what was read so far; each ends in its closing quote. `None`
+/// where that takes more nodes than a grammar may have.
+fn other_than(b: &mut Builder, names: &[&[u8]], (free, wide, quote): (NodeId, NodeId, NodeId)) -> Option<NodeId> {
+    if b.len() > MAX_NODES {
+        return None;
+    }
     let mut by_first: BTreeMap<u8, Vec<&[u8]>> = BTreeMap::new();
     for name in names {
         if let Some((first, rest)) = name.split_first() {
@@ -455,9 +473,9 @@ fn other_than(b: &mut Builder, names: &[&[u8]], (free, wide, quote): (NodeId, No
     for (first, rest) in by_first {
         if first != b'"' && first != b'\\' {
             let byte = b.text([first]);
-            let after = other_than(b, &rest, (free, wide, quote));
+            let after = other_than(b, &rest, (free, wide, quote))?;
             options.push(b.sequence([byte, after]));
         }
     }
-    b.choice(options)
+    Some(b.choice(options))
 }

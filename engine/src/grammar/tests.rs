@@ -117,6 +117,30 @@ fn what_cannot_be_held_is_named_by_its_path() {
     }
 }
 
+/// Where other names may stand beside those that are named, each byte of these is a step down: a schema must not take the
+/// stack of whoever compiles it, nor the memory.
+#[test]
+fn schemas_of_long_or_many_names_are_refused() {
+    let compile = |names: &[String], rest: &str| {
+        let members: Vec<String> = names.iter().map(|name| format!("\"{name}\":{{}}")).collect();
+        let schema = format!("{{\"properties\":{{{}}}{rest}}}", members.join(","));
+        from_schema(&Json::parse(&schema).unwrap()).map_err(|error| error.path)
+    };
+    let others = ",\"additionalProperties\":true";
+    let long = ["a".repeat(100_000)];
+    assert_eq!(compile(&long, others), Err("/additionalProperties".to_owned()));
+    assert!(compile(&long, "").is_ok(), "alone it is a text");
+    assert!(compile(&["a".repeat(200)], others).is_ok());
+    let many: Vec<String> = (0..500).map(|n| format!("{n}-").repeat(40)).collect();
+    assert_eq!(compile(&many, others), Err("/additionalProperties".to_owned()));
+    assert!(compile(&many, "").is_ok());
+    // Each required name is looked up among all.
+    let many: Vec<String> = (0..2_000).map(|n| n.to_string()).collect();
+    let required = many.iter().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(",");
+    assert!(compile(&many, &format!(",\"required\":[{required}]")).is_ok());
+    assert_eq!(compile(&many, ",\"required\":[\"x\"]"), Err("/required".to_owned()));
+}
+
 #[test]
 fn hostile_grammars_are_refused_or_stopped() {
     let sequence = |parts: &[NodeId]| Node::Sequence(parts.to_vec());
