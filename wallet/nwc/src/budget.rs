@@ -65,18 +65,18 @@ impl Budget {
         self.limit.checked_sub(held).unwrap_or(Msat::ZERO)
     }
 
-    /// Holds back what a payment may cost. The same payment is held once.
-    pub fn reserve(&mut self, now: UnixMs, hash: PaymentHash, most: Msat) -> Result<(), OverBudget> {
+    /// Holds back what a payment may cost. The same payment is held once, at the most that was asked for it: two invoices may
+    /// name one hash. Returns whether nothing was held for it before.
+    pub fn reserve(&mut self, now: UnixMs, hash: PaymentHash, most: Msat) -> Result<bool, OverBudget> {
         self.renew(now);
-        if self.reserved.contains_key(&hash) {
-            return Ok(());
-        }
+        let held = self.reserved.get(&hash).copied();
+        let more = most.checked_sub(held.unwrap_or(Msat::ZERO)).unwrap_or(Msat::ZERO);
         let left = self.left(now);
-        if most > left {
+        if more > left {
             return Err(OverBudget { asked: most, left });
         }
-        self.reserved.insert(hash, most);
-        Ok(())
+        self.reserved.insert(hash, held.map_or(most, |held| held.max(most)));
+        Ok(held.is_none())
     }
 
     /// A payment cost this much. It counts once.
@@ -126,6 +126,20 @@ mod tests {
         assert_eq!(budget.left(now), Msat(4_500));
         // Never renewed, however long.
         assert_eq!(budget.left(UnixMs(1_000 * DAY_MS)), Msat(4_500));
+    }
+
+    /// An app that makes its own hashes could hold little by one invoice and pay much by the other.
+    #[test]
+    fn two_invoices_of_one_hash_are_held_at_the_dearer() {
+        let (now, mut budget) = (UnixMs(1_000), Budget::new(UnixMs(0), Msat(10_000), Renewal::Never));
+        assert_eq!(budget.reserve(now, hash(1), Msat(1_000)), Ok(true));
+        let over = OverBudget { asked: Msat(50_000), left: Msat(9_000) };
+        assert_eq!(budget.reserve(now, hash(1), Msat(50_000)), Err(over));
+        assert_eq!(budget.left(now), Msat(9_000), "what was held before is held still");
+        assert_eq!(budget.reserve(now, hash(1), Msat(10_000)), Ok(false));
+        assert_eq!(budget.left(now), Msat(0));
+        assert_eq!(budget.reserve(now, hash(1), Msat(500)), Ok(false));
+        assert_eq!(budget.left(now), Msat(0), "the dearer one may be out");
     }
 
     #[test]

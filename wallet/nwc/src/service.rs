@@ -62,6 +62,8 @@ struct Shared {
     connections: Mutex<Connections>,
     changed: Notify,
     asked: Mutex<BTreeMap<PublicKey, (u64, u32)>>,
+    /// One step of a payment at a time: see [`Shared::turn`].
+    turns: Mutex<BTreeMap<PaymentHash, Arc<tokio::sync::Mutex<()>>>>,
 }
 
 impl NwcService {
@@ -73,8 +75,9 @@ impl NwcService {
     ) -> Result<NwcService, String> {
         let relays = config.relays.iter().map(|r| RelayUrl::parse(r).map_err(|e| format!("{r}: {e}")));
         let client = link::connect(&relays.collect::<Result<Vec<_>, _>>()?).await?;
-        let (connections, asked) = (Mutex::new(connections), Mutex::default());
-        let shared = Arc::new(Shared { client, wallet, embedded, connections, changed: Notify::new(), asked });
+        let connections = Mutex::new(connections);
+        let (changed, asked, turns) = (Notify::new(), Mutex::default(), Mutex::default());
+        let shared = Arc::new(Shared { client, wallet, embedded, connections, changed, asked, turns });
         let stopped = watch::Sender::new(false);
         let mut ends = stopped.subscribe();
         let serving = shared.clone();
@@ -109,6 +112,14 @@ impl Drop for NwcService {
 impl Shared {
     fn connections(&self) -> MutexGuard<'_, Connections> {
         self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whoever holds it is alone with this payment: nobody sends it between what is read of it and what is then written
+    /// about its budget. Else the end of one try would give back what a second one spends.
+    fn turn(&self, hash: PaymentHash) -> Arc<tokio::sync::Mutex<()>> {
+        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+        turns.entry(hash).or_default().clone()
     }
 
     /// Announces and answers; anew whenever the connections change.
@@ -289,48 +300,75 @@ impl Shared {
             expires_at: facts.expires_at,
             told: true,
         };
-        // On disk before the wallet is asked: a crash may forget an answer, never a payment.
-        self.connections()
-            .change(app, |connection| {
-                match &mut connection.budget {
-                    Some(budget) => budget.reserve(now(), hash, amount.saturating_add(max_fee))?,
-                    None => return Err(StoreError::NoSuch("budget".to_owned())),
-                }
-                connection.rows.insert(hash, row);
-                Ok(())
-            })
-            .map_err(stored)?
-            .ok_or_else(revoked)?;
-        if let Err(error) = self.wallet.pay(&bolt11, max_fee).await {
-            if error.sent_nothing() {
-                self.ended(app, hash, None)?;
+        let turn = self.turn(hash);
+        {
+            let _turn = turn.lock().await;
+            // What this app has paid and what was counted is told again, and not counted again.
+            if self.has_counted(app, &hash)
+                && let PaymentState::Settled { preimage, fee, .. } = self.wallet.lookup(hash).await.map_err(internal)?
+            {
+                return Ok(json!({ "preimage": preimage, "fees_paid": fee }));
             }
-            let code = match &error {
-                PayError::NoRoute { amount, payable, .. } if payable < amount => "INSUFFICIENT_BALANCE",
-                PayError::NoRoute { .. } | PayError::Expired => "PAYMENT_FAILED",
-                PayError::BadInvoice { .. } => "OTHER",
-                PayError::Stopped | PayError::Uncertain { .. } => "INTERNAL",
-            };
-            return Err(Fault::new(code, error.to_string()));
+            // On disk before the wallet is asked: a crash may forget an answer, never a payment.
+            let first = self
+                .connections()
+                .change(app, |connection| {
+                    let first = match &mut connection.budget {
+                        Some(budget) => budget.reserve(now(), hash, amount.saturating_add(max_fee))?,
+                        None => return Err(StoreError::NoSuch("budget".to_owned())),
+                    };
+                    connection.rows.insert(hash, row);
+                    Ok(first)
+                })
+                .map_err(stored)?
+                .ok_or_else(revoked)?;
+            if let Err(error) = self.wallet.pay(&bolt11, max_fee).await {
+                // An earlier try may be out: what is held for it stays held until that one has its end.
+                if error.sent_nothing() && first {
+                    self.ended(app, hash, None)?;
+                }
+                let code = match &error {
+                    PayError::NoRoute { amount, payable, .. } if payable < amount => "INSUFFICIENT_BALANCE",
+                    PayError::NoRoute { .. } | PayError::Expired => "PAYMENT_FAILED",
+                    PayError::BadInvoice { .. } => "OTHER",
+                    PayError::Stopped | PayError::Uncertain { .. } => "INTERNAL",
+                };
+                return Err(Fault::new(code, error.to_string()));
+            }
         }
         let deadline = tokio::time::Instant::now() + PAY_WITHIN;
         loop {
-            match self.wallet.lookup(hash).await.map_err(internal)? {
-                PaymentState::Settled { preimage, fee, .. } => {
-                    self.ended(app, hash, Some(amount.saturating_add(fee)))?;
-                    return Ok(json!({ "preimage": preimage, "fees_paid": fee }));
+            {
+                let _turn = turn.lock().await;
+                match self.wallet.lookup(hash).await.map_err(internal)? {
+                    PaymentState::Settled { preimage, fee, amount: paid } => {
+                        // Another invoice may have had this hash: what was paid counts.
+                        let paid = if paid.is_zero() { amount } else { paid };
+                        self.ended(app, hash, Some(paid.saturating_add(fee)))?;
+                        return Ok(json!({ "preimage": preimage, "fees_paid": fee }));
+                    }
+                    PaymentState::Failed { reason } => {
+                        self.ended(app, hash, None)?;
+                        return Err(Fault::new("PAYMENT_FAILED", reason.to_string()));
+                    }
+                    PaymentState::Unknown | PaymentState::InFlight => {}
                 }
-                PaymentState::Failed { reason } => {
-                    self.ended(app, hash, None)?;
-                    return Err(Fault::new("PAYMENT_FAILED", reason.to_string()));
-                }
-                PaymentState::Unknown | PaymentState::InFlight if tokio::time::Instant::now() >= deadline => {
-                    let text = "the payment is still under way; look it up before you try again";
-                    return Err(Fault::new("INTERNAL", text));
-                }
-                PaymentState::Unknown | PaymentState::InFlight => tokio::time::sleep(LOOK_EVERY).await,
             }
+            if tokio::time::Instant::now() >= deadline {
+                let text = "the payment is still under way; look it up before you try again";
+                return Err(Fault::new("INTERNAL", text));
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
         }
+    }
+
+    /// Whether this app asked for this payment before and nothing is held for it any more.
+    fn has_counted(&self, app: &PublicKey, hash: &PaymentHash) -> bool {
+        let connections = self.connections();
+        connections.of(app).is_some_and(|connection| {
+            let held = connection.budget.as_ref().is_some_and(|budget| budget.reserved.contains_key(hash));
+            !held && connection.rows.get(hash).is_some_and(|row| row.outgoing)
+        })
     }
 
     /// A payment cost this much, or nothing.
@@ -392,6 +430,8 @@ impl Shared {
             };
             for (app, held, untold) in all {
                 for hash in held {
+                    let turn = self.turn(hash);
+                    let _turn = turn.lock().await;
                     match self.wallet.lookup(hash).await {
                         Ok(PaymentState::Settled { fee, amount, .. }) => {
                             let _ = self.ended(&app, hash, Some(amount.saturating_add(fee)));
