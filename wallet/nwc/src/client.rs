@@ -1,13 +1,14 @@
 //! A wallet that is somebody else's, behind the port.
 
 use crate::{
+    answer::{Looked, fee, looked, preimage, record},
     link,
-    watch::{Waiting, Watch},
+    watch::{GRACE_MS, Waiting, Watch},
     wire::{self, Encryption, Fault, Request, Response},
 };
 use async_trait::async_trait;
 use nostr_sdk::prelude::{Client, Event, EventId, Filter, Keys, NostrWalletConnectURI, PublicKey, Timestamp};
-use satgrid_types::{LightningKey, Msat, PaymentHash, Preimage, UnixMs};
+use satgrid_types::{LightningKey, Msat, PaymentHash, UnixMs};
 use satgrid_wallet::{
     Balance, Channel, ChannelError, ChannelId, Direction, FailureReason, Invoice, InvoiceError, InvoiceRequest,
     Lightning, Network, OpenChannel, PayError, PaymentRecord, PaymentState, WalletError, WalletEvent, invoice,
@@ -69,6 +70,9 @@ enum AskError {
     Silent(u64),
     #[error("not sent: {0}")]
     NotSent(String),
+    /// It may have passed a relay whose word for it was lost.
+    #[error("no relay said that it took it")]
+    NotTaken,
 }
 
 /// The wallet behind a connection.
@@ -154,18 +158,21 @@ impl NwcWallet {
 
 impl Shared {
     async fn ask(&self, method: &str, params: Value, within: Duration) -> Result<Value, AskError> {
-        let not_sent = |why: &str| AskError::NotSent(why.to_owned());
         let request = Request { method: method.to_owned(), params };
         let text = serde_json::to_string(&request).map_err(|e| AskError::NotSent(e.to_string()))?;
         let event = wire::event(&self.keys, &self.wallet, wire::REQUEST, self.encryption, &text, None)
-            .ok_or_else(|| not_sent("it could not be encrypted"))?;
+            .ok_or_else(|| AskError::NotSent("it could not be encrypted".to_owned()))?;
         let (to, answer) = oneshot::channel();
         lock(&self.answers).insert(event.id, to);
         let id = event.id;
-        let sent = self.client.send_event(&event).await;
-        if !sent.as_ref().is_ok_and(|sent| !sent.success.is_empty()) {
+        let not_sent = match self.client.send_event(&event).await {
+            Ok(sent) if sent.success.is_empty() => Some(AskError::NotTaken),
+            Ok(_) => None,
+            Err(error) => Some(AskError::NotSent(error.to_string())),
+        };
+        if let Some(error) = not_sent {
             lock(&self.answers).remove(&id);
-            return Err(AskError::NotSent(sent.map_or_else(|e| e.to_string(), |_| "no relay took it".to_owned())));
+            return Err(error);
         }
         // No relay keeps it: a wallet that was away for a moment gets the same request again.
         let mut answer = answer;
@@ -226,7 +233,7 @@ impl Shared {
             for (hash, row) in waiting {
                 let event = match row.failed {
                     Some(reason) => Some(WalletEvent::PaymentFailed { hash, reason }),
-                    None => match (self.look(hash).await, row.direction) {
+                    None => match (self.look_after(hash).await, row.direction) {
                         (Ok(Some(Looked::Settled { preimage: Some(preimage), fee, .. })), Direction::Outbound) => {
                             Some(WalletEvent::PaymentSettled { hash, preimage, fee })
                         }
@@ -238,6 +245,12 @@ impl Shared {
                             if !lock(&self.state).paying.contains(&hash) =>
                         {
                             Some(WalletEvent::PaymentFailed { hash, reason: FailureReason::Other })
+                        }
+                        // Its invoice is over, and the wallet never knew it: nobody pays it any more.
+                        (Ok(None), Direction::Outbound)
+                            if now().since(row.expires_at) >= GRACE_MS && !lock(&self.state).paying.contains(&hash) =>
+                        {
+                            Some(WalletEvent::PaymentFailed { hash, reason: FailureReason::NeverSent })
                         }
                         (Ok(_) | Err(_), _) => None,
                     },
@@ -257,10 +270,19 @@ impl Shared {
         }
     }
 
+    /// Looks, and remembers whether the wallet knows of it.
+    async fn look_after(&self, hash: PaymentHash) -> Result<Option<Looked>, AskError> {
+        let looked = self.look(hash).await?;
+        let mut state = lock(&self.state);
+        let known = looked.is_some() || state.paying.contains(&hash);
+        state.watch.heard(hash, known);
+        Ok(looked)
+    }
+
     async fn look(&self, hash: PaymentHash) -> Result<Option<Looked>, AskError> {
         let answer = self.ask("lookup_invoice", json!({ "payment_hash": hash.to_string() }), ANSWER_WITHIN).await;
         match answer {
-            Ok(found) => Ok(Some(looked(&found))),
+            Ok(found) => Ok(Some(looked(&found, hash))),
             Err(AskError::Fault(fault)) if fault.code == "NOT_FOUND" => Ok(None),
             Err(error) => Err(error),
         }
@@ -269,7 +291,8 @@ impl Shared {
     async fn pay(self: Arc<Self>, hash: PaymentHash, bolt11: String) {
         let paid = self.ask("pay_invoice", json!({ "invoice": bolt11 }), PAID_WITHIN).await;
         let failed = match &paid {
-            Ok(_) | Err(AskError::Silent(_)) => None,
+            // Without a relay's word it may have left: it is looked up until it has an end.
+            Ok(_) | Err(AskError::Silent(_) | AskError::NotTaken) => None,
             // It never left.
             Err(AskError::NotSent(_)) => Some(FailureReason::Other),
             Err(AskError::Fault(fault)) => match fault.code.as_str() {
@@ -292,36 +315,12 @@ impl Shared {
         if let Err(error) = &paid {
             tracing::info!(payment = %hash, %error, "the connected wallet did not say that it paid");
         }
-        let preimage = paid.ok().and_then(|paid| Some((preimage(&paid)?, fee(&paid))));
+        let preimage = paid.ok().and_then(|paid| Some((preimage(&paid, hash)?, fee(&paid))));
         match preimage {
             Some((preimage, fee)) => self.queue(hash, WalletEvent::PaymentSettled { hash, preimage, fee }),
             None => self.poke.notify_one(),
         }
     }
-}
-
-/// What `lookup_invoice` says.
-enum Looked {
-    Pending,
-    Failed,
-    Settled { preimage: Option<Preimage>, fee: Msat, amount: Msat },
-}
-
-fn looked(found: &Value) -> Looked {
-    let state = found["state"].as_str().unwrap_or_default().to_lowercase();
-    let settled = state == "settled" || (state.is_empty() && found["settled_at"].as_u64().is_some_and(|at| at > 0));
-    if settled {
-        let amount = Msat(found["amount"].as_u64().unwrap_or_default());
-        return Looked::Settled { preimage: preimage(found), fee: fee(found), amount };
-    }
-    if state == "failed" { Looked::Failed } else { Looked::Pending }
-}
-
-fn preimage(value: &Value) -> Option<Preimage> {
-    value["preimage"].as_str()?.parse().ok()
-}
-fn fee(value: &Value) -> Msat {
-    Msat(value["fees_paid"].as_u64().unwrap_or_default())
 }
 
 #[async_trait]
@@ -381,6 +380,7 @@ impl Lightning for NwcWallet {
             if !state.paying.insert(hash) {
                 return Ok(());
             }
+            state.watch.heard(hash, true);
             // What an earlier try left to be told is no longer so.
             state.queue.retain(|(queued, _)| *queued != hash);
             let (direction, expires_at) = (Direction::Outbound, facts.expires_at);
@@ -455,7 +455,7 @@ impl Lightning for NwcWallet {
             largest_payment: has,
             // It is not told; whoever makes an invoice learns it.
             receivable: Msat(u64::from(u32::MAX) * 1_000),
-            outbound_in_flight: !state.paying.is_empty(),
+            outbound_in_flight: state.watch.may_be_out(&state.paying),
             ..Balance::default()
         })
     }
@@ -540,20 +540,6 @@ impl Lightning for NwcWallet {
         }
         Ok(())
     }
-}
-
-fn record(row: &Value) -> Option<PaymentRecord> {
-    let hash: PaymentHash = row["payment_hash"].as_str()?.parse().ok()?;
-    let outgoing = row["type"].as_str() == Some("outgoing");
-    let (amount, fee) = (Msat(row["amount"].as_u64()?), fee(row));
-    let state = match looked(row) {
-        Looked::Settled { preimage: Some(preimage), fee, amount } => PaymentState::Settled { preimage, fee, amount },
-        Looked::Settled { preimage: None, .. } | Looked::Pending => PaymentState::InFlight,
-        Looked::Failed => PaymentState::Failed { reason: FailureReason::Other },
-    };
-    let at = row["settled_at"].as_u64().filter(|at| *at > 0).or(row["created_at"].as_u64()).unwrap_or_default();
-    let direction = if outgoing { Direction::Outbound } else { Direction::Inbound };
-    Some(PaymentRecord { hash, direction, amount, fee, state, at: UnixMs::from_secs(at) })
 }
 
 fn now() -> UnixMs {

@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 #![warn(clippy::float_arithmetic, clippy::cast_possible_truncation)]
 
+mod answer;
 pub mod budget;
 mod client;
 mod connections;
