@@ -1,7 +1,7 @@
 //! The wallet's routes of the admin port. They are the operator's hands: what they move is booked as the operator's own.
 
 use super::{Answer, Failed, State, failed};
-use crate::drive::restore;
+use crate::drive::{channels::BackupFile, restore};
 use axum::{
     Json, Router,
     extract::{Query, State as Shared},
@@ -13,6 +13,7 @@ use satgrid_wallet::{
     Channel, ChannelError, ChannelId, Direction, Embedded, OpenChannel, PayError, PaymentRecord, PaymentState,
     embedded::{ANCHOR_RESERVE_SAT, OnchainSend, Receive, Shortage},
     invoice,
+    reopen::Reopen,
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -254,7 +255,10 @@ async fn fees(Shared(state): Shared<State>) -> Answer {
 
 async fn backup(Shared(state): Shared<State>) -> Answer {
     let backup = embedded(&state)?.channel_backup().await.map_err(failed)?;
-    Ok(Json(json!({ "network": state.network, "backup": backup })))
+    let restoring = restore::peek(&state.restoring);
+    // The very file that the node writes, so that a restore reads it.
+    let file = BackupFile::of(state.network, backup, restoring.as_ref(), &Reopen::default());
+    Ok(Json(serde_json::to_value(file).map_err(failed)?))
 }
 
 async fn restoring(Shared(state): Shared<State>) -> Answer {

@@ -6,11 +6,12 @@ use satgrid_wallet::{
     Channel, Embedded, OpenChannel,
     embedded::{ChannelBackup, Shortage},
     reopen::{Due, Reopen},
+    restore::Restoring,
 };
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeSet,
-    fs::OpenOptions,
+    fs::{File, OpenOptions},
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
@@ -59,6 +60,24 @@ pub(crate) struct BackupFile {
 
 const VERSION: u32 = 1;
 
+impl BackupFile {
+    /// As it is written and, by hand, asked for. Channels that are still to come back stay in it.
+    pub(crate) fn of(
+        network: &str,
+        mut backup: ChannelBackup,
+        restoring: Option<&Restoring>,
+        reopen: &Reopen,
+    ) -> BackupFile {
+        for lost in restoring.into_iter().flat_map(Restoring::open) {
+            let address = lost.address.clone().map(|address| (lost.channel.counterparty, address));
+            backup.peers.extend(address.filter(|peer| !backup.peers.contains(peer)));
+            backup.channels.push(lost.channel.clone());
+        }
+        let network = network.to_owned();
+        BackupFile { version: VERSION, network, written_at: now(), backup, reopen: reopen.clone() }
+    }
+}
+
 pub(crate) struct Keeper {
     pub wallet: Arc<dyn Embedded>,
     pub dir: PathBuf,
@@ -95,10 +114,17 @@ impl Keeper {
                     }
                 }
             }
+            // What was not to be had now may be at the next look: backups go on as long as the node does.
             let (Ok(channels), Ok(balance)) = (self.wallet.channels().await, self.wallet.balance().await) else {
-                return;
+                continue;
             };
-            let Ok(backup) = self.wallet.channel_backup().await else { return };
+            let backup = match self.wallet.channel_backup().await {
+                Ok(backup) => backup,
+                Err(error) => {
+                    tracing::error!(%error, "the channels could not be backed up");
+                    continue;
+                }
+            };
             if reopen.saw(&channels) || written.as_ref() != Some(&backup) {
                 match self.write(&reopen, backup.clone()) {
                     Ok(()) => written = Some(backup),
@@ -150,14 +176,9 @@ impl Keeper {
         }
     }
 
-    fn write(&self, reopen: &Reopen, mut backup: ChannelBackup) -> anyhow::Result<()> {
-        for lost in restore::peek(&self.restoring).iter().flat_map(|restoring| restoring.open()) {
-            let address = lost.address.clone().map(|address| (lost.channel.counterparty, address));
-            backup.peers.extend(address.filter(|peer| !backup.peers.contains(peer)));
-            backup.channels.push(lost.channel.clone());
-        }
-        let (network, written_at) = (self.network.to_owned(), now());
-        let file = BackupFile { version: VERSION, network, written_at, backup, reopen: reopen.clone() };
+    fn write(&self, reopen: &Reopen, backup: ChannelBackup) -> anyhow::Result<()> {
+        let restoring = restore::peek(&self.restoring);
+        let file = BackupFile::of(self.network, backup, restoring.as_ref(), reopen);
         let text = serde_json::to_string_pretty(&file)?;
         write(&self.dir.join(BACKUP_FILE), &text)?;
         if let Some(path) = &self.backup {
@@ -187,7 +208,7 @@ pub(crate) fn read(path: &Path) -> Option<BackupFile> {
     (file.version == VERSION).then_some(file)
 }
 
-/// Replaces a file as a whole: whoever reads it reads the old one or the new one.
+/// Replaces a file as a whole: whoever reads it reads the old one or the new one. Durable when it returns.
 pub(crate) fn write(path: &Path, text: &str) -> io::Result<()> {
     let mut new = path.to_owned().into_os_string();
     new.push(".new");
@@ -195,5 +216,44 @@ pub(crate) fn write(path: &Path, text: &str) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
     file.write_all(text.as_bytes())?;
     file.sync_all()?;
-    std::fs::rename(&new, path)
+    std::fs::rename(&new, path)?;
+    // The name is durable only when its folder is; a share may know no such call.
+    let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) else { return Ok(()) };
+    match File::open(dir)?.sync_all() {
+        Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => Ok(()),
+        synced => synced,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use satgrid_wallet::embedded::BackedUp;
+
+    #[test]
+    fn what_is_backed_up_by_hand_can_be_restored_from() {
+        let dir = tempfile::tempdir().unwrap();
+        let key = |n: u8| LightningKey([n; 33]);
+        let channel = |n: u8| BackedUp {
+            channel: n.to_string(),
+            counterparty: key(n),
+            funding: None,
+            capacity_sat: 100_000,
+            ours: Msat(5),
+        };
+        let backup = |n: u8| ChannelBackup {
+            node: key(9),
+            peers: vec![(key(n), "127.0.0.1:9735".into())],
+            channels: vec![channel(n)],
+            updates: [(n.to_string(), 4)].into(),
+        };
+        let restoring = Restoring::of(&backup(1), UnixMs(1));
+        let file = BackupFile::of("regtest", backup(2), Some(&restoring), &Reopen::default());
+        let path = dir.path().join("by-hand.json");
+        write(&path, &serde_json::to_string_pretty(&file).unwrap()).unwrap();
+        let back = read(&path).unwrap();
+        assert_eq!((back.network.as_str(), back.written_at), ("regtest", file.written_at));
+        assert_eq!(back.backup.channels, [channel(2), channel(1)], "what is still to come back stays in it");
+        assert_eq!(back.backup.peers.len(), 2);
+    }
 }
