@@ -12,7 +12,7 @@ use crate::{
 use anyhow::{Context, bail, ensure};
 use satgrid_types::{Msat, UnixMs};
 use satgrid_wallet::{
-    Embedded, PayError,
+    Balance, Embedded, PayError,
     embedded::{OnchainDraft, OnchainSend, SendError},
     invoice,
     sweep::{Destination, Rules, Sweep, Swept},
@@ -107,18 +107,15 @@ impl Sweeper {
                 () = shutdown.cancelled() => return,
                 _ = look.tick() => {}
             }
-            let Ok(balance) = self.wallet.balance().await else { return };
-            let last = match self.list() {
-                Ok(list) => list.last().map(|swept| swept.at),
-                Err(error) => {
-                    tracing::error!(%error, "no sweep without knowing the last one");
-                    continue;
-                }
+            if failed.is_some_and(|at| now().since(at) < AGAIN_MS) {
+                continue;
+            }
+            let due = |last: Option<UnixMs>, balance: &Balance| -> anyhow::Result<Option<Sweep>> {
+                Ok(rules.due(now(), last, balance))
             };
-            let rests = failed.is_some_and(|at| now().since(at) < AGAIN_MS);
-            let Some(sweep) = rules.due(now(), last, &balance).filter(|_| !rests) else { continue };
-            match self.carry_out(sweep, self.sat_per_vb, Some("by schedule".to_owned())).await {
-                Ok(swept) => tracing::info!(to = swept.to, sat = swept.amount_sat, by = swept.by, "swept"),
+            match self.carry_out(due, self.sat_per_vb, Some("by schedule".to_owned())).await {
+                Ok(None) => {}
+                Ok(Some(swept)) => tracing::info!(to = swept.to, sat = swept.amount_sat, by = swept.by, "swept"),
                 Err(error) => {
                     failed = Some(now());
                     tracing::warn!(error = format!("{error:#}"), "a sweep was not made");
@@ -168,13 +165,25 @@ impl Sweeper {
 
     /// A sweep now, whatever the schedule says.
     pub(crate) async fn now(&self, ask: &Ask) -> anyhow::Result<Swept> {
-        let sweep = self.asked(ask)?.plan(&self.wallet.balance().await?)?;
-        self.carry_out(sweep, ask.sat_per_vb.or(self.sat_per_vb), ask.label.clone()).await
+        let rules = self.asked(ask)?;
+        let planned =
+            |_: Option<UnixMs>, balance: &Balance| -> anyhow::Result<Option<Sweep>> { Ok(Some(rules.plan(balance)?)) };
+        let swept = self.carry_out(planned, ask.sat_per_vb.or(self.sat_per_vb), ask.label.clone()).await?;
+        swept.context("nothing was swept")
     }
 
-    async fn carry_out(&self, sweep: Sweep, sat_per_vb: Option<u32>, label: Option<String>) -> anyhow::Result<Swept> {
+    /// What to sweep is decided from the last one's time and from the balance once no other sweep is under way: two that
+    /// were planned from one balance would together take what was to stay.
+    async fn carry_out(
+        &self,
+        plan: impl FnOnce(Option<UnixMs>, &Balance) -> anyhow::Result<Option<Sweep>> + Send,
+        sat_per_vb: Option<u32>,
+        label: Option<String>,
+    ) -> anyhow::Result<Option<Swept>> {
         let _one = self.one.lock().await;
-        let mut list = self.list()?;
+        let mut list = self.list().context("no sweep without knowing the last one")?;
+        let balance = self.wallet.balance().await?;
+        let Some(sweep) = plan(list.last().map(|swept| swept.at), &balance)? else { return Ok(None) };
         list.push(Swept {
             at: now(),
             to: sweep.to.to_string(),
@@ -195,7 +204,7 @@ impl Sweeper {
             list.pop();
         }
         self.save(&list)?;
-        sent.map(|_| swept)
+        sent.map(|_| Some(swept))
     }
 
     async fn send(&self, sweep: &Sweep, sat_per_vb: Option<u32>) -> anyhow::Result<String> {
