@@ -7,7 +7,7 @@
 //! | state of a lost channel | it awaits | a crash there means |
 //! |---|---|---|
 //! | asked | the closing transaction: we connect to the peer, again and again | nothing: we connect again |
-//! | closed | that transaction's first confirmation | nothing: it is found again by the funding that it spends |
+//! | closed | that transaction's first confirmation, and a fee that is worth paying | nothing: it is found again by the funding that it spends |
 //! | swept | nothing; our share is on its way to an address of the wallet | the spend is found by the output that it spends |
 //! | too small | nothing; what is ours is worth less than the fee that moves it | |
 //! | elsewhere | nothing; no output of it is of our static keys. A close by agreement pays the wallet's own address, which its scan finds | |
@@ -95,7 +95,9 @@ impl core::fmt::Display for LostState {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         match self {
             LostState::Asked => write!(f, "the peer is asked to close it"),
-            LostState::Closed { txid } => write!(f, "closed by {txid}, which waits for a block"),
+            LostState::Closed { txid } => {
+                write!(f, "closed by {txid}; our share waits for its block, or for lower fees")
+            }
             LostState::Swept { txid, sat } => write!(f, "{sat} sat are coming back by {txid}"),
             LostState::TooSmall { txid, sat } => write!(f, "closed by {txid}; our {sat} sat are not worth a fee"),
             LostState::Elsewhere { txid } => {

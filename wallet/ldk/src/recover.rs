@@ -40,6 +40,10 @@ const NODE_INDEX: u32 = 0;
 const STATIC_INDEX: u32 = 8;
 /// The longest signature, its sighash byte included.
 const SIGNATURE_LEN: usize = 72;
+/// At this rate nothing is waited for: what does not pay it is not worth moving.
+const CHEAP_SAT_PER_VB: u64 = 5;
+/// Above that, a fee may take one part in so many of what it moves. Our share is ours alone and has no deadline.
+const MOST_FEE_SHARE: u64 = 4;
 
 /// How an output of a static key is spent.
 struct StaticKey {
@@ -126,6 +130,30 @@ fn spend(from: OutPoint, output: &TxOut, key: &StaticKey, to: &Address, sat_per_
     Ok(tx)
 }
 
+/// What to do with our share at a fee rate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Worth {
+    Move,
+    /// The rate is high, or the source says so: it may be another one tomorrow.
+    Wait,
+    /// With its worth.
+    Leave(u64),
+}
+
+fn worth(from: OutPoint, output: &TxOut, key: &StaticKey, sat_per_vb: u64) -> Worth {
+    // As long as any address of the wallet; none is given away for a question.
+    let to = Address::p2wpkh(&CompressedPublicKey(key.public), ldk_node::bitcoin::Network::Bitcoin);
+    if let Err(value) = spend(from, output, key, &to, sat_per_vb.min(CHEAP_SAT_PER_VB)) {
+        return Worth::Leave(value);
+    }
+    let value = output.value.to_sat();
+    match spend(from, output, key, &to, sat_per_vb) {
+        Ok(_) if sat_per_vb <= CHEAP_SAT_PER_VB => Worth::Move,
+        Ok(tx) if tx.output[0].value.to_sat() >= value - value / MOST_FEE_SHARE => Worth::Move,
+        Ok(_) | Err(_) => Worth::Wait,
+    }
+}
+
 fn funding(lost: &BackedUp) -> Result<OutPoint, WalletError> {
     let bad = || WalletError::Node { reason: format!("channel {} has no funding in the backup", lost.channel) };
     lost.funding.as_deref().and_then(|text| text.parse().ok()).ok_or_else(bad)
@@ -143,6 +171,10 @@ impl LdkWallet {
         };
         let close = closing.tx.compute_txid();
         let txid = close.to_string();
+        // Until a block has it another may take its place, and what that pays us is what counts.
+        if !closing.confirmed {
+            return Ok(LostState::Closed { txid });
+        }
         let keys = static_keys(&self.seed, self.network);
         let ours = (0u32..).zip(&closing.tx.output).find_map(|(vout, output)| {
             Some((OutPoint { txid: close, vout }, output, keys.get(&output.script_pubkey)?))
@@ -152,10 +184,12 @@ impl LdkWallet {
             let sat = spender.tx.output.iter().map(|output| output.value.to_sat()).sum();
             return Ok(LostState::Swept { txid: spender.tx.compute_txid().to_string(), sat });
         }
-        if !closing.confirmed {
-            return Ok(LostState::Closed { txid });
-        }
         let rate = chain.sat_per_vb().await.map_err(chain_error)?;
+        match worth(from, output, key, rate) {
+            Worth::Move => {}
+            Worth::Wait => return Ok(LostState::Closed { txid }),
+            Worth::Leave(sat) => return Ok(LostState::TooSmall { txid, sat }),
+        }
         let to = self.new_address().await?;
         let to = address(&to, self.network).map_err(|e| WalletError::Node { reason: e.to_string() })?;
         match spend(from, output, key, &to, rate) {
@@ -236,6 +270,26 @@ mod tests {
             let tx = spend(from, &output(50_000), key, &to, 10).unwrap();
             assert!(tx.output[0].value.to_sat() > 48_500, "{tx:?}");
             assert_eq!(tx.input[0].sequence.is_relative_lock_time(), key.anchors);
+        }
+    }
+
+    /// A rate of a day, or one that a source makes up, neither gives a share up nor burns it.
+    #[test]
+    fn a_high_rate_is_waited_out() {
+        let seed = Phrase::from_entropy(&[3; 16]).unwrap().seed();
+        for (script, key) in static_keys(&seed, Network::Regtest).iter().take(8) {
+            let check = |sat: u64, sat_per_vb: u64, expect: Worth| {
+                let output = TxOut { value: Amount::from_sat(sat), script_pubkey: script.clone() };
+                assert_eq!(worth(OutPoint::null(), &output, key, sat_per_vb), expect, "{sat} sat at {sat_per_vb}");
+            };
+            check(2_000, 3, Worth::Move);
+            check(1_000, 3, Worth::Move);
+            check(1_000, 5, Worth::Leave(1_000));
+            check(1_000, 10_000, Worth::Leave(1_000));
+            check(50_000, 50, Worth::Move);
+            check(50_000, 200, Worth::Wait);
+            check(50_000, 10_000, Worth::Wait);
+            check(5_000_000, 10_000, Worth::Move);
         }
     }
 }
