@@ -3,7 +3,7 @@
 //! It asks the same source as the node, keeps nothing, and believes it as far as the node does.
 
 use crate::ChainSource;
-use electrum_client::{Client as ElectrumClient, ElectrumApi};
+use electrum_client::{Client as ElectrumClient, ConfigBuilder, ElectrumApi};
 use esplora_client::{AsyncClient, Builder as EsploraBuilder};
 use ldk_node::bitcoin::{
     Block, OutPoint, Transaction, Txid,
@@ -17,6 +17,9 @@ use tokio::{
 };
 
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+const ELECTRUM_WITHIN_S: u8 = 30;
+/// In tests.
+const ELECTRUM_QUICK_S: u8 = 1;
 /// Blocks for which a fee is estimated.
 const FEE_BLOCKS: u16 = 6;
 /// Where the source knows no rate (a fresh chain): twice what nodes relay.
@@ -74,7 +77,7 @@ impl Chain {
             ChainSource::Esplora { url } => esplora(url)?.broadcast(tx).await.map_err(text),
             ChainSource::Electrum { url } => {
                 let (url, tx) = (url.clone(), tx.clone());
-                let send = move || ElectrumClient::new(&url).and_then(|client| client.transaction_broadcast(&tx));
+                let send = move || electrum(&url).and_then(|client| client.transaction_broadcast(&tx));
                 tokio::task::spawn_blocking(send).await.map_err(text)?.map(drop).map_err(text)
             }
             ChainSource::BitcoindRpc { .. } => {
@@ -93,7 +96,7 @@ impl Chain {
             }
             ChainSource::Electrum { url } => {
                 let url = url.clone();
-                let ask = move || ElectrumClient::new(&url).and_then(|client| client.block_headers_subscribe());
+                let ask = move || electrum(&url).and_then(|client| client.block_headers_subscribe());
                 let tip = tokio::task::spawn_blocking(ask).await.map_err(text)?.map_err(text)?;
                 Ok(tip.header.time.into())
             }
@@ -116,7 +119,7 @@ impl Chain {
             }
             ChainSource::Electrum { url } => {
                 let url = url.clone();
-                let ask = move || ElectrumClient::new(&url).and_then(|client| client.estimate_fee(FEE_BLOCKS.into()));
+                let ask = move || electrum(&url).and_then(|client| client.estimate_fee(FEE_BLOCKS.into()));
                 btc_per_kvb(tokio::task::spawn_blocking(ask).await.map_err(text)?.map_err(text)?)
             }
             ChainSource::BitcoindRpc { .. } => {
@@ -179,12 +182,18 @@ impl Chain {
     }
 }
 
-fn esplora(url: &str) -> Answer<AsyncClient> {
+pub(crate) fn esplora(url: &str) -> Answer<AsyncClient> {
     EsploraBuilder::new(url).timeout(ANSWER_WITHIN.as_secs()).build_async().map_err(text)
 }
 
+/// Left to itself it waits for ever: a server that takes a connection and says nothing would hold a restore up.
+pub(crate) fn electrum(url: &str) -> Result<ElectrumClient, electrum_client::Error> {
+    let within_s = if cfg!(test) { ELECTRUM_QUICK_S } else { ELECTRUM_WITHIN_S };
+    ElectrumClient::from_config(url, ConfigBuilder::new().timeout(Some(within_s)).build())
+}
+
 fn electrum_spender(url: &str, out: OutPoint) -> Answer<Option<Spender>> {
-    let client = ElectrumClient::new(url).map_err(text)?;
+    let client = electrum(url).map_err(text)?;
     let funding = client.transaction_get(&out.txid).map_err(text)?;
     let Some(output) = usize::try_from(out.vout).ok().and_then(|vout| funding.output.get(vout)) else {
         return Err(format!("{} has no output {}", out.txid, out.vout));
@@ -232,6 +241,15 @@ mod tests {
         check("fo", "Zm8=");
         check("foo", "Zm9v");
         check("foobar", "Zm9vYmFy");
+    }
+
+    #[tokio::test]
+    async fn a_server_that_says_nothing_is_not_waited_for() {
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("tcp://{}", silent.local_addr().unwrap());
+        let chain = Chain::of(&ChainSource::Electrum { url });
+        let answer = tokio::time::timeout(ANSWER_WITHIN, chain.tip_time()).await;
+        assert!(answer.expect("it gives up by itself").is_err());
     }
 
     #[test]

@@ -8,11 +8,11 @@
 
 use crate::{
     ChainSource,
-    chain::Chain,
+    chain::{Chain, electrum, esplora},
     embedded::{DUST_SAT, address, bitcoin_network},
     store::private_file,
 };
-use bdk_electrum::{BdkElectrumClient, electrum_client::Client as ElectrumClient};
+use bdk_electrum::BdkElectrumClient;
 use bdk_esplora::EsploraAsyncExt;
 use bdk_wallet::{ChangeSet, KeychainKind, SignOptions, Wallet, bitcoin::bip32::Xpriv, chain::Merge};
 use ldk_node::bitcoin::{Amount, FeeRate, Psbt};
@@ -163,13 +163,13 @@ impl Cold {
         let request = self.wallet.start_full_scan();
         let update = match source {
             ChainSource::Esplora { url } => {
-                let client = esplora_client::Builder::new(url).build_async().map_err(|e| chain(&e))?;
+                let client = esplora(url).map_err(|e| chain(&e))?;
                 client.full_scan(request, STOP_GAP, PARALLEL).await.map_err(|e| chain(&e))?
             }
             ChainSource::Electrum { url } => {
                 let url = url.clone();
                 let scan = move || {
-                    let client = BdkElectrumClient::new(ElectrumClient::new(&url)?);
+                    let client = BdkElectrumClient::new(electrum(&url)?);
                     client.full_scan(request, STOP_GAP, BATCH, false)
                 };
                 tokio::task::spawn_blocking(scan).await.map_err(|e| chain(&e))?.map_err(|e| chain(&e))?
@@ -226,7 +226,10 @@ impl Cold {
         let mut file = private_file(&new).map_err(|e| bad(e.to_string()))?;
         std::io::Write::write_all(&mut file, text.as_bytes()).map_err(|e| bad(e.to_string()))?;
         file.sync_all().map_err(|e| bad(e.to_string()))?;
-        fs::rename(&new, &self.path).map_err(|e| bad(e.to_string()))
+        fs::rename(&new, &self.path).map_err(|e| bad(e.to_string()))?;
+        // The name is durable only when its folder is.
+        let folder = self.path.parent().map_or(Ok(()), |dir| File::open(dir)?.sync_all());
+        folder.map_err(|e| bad(e.to_string()))
     }
 }
 
