@@ -14,7 +14,7 @@
 //!
 //! The guard compares watermarks: for each channel the number of its latest state, which only grows. What a backup has
 //! seen is never above what the disk holds, unless the disk is an old copy; then a peer could take everything in the
-//! channel by publishing nothing more than the truth.
+//! channel by publishing nothing more than the truth. What a restore gave up is never started again, whatever its number.
 
 use crate::embedded::{BackedUp, ChannelBackup};
 use satgrid_types::{LightningKey, UnixMs};
@@ -57,6 +57,12 @@ pub fn stale(disk: &Watermarks, seen: &[Seen]) -> Vec<Stale> {
         }
     }
     found
+}
+
+/// A channel on `disk` that a restore gave up: its store was put aside, is here again, and nobody can say how old it is.
+pub fn put_back<'a>(disk: &'a Watermarks, given_up: &BTreeSet<String>) -> Option<&'a str> {
+    let mut live = disk.iter().filter(|(_, state)| **state != OVER).map(|(channel, _)| channel.as_str());
+    live.find(|channel| given_up.contains(*channel))
 }
 
 /// See the module's table.
@@ -197,6 +203,16 @@ mod tests {
         check(&[], &[("a", 1)], &[("a", None)]);
         check(&[("a", OVER)], &[("a", 9)], &[]);
         check(&[("a", 9), ("b", 3)], &[], &[]);
+    }
+
+    #[test]
+    fn what_was_given_up_is_not_started_again() {
+        let given_up = BTreeSet::from(["a".to_owned(), "b".to_owned()]);
+        assert_eq!(put_back(&marks(&[]), &given_up), None);
+        assert_eq!(put_back(&marks(&[("c", 1)]), &given_up), None);
+        assert_eq!(put_back(&marks(&[("b", OVER), ("c", 1)]), &given_up), None);
+        assert_eq!(put_back(&marks(&[("a", 9), ("c", 1)]), &given_up), Some("a"));
+        assert_eq!(put_back(&marks(&[("a", 9)]), &BTreeSet::new()), None);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use core::fmt;
 use satgrid_types::LightningKey;
 use satgrid_wallet::{Network, keys::Seed, restore::Seen};
 use serde::{Deserialize, Serialize};
-use std::{net::SocketAddr, path::PathBuf};
+use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf};
 
 /// What a wallet on mainnet may hold unless the operator names another cap: it is a hot wallet, beta software, and one
 /// `rm -rf` away from nothing.
@@ -86,6 +86,9 @@ pub struct LdkConfig {
     /// What backups saw of the channels: where the store is older, the node does not start.
     #[serde(default)]
     pub seen: Vec<Seen>,
+    /// Channels that a restore gave up: where the store has one, the node does not start.
+    #[serde(default)]
+    pub given_up: BTreeSet<String>,
 }
 
 /// A liquidity provider.
@@ -126,6 +129,7 @@ impl LdkConfig {
             lsp: None,
             lsp_service: None,
             seen: Vec::new(),
+            given_up: BTreeSet::new(),
         }
     }
 

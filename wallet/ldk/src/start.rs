@@ -16,7 +16,7 @@ use ldk_node::{
 use satgrid_types::LightningKey;
 use satgrid_wallet::{
     Network,
-    restore::{Stale, stale},
+    restore::{Stale, put_back, stale},
 };
 use std::{
     io,
@@ -105,11 +105,15 @@ pub(crate) async fn start(config: LdkConfig) -> Result<LdkWallet, StartError> {
 
 /// Before anything of the node runs: it would connect to its peers, who may then take what an old state leaves open.
 async fn refuse_old(config: &LdkConfig) -> Result<(), StartError> {
-    if config.seen.is_empty() {
+    if config.seen.is_empty() && config.given_up.is_empty() {
         return Ok(());
     }
     let dir = config.dir.clone();
     let disk = store::watermarks(&dir).await?;
+    if let Some(channel) = put_back(&disk, &config.given_up) {
+        let reason = format!("channel {channel} was given up by a restore, which asked its peer to close it");
+        return Err(StartError::Old { dir, reason });
+    }
     match stale(&disk, &config.seen).into_iter().next() {
         None => Ok(()),
         Some(Stale { channel, disk: Some(disk), seen, by }) => Err(StartError::Old {

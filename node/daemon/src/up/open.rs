@@ -175,6 +175,7 @@ pub(super) async fn open_wallet(config: &Config, keys: &Keys, restored: Option<&
     let mut ldk = LdkConfig::new(config.node.dir.join("lightning"), keys.seed.clone(), chain);
     ldk.network = wallet_network(config.node.network);
     ldk.seen = restore::seen(&backups(config), restored);
+    ldk.given_up = restored.map(|restored| restored.given_up.clone()).unwrap_or_default();
     ldk.listen = vec![config.wallet.listen];
     ldk.alias = config.wallet.alias.clone();
     ldk.max_balance_sat = Some(config.wallet.max_balance_sat);
