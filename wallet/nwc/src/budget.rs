@@ -6,8 +6,11 @@
 //! | it settled | + amount and fee | - what was reserved for it |
 //! | it failed | | - what was reserved for it |
 //! | its fate is unknown | | stays: what may be out counts |
+//! | it is proved to be out no more (`Quiet`) | | - what was reserved for it |
 
+use core::time::Duration;
 use satgrid_types::{Msat, PaymentHash, UnixMs};
+use satgrid_wallet::payment::QUIET_MS;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use thiserror::Error;
@@ -103,6 +106,28 @@ impl Budget {
     }
 }
 
+/// Payments without an end, and since when nothing can be out for them: their invoice has expired, a channel is usable and
+/// none carries a payment of ours. What a crash forgot before it was sent ends so, or it would be held for ever.
+#[derive(Debug, Default)]
+pub(crate) struct Quiet(BTreeMap<PaymentHash, Duration>);
+
+impl Quiet {
+    /// What was found at this moment of a clock that nobody sets. True once it has held for long enough.
+    pub(crate) fn saw(&mut self, at: Duration, hash: PaymentHash, quiet: bool) -> bool {
+        if !quiet {
+            self.0.remove(&hash);
+            return false;
+        }
+        let since = *self.0.entry(hash).or_insert(at);
+        at.saturating_sub(since) >= Duration::from_millis(QUIET_MS)
+    }
+
+    /// Forgets all but these.
+    pub(crate) fn keep(&mut self, held: impl Fn(&PaymentHash) -> bool) {
+        self.0.retain(|hash, _| held(hash));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -140,6 +165,21 @@ mod tests {
         assert_eq!(budget.left(now), Msat(0));
         assert_eq!(budget.reserve(now, hash(1), Msat(500)), Ok(false));
         assert_eq!(budget.left(now), Msat(0), "the dearer one may be out");
+    }
+
+    #[test]
+    fn what_is_not_out_is_not_held_for_ever() {
+        let (mut quiet, at) = (Quiet::default(), Duration::from_millis);
+        assert!(!quiet.saw(at(0), hash(1), true));
+        assert!(!quiet.saw(at(QUIET_MS - 1), hash(1), true));
+        assert!(!quiet.saw(at(QUIET_MS - 1), hash(2), true));
+        assert!(quiet.saw(at(QUIET_MS), hash(1), true));
+        // Something was out in between.
+        assert!(!quiet.saw(at(QUIET_MS), hash(1), false));
+        assert!(!quiet.saw(at(2 * QUIET_MS - 1), hash(1), true));
+        quiet.keep(|held| *held == hash(1));
+        assert!(!quiet.saw(at(2 * QUIET_MS), hash(2), true));
+        assert!(quiet.saw(at(3 * QUIET_MS), hash(1), true));
     }
 
     #[test]

@@ -10,6 +10,7 @@
 //! An app sees its own invoices and payments and nobody else's.
 
 use crate::{
+    budget::Quiet,
     connections::{Connections, Row, StoreError},
     link,
     wire::{self, Encryption, Fault, METHODS, REQUEST_LIVES_S, Request, Response},
@@ -46,8 +47,8 @@ pub struct ServiceConfig {
     pub relays: Vec<String>,
 }
 
-/// What an app has open: payments that hold budget, and invoices that it was not told of.
-type Open = (PublicKey, Vec<PaymentHash>, Vec<(PaymentHash, Row)>);
+/// What an app has open: payments that hold budget, with the end of their invoices, and invoices that it was not told of.
+type Open = (PublicKey, Vec<(PaymentHash, UnixMs)>, Vec<(PaymentHash, Row)>);
 
 /// A running service. Dropping it ends it.
 pub struct NwcService {
@@ -415,12 +416,17 @@ impl Shared {
 
     /// Ends what a payment held whose end nobody waited for, and tells apps of what they were paid.
     async fn reconcile(&self) {
+        let (began, mut quiet) = (tokio::time::Instant::now(), Quiet::default());
         loop {
             tokio::time::sleep(RECONCILE_EVERY).await;
             let all: Vec<Open> = {
                 let connections = self.connections();
+                let expires = |c: &crate::Connection, hash: &PaymentHash| {
+                    c.rows.get(hash).map_or(UnixMs(u64::MAX), |row| row.expires_at)
+                };
                 let held = |c: &crate::Connection| {
-                    c.budget.as_ref().map(|b| b.reserved.keys().copied().collect()).unwrap_or_default()
+                    let held = c.budget.iter().flat_map(|b| b.reserved.keys());
+                    held.map(|hash| (*hash, expires(c, hash))).collect()
                 };
                 let untold = |c: &crate::Connection| {
                     c.rows.iter().filter(|(_, row)| !row.told).map(|(hash, row)| (*hash, row.clone())).collect()
@@ -428,8 +434,9 @@ impl Shared {
                 let known = connections.all().iter().filter_map(|c| Some((PublicKey::from_hex(&c.app).ok()?, c)));
                 known.map(|(app, c)| (app, held(c), untold(c))).collect()
             };
+            quiet.keep(|hash| all.iter().any(|(_, held, _)| held.iter().any(|(held, _)| held == hash)));
             for (app, held, untold) in all {
-                for hash in held {
+                for (hash, expires_at) in held {
                     let turn = self.turn(hash);
                     let _turn = turn.lock().await;
                     match self.wallet.lookup(hash).await {
@@ -439,7 +446,13 @@ impl Shared {
                         Ok(PaymentState::Failed { .. }) => {
                             let _ = self.ended(&app, hash, None);
                         }
-                        Ok(PaymentState::Unknown | PaymentState::InFlight) | Err(_) => {}
+                        Ok(PaymentState::Unknown | PaymentState::InFlight) => {
+                            let over = now() >= expires_at && self.nothing_is_out().await;
+                            if quiet.saw(began.elapsed(), hash, over) {
+                                let _ = self.ended(&app, hash, None);
+                            }
+                        }
+                        Err(_) => {}
                     }
                 }
                 for (hash, row) in untold {
@@ -449,6 +462,12 @@ impl Shared {
                 }
             }
         }
+    }
+
+    /// As [`satgrid_wallet::payment`] has it.
+    async fn nothing_is_out(&self) -> bool {
+        let usable = self.wallet.channels().await.is_ok_and(|all| all.iter().any(|channel| channel.usable));
+        usable && self.wallet.balance().await.is_ok_and(|balance| !balance.outbound_in_flight)
     }
 
     async fn tell(&self, app: &PublicKey, hash: PaymentHash, row: &Row, state: &PaymentState) {
