@@ -238,6 +238,13 @@ impl Payment {
         self.ask(now);
     }
 
+    /// The clock was set. What was reckoned by it begins anew: a step ahead is no quiet time, and after a step back the next
+    /// look would be as far away.
+    pub fn clock_moved(&mut self, now: UnixMs) {
+        (self.still_since, self.quiet_since) = (None, None);
+        self.wake_at = self.wake_at.map(|_| now);
+    }
+
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
     }

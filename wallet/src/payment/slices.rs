@@ -101,6 +101,13 @@ impl<K: Ord + Clone> Slices<K> {
         }
     }
 
+    /// The clock was set.
+    pub fn clock_moved(&mut self, now: UnixMs) {
+        for (_, payment) in self.payments.values_mut() {
+            payment.clock_moved(now);
+        }
+    }
+
     /// The next thing to do, and for which payment.
     pub fn poll_action(&mut self) -> Option<(PaymentHash, Action)> {
         self.payments.iter_mut().find_map(|(hash, (_, payment))| Some((*hash, payment.poll_action()?)))

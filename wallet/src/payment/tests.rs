@@ -45,6 +45,31 @@ fn check(mut payment: Payment, inputs: &[Input], expect: Phase) {
 }
 
 #[test]
+fn a_clock_that_is_set_neither_proves_nor_delays_anything() {
+    const DAY_MS: u64 = 86_400_000;
+    let at = |ms| UnixMs(DAY_MS + ms);
+    // Back by a day: it is asked about now, not tomorrow.
+    let mut payment = Payment::start(at(0), intent(1));
+    payment.handle(at(1), Input::Accepted).unwrap();
+    drain(&mut payment);
+    payment.clock_moved(UnixMs(2));
+    assert_eq!(payment.poll_timeout(), Some(UnixMs(2)));
+    payment.handle_timeout(UnixMs(2));
+    assert_eq!(drain(&mut payment), [Action::Look { hash: hash(1) }]);
+    // Ahead by a day: that is no quiet time.
+    let mut payment = Payment::recover(UnixMs(0), intent(1), None);
+    payment.handle(EXPIRES, USABLE).unwrap();
+    payment.clock_moved(at(0));
+    payment.handle(at(0), USABLE).unwrap();
+    assert_eq!(*payment.phase(), Phase::Unknown);
+    payment.handle(at(QUIET_MS), USABLE).unwrap();
+    assert_eq!(*payment.phase(), Phase::Failed { reason: FailureReason::NeverSent });
+    // What is over is not woken.
+    payment.clock_moved(at(0));
+    assert_eq!(payment.poll_timeout(), None);
+}
+
+#[test]
 fn the_table() {
     let start = || Payment::start(UnixMs(0), intent(1));
     let recovered = || Payment::recover(UnixMs(0), intent(1), None);

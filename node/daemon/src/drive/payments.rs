@@ -1,6 +1,6 @@
 //! Outbound payments: the machine of `wallet::payment` that pays each slice once, driven against the wallet.
 
-use super::{now, until};
+use super::{ClockWatch, now, until};
 use satgrid_types::{LightningKey, Msat, PaymentHash, Preimage, SessionId, UnixMs};
 use satgrid_wallet::{
     Channel, Embedded, FailureReason, Lightning, invoice,
@@ -113,6 +113,7 @@ pub(crate) fn start(
 
 impl Payments {
     async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Command>) {
+        let mut clock = ClockWatch::new();
         loop {
             let wake = self.slices.poll_timeout();
             tokio::select! {
@@ -121,6 +122,10 @@ impl Payments {
                     None => return,
                 },
                 () = tokio::time::sleep(until(wake)) => self.slices.handle_timeout(now()),
+            }
+            if clock.moved().is_some() {
+                self.slices.clock_moved(now());
+                self.slices.handle_timeout(now());
             }
             self.start_waiting();
             self.act();
