@@ -238,6 +238,7 @@ impl Gateway {
             run.ended(None, &api::Bill::default()).await;
             return Err(stopped());
         }
+        run.budget.iter_mut().for_each(Budget::asked);
         // Admitted once a provider has the request: refusals before that become statuses.
         let started = match run.emissions.recv().await {
             Some(Emission::Ordered { .. } | Emission::Ticket { .. }) => {

@@ -15,17 +15,19 @@ use crate::drive::now;
 use crate::traces::CallTrace;
 use satgrid_api::{Bill, CallContext, CompletionRequest, LimitSource, Prompt, ServiceError, Shortfall};
 use satgrid_ledger::keys::{KeyId, KeyKind, KeyRefusal, room};
-use satgrid_ledger_sqlite::{CallEnd, CallRef, CallState, KeyError, NewCall};
+use satgrid_ledger_sqlite::{CallEnd, CallRef, CallState, KeyError, KeyStore, NewCall};
 use satgrid_pricing::{affordable_output, ceiling, with_margin, without_margin};
 use satgrid_types::{FinishReason, Msat, NodeKey, RateCard, RequestId, UnixMs};
 use std::{sync::Arc, time::Instant};
+use tokio::runtime::Handle;
+use tracing::Instrument;
 
 /// A call whose money is in hand.
 pub(crate) struct Budget {
     desk: Arc<Desk>,
     new: NewCall,
     /// The reservation; none without a stored key.
-    held: Option<(CallRef, Msat)>,
+    held: Option<Held>,
     /// The key is a stranger's: its charge is booked, with a margin.
     prepaid: bool,
     /// In thousandths.
@@ -36,6 +38,30 @@ pub(crate) struct Budget {
     trace: Option<CallTrace>,
     /// The most that the call may produce.
     pub max_output: u32,
+}
+
+/// A reservation. Dropped before anybody was asked it is given back: its client has left, and nothing was bought.
+struct Held {
+    keys: KeyStore,
+    call: CallRef,
+    reserved: Msat,
+    /// Somebody may have been asked: only the call's end, or the next start, knows what it cost.
+    asked: bool,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let Some(runtime) = Handle::try_current().ok().filter(|_| !self.asked) else { return };
+        let (keys, call) = (self.keys.clone(), self.call);
+        runtime.spawn(async move {
+            let nothing = Bill::default();
+            let (state, detail) = (CallState::Failed, detail::of(None, &nothing));
+            let end = CallEnd { state, cost: nothing.cost, charged: nothing.cost, detail };
+            if let Err(error) = keys.ending_call(call, &end, now()).await {
+                tracing::error!(%error, call = %call.id.short(), "a reservation was not given back; the next start does it");
+            }
+        });
+    }
 }
 
 /// What a call is, for its budget.
@@ -101,7 +127,14 @@ impl Budget {
         let most_of_all = if request.routing.allow_fallbacks { most.failover } else { most.one };
         new.needed = with_margin(most.one, margin);
         new.wanted = with_margin(most_of_all, margin);
-        let held = desk.keys.open_call(&new, began).await.map_err(|error| {
+        // In a task of its own: a client that leaves while it is written takes nothing with it.
+        let (keys, asked) = (desk.keys.clone(), new.clone());
+        let opening = tokio::spawn(async move {
+            let (call, reserved) = keys.open_call(&asked, began).await?;
+            Ok::<_, KeyError>(Held { keys, call, reserved, asked: false })
+        });
+        let opened = opening.await.unwrap_or_else(|error| Err(KeyError::Storage(error.to_string())));
+        let held = opened.map_err(|error| {
             desk.meter.refused();
             refused(model, error)
         })?;
@@ -110,14 +143,23 @@ impl Budget {
 
     /// The most that providers may ask for.
     pub(crate) fn max_cost(&self) -> Option<Msat> {
-        self.held.map(|(_, reserved)| without_margin(reserved, self.margin))
+        self.held.as_ref().map(|held| without_margin(held.reserved, self.margin))
+    }
+
+    /// The call is on its way to providers.
+    pub(crate) fn asked(&mut self) {
+        self.held.iter_mut().for_each(|held| held.asked = true);
     }
 
     /// A provider has taken the call under this id.
     pub(crate) async fn leg(&mut self, request: RequestId, provider: NodeKey) -> Result<(), ServiceError> {
         self.trace.iter_mut().for_each(|trace| trace.leg(request, provider));
-        let Some((call, _)) = self.held else { return Ok(()) };
-        self.desk.keys.leg(call, request).await.map_err(|error| ServiceError::Internal { detail: error.to_string() })
+        let Some(held) = &self.held else { return Ok(()) };
+        self.desk
+            .keys
+            .leg(held.call, request)
+            .await
+            .map_err(|error| ServiceError::Internal { detail: error.to_string() })
     }
 
     /// The first tokens have come.
@@ -132,17 +174,27 @@ impl Budget {
     }
 
     /// The call is over. Where a key's money is in it, that is written before the key's next call is opened; a crash before that
-    /// settles it for what the journal says.
+    /// settles it for what the journal says. A caller that stops waiting, as its client left, ends it all the same.
     pub(crate) async fn end(self, finish: Option<FinishReason>, bill: &Bill) {
+        let bill = bill.clone();
+        let written = tokio::spawn(async move { self.write(finish, &bill).await }.in_current_span());
+        if let Err(error) = written.await {
+            tracing::error!(%error, "a call's end was not written; a reservation is settled at the next start");
+        }
+    }
+
+    async fn write(mut self, finish: Option<FinishReason>, bill: &Bill) {
+        self.asked();
         self.desk.meter.ended(finish.is_some(), self.clock.elapsed(), bill);
-        if let (Some(traces), Some(trace)) = (&self.desk.traces, self.trace) {
+        if let (Some(traces), Some(trace)) = (&self.desk.traces, self.trace.take()) {
             traces.end(trace, finish, bill);
         }
         let state = if finish.is_some() { CallState::Done } else { CallState::Failed };
         let charged = with_margin(bill.cost, self.margin);
         let end = CallEnd { state, cost: bill.cost, charged, detail: detail::of(finish, bill) };
-        let written = match self.held {
-            Some((call, reserved)) => {
+        let written = match &self.held {
+            Some(Held { call, reserved, .. }) => {
+                let (call, reserved) = (*call, *reserved);
                 if end.charged > reserved {
                     tracing::error!(call = %call.id.short(), charged = %end.charged, %reserved, "a call cost more than it may");
                 }

@@ -1,10 +1,17 @@
 //! The desk against two fake wallets and a real SQLite: paid in once, spent by a key, paid back, and booked.
 
 use super::*;
+use crate::accounts::{
+    Desk,
+    budget::{Budget, Wanted},
+    rate::Rate,
+};
 use crate::drive::wallet::WalletPump;
+use satgrid_api::{Bill, CallContext, CompletionRequest, Format, Prompt, Routing, ToolChoice};
 use satgrid_ledger::Account;
 use satgrid_ledger::{Books, Journal};
 use satgrid_ledger_sqlite::SqliteJournal;
+use satgrid_types::{MsatPerMtok, RateCard, RequestId, Sampling};
 use satgrid_wallet::{
     PaymentState,
     fake::{FakeLightning, FakeNetwork, FaultRates},
@@ -239,5 +246,71 @@ async fn one_address_has_few_open_invoices() {
     assert_eq!(ask("a").await, Err(DoorError::TooManyInvoices));
     let made = ask("b").await.unwrap();
     assert_eq!(world.desk.invoice_state(made.payment_hash).await, Ok(Some(InvoiceState::Open)));
+    world.shutdown.cancel();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_leaves_at_any_moment_leaves_nothing_reserved() {
+    let world = world().await;
+    let made = world.desk.invoice(Order::NewKey { amount: Msat::sat(100) }, "a").await.unwrap();
+    let secret = made.secret.clone().unwrap();
+    world.pay(&made).await;
+    let hash: [u8; 32] = sha2::Sha256::digest(secret.as_bytes()).into();
+    let find = || async { world.keys.find(hash, now()).await.unwrap().first().map(|key| key.id) };
+    let key = until("made", find).await;
+    let till = Till::resale(world.desk.journal.clone(), 100);
+    let desk = Desk::new(world.keys.clone(), Rate::default(), till, None);
+    let request = CompletionRequest {
+        model: "m".to_owned(),
+        fallback_models: vec![],
+        prompt: Prompt::Text("hi".to_owned()),
+        sampling: Sampling::default(),
+        stop: vec![],
+        max_tokens: Some(8),
+        routing: Routing::default(),
+        format: Format::Text,
+        tools: vec![],
+        tool_choice: ToolChoice::None,
+        parallel_tool_calls: false,
+        top_logprobs: None,
+    };
+    let rates = RateCard { output: MsatPerMtok(1_000_000), ..RateCard::default() };
+    let wanted = || Wanted { model: "m", request: &request, rates: vec![rates], prompt: 1, max_output: 8 };
+    let context = |n: u8| CallContext {
+        request: RequestId([n; 32]),
+        trace: String::new(),
+        key: Some(key.to_string()),
+        deadline: None,
+    };
+    // While its money is reserved, and once it is but nobody was asked.
+    for polls in 1..12 {
+        let context = context(polls);
+        let mut opening = Box::pin(Budget::open(&desk, &context, wanted()));
+        for _ in 0..polls {
+            if futures::poll!(opening.as_mut()).is_ready() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+    until("given back", || async {
+        let usage = world.keys.chain(key, now()).await.unwrap()[0].usage;
+        (usage.requests > 0 && usage.reserved.is_zero()).then_some(())
+    })
+    .await;
+    assert_eq!(world.balance(key).await, Msat::sat(100));
+    // While its call's end is written.
+    let mut budget = Budget::open(&desk, &context(100), wanted()).await.unwrap();
+    budget.asked();
+    let bill = Bill { cost: Msat(5), ..Bill::default() };
+    let mut ending = Box::pin(budget.end(None, &bill));
+    let _ = futures::poll!(ending.as_mut());
+    drop(ending);
+    until("posted", || async {
+        let usage = world.keys.chain(key, now()).await.unwrap()[0].usage;
+        (usage.spent == Msat(6) && usage.reserved.is_zero()).then_some(())
+    })
+    .await;
+    until("booked", || async { (world.booked().await == (100_000, 99_994)).then_some(()) }).await;
     world.shutdown.cancel();
 }
