@@ -86,15 +86,17 @@ pub(crate) struct State {
 /// The token of this node, made on first use, readable by its owner only.
 pub(crate) fn token(dir: &Path) -> anyhow::Result<String> {
     let path = dir.join(TOKEN_FILE);
-    if let Ok(text) = std::fs::read_to_string(&path) {
-        return Ok(text.trim().to_owned());
+    // A start that was cut off, or met a full disk, leaves the file empty: that is no token, since showing none would show it.
+    if let Some(known) = std::fs::read_to_string(&path).ok().filter(|text| !text.trim().is_empty()) {
+        return Ok(known.trim().to_owned());
     }
     let mut bytes = [0; 32];
     rand::rngs::OsRng.fill_bytes(&mut bytes);
     let token = hex::encode(bytes);
     let mut file = std::fs::OpenOptions::new()
         .write(true)
-        .create_new(true)
+        .create(true)
+        .truncate(true)
         .mode(0o600)
         .open(&path)
         .with_context(|| format!("cannot write {}", path.display()))?;
@@ -118,8 +120,8 @@ pub(crate) fn router(state: State, accounts: Arc<dyn Accounts>) -> Router {
 /// Lets in whoever shows the token. Hashes are compared, so that time tells nothing of it.
 async fn authorise(Shared(state): Shared<State>, request: Request, next: Next) -> Response {
     let shown = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let shown = shown.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
-    if Sha256::digest(shown) == Sha256::digest(&state.token) {
+    let shown = shown.and_then(|value| value.strip_prefix("Bearer "));
+    if shown.is_some_and(|shown| Sha256::digest(shown) == Sha256::digest(&state.token)) {
         return next.run(request).await;
     }
     let text = format!("show the token in {TOKEN_FILE} of the node's folder as `Authorization: Bearer`");
@@ -248,4 +250,27 @@ async fn close_session(Shared(state): Shared<State>, UrlPath(session): UrlPath<S
     let event = consumer::Message::Event(ConsumerEvent::CloseSession { session });
     inbox.send(event).await.map_err(failed)?;
     Ok(Json(json!({})))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_token_is_made_once_and_never_empty() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(TOKEN_FILE);
+        let made = token(dir.path()).unwrap();
+        assert_eq!(made.len(), 64);
+        assert_eq!(token(dir.path()).unwrap(), made, "the same again");
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        for cut_off in ["", "\n"] {
+            std::fs::write(&path, cut_off).unwrap();
+            let anew = token(dir.path()).unwrap();
+            assert_eq!(anew.len(), 64, "{cut_off:?}");
+            assert_ne!(anew, made);
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), anew);
+        }
+    }
 }
