@@ -138,21 +138,26 @@ async fn drive(runs: Arc<Runs>, key: RunKey, run: Arc<Run>, mut events: Completi
     };
     tokio::pin!(abandoned);
     loop {
-        let event = tokio::select! {
-            event = events.next() => event,
-            () = &mut abandoned => Some(Err(ServiceError::ProviderFailed {
+        let (event, left) = tokio::select! {
+            event = events.next() => (event, false),
+            () = &mut abandoned => (Some(Err(ServiceError::ProviderFailed {
                 reason: format!(
                     "the client was away for {} s and the work was stopped; a new Idempotency-Key starts it again",
                     runs.grace.as_secs()
                 ),
                 bill: None,
-            })),
-            () = closing.aborted() => Some(Err(ServiceError::closing())),
+            })), true),
+            () = closing.aborted() => (Some(Err(ServiceError::closing())), false),
         };
         let event = event.unwrap_or_else(|| Err(ServiceError::no_result()));
         let (last, refused) = run.push(event);
-        if refused {
-            lock(&runs.map).remove(&key);
+        // What was left behind may have read its prompt, which is paid for: only a refusal starts anew.
+        if refused && !left {
+            let mut map = lock(&runs.map);
+            // Another run may have its key by now, if this one has made room.
+            if map.get(&key).is_some_and(|kept| Arc::ptr_eq(kept, &run)) {
+                map.remove(&key);
+            }
         }
         if last {
             return;
@@ -317,6 +322,21 @@ mod tests {
         let events = late.events.collect::<Vec<_>>().await;
         assert_eq!(events[..2], [text("a"), text("b")]);
         assert!(matches!(events[2], Err(ServiceError::ProviderFailed { .. })), "{events:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn work_that_was_left_before_it_spoke_is_not_started_twice() {
+        let runs = Runs::new(4, Duration::from_secs(600), GRACE);
+        let started = || -> CompletionStream {
+            let first = CompletionEvent::Started { model: "m".to_owned(), fingerprint: None };
+            Box::pin(stream::iter([Ok(first)]).chain(stream::pending()))
+        };
+        drop(runs.join([1; 32], [9; 32], id(1), &open(), started).unwrap());
+        tokio::time::sleep(GRACE * 2).await;
+        let late = runs.join([1; 32], [9; 32], id(2), &open(), never).unwrap();
+        assert_eq!((late.identity, late.replayed), (id(1), true));
+        let events = late.events.collect::<Vec<_>>().await;
+        assert!(matches!(events[..], [Ok(_), Err(ServiceError::ProviderFailed { .. })]), "{events:?}");
     }
 
     #[tokio::test(start_paused = true)]
