@@ -21,6 +21,10 @@ const USABLE_POLL: Duration = Duration::from_millis(200);
 /// Ended payments that are remembered, so that a slice which is paid stays paid whatever a role asks.
 const REMEMBERED: usize = 4_096;
 
+/// Of the payments in flight, those whose payee the other side names: it may let them hang for days, and what this node buys
+/// goes on beside them.
+const MOST_BACK: usize = Slices::<PaysFor>::MAX_IN_FLIGHT / 2;
+
 /// What a payment is for: never two for one of these.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum PaysFor {
@@ -28,6 +32,16 @@ pub(crate) enum PaysFor {
     Refund(SessionId),
     /// Back to a client of the front door: the refund's number.
     Door(u64),
+}
+
+impl PaysFor {
+    /// Money that goes back, to whom its owner names.
+    const fn is_back(self) -> bool {
+        match self {
+            PaysFor::Refund(_) | PaysFor::Door(_) => true,
+            PaysFor::Slice(..) => false,
+        }
+    }
 }
 
 /// What the driver is told.
@@ -83,6 +97,8 @@ struct Payments {
     slices: Slices<PaysFor>,
     /// Waiting for a place: a channel has few slots for payments in flight.
     waiting: VecDeque<(PaysFor, Intent)>,
+    /// Of those that have no end yet, what goes back.
+    back: BTreeSet<PaymentHash>,
     /// Payments whose end the journal has, oldest first.
     booked: VecDeque<(PaymentHash, PaysFor)>,
     booked_hashes: BTreeSet<PaymentHash>,
@@ -104,6 +120,7 @@ pub(crate) fn start(
         handled,
         slices: Slices::new(Slices::<PaysFor>::MAX_IN_FLIGHT),
         waiting: VecDeque::new(),
+        back: BTreeSet::new(),
         booked: VecDeque::new(),
         booked_hashes: BTreeSet::new(),
     };
@@ -138,6 +155,9 @@ impl Payments {
                 let expires_at = invoice::read(&bolt11).map_or(now, |facts| facts.expires_at);
                 let intent = Intent { hash, bolt11, amount, max_fee, expires_at };
                 if recover {
+                    if pays_for.is_back() {
+                        self.back.insert(hash);
+                    }
                     self.slices.recover(now, pays_for, intent, None);
                 } else {
                     self.waiting.push_back((pays_for, intent));
@@ -154,13 +174,22 @@ impl Payments {
 
     /// Starts what waits, as far as there is room.
     fn start_waiting(&mut self) {
+        let mut kept = VecDeque::new();
         while let Some((pays_for, intent)) = self.waiting.pop_front() {
             let (hash, amount) = (intent.hash, intent.amount);
+            if pays_for.is_back() && self.back.len() >= MOST_BACK {
+                kept.push_back((pays_for, intent));
+                continue;
+            }
             match self.slices.start(now(), pays_for, intent.clone()) {
-                Ok(()) => {}
+                Ok(()) => {
+                    if pays_for.is_back() {
+                        self.back.insert(hash);
+                    }
+                }
                 Err(StartError::TooMany { .. }) => {
-                    self.waiting.push_front((pays_for, intent));
-                    return;
+                    kept.push_back((pays_for, intent));
+                    break;
                 }
                 Err(error) => {
                     // A role asks for what it must not. Nothing was sent under a hash that the machine does not know;
@@ -180,6 +209,8 @@ impl Payments {
                 }
             }
         }
+        kept.append(&mut self.waiting);
+        self.waiting = kept;
     }
 
     /// An event of the wallet. Where it brings no news, nobody will book it, and it can be acknowledged.
@@ -195,6 +226,7 @@ impl Payments {
         let amount = self.intent(hash);
         match (self.slices.handle(now, hash, input), amount) {
             (Ok(Some((pays_for, outcome))), Some(amount)) => {
+                self.back.remove(&hash);
                 let _ = self.ended.send(Ended { pays_for, hash, amount, outcome });
                 true
             }
@@ -285,7 +317,52 @@ async fn observe(wallet: &dyn Lightning) -> Option<Input> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use satgrid_wallet::ChannelId;
+    use satgrid_types::Digest;
+    use satgrid_wallet::{
+        ChannelId, InvoiceRequest,
+        fake::{FakeLightning, FakeNetwork, FaultRates},
+    };
+
+    #[tokio::test]
+    async fn refunds_that_hang_leave_room_for_what_is_bought() {
+        let [node, stranger] = FakeLightning::wallets(FakeNetwork::new(7, FaultRates::NONE));
+        node.with_network(|network| network.handle_timeout(now()));
+        let (ended, _told) = mpsc::unbounded_channel();
+        let mut payments = Payments {
+            wallet: Arc::new(node),
+            embedded: None,
+            commands: mpsc::unbounded_channel().0,
+            ended,
+            handled: mpsc::unbounded_channel().0,
+            slices: Slices::new(Slices::<PaysFor>::MAX_IN_FLIGHT),
+            waiting: VecDeque::new(),
+            back: BTreeSet::new(),
+            booked: VecDeque::new(),
+            booked_hashes: BTreeSet::new(),
+        };
+        let session = SessionId([1; 32]);
+        let all =
+            (0..16).map(|n| if n % 2 == 0 { PaysFor::Door(n) } else { PaysFor::Refund(SessionId([n as u8; 32])) });
+        let mut hashes = Vec::new();
+        for pays_for in all.chain([PaysFor::Slice(session, 0)]) {
+            let request = InvoiceRequest { amount: Msat::sat(1), description_hash: Digest([0; 32]), expiry_secs: 600 };
+            let made = stranger.create_invoice(request).await.unwrap();
+            let (hash, bolt11) = (made.payment_hash, made.bolt11);
+            let (amount, max_fee) = (Msat::sat(1), Msat::sat(1));
+            payments.command(now(), Command::Pay { pays_for, hash, bolt11, amount, max_fee, recover: false });
+            payments.start_waiting();
+            hashes.push(hash);
+        }
+        assert_eq!(payments.slices.unfinished(), MOST_BACK + 1);
+        assert_eq!(payments.intent(hashes[16]), Some(Msat::sat(1)), "the slice is on its way");
+        // Where one ends, the next goes, in their order.
+        let reason = FailureReason::Rejected;
+        payments.command(now(), Command::Failed { hash: hashes[0], reason });
+        payments.start_waiting();
+        assert!(payments.intent(hashes[MOST_BACK]).is_some());
+        assert!(payments.intent(hashes[MOST_BACK + 1]).is_none());
+        assert_eq!(payments.waiting.len(), 16 - MOST_BACK - 1);
+    }
 
     #[test]
     fn a_payment_waits_for_its_payees_channel_alone() {
