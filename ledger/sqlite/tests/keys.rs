@@ -2,8 +2,10 @@
 #![allow(clippy::unwrap_used)]
 
 use satgrid_ledger::keys::{KeyId, KeyKind, KeyLimits, KeyRefusal, Limit, NewKey};
-use satgrid_ledger_sqlite::{CallEnd, CallRef, CallState, KeyError, KeyStore, NewCall, SqliteJournal};
-use satgrid_types::{Msat, RequestId, UnixMs};
+use satgrid_ledger_sqlite::{
+    CallEnd, CallRef, CallState, InvoiceFor, InvoiceLimits, KeyError, KeyStore, NewCall, NewInvoice, SqliteJournal,
+};
+use satgrid_types::{Msat, PaymentHash, RequestId, UnixMs};
 use std::path::Path;
 
 const NOW: UnixMs = UnixMs(1_700_000_000_000);
@@ -192,4 +194,23 @@ async fn the_next_call_knows_what_the_last_one_cost() {
     keys.ending_call(row, &end(100), NOW).await.unwrap();
     assert_eq!(figures(&keys, key).await, (1_000, 0));
     assert!(keys.faults().await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn refunds_that_failed_before_keep_no_other_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_journal, keys) = store(&dir.path().join("l.sqlite")).await;
+    let (hash, amount) = (PaymentHash([5; 32]), Msat::sat(100));
+    let fills = InvoiceFor::NewKey { hash: [6; 32], name: "door".into() };
+    let new = NewInvoice { asker: "a".into(), hash, fills, amount, expires_at: NOW.plus_ms(DAY) };
+    let limits = InvoiceLimits { open: 1, open_of_one: 1, balance: amount };
+    keys.add_invoice(&new, limits, NOW).await.unwrap();
+    let key = keys.invoice_paid(hash, amount, NOW).await.unwrap().unwrap().key.unwrap();
+    let one = (Msat::sat(2), Msat::sat(1));
+    let first = keys.open_refund(key, one, "a@slow.example", NOW).await.unwrap().id;
+    let second = keys.open_refund(key, one, "b@example.com", NOW).await.unwrap().id;
+    keys.refund_waits(first, "it did not answer", NOW.plus_ms(10)).await.unwrap();
+    assert!(keys.refunds_due(NOW).await.unwrap().iter().all(|row| row.id == second));
+    let due: Vec<u64> = keys.refunds_due(NOW.plus_ms(20)).await.unwrap().iter().map(|row| row.id).collect();
+    assert_eq!(due, [second, first], "in the order of their times");
 }

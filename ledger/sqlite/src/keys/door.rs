@@ -364,27 +364,24 @@ impl KeyStore {
         Ok(row.as_ref().map(refund_of))
     }
 
-    /// Refunds whose time has come.
+    /// Refunds whose time has come, those that wait longest first: many that fail again and again keep no other out.
     pub async fn refunds_due(&self, now: UnixMs) -> Result<Vec<RefundRow>, KeyError> {
-        self.refunds("state = 'waiting' AND next_at <= ?", row_number(now.0)).await
+        self.refunds("state = 'waiting' AND next_at <= ?", row_number(now.0), "next_at, id").await
     }
 
     /// Refunds whose payment has no end yet.
     pub async fn refunds_attempted(&self) -> Result<Vec<RefundRow>, KeyError> {
-        self.refunds("state = 'attempted' AND ? = 0", 0).await
+        self.refunds("state = 'attempted' AND ? = 0", 0, "id").await
     }
 
     pub async fn refunds_of(&self, key: KeyId) -> Result<Vec<RefundRow>, KeyError> {
-        self.refunds("key = ?", row_number(key.0)).await
+        self.refunds("key = ?", row_number(key.0), "id").await
     }
 
-    async fn refunds(&self, which: &str, value: i64) -> Result<Vec<RefundRow>, KeyError> {
+    async fn refunds(&self, which: &str, value: i64, order: &str) -> Result<Vec<RefundRow>, KeyError> {
         let mut connection = self.connection.lock().await;
-        let rows = sqlx::query(&format!("SELECT {REFUND_COLUMNS} FROM door_refunds WHERE {which} ORDER BY id LIMIT ?"))
-            .bind(value)
-            .bind(MAX_ROWS)
-            .fetch_all(&mut *connection)
-            .await?;
+        let asked = format!("SELECT {REFUND_COLUMNS} FROM door_refunds WHERE {which} ORDER BY {order} LIMIT ?");
+        let rows = sqlx::query(&asked).bind(value).bind(MAX_ROWS).fetch_all(&mut *connection).await?;
         Ok(rows.iter().map(refund_of).collect())
     }
 }

@@ -13,6 +13,7 @@ use crate::{
     drive::{now, payments},
     lnurl::{self, Destination, Named},
 };
+use futures::{StreamExt, stream};
 use satgrid_ledger_sqlite::{KeyError, RefundRow};
 use satgrid_types::{Msat, PaymentHash, UnixMs};
 use satgrid_wallet::{invoice, payment::Outcome};
@@ -20,6 +21,8 @@ use std::{sync::Arc, time::Duration};
 use tokio_util::sync::CancellationToken;
 
 const LOOK_EVERY: Duration = Duration::from_secs(3);
+/// Tries at one time: hosts that clients name may let this node wait, and others wait behind them.
+const AT_ONCE: usize = 32;
 /// Waits between tries; after the last one the money returns to the key.
 const RETRY_S: [u64; 6] = [10, 60, 300, 1_800, 7_200, 43_200];
 
@@ -37,9 +40,11 @@ impl DoorDesk {
         loop {
             match self.keys.refunds_due(now()).await {
                 Ok(rows) => {
-                    for row in rows {
-                        self.attempt(&row).await;
-                    }
+                    let tries = stream::iter(rows).for_each_concurrent(AT_ONCE, |row| {
+                        let desk = &self;
+                        async move { desk.attempt(&row).await }
+                    });
+                    tries.await;
                 }
                 Err(error) => tracing::error!(%error, "refunds cannot be read"),
             }
