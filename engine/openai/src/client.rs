@@ -73,9 +73,10 @@ impl Client {
 
     pub(crate) async fn stream(&self, dialect: Dialect, ask: &Ask<'_>) -> Result<Stream, UpstreamError> {
         let request = self.request(reqwest::Method::POST, dialect::path(dialect)).json(&dialect::body(dialect, ask));
-        let sent = timeout(self.config.stall, request.send()).await;
-        let response = sent.map_err(|_| UpstreamError::Silent(self.config.stall.as_secs()))?.map_err(unreachable)?;
-        let response = checked(response).await?;
+        // With what it says of a refusal: that may never end either.
+        let asked = async { checked(request.send().await.map_err(unreachable)?).await };
+        let response = timeout(self.config.stall, asked).await;
+        let response = response.map_err(|_| UpstreamError::Silent(self.config.stall.as_secs()))??;
         Ok(Stream { response, dialect, buffer: Vec::new(), stall: self.config.stall, ended: false })
     }
 }

@@ -176,8 +176,12 @@ impl Run<'_> {
         let done = async {
             // One token is drawn and thrown away: servers do not all take none.
             let mut stream = self.open(&prompt, &Sampling::greedy(), 1).await?;
-            while stream.next(0).await.map_err(failed)?.is_some() {}
-            Ok::<_, Ended>(())
+            let mut said = false;
+            while stream.next(0).await.map_err(failed)?.is_some() {
+                said = true;
+            }
+            // Whoever says nothing at all has read nothing.
+            if said { Ok(()) } else { Err(failed(UpstreamError::BrokeOff)) }
         };
         let mut limits = self.limits.clone();
         tokio::select! {
@@ -221,10 +225,10 @@ impl Run<'_> {
                     piece = stream.next(self.seen) => piece.map_err(failed)?,
                     () = cancelled(&mut limits) => return Ok(Ended::Finished(FinishReason::Cancelled)),
                 };
-                // Whatever it answers, it has read the prompt.
-                self.cover(self.prompt_len());
                 match piece {
                     Some(piece) => {
+                        // Whatever it says, it has read the prompt.
+                        self.cover(self.prompt_len());
                         let ids = self.ids(&piece.ids, &piece.text).await?;
                         self.pending.extend(ids);
                         upstream_end = piece.end;

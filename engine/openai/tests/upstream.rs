@@ -44,6 +44,8 @@ struct Upstream {
     break_after: Option<usize>,
     other_tokens: bool,
     endless: bool,
+    /// Refuses, and never says why.
+    mute: bool,
 }
 
 type Up = State<Arc<Upstream>>;
@@ -56,6 +58,10 @@ async fn completion(State(up): Up, dialect: Dialect, body: Value) -> Response {
     };
     if up.fail_from.is_some_and(|from| count >= from) {
         return (StatusCode::INTERNAL_SERVER_ERROR, "out of memory").into_response();
+    }
+    if up.mute {
+        let why = Body::from_stream(futures::stream::pending::<Result<Bytes, Infallible>>());
+        return (StatusCode::BAD_GATEWAY, why).into_response();
     }
     let most = body["n_predict"].as_u64().or(body["max_tokens"].as_u64()).unwrap() as usize;
     let whole = ToyTokenizer.tokenize(REPLY, false, false).await.unwrap();
@@ -305,6 +311,30 @@ async fn what_fails_upstream_was_never_reported() {
     let (ids, end) = to_end(&breaking).await;
     assert_eq!(ids.len(), 4);
     assert!(matches!(end, EngineEvent::Failed { error: JobError::Backend { .. }, .. }), "{end:?}");
+}
+
+#[tokio::test]
+async fn an_answer_without_a_word_is_nothing_to_charge_for() {
+    let (_up, url, _task) = serve(Dialect::LlamaServer, Upstream { break_after: Some(0), ..Upstream::default() }).await;
+    let silent = engine(&url, Dialect::LlamaServer, false);
+    for (id, output_upto) in [(1, 0), (2, 9)] {
+        silent.send(Command::Start(job(id, 5, 9))).unwrap();
+        silent.send(Command::Grant { job: JobId(id), prompt_upto: 5, output_upto }).unwrap();
+        let event = next(&silent).await;
+        assert!(matches!(event, EngineEvent::Failed { error: JobError::Backend { .. }, .. }), "{event:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_refusal_that_never_ends_is_given_up() {
+    let (_up, url, _task) = serve(Dialect::Vllm, Upstream { mute: true, ..Upstream::default() }).await;
+    let config = UpstreamConfig { stall: Duration::from_millis(200), ..UpstreamConfig::new(&url, "m", 2, 2_048) };
+    let served = Served { dialect: Dialect::Vllm, retokenised: false };
+    let engine = UpstreamEngine::new(config, served, facts(), Arc::new(ToyTokenizer));
+    engine.send(Command::Start(job(1, 5, 9))).unwrap();
+    engine.send(Command::Grant { job: JobId(1), prompt_upto: 5, output_upto: 9 }).unwrap();
+    let event = next(&engine).await;
+    assert!(matches!(event, EngineEvent::Failed { error: JobError::Backend { .. }, .. }), "{event:?}");
 }
 
 #[tokio::test]
