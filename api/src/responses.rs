@@ -348,7 +348,7 @@ impl Reply {
         let ended = self.status != Status::InProgress;
         let incomplete = (self.status == Status::Incomplete).then(|| json!({ "reason": "max_output_tokens" }));
         let error = self.error.as_ref().map(|(message, code)| json!({ "code": code, "message": message }));
-        let Echo { instructions, max_output_tokens, metadata, parallel_tool_calls, .. } = &self.echo;
+        let Echo { max_output_tokens, parallel_tool_calls, top_logprobs, .. } = &self.echo;
         let mut object = Map::from_iter([
             ("id".to_owned(), json!(id)),
             ("object".to_owned(), json!("response")),
@@ -357,24 +357,17 @@ impl Reply {
             ("background".to_owned(), json!(false)),
             ("error".to_owned(), json!(error)),
             ("incomplete_details".to_owned(), json!(incomplete)),
-            ("instructions".to_owned(), instructions.clone()),
             ("max_output_tokens".to_owned(), json!(max_output_tokens)),
-            ("metadata".to_owned(), metadata.clone()),
             ("model".to_owned(), json!(model)),
             ("output".to_owned(), self.items.iter().map(Item::object).collect()),
             ("parallel_tool_calls".to_owned(), json!(parallel_tool_calls)),
             ("previous_response_id".to_owned(), Value::Null),
-            ("reasoning".to_owned(), self.echo.reasoning.clone()),
             ("store".to_owned(), json!(false)),
-            ("temperature".to_owned(), self.echo.temperature.clone()),
-            ("text".to_owned(), self.echo.text.clone()),
-            ("tool_choice".to_owned(), self.echo.tool_choice.clone()),
-            ("tools".to_owned(), self.echo.tools.clone()),
-            ("top_logprobs".to_owned(), json!(self.echo.top_logprobs)),
-            ("top_p".to_owned(), self.echo.top_p.clone()),
+            ("top_logprobs".to_owned(), json!(top_logprobs)),
             ("truncation".to_owned(), json!("disabled")),
             ("usage".to_owned(), if ended { json!(self.usage()) } else { Value::Null }),
         ]);
+        object.extend(self.echo.repeated());
         if let Some(fingerprint) = fingerprint {
             object.insert("system_fingerprint".to_owned(), json!(fingerprint));
         }

@@ -4,7 +4,7 @@
 //! out, as the models' templates do.
 
 use serde::Deserialize;
-use serde_json::{Value, json, value::RawValue};
+use serde_json::{Map, Value, json, value::RawValue};
 
 use super::{
     Parsed, ask,
@@ -20,17 +20,18 @@ use crate::{
 /// What a response repeats of its request.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Echo {
-    pub(crate) instructions: Value,
+    /// A JSON object as text: in memory its values are up to a hundred times as large, and a reply may take an hour.
+    repeated: String,
     pub(crate) max_output_tokens: Option<u32>,
-    pub(crate) metadata: Value,
     pub(crate) parallel_tool_calls: bool,
-    pub(crate) reasoning: Value,
-    pub(crate) temperature: Value,
-    pub(crate) top_p: Value,
-    pub(crate) text: Value,
-    pub(crate) tool_choice: Value,
-    pub(crate) tools: Value,
     pub(crate) top_logprobs: u32,
+}
+
+impl Echo {
+    /// Members of the response that say what its request said.
+    pub(crate) fn repeated(&self) -> Map<String, Value> {
+        serde_json::from_str(&self.repeated).unwrap_or_default()
+    }
 }
 
 /// The parts of a body whose text matters.
@@ -84,17 +85,21 @@ pub(crate) fn response(body: &[u8], fresh_seed: u64) -> Result<(Parsed, Echo), A
     top.object("stream_options")?;
     top.object("metadata")?;
     top.object("reasoning")?;
+    let tools_told: Value = top.list("tools")?.unwrap_or_default().iter().map(whole_tool).collect();
+    let repeated = json!({
+        "instructions": top.get("instructions"),
+        "metadata": top.get("metadata").cloned().unwrap_or_else(|| json!({})),
+        "reasoning": { "effort": null, "summary": null },
+        "temperature": top.get("temperature").cloned().unwrap_or_else(|| json!(1)),
+        "top_p": top.get("top_p").cloned().unwrap_or_else(|| json!(1)),
+        "text": top.get("text").cloned().unwrap_or_else(|| json!({ "format": { "type": "text" } })),
+        "tool_choice": top.get("tool_choice").cloned().unwrap_or_else(|| json!("auto")),
+        "tools": tools_told,
+    });
     let echo = Echo {
-        instructions: top.get("instructions").cloned().unwrap_or_default(),
+        repeated: repeated.to_string(),
         max_output_tokens: max_tokens,
-        metadata: top.get("metadata").cloned().unwrap_or_else(|| json!({})),
         parallel_tool_calls,
-        reasoning: json!({ "effort": null, "summary": null }),
-        temperature: top.get("temperature").cloned().unwrap_or_else(|| json!(1)),
-        top_p: top.get("top_p").cloned().unwrap_or_else(|| json!(1)),
-        text: top.get("text").cloned().unwrap_or_else(|| json!({ "format": { "type": "text" } })),
-        tool_choice: top.get("tool_choice").cloned().unwrap_or_else(|| json!("auto")),
-        tools: Value::Array(top.list("tools")?.unwrap_or_default().iter().map(whole_tool).collect()),
         top_logprobs: top_logprobs.unwrap_or(0),
     };
     let request = CompletionRequest {
@@ -358,7 +363,16 @@ mod tests {
         let written = r#"{"type":"function","function":{"name":"f","description":"d","parameters":{"y":1,"b":2}}}"#;
         assert_eq!(request.tools[0].json, written);
         assert_eq!((request.max_tokens, request.sampling.seed), (Some(9), 7));
-        assert_eq!(echo.tools[0]["strict"], Value::Null);
+        let repeated = echo.repeated();
+        assert_eq!(
+            repeated["tools"][0],
+            json!({"type": "function", "name": "f", "description": "d",
+            "parameters": {"y": 1, "b": 2}, "strict": null})
+        );
+        assert_eq!(repeated["text"]["format"]["schema"], json!({"z": 1, "a": 2}));
+        for (name, value) in [("instructions", Value::Null), ("metadata", json!({})), ("top_p", json!(1))] {
+            assert_eq!(repeated.get(name), Some(&value), "{name}");
+        }
         let named = with(
             json!({"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "function", "name": "f"}}),
         );
