@@ -24,6 +24,8 @@ pub mod limits {
     pub const MAX_FALLBACK_MODELS: usize = 8;
     /// Replies to one request: `n`, times the prompts of a legacy request.
     pub const MAX_CHOICES: u32 = 32;
+    /// `n` times the body: each reply holds prompt and tools for itself, and of the room for bodies they took one share.
+    pub const MAX_REPEATED_BYTES: usize = 16 << 20;
     pub const MAX_TOP_LOGPROBS: u32 = 20;
     pub const MAX_TOOLS: usize = 128;
     pub const MAX_TOOL_NAME_BYTES: usize = 64;

@@ -71,6 +71,10 @@ pub(crate) fn completion(flavour: Flavour, body: &[u8], fresh_seed: u64) -> Resu
         let most = limits::MAX_CHOICES;
         return Err(top.invalid("n", format!("{replies} replies to one request; at most {most} are made.")));
     }
+    if n > 1 && body.len().saturating_mul(n as usize) > limits::MAX_REPEATED_BYTES {
+        let (bytes, most) = (body.len(), limits::MAX_REPEATED_BYTES);
+        return Err(top.invalid("n", format!("`n` times this body's {bytes} bytes is over {most}: ask several times.")));
+    }
     let shape = match flavour {
         Flavour::Chat => Some(tools::shape(&top, body)?),
         Flavour::Text => None,

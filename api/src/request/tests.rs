@@ -39,6 +39,16 @@ fn check_refused(extra: Value, code: &str, param: &str) {
 }
 
 #[test]
+fn a_long_prompt_is_not_copied_for_many_replies() {
+    let long = |n: u32| with(json!({"messages": [{"role": "user", "content": "x".repeat(1 << 20)}], "n": n}));
+    let (code, param, _) = refused(Flavour::Chat, &long(32).to_string());
+    assert_eq!((code.as_str(), param.as_deref()), ("invalid_value", Some("n")));
+    for n in [1, 8] {
+        assert_eq!(parse(&long(n)).unwrap().others.len() + 1, n as usize);
+    }
+}
+
+#[test]
 fn what_is_refused_is_named() {
     let (bad, kind, unsupported) = ("invalid_value", "invalid_type", "unsupported_parameter");
     for (extra, code, param) in [
