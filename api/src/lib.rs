@@ -37,6 +37,7 @@ mod router;
 mod serve;
 pub mod service;
 mod shutdown;
+mod stall;
 mod stream;
 mod tls;
 

@@ -42,6 +42,7 @@ use crate::{
     router,
     service::Service,
     shutdown::{self, Closer},
+    stall::Stall,
     tls::{Socket, Tls},
 };
 
@@ -56,6 +57,7 @@ pub struct Api {
     metrics: Arc<ApiMetrics>,
     closer: Closer,
     drain: Duration,
+    stalled_reader: Duration,
     max_connections: usize,
     proxies: Vec<IpAddr>,
 }
@@ -64,10 +66,10 @@ impl Api {
     pub fn new(service: Arc<dyn Service>, config: ApiConfig) -> Api {
         let metrics = Arc::new(ApiMetrics::default());
         let (closer, closing) = shutdown::pair();
-        let (drain, max_connections) = (config.drain, config.max_connections);
+        let ApiConfig { drain, stalled_reader, max_connections, .. } = config;
         let proxies = config.door.as_ref().map(|door| door.proxies().to_vec()).unwrap_or_default();
         let router = router::router(service, config, Arc::clone(&metrics), closing);
-        Api { router, metrics, closer, drain, max_connections, proxies }
+        Api { router, metrics, closer, drain, stalled_reader, max_connections, proxies }
     }
 
     /// A handle to the routes. Callers in process are not on loopback unless they insert `ConnectInfo<SocketAddr>`.
@@ -92,10 +94,10 @@ impl Api {
         tls: Option<Tls>,
         shutdown: impl Future<Output = ()>,
     ) -> io::Result<()> {
-        let Api { router, closer, drain, max_connections, proxies, .. } = self;
+        let Api { router, closer, drain, stalled_reader, max_connections, proxies, .. } = self;
         let graceful = GracefulShutdown::new();
         let mut connections = JoinSet::new();
-        let doors = Doors { listener: &listener, tls: tls.as_ref(), router: &router };
+        let doors = Doors { listener: &listener, tls: tls.as_ref(), router: &router, stalled_reader };
         let crowd = Crowd::new(max_connections, &proxies);
         accept(doors, &graceful, &mut connections, max_connections, &crowd, shutdown).await;
         drop(listener);
@@ -135,6 +137,7 @@ struct Doors<'a> {
     listener: &'a TcpListener,
     tls: Option<&'a Tls>,
     router: &'a Router,
+    stalled_reader: Duration,
 }
 
 async fn accept(
@@ -162,7 +165,7 @@ async fn accept(
                         tracing::debug!(%peer, "too many connections from there");
                         continue;
                     };
-                    let connection = connection(socket, doors.tls, peer, doors.router.clone());
+                    let connection = connection(socket, &doors, peer);
                     let watched = graceful.watch(connection);
                     connections.spawn(async move {
                         let _held = (permit, place);
@@ -182,15 +185,15 @@ async fn accept(
 
 fn connection(
     socket: TcpStream,
-    tls: Option<&Tls>,
+    doors: &Doors<'_>,
     peer: SocketAddr,
-    router: Router,
-) -> impl GracefulConnection<Error = hyper::Error> + Send + 'static {
+) -> impl GracefulConnection<Error = hyper::Error> + Send + 'static + use<> {
+    let router = doors.router.clone();
     // Tokens are small and must not wait for each other.
     if let Err(error) = socket.set_nodelay(true) {
         tracing::debug!(%peer, %error, "TCP_NODELAY was refused");
     }
-    let socket = match tls {
+    let socket = match doors.tls {
         Some(tls) => tls.accept(socket),
         None => Socket::Plain(socket),
     };
@@ -203,5 +206,5 @@ fn connection(
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_WAIT)
         .max_buf_size(MAX_HEAD_BYTES)
-        .serve_connection(TokioIo::new(socket), service)
+        .serve_connection(TokioIo::new(Stall::new(socket, doors.stalled_reader)), service)
 }
