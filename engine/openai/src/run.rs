@@ -58,15 +58,13 @@ pub(crate) async fn run(shared: Arc<Shared>, job: Job, limits: watch::Receiver<L
     }
 }
 
+/// Goes to the consumer, and into both nodes' logs: what a server says in words may repeat the prompt, or the operator's key.
 fn failed(error: UpstreamError) -> Ended {
-    let text = error.to_string();
     match error {
-        UpstreamError::Unreachable(_) => Ended::Down(format!("the upstream: {text}")),
-        UpstreamError::Status { .. }
-        | UpstreamError::Said(_)
-        | UpstreamError::Silent(_)
-        | UpstreamError::BrokeOff
-        | UpstreamError::Garbled(_) => Ended::Failed(backend(text)),
+        UpstreamError::Unreachable(_) => Ended::Down(format!("the upstream: {error}")),
+        UpstreamError::Status { status, .. } => Ended::Failed(backend(format!("it answered {status}"))),
+        UpstreamError::Said(_) => Ended::Failed(backend("it reported an error")),
+        UpstreamError::Silent(_) | UpstreamError::BrokeOff | UpstreamError::Garbled(_) => Ended::Failed(backend(error)),
     }
 }
 

@@ -302,7 +302,9 @@ async fn what_fails_upstream_was_never_reported() {
     failing.send(Command::Grant { job: JobId(1), prompt_upto: 5, output_upto: 9 }).unwrap();
     // No prefill and no token was reported: there is nothing to charge for.
     let EngineEvent::Failed { error: JobError::Backend { reason }, .. } = next(&failing).await else { panic!() };
-    assert!(reason.contains("500") && reason.contains("out of memory"), "{reason}");
+    assert!(reason.contains("500"), "{reason}");
+    // Some servers repeat what they were sent.
+    assert!(!reason.contains("out of memory"), "{reason}");
 
     let (_up, url, _task) = serve(Dialect::LlamaServer, Upstream { break_after: Some(4), ..Upstream::default() }).await;
     let breaking = engine(&url, Dialect::LlamaServer, false);
