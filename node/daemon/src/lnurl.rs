@@ -122,20 +122,34 @@ async fn get(url: &str, named: Named) -> anyhow::Result<Value> {
 fn is_public(ip: IpAddr) -> bool {
     match ip.to_canonical() {
         IpAddr::V4(ip) => {
-            let shared = ip.octets()[0] == 100 && (64..128).contains(&ip.octets()[1]);
+            let [a, b, c, _] = ip.octets();
+            let shared = a == 100 && (64..128).contains(&b);
+            // This network, protocols', benchmarks', reserved.
+            let special = a == 0 || (a, b, c) == (192, 0, 0) || (a == 198 && (18..20).contains(&b)) || a >= 240;
             !(ip.is_private()
                 || ip.is_loopback()
                 || ip.is_link_local()
-                || ip.is_unspecified()
-                || ip.is_broadcast()
                 || ip.is_multicast()
                 || ip.is_documentation()
-                || shared)
+                || shared
+                || special)
         }
         IpAddr::V6(ip) => {
-            let first = ip.segments()[0];
-            let local = first & 0xfe00 == 0xfc00 || first & 0xffc0 == 0xfe80;
-            !(ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() || local)
+            let carried = |high: u16, low: u16| {
+                let ([a, b], [c, d]) = (high.to_be_bytes(), low.to_be_bytes());
+                is_public(IpAddr::from([a, b, c, d]))
+            };
+            match ip.segments() {
+                // A gateway or a tunnel may lead on to the address that these carry: NAT64, 6to4, the oldest form.
+                [0x64, 0xff9b, 0, 0, 0, 0, high, low]
+                | [0x2002, high, low, _, _, _, _, _]
+                | [0, 0, 0, 0, 0, 0, high, low] => carried(high, low),
+                [0x64, 0xff9b, ..] => false,
+                [first, ..] => {
+                    let local = first & 0xfe00 == 0xfc00 || first & 0xff80 == 0xfe80;
+                    !(ip.is_multicast() || local)
+                }
+            }
         }
     }
 }
@@ -169,10 +183,20 @@ mod tests {
             "::1",
             "fd00::1",
             "::ffff:10.0.0.1",
+            "::",
+            "::10.0.0.1",
+            "fec0::1",
+            "64:ff9b::a00:1",
+            "64:ff9b:1::a00:1",
+            "2002:c0a8:101::1",
+            "0.1.2.3",
+            "198.18.0.1",
+            "240.0.0.1",
+            "255.255.255.255",
         ] {
             assert!(!is_public(private.parse().unwrap()), "{private}");
         }
-        for public in ["1.1.1.1", "2606:4700::1111"] {
+        for public in ["1.1.1.1", "2606:4700::1111", "64:ff9b::101:101", "198.20.0.1"] {
             assert!(is_public(public.parse().unwrap()), "{public}");
         }
     }
