@@ -120,6 +120,16 @@ async fn a_reader_that_stops_reading_costs_bounded_memory() {
 }
 
 #[tokio::test]
+async fn a_reader_that_takes_nothing_more_loses_its_place() {
+    let stalled_reader = Duration::from_millis(200);
+    let node = node(ApiConfig { stalled_reader, max_connections: 1, ..ApiConfig::default() }).await;
+    let mut stuck = send(node.address, &request("endless", true)).await;
+    read_until(&mut stuck, "xxx").await;
+    let mut next = send(node.address, &request("org/tiny", false)).await;
+    assert!(read_until(&mut next, "receipt_ids").await.contains("200 OK"));
+}
+
+#[tokio::test]
 async fn shutdown_lets_a_stream_finish() {
     let node = node(ApiConfig::default()).await;
     let mut socket = send(node.address, &request("gated", true)).await;
