@@ -8,7 +8,7 @@ use crate::{
     transfer::{Account, Transfer, TransferOp},
 };
 use satgrid_types::{Msat, SessionId, TransferId, UnixMs};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// How a hold ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,9 +29,10 @@ pub(super) struct Flows {
 impl Flows {
     /// Reads transfers against the books as they stand before them.
     pub(super) fn read(books: &Books, at: UnixMs, transfers: &[Transfer]) -> Flows {
-        let mut flows = Flows::default();
+        let (mut flows, mut here) = (Flows::default(), BTreeSet::new());
         for transfer in transfers {
-            if books.knows(&transfer.id) {
+            // The same id again moves nothing, also within one entry: the books take it once.
+            if books.knows(&transfer.id) || !here.insert(transfer.id) {
                 continue;
             }
             match transfer.op {

@@ -1,3 +1,4 @@
+mod lies;
 mod own;
 mod stages;
 mod succession;
@@ -116,8 +117,7 @@ fn bend_invoice(drafts: &mut Drafts, payee: &str, amount: u64, terms: Option<Dig
 
 fn duplicate(drafts: &mut Drafts, kind: &str, n: usize) {
     let at = find(drafts, kind, n);
-    let copy = drafts[at].clone();
-    drafts.insert(at + 1, copy);
+    drafts.insert(at + 1, drafts[at].clone());
 }
 
 #[derive(Debug, Clone, Copy)]
