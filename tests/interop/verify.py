@@ -490,6 +490,7 @@ class Audit:
 
     def attempted(self, f):
         s = self.session(f[0])
+        self.require(not s.as_provider, "payment/unknown")
         held = s.slices.get(f[1])
         self.require(all(other[2] != "attempted" for other in s.slices.values()), "payment/in-flight")
         if not self.require(held and self.taken_up(held, f[2]), "payment/unknown"):
@@ -500,6 +501,7 @@ class Audit:
 
     def settled(self, f):
         s, held = self.slice(f[0])
+        self.require(not s.as_provider, "payment/unknown")
         self.require(sha(f[1]) == f[0], "payment/preimage")
         if not self.require(held, "payment/unknown"):
             return s, None
@@ -513,6 +515,7 @@ class Audit:
 
     def received(self, f):
         s, held = self.slice(f[0], take=True)
+        self.require(s.as_provider, "payment/unknown")
         if not self.require(held, "payment/unknown") or not self.require(held[2] != "paid", "payment/twice"):
             return s, None
         held[2] = "paid"

@@ -117,6 +117,7 @@ impl SessionAudit {
 
     /// Consumer: about to pay.
     pub(super) fn attempted(&mut self, k: u32, hash: PaymentHash, max_fee: Msat, notes: &mut Notes) -> Backing {
+        self.require_side(!self.as_provider, notes);
         let busy = self.slices.values().any(|slice| slice.status == SliceStatus::Attempted);
         notes.require(!busy, Rule::PaymentInFlight, Party::Exporter, || {
             "another payment of the session is in flight".into()
@@ -141,6 +142,7 @@ impl SessionAudit {
         (amount, fee): (Msat, Msat),
         notes: &mut Notes,
     ) -> Backing {
+        self.require_side(!self.as_provider, notes);
         notes.require(opens(&preimage, &hash), Rule::PaymentPreimage, Party::Exporter, || {
             format!("the preimage is not that of {hash}")
         });
@@ -177,6 +179,7 @@ impl SessionAudit {
 
     /// Provider: slice `k` arrived.
     pub(super) fn received(&mut self, k: u32, hash: PaymentHash, amount: Msat, notes: &mut Notes) -> Backing {
+        self.require_side(self.as_provider, notes);
         let slice = self.slices.get_mut(&k).and_then(|slice| slice.take_up(hash).then_some(slice));
         let Some(slice) = slice else {
             notes.add(Rule::PaymentUnknown, Party::Exporter, format!("{hash} is not an invoice of slice {k}"));
@@ -196,6 +199,18 @@ impl SessionAudit {
             (Account::Prepaid(self.id), agreed.saturating_neg()),
         ];
         Backing::Exactly(nets, Reserves::Nothing)
+    }
+
+    /// A payer shows a preimage, a payee has its wallet's word: neither may write down what is the other's to say.
+    fn require_side(&self, right: bool, notes: &mut Notes) {
+        notes.require(right, Rule::PaymentUnknown, Party::Exporter, || {
+            let says = if self.as_provider {
+                "paid, and this journal is the payee's"
+            } else {
+                "received, and it is the payer's"
+            };
+            format!("a slice is said to be {says}")
+        });
     }
 
     fn add_paid(&mut self, k: u32, amount: Msat, notes: &mut Notes) {

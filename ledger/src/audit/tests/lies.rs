@@ -33,3 +33,34 @@ fn a_transfer_that_stands_twice_in_an_entry_moves_once() {
     });
     assert_eq!(replayed, BTreeSet::new());
 }
+
+/// A preimage is what a payer has to show, so "received" is no word of a payer's; and the payee, who knows the preimage, may
+/// not book what it owes as something that it has paid.
+#[test]
+fn a_payment_is_said_by_whose_it_is() {
+    let unpaid = broken(Consumer, |d| {
+        let at = find(d, "payment-attempted", 0);
+        let Some(Evidence::PaymentAttempted { session, payment_hash, .. }) = d[at].1.evidence else { unreachable!() };
+        let amount = Msat::sat(10);
+        let credit = Transfer::post(TransferId([1; 16]), Account::Lightning, Account::Prepaid(session), amount);
+        // Nothing was paid: the journal ends here.
+        d.truncate(at);
+        let time = d[at - 1].0;
+        d.push((time, Draft::of(Evidence::PaymentReceived { payment_hash, amount }).with([credit])));
+    });
+    assert_eq!(unpaid, BTreeSet::from([Rule::PaymentUnknown]));
+    let unowed = broken(Provider, |d| {
+        let at = find(d, "payment-received", 0);
+        let Some(Evidence::Invoice { session, .. }) = d[at - 1].1.evidence else { unreachable!() };
+        let Some(Evidence::PaymentReceived { payment_hash, amount }) = d[at].1.evidence else { unreachable!() };
+        let (time, asset) = (d[at].0, Account::PrepaidAsset(session));
+        let preimage = Preimage(bytes32(&format!("preimage {session} 0 1")));
+        d.truncate(at);
+        let hold = Transfer::pending(TransferId([1; 16]), asset, Account::Lightning, amount, None);
+        let attempted = Evidence::PaymentAttempted { session, k: 0, payment_hash, max_fee: Msat::ZERO };
+        d.push((time, Draft::of(attempted).with([hold])));
+        let settled = Evidence::PaymentSettled { payment_hash, preimage, amount, fee: Msat::ZERO };
+        d.push((time, Draft::of(settled).with([Transfer::post_pending(hold.id, amount)])));
+    });
+    assert_eq!(unowed, BTreeSet::from([Rule::PaymentUnknown]));
+}
