@@ -920,6 +920,8 @@ def cross(a: Audit, b: Audit) -> set:
             if ident not in other.sessions:
                 if both and not s.as_provider and other.ours(s.open[1]) and (s.paid or s.charged):
                     rules.add("cross/missing")
+            elif s.as_provider == other.sessions[ident].as_provider:
+                rules.add("cross/mismatch")
             elif s.as_provider:
                 theirs = other.sessions[ident]
                 held = (theirs.notes <= s.notes, theirs.invoices <= s.invoices, s.asked <= theirs.asked, set(theirs.quotes) <= set(s.quotes))

@@ -15,6 +15,14 @@ pub fn cross_check(a: &Report, b: &Report) -> Vec<Finding> {
     let shared = sessions_between(a, b).chain(sessions_between(b, a)).collect::<BTreeSet<_>>();
     for id in shared {
         match (a.sessions.get(&id), b.sessions.get(&id)) {
+            // Two files of one side have nothing to say about the other: least of all that it broke a promise.
+            (Some(one), Some(other)) if one.as_provider == other.as_provider => findings.push(Finding {
+                rule: Rule::CrossMismatch,
+                entry: None,
+                session: Some(id),
+                party: Party::Exporter,
+                detail: format!("both exports are {}s'", if one.as_provider { "provider" } else { "consumer" }),
+            }),
             (Some(one), Some(other)) => {
                 let (provider, consumer) = if one.as_provider { (one, other) } else { (other, one) };
                 compare(id, provider, consumer, &mut findings);

@@ -64,3 +64,15 @@ fn a_payment_is_said_by_whose_it_is() {
     });
     assert_eq!(unowed, BTreeSet::from([Rule::PaymentUnknown]));
 }
+
+/// One side's file held against itself, or against another that says to be of the same side, accuses nobody else.
+#[test]
+fn two_files_of_one_side_say_nothing_about_the_other() {
+    let world = World::example();
+    for party in [&world.provider, &world.consumer] {
+        let report = report(&party.bundle(Filter::All, false));
+        let found = cross_check(&report, &report);
+        assert_eq!(found.len(), report.sessions.len());
+        assert!(found.iter().all(|f| (f.rule, f.party) == (Rule::CrossMismatch, Party::Exporter)), "{found:?}");
+    }
+}
