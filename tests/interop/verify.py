@@ -216,6 +216,7 @@ class Session:
     credited: int = 0  # by notes of other sessions
     spent: int = 0  # by this session's note in another
     note: bytes | None = None
+    note_until: int | None = None
     refunds: int = 0
     receipted: int = 0
     receipts: list = field(default_factory=list)  # (id, index, leaf)
@@ -757,7 +758,7 @@ class Audit:
         s = self.session(peek("credit-note", f[0])[1])
         c = statement("credit-note", f[0], s.open[1])
         self.version(c)
-        s.note = sha(message("credit-note", f[0][0]))
+        s.note, s.note_until = sha(message("credit-note", f[0][0])), c[7]
         s.notes.add(s.note)
         self.require(c[4] == s.remainder() and (c[2], c[3]) == (s.open[1], s.open[2]), "credit-note/amount")
         return s, ("remainder",) if s.as_provider else ("nothing",)
@@ -851,7 +852,7 @@ class Audit:
                     and amount(FEES) == total - taken >= 0)  # fmt: skip
         if what == "refund in":
             lost = amount(FEES) + amount(EXPENSE)
-            return only((LIGHTNING,), (ASSET, s.ident), (FEES,), (EXPENSE,)) and amount(LIGHTNING) == args[0] and 0 <= lost <= args[1]
+            return min(amount(FEES), amount(EXPENSE)) >= 0 and only((LIGHTNING,), (ASSET, s.ident), (FEES,), (EXPENSE,)) and amount(LIGHTNING) == args[0] and 0 <= lost <= args[1]
         if not net or what == "nothing" or what == "work":
             return not net
         idents = {ident for account in net for ident in account[1:]} if what == "alone" else {s.ident}
@@ -860,7 +861,11 @@ class Audit:
             return remainder
         charged = any(moved((CLIENTS,), to) for to in ((INCOME,), (EXTERNAL,)))
         clients = only((LIGHTNING,), (CLIENTS,)) or charged
-        return what == "alone" and (remainder or clients or only((LIGHTNING,), (EXTERNAL,)) or any(moved((DUE, i), (DUST,)) for i in idents))
+        return what == "alone" and (remainder or clients or only((LIGHTNING,), (EXTERNAL,)) or any(moved((DUE, i), (DUST,)) and self.ran_out(i) for i in idents))
+
+    def ran_out(self, ident: bytes) -> bool:
+        s = self.sessions.get(ident)
+        return s is not None and s.note_until is not None and s.note_until <= self.now
 
     def reserved(self, opened, s, what, *args) -> bool:
         if what in ("work", "alone"):

@@ -77,6 +77,11 @@ impl Flows {
         self.net.get(&account).copied().unwrap_or(0)
     }
 
+    /// Whose remainder became dust.
+    pub(super) fn to_dust(&self) -> Option<SessionId> {
+        self.net.keys().find_map(Account::session).filter(|session| is_dust(self, *session))
+    }
+
     /// Only these accounts moved.
     fn only(&self, accounts: &[Account]) -> bool {
         self.net.keys().all(|account| accounts.contains(account))
@@ -225,10 +230,13 @@ fn is_refund_out(flows: &Flows, session: SessionId, amount: Msat, fee: Msat) -> 
 
 fn is_refund_in(flows: &Flows, session: SessionId, amount: Msat, cap: Msat) -> bool {
     let asset = Account::PrepaidAsset(session);
-    let lost = flows.of(Account::RoutingFees).saturating_add(flows.of(Account::Expense));
-    flows.only(&[Account::Lightning, asset, Account::RoutingFees, Account::Expense])
+    let (fees, expense) = (flows.of(Account::RoutingFees), flows.of(Account::Expense));
+    let lost = fees.saturating_add(expense);
+    fees >= 0
+        && expense >= 0
+        && flows.only(&[Account::Lightning, asset, Account::RoutingFees, Account::Expense])
         && flows.of(Account::Lightning) == i128::from(amount.0)
-        && (0..=i128::from(cap.0)).contains(&lost)
+        && lost <= i128::from(cap.0)
 }
 
 fn is_miners_fee(flows: &Flows, fee: Msat) -> bool {

@@ -242,6 +242,7 @@ impl Auditor {
             check_endings(&flows, by_wallet, &mut notes);
         }
         self.check_holds(session, &flows, &mut notes);
+        self.check_dust(entry, &flows, &mut notes);
         if let Err(error) = self.books.apply(entry.at, &draft) {
             let rule = match error {
                 BooksError::Zero { .. }
@@ -303,6 +304,15 @@ impl Auditor {
                 format!("{id} expired under an open request")
             });
         }
+    }
+
+    /// A remainder is the provider's to keep once nobody can claim it any more by its credit note.
+    fn check_dust(&self, entry: &Entry, flows: &Flows, notes: &mut Notes) {
+        let Some(session) = flows.to_dust() else { return };
+        let until = self.sessions.get(&session).and_then(|audit| audit.note_until);
+        notes.require(until.is_some_and(|until| until <= entry.at), Rule::TransferUnbacked, Party::Exporter, || {
+            format!("the remainder of session {session} was kept, and its credit note runs until {until:?}")
+        });
     }
 
     fn write_down(&mut self, seq: u64, session: Option<SessionId>, notes: Notes) {

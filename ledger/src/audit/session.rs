@@ -13,7 +13,7 @@ use crate::{
 use satgrid_pricing::{charge, marginal_charge, numerators};
 use satgrid_types::{
     AckId, BothSigned, Digest, Msat, NodeKey, Numerators, PaymentHash, Quote, QuoteId, ReceiptId, RequestId, SessionId,
-    Signed, Statement, TokenUsage, TransferId, VerifyError, verify_body,
+    Signed, Statement, TokenUsage, TransferId, UnixMs, VerifyError, verify_body,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -148,6 +148,8 @@ pub(super) struct SessionAudit {
     pub(super) spent: Msat,
     /// The last credit note.
     pub(super) note: Option<[u8; 32]>,
+    /// Until when it may be spent.
+    pub(super) note_until: Option<UnixMs>,
     pub(super) receipted_paid: Msat,
     pub(super) receipts: u32,
     pub(super) last_receipt: Option<ReceiptId>,
@@ -190,6 +192,7 @@ impl SessionAudit {
             credited: Msat::ZERO,
             spent: Msat::ZERO,
             note: None,
+            note_until: None,
             receipted_paid: Msat::ZERO,
             receipts: 0,
             last_receipt: None,
@@ -393,7 +396,7 @@ impl SessionAudit {
             }
         };
         notes.version(CreditNote::KIND, note.version, CreditNote::VERSION);
-        self.note = Some(note_id);
+        (self.note, self.note_until) = (Some(note_id), Some(note.valid_until));
         if let Some(summary) = &mut self.summary {
             summary.notes.insert(note_id);
         }

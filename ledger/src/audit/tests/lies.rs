@@ -76,3 +76,35 @@ fn two_files_of_one_side_say_nothing_about_the_other() {
         assert!(found.iter().all(|f| (f.rule, f.party) == (Rule::CrossMismatch, Party::Exporter)), "{found:?}");
     }
 }
+
+/// What a provider owes becomes its own only once nobody can claim it by its note any more.
+#[test]
+fn a_remainder_is_kept_no_sooner_than_its_note_runs_out() {
+    let kept = |after_ms: Option<u64>, with_note: bool| {
+        broken(Provider, |d| {
+            let note = find(d, "credit-note", 0);
+            let Some(Evidence::CreditNote(signed)) = &d[note].1.evidence else { unreachable!() };
+            let body = signed.peek().unwrap();
+            d.truncate(if with_note { note + 1 } else { note });
+            let last = d.last().unwrap().0;
+            let time = after_ms.map_or(last, |after| body.valid_until.plus_ms(after));
+            let due = Account::RefundsDue(body.session);
+            let keep = Transfer::post(TransferId([1; 16]), due, Account::Dust, body.amount);
+            d.push((time, Draft { evidence: None, transfers: vec![keep] }));
+        })
+    };
+    let lie = BTreeSet::from([Rule::TransferUnbacked]);
+    assert_eq!(kept(None, true), lie, "on the same day");
+    assert_eq!(kept(Some(0), false), lie, "without a note");
+    assert_eq!(kept(Some(0), true), BTreeSet::new());
+}
+
+/// A refund that came in is no occasion to call routing fees expenses.
+#[test]
+fn a_refund_moves_no_fees_into_expenses() {
+    let found = broken(Consumer, |d| {
+        let shift = Transfer::post(TransferId([1; 16]), Account::Expense, Account::RoutingFees, Msat(1_000_000));
+        transfers(d, "refund-received", 0).push(shift);
+    });
+    assert_eq!(found, BTreeSet::from([Rule::TransferUnbacked]));
+}
