@@ -14,6 +14,7 @@ class Claim:
         self.session = self.provider = self.consumer = self.receipt = self.note = None
         self.quotes, self.invoices, self.requests, self.asked = {}, {}, {}, {}
         self.paid, self.acked, self.refunded = {}, {}, {}
+        self.receipts = {}  # by number: whose request, and its numerators
         self.credited, self.spent = {}, {}  # by note: of other sessions here, of this one elsewhere
         for number, fields in pieces:
             self.count += 1
@@ -116,6 +117,7 @@ class Claim:
         self.require(quote and (quote[12], quote[5]) == (r[16], r[8]), "receipt/terms")
         self.require(numerators(r[15], r[16]) == r[17], "receipt/cost")
         self.require(r[20] == charge(r[19]) and r[19] >= r[17], "receipt/cumulative")
+        self.receipts[r[2]] = r[4], r[17]
         if self.receipt is None or self.receipt[1][2] < r[2]:
             self.receipt = sha(message("receipt", f[0][0])), r
 
@@ -148,17 +150,26 @@ class Claim:
         if self.require(t[1] == self.provider and t[2] != t[4] and (own or t[4] == self.session), "statement/session"):
             (self.spent if own else self.credited)[t[5]] = t[6]
 
-    def numerators(self) -> int:
-        last = self.receipt[1][4] if self.receipt else None
-        base = self.receipt[1][19] if self.receipt else 0
-        return base + sum(added for request, (_, added) in self.acked.items() if request != last)
+    def numerators(self, by_provider: bool, receipts: dict, acked: dict) -> int:
+        """Each request once: not at its acknowledgement where the last receipt's running total has it."""
+        receipted = {request for request, _ in receipts.values()}
+        added = sum(n for request, (_, n) in acked.items() if request not in receipted)
+        if self.receipt is None:
+            return added
+        seq, total = self.receipt[1][2], self.receipt[1][19]
+        chain = [n for number, (_, n) in receipts.items() if number <= seq]
+        before = max(0, total - sum(chain)) if by_provider and len(chain) == seq + 1 else 0
+        return total + max(0, added - before)
+
+    def own(self, receipts: dict) -> int:
+        return self.numerators(self.provider_made, receipts, self.acked)
 
     def fee_cap(self) -> int:
         return max((q[13][9] for q in self.quotes.values()), default=0)
 
     def finish(self):
         self.require(self.session is not None, "statement/session")
-        self.owed = owed(self.paid, self.receipt, self.numerators(), self.refunded, self.fee_cap(), self.credited, self.spent)
+        self.owed = owed(self.paid, self.receipt, self.own(self.receipts), self.refunded, self.fee_cap(), self.credited, self.spent)
         if self.note is not None:
             back = sum(self.refunded.values()) + sum(self.spent.values())
             self.require(self.note <= self.owed + back, "credit-note/amount")
@@ -174,14 +185,13 @@ def owed(paid: dict, receipt, added: int, refunded: dict, fee_cap: int, credited
 def cross(one: Claim, other: Claim) -> tuple:
     """What both together say is owed, and the rules that are broken."""
     ids = [claim.receipt[0] if claim.receipt else None for claim in (one, other)]
+    known = one.receipts | other.receipts
+    added = max(one.own(known), other.own(known))
     if ids[0] == ids[1]:
         joined = dict(one.acked)
         for request, later in other.acked.items():
             joined[request] = max(joined.get(request, (0, 0)), later)
-        mine, one.acked = one.acked, joined
-        added, one.acked = one.numerators(), mine
-    else:
-        added = max(one.numerators(), other.numerators())
+        added = max(added, one.numerators(True, known, joined))
     receipts = [claim.receipt for claim in (one, other) if claim.receipt]
     receipt = max(receipts, key=lambda r: r[1][2]) if receipts else None
     together = owed(other.paid | one.paid, receipt, added, other.refunded | one.refunded, max(one.fee_cap(), other.fee_cap()),

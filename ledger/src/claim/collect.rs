@@ -8,7 +8,10 @@ use crate::{
     transfer::Account,
 };
 use satgrid_types::{Msat, NodeKey, PaymentHash, RequestId, SessionId, UnixMs, statement_id};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+/// Requests that ended, as many as a claim shows at the most.
+const MOST_ENDED: usize = 16_384;
 
 /// A request that runs or ended without a receipt: its opening and its last acknowledgement.
 type Acked = (Evidence, Option<Evidence>);
@@ -25,11 +28,17 @@ pub struct ClaimCollector {
     open: Option<(Evidence, SessionOpen)>,
     invoices: BTreeMap<PaymentHash, Evidence>,
     paid: Vec<(Evidence, Evidence)>,
-    receipt: Option<Evidence>,
+    /// The newest receipts: one alone does not say whose work its running total holds.
+    receipts: VecDeque<Evidence>,
     /// Requests whose work is in no receipt yet.
     running: BTreeMap<RequestId, Acked>,
     /// Requests that were broken off after the last receipt: no receipt's running total holds them.
     broken_off: BTreeMap<RequestId, Acked>,
+    /// Those of before: the last receipt's running total holds them, beside what the receipts do. A provider shows them, so
+    /// that they can be told from the others.
+    before: BTreeMap<RequestId, Acked>,
+    /// So many ended that not all are shown.
+    many: bool,
     close: Option<Evidence>,
     note: Option<Evidence>,
     refunds: Vec<Evidence>,
@@ -47,9 +56,11 @@ impl ClaimCollector {
             open: None,
             invoices: BTreeMap::new(),
             paid: Vec::new(),
-            receipt: None,
+            receipts: VecDeque::new(),
             running: BTreeMap::new(),
             broken_off: BTreeMap::new(),
+            before: BTreeMap::new(),
+            many: false,
             close: None,
             note: None,
             refunds: Vec::new(),
@@ -114,8 +125,9 @@ impl ClaimCollector {
                     && ours(&body.session)
                 {
                     self.running.remove(&body.request);
-                    self.broken_off.clear();
-                    self.receipt = Some(Evidence::Receipt { receipt: receipt.clone(), opening: None });
+                    self.before.append(&mut self.broken_off);
+                    self.receipts.push_back(Evidence::Receipt { receipt: receipt.clone(), opening: None });
+                    self.keep_to_the_limit();
                 }
             }
             Evidence::Abandoned { session, request, .. } => {
@@ -159,6 +171,17 @@ impl ClaimCollector {
         }
     }
 
+    /// Past the limit the newest receipts are shown, and nothing of what was broken off before the last.
+    fn keep_to_the_limit(&mut self) {
+        self.many |= self.receipts.len().saturating_add(self.before.len()) > MOST_ENDED;
+        if self.many {
+            self.before.clear();
+            while self.receipts.len() > MOST_ENDED {
+                self.receipts.pop_front();
+            }
+        }
+    }
+
     /// The header and the pieces in the order of the format; `None` where the journal does not hold the session.
     pub fn finish(self) -> Option<(ClaimHeader, Vec<Evidence>)> {
         let (open, body) = self.open?;
@@ -168,8 +191,12 @@ impl ClaimCollector {
         for (invoice, payment) in self.paid {
             pieces.extend([invoice, payment]);
         }
-        pieces.extend(self.receipt);
-        let acked = self.broken_off.into_values().chain(self.running.into_values());
+        pieces.extend(self.receipts);
+        let before = match maker {
+            Maker::Consumer => BTreeMap::new(),
+            Maker::Provider => self.before,
+        };
+        let acked = before.into_values().chain(self.broken_off.into_values()).chain(self.running.into_values());
         for (request, ack) in acked {
             // A request that was never acknowledged costs nothing.
             pieces.extend(ack.map(|ack| [request, ack]).into_iter().flatten());

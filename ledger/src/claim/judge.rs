@@ -3,7 +3,7 @@
 //! | figure | from |
 //! |---|---|
 //! | paid | invoices of the quote's Lightning node over this session's terms, each with its preimage; or, where it is more, what the last receipt says under both signatures |
-//! | charged | the last receipt's running total and the last acknowledgements of requests that no receipt holds, rounded once |
+//! | charged | the last receipt's running total and the last acknowledgements of requests that it does not hold, rounded once |
 //! | refunded | the consumer's own word; or invoices that the consumer's close names, with their preimages |
 //! | credit | notes of other sessions spent in this one count as paid, this session's spent elsewhere as refunded, by both signatures |
 //! | owed | paid less charged less refunded; once something was refunded, less the quote's `refund_fee_cap`, which its route may have cost |
@@ -21,7 +21,10 @@ use satgrid_types::{
     SessionId, Signed, VerifyError,
 };
 use sha2::{Digest as _, Sha256};
-use std::{collections::BTreeMap, io::Read};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::Read,
+};
 use thiserror::Error;
 
 /// A claim holds no more pieces: thousands of slices fit, and memory stays bounded.
@@ -41,6 +44,8 @@ pub struct ClaimFigures {
 struct Facts {
     paid: BTreeMap<u32, Msat>,
     receipt: Option<(ReceiptId, Receipt)>,
+    /// Every receipt that is here, by its number: whose request it is, and what that request comes to.
+    receipts: BTreeMap<u32, (RequestId, Numerators)>,
     acked: BTreeMap<RequestId, (u32, Numerators)>,
     refunded: BTreeMap<PaymentHash, Msat>,
     /// Credit that came from other sessions, and that went to others, by note.
@@ -398,6 +403,7 @@ impl ClaimAudit {
         self.require(priced, Rule::ReceiptCost, party, "its numerators are not those of its usage");
         self.require(sums, Rule::ReceiptCumulative, party, "its running totals contradict themselves");
         let facts = &mut self.report.facts;
+        facts.receipts.insert(receipt.seq, (receipt.request, receipt.numerators));
         if facts.receipt.as_ref().is_none_or(|(_, last)| last.seq < receipt.seq) {
             facts.receipt = Some((receipt_id(both), receipt));
         }
@@ -431,7 +437,7 @@ impl ClaimAudit {
         let caps = self.quotes.values().map(|quote| quote.terms.refund_fee_cap);
         self.report.facts.fee_cap = caps.max().unwrap_or(Msat::ZERO);
         let facts = &self.report.facts;
-        self.report.figures = facts.figures(facts.numerators());
+        self.report.figures = facts.figures(facts.numerators(self.report.maker));
         self.report.slices = facts.paid.len() as u64;
         self.report.acknowledged = facts.unreceipted().count() as u64;
         let last = facts.receipt.as_ref().map(|(id, receipt)| (*id, u64::from(receipt.seq).saturating_add(1)));
@@ -465,14 +471,30 @@ impl ClaimReport {
 impl Facts {
     /// Acknowledged work that no receipt of the claim holds.
     fn unreceipted(&self) -> impl Iterator<Item = (&RequestId, &(u32, Numerators))> {
-        let last = self.receipt.as_ref().map(|(_, receipt)| receipt.request);
-        self.acked.iter().filter(move |(request, _)| Some(**request) != last)
+        let receipted: BTreeSet<RequestId> = self.receipts.values().map(|(request, _)| *request).collect();
+        self.acked.iter().filter(move |(request, _)| !receipted.contains(request))
     }
     fn base(&self) -> Numerators {
         self.receipt.as_ref().map_or(Numerators::ZERO, |(_, receipt)| receipt.cumulative_numerators)
     }
-    fn numerators(&self) -> Numerators {
-        self.unreceipted().fold(self.base(), |sum, (_, (_, added))| add(sum, *added))
+    /// What the last receipt's running total holds of requests that ended without a receipt before it: known where every
+    /// receipt up to it is here.
+    fn broken_off(&self) -> Numerators {
+        let Some((_, last)) = &self.receipt else { return Numerators::ZERO };
+        let chain = self.receipts.range(..=last.seq).map(|(_, (_, numerators))| *numerators);
+        let (count, sum) = chain.fold((0u64, Numerators::ZERO), |(n, sum), next| (n.saturating_add(1), add(sum, next)));
+        let whole = count == u64::from(last.seq).saturating_add(1);
+        if whole { Numerators(self.base().0.saturating_sub(sum.0)) } else { Numerators::ZERO }
+    }
+    /// Work counts once: not at an acknowledgement where the running total has it. A consumer shows no acknowledgement that
+    /// it need not; of a provider's, those of before the last receipt are taken off again.
+    fn numerators(&self, maker: Maker) -> Numerators {
+        let acked = self.unreceipted().fold(Numerators::ZERO, |sum, (_, (_, added))| add(sum, *added));
+        let before = match maker {
+            Maker::Consumer => Numerators::ZERO,
+            Maker::Provider => self.broken_off(),
+        };
+        add(self.base(), Numerators(acked.0.saturating_sub(before.0)))
     }
     fn figures(&self, numerators: Numerators) -> ClaimFigures {
         let proven = self.paid.values().fold(Msat::ZERO, |sum, amount| sum.saturating_add(*amount));
@@ -491,8 +513,8 @@ impl Facts {
 /// A claim and the other side's answer, held against each other: what is owed by both together, and whether the claim had
 /// left out what its maker knew.
 ///
-/// Charges are both-signed, so the larger one stands: over the same last receipt the later acknowledgement of each request,
-/// else the larger of both totals. Slices and refunds are joined, each counted once.
+/// Charges are both-signed, so the larger one stands, each request counted once: of both totals, and over the same last
+/// receipt of that with the later acknowledgement of each request. Slices and refunds are joined, each counted once.
 pub fn cross_claims(one: &ClaimReport, other: &ClaimReport) -> Result<(ClaimFigures, Vec<Finding>), ClaimMismatch> {
     let (Some(session), Some(second)) = (one.session, other.session) else { return Err(ClaimMismatch::NoSession) };
     if session != second {
@@ -504,17 +526,21 @@ pub fn cross_claims(one: &ClaimReport, other: &ClaimReport) -> Result<(ClaimFigu
         (None, Some(_)) => true,
         (_, None) => false,
     };
-    let numerators = if one.last_receipt == other.last_receipt {
+    joined.receipts.extend(&other.facts.receipts);
+    // What either file comes to by the receipts of both.
+    let own = |report: &ClaimReport| {
+        Facts { receipts: joined.receipts.clone(), ..report.facts.clone() }.numerators(report.maker)
+    };
+    let mut numerators = own(one).max(own(other));
+    if one.last_receipt == other.last_receipt {
         for (request, later) in &other.facts.acked {
             let last = joined.acked.entry(*request).or_insert(*later);
             if later.0 > last.0 {
                 *last = *later;
             }
         }
-        joined.numerators()
-    } else {
-        one.facts.numerators().max(other.facts.numerators())
-    };
+        numerators = numerators.max(joined.numerators(Maker::Provider));
+    }
     joined.fee_cap = joined.fee_cap.max(other.facts.fee_cap);
     if newer {
         joined.receipt.clone_from(&other.facts.receipt);

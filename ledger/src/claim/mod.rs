@@ -1,7 +1,7 @@
 //! Claims: what a provider owes on one session, as a file that proves it by itself.
 //!
 //! A claim carries statements, not a journal: the quotes, the opening, every paid slice's invoice with its preimage, the
-//! last receipt, the last acknowledgement of each request that ended without one, the close. Nothing in it is a sum; a
+//! receipts, the last acknowledgement of each request that ended without one, the close. Nothing in it is a sum; a
 //! reader computes what is owed. The provider answers with a file of the same form from its own journal: a later
 //! acknowledgement or receipt, a refund with its preimage. Neither file shows anything of prompts or answers, and neither
 //! proves that nothing was left out: that is what the other side's file is for.

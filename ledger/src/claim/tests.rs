@@ -193,3 +193,45 @@ fn a_note_that_was_spent_is_owed_no_more_and_counts_where_it_was() {
     let claim = report(&of(&ours, to.id));
     assert_eq!((claim.findings.len(), claim.figures.owed), (0, before.figures.owed), "it is owed there now");
 }
+
+#[test]
+fn work_that_a_receipt_holds_is_not_charged_again() {
+    let mut world = World::new();
+    let mut session = world.open();
+    world.pay(&mut session, Msat::sat(20));
+    world.complete(&mut session, Work { prompt: 200, cached: 0, output: 300, acks: 2 });
+    world.abandon(&mut session, Work { prompt: 120, cached: 64, output: 100, acks: 1 });
+    world.complete(&mut session, Work { prompt: 700, cached: 512, output: 900, acks: 3 });
+    world.abandon(&mut session, Work { prompt: 60, cached: 0, output: 70, acks: 1 });
+    let (ours, theirs) = (world.consumer.journal.entries(), world.provider.journal.entries());
+    let claim = report(&of(&ours, session.id));
+    let answer = report(&of(&theirs, session.id));
+    assert_eq!((claim.receipts, claim.figures.charged), (2, session.charged));
+    assert!(claim.is_clean() && answer.is_clean());
+    assert_eq!(answer.figures, claim.figures);
+    assert_eq!(cross_claims(&claim, &answer).unwrap(), (claim.figures, Vec::new()));
+
+    // A provider that shows every acknowledgement there was, and fewer receipts, would have the same work paid twice.
+    let mut collector = ClaimCollector::new(session.id);
+    theirs.iter().for_each(|entry| collector.observe(entry));
+    let (header, honest) = collector.finish().unwrap();
+    let acked = theirs.iter().filter_map(|entry| entry.evidence.clone());
+    let acked: Vec<Evidence> = acked.filter(|e| matches!(e, Evidence::Request(_) | Evidence::Ack(_))).collect();
+    for dropped in 0..=2usize {
+        let mut left = dropped;
+        let mut pieces = honest.clone();
+        pieces.retain(|piece| {
+            let drop = left > 0 && matches!(piece, Evidence::Receipt { .. });
+            left -= usize::from(drop);
+            !drop
+        });
+        pieces.extend(acked.iter().cloned());
+        let mut bytes = Vec::new();
+        write_claim(&mut bytes, &header, &pieces).unwrap();
+        let lie = report(&bytes);
+        assert_eq!(lie.findings, [], "{dropped}");
+        for (figures, across) in [cross_claims(&claim, &lie).unwrap(), cross_claims(&lie, &claim).unwrap()] {
+            assert_eq!((figures, across), (claim.figures, Vec::new()), "without {dropped} receipts");
+        }
+    }
+}
