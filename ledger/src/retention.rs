@@ -2,7 +2,7 @@
 //! keep their sums.
 //!
 //! What goes is the evidence of sessions that are over: closed, with nothing prepaid, owed or reserved, and silent since
-//! before a time. Quotes, opens and closes stay (they are few, and session keys are counted by opens), and so does all that
+//! before a time; and of those that share credit, once all of them are. Quotes, opens and closes stay (they are few, and session keys are counted by opens), and so does all that
 //! belongs to no session. An entry without its body can no longer be shown: exports of the whole journal end there.
 
 use crate::{
@@ -20,6 +20,8 @@ pub struct Retention {
     books: Books,
     subjected: Subjected,
     sessions: BTreeMap<SessionId, Span>,
+    /// Sessions between which credit moved: neither can be shown without the other.
+    linked: Vec<(SessionId, SessionId)>,
     /// Entries whose body may go, with the sessions that they belong to.
     bodies: Vec<(u64, Vec<SessionId>)>,
     last: Option<u64>,
@@ -45,6 +47,9 @@ impl Retention {
             span.last_at = entry.at;
             span.closed |= matches!(entry.evidence, Some(Evidence::Close(_)));
         }
+        if let Some(Evidence::CreditTransfer(both)) = &entry.evidence {
+            self.linked.extend(both.peek().ok().map(|moved| (moved.from, moved.to)));
+        }
         if entry.evidence.as_ref().is_some_and(may_go) && !subjects.sessions.is_empty() {
             self.bodies.push((entry.seq, subjects.sessions.into_iter().collect()));
         }
@@ -54,12 +59,24 @@ impl Retention {
     /// Numbers of the entries whose bodies may go: of sessions that were over and silent before this time. Never the last
     /// entry, which the next one is chained to.
     pub fn finish(self, before: UnixMs) -> Vec<u64> {
-        let over: BTreeSet<SessionId> = self
+        let mut over: BTreeSet<SessionId> = self
             .sessions
             .iter()
             .filter(|(id, span)| span.closed && span.last_at < before && is_settled(&self.books, **id))
             .map(|(id, _)| *id)
             .collect();
+        loop {
+            let before = over.len();
+            for (one, other) in &self.linked {
+                if !over.contains(one) || !over.contains(other) {
+                    over.remove(one);
+                    over.remove(other);
+                }
+            }
+            if over.len() == before {
+                break;
+            }
+        }
         let gone =
             self.bodies.into_iter().filter(|(_, sessions)| sessions.iter().all(|session| over.contains(session)));
         gone.map(|(seq, _)| seq).filter(|seq| Some(*seq) != self.last).collect()
@@ -107,7 +124,8 @@ fn may_go(evidence: &Evidence) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::World;
+    use crate::testing::{Work, World};
+    use satgrid_types::Msat;
 
     fn gone(entries: &[Entry], before: UnixMs) -> Vec<u64> {
         let mut retention = Retention::new();
@@ -133,6 +151,28 @@ mod tests {
             for seq in gone {
                 assert!(entries[usize::try_from(seq).unwrap()].evidence.as_ref().is_some_and(may_go));
             }
+        }
+    }
+
+    /// What a session was given by another's credit note is shown by that one's entries.
+    #[test]
+    fn sessions_that_share_credit_lose_their_bodies_together() {
+        let work = Work { prompt: 40, cached: 0, output: 60, acks: 1 };
+        let mut world = World::new();
+        let mut from = world.open();
+        world.pay(&mut from, Msat::sat(10));
+        world.complete(&mut from, work);
+        let note = world.close_with_credit_note(&mut from);
+        let mut to = world.open();
+        world.spend_credit_note(&from, &note, &mut to);
+        world.complete(&mut to, work);
+        let late = world.now.plus_ms(1_000);
+        for party in [&world.provider, &world.consumer] {
+            assert!(gone(&party.journal.entries(), late).is_empty(), "the one that has its credit is open");
+        }
+        world.close_with_refund(&mut to);
+        for party in [&world.provider, &world.consumer] {
+            assert!(!gone(&party.journal.entries(), late).is_empty());
         }
     }
 }

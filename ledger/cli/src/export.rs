@@ -115,13 +115,24 @@ async fn write(
         let mut from = 0;
         while from < checkpoint.size {
             let entries = below(reader, from, checkpoint.size).await?;
-            entries.iter().for_each(|entry| selector.observe(entry));
+            let pruned = reader.pruned(from, from + entries.len() as u64).await?;
             from += entries.len() as u64;
+            for entry in &entries {
+                match pruned.binary_search(&entry.seq) {
+                    Ok(_) => selector.observe_pruned(entry),
+                    Err(_) => selector.observe(entry),
+                }
+            }
         }
     }
     let mut selection = selector.select();
-    if filter != Filter::All && selection.sessions().is_empty() {
-        bail!("no session matches");
+    match selection.left_out() {
+        0 if filter != Filter::All && selection.sessions().is_empty() => bail!("no session matches"),
+        0 => {}
+        left_out if selection.sessions().is_empty() => {
+            bail!("{left_out} sessions match, and the bodies of their entries were pruned")
+        }
+        left_out => eprintln!("{left_out} sessions that match are left out: the bodies of their entries were pruned"),
     }
     if filter == Filter::All && !reader.pruned(0, checkpoint.size).await?.is_empty() {
         return Err(hinted(

@@ -134,6 +134,19 @@ fn old_sessions_lose_their_bodies_and_the_rest_is_still_proven() {
         assert_eq!(fixture.export("copy.db", "part.bundle", &["--session", session]).code, 0);
         assert_eq!(ledger(&["verify", &fixture.text("part.bundle")]).code, 0);
     }
+    // A session that is half gone is left out, and accuses nobody.
+    let part = fixture.export("copy.db", "part.bundle", &["--from", "2026-01-01"]);
+    assert!(part.code == 0 && part.err.contains("left out"), "{}", part.err);
+    let verdict = json(&["verify", &fixture.text("part.bundle"), "--sessions"]);
+    assert_eq!(verdict["verdict"], "clean", "{verdict}");
+    let shown = verdict["files"][0]["journal"]["sessions"].as_object().unwrap();
+    assert_eq!(shown.len(), 2, "one of three sessions is over");
+    fixture.export("provider.db", "whole.bundle", &[]);
+    let whole = json(&["verify", &fixture.text("whole.bundle"), "--sessions"]);
+    let sessions = whole["files"][0]["journal"]["sessions"].as_object().unwrap();
+    let gone = sessions.keys().find(|id| !shown.contains_key(*id)).unwrap();
+    let none = fixture.export("copy.db", "gone.bundle", &["--session", gone]);
+    assert!(none.code == 2 && none.err.contains("pruned"), "{}", none.err);
 }
 
 /// A CSV line's fields; nothing here is quoted.

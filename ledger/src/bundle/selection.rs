@@ -7,11 +7,11 @@
 use super::Filter;
 use crate::{
     entry::{Entry, Evidence},
-    statements::SessionOpen,
+    statements::{SessionOpen, receipt_id},
     transfer::TransferOp,
 };
 use lightning_invoice::SignedRawBolt11Invoice;
-use satgrid_types::{ListingId, NodeKey, NostrEvent, PaymentHash, SessionId, TransferId, statement_id};
+use satgrid_types::{ListingId, NodeKey, NostrEvent, PaymentHash, ReceiptId, SessionId, TransferId, statement_id};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What one entry belongs to.
@@ -121,6 +121,12 @@ pub struct Selector {
     linked: Vec<(SessionId, SessionId)>,
     /// Sessions opened, with their provider and session key.
     opened: BTreeMap<SessionId, (NodeKey, NodeKey)>,
+    /// The last receipt of each session, as far as receipts are here.
+    receipts: BTreeMap<SessionId, ReceiptId>,
+    /// Sessions whose close names another one.
+    unreceipted: BTreeSet<SessionId>,
+    /// Sessions of entries whose bodies were let go; none where there are no such entries.
+    pruned: Option<BTreeSet<SessionId>>,
     selection: Selection,
 }
 
@@ -131,6 +137,7 @@ pub struct Selection {
     sessions: BTreeSet<SessionId>,
     keys: BTreeSet<NodeKey>,
     listings: BTreeSet<ListingId>,
+    left_out: usize,
     subjected: Subjected,
 }
 
@@ -143,6 +150,9 @@ impl Selector {
             quoted: BTreeMap::new(),
             linked: Vec::new(),
             opened: BTreeMap::new(),
+            receipts: BTreeMap::new(),
+            unreceipted: BTreeSet::new(),
+            pruned: None,
             selection: Selection { whole, ..Selection::default() },
         }
     }
@@ -162,6 +172,17 @@ impl Selector {
                     self.opened.insert(*session, (open.provider, open.consumer));
                 }
             }
+            Some(Evidence::Receipt { receipt, .. }) => {
+                let id = receipt_id(receipt);
+                self.receipts.extend(receipt.peek().ok().map(|receipt| (receipt.session, id)));
+            }
+            Some(Evidence::Close(close)) => {
+                if let Ok(close) = close.peek()
+                    && close.last_receipt != self.receipts.get(&close.session).copied()
+                {
+                    self.unreceipted.insert(close.session);
+                }
+            }
             Some(Evidence::CreditTransfer(both)) => self.linked.extend(both.peek().ok().map(|t| (t.from, t.to))),
             _ => {}
         }
@@ -171,6 +192,11 @@ impl Selector {
         {
             self.selection.sessions.extend(subjects.sessions);
         }
+    }
+    /// Takes an entry whose body was let go, in its place: its session can no longer be shown.
+    pub fn observe_pruned(&mut self, entry: &Entry) {
+        let sessions = self.subjected.of(entry).sessions;
+        self.pruned.get_or_insert_default().extend(sessions);
     }
     /// Ends the first pass.
     pub fn select(mut self) -> Selection {
@@ -197,6 +223,24 @@ impl Selector {
                 break;
             }
         }
+        if let Some(pruned) = &self.pruned {
+            // Half a session says what is not so, and of whoever closed it.
+            let found = selection.sessions.len();
+            selection.sessions.retain(|id| !pruned.contains(id) && !self.unreceipted.contains(id));
+            loop {
+                let kept = selection.sessions.len();
+                for (one, other) in &self.linked {
+                    if !selection.sessions.contains(one) || !selection.sessions.contains(other) {
+                        selection.sessions.remove(one);
+                        selection.sessions.remove(other);
+                    }
+                }
+                if selection.sessions.len() == kept {
+                    break;
+                }
+            }
+            selection.left_out = found.saturating_sub(selection.sessions.len());
+        }
         let keys = selection.sessions.iter().filter_map(|session| self.opened.get(session));
         selection.keys = keys.map(|(_, consumer)| *consumer).collect();
         let listings = selection.keys.iter().filter_map(|key| self.quoted.get(key));
@@ -209,6 +253,10 @@ impl Selection {
     /// Sessions that were found; not meaningful for a whole export.
     pub fn sessions(&self) -> &BTreeSet<SessionId> {
         &self.sessions
+    }
+    /// Sessions that were found and are not shown, since their bodies were let go.
+    pub fn left_out(&self) -> usize {
+        self.left_out
     }
     /// Whether the export holds this entry. Called for every entry, in order.
     pub fn wants(&mut self, entry: &Entry) -> bool {
