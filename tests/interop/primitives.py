@@ -217,7 +217,7 @@ def invoice(text: str) -> dict:
     if len(text) > 2048 or text not in (text.lower(), text.upper()):
         raise Refused("too long, or of mixed case")
     prefix, one, tail = text.lower().rpartition("1")
-    found = re.fullmatch(r"ln(bcrt|tbs|bc|tb|sb)(?:(\d+)([munp]?))?", prefix)
+    found = re.fullmatch(r"ln(bcrt|tbs|bc|tb|sb)(?:([0-9]+)([munp]?))?", prefix)
     if not one or not found or any(c not in BECH32 for c in tail):
         raise Refused("not an invoice")
     groups = [BECH32.index(c) for c in tail]

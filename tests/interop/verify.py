@@ -46,7 +46,7 @@ def peek(kind: str, signed: dict) -> dict:
 
 def checkpoint(note: str):
     """Node, size and root of a signed note (10); the one spelling is rebuilt and compared."""
-    found = re.fullmatch(r"(satgrid/([0-9a-f]{64})\n(0|[1-9]\d{0,19})\n(\S+)\n)\n\u2014 satgrid/(\S+) (\S+)\n", note)
+    found = re.fullmatch(r"(satgrid/([0-9a-f]{64})\n(0|[1-9][0-9]{0,19})\n(\S+)\n)\n\u2014 satgrid/(\S+) (\S+)\n", note)
     try:
         text, node, size, root, _, blob = found.groups()
         root, blob, key = b64decode(root, validate=True), b64decode(blob, validate=True), bytes.fromhex(node)
@@ -817,6 +817,10 @@ class Audit:
     def promise(self, f):
         ident = peek("inclusion-promise", f[0])[2]
         if ident in self.over:
+            p = statement("inclusion-promise", f[0], peek("inclusion-promise", f[0])[1])
+            self.version(p)
+            if p[1] == self.over[ident].open[1]:
+                self.over[ident].promised.append((p[3], p[5], p[4]))
             return None, ("nothing",)
         s = self.session(ident)
         p = statement("inclusion-promise", f[0], s.open[1])

@@ -10,7 +10,7 @@ use super::{
 use crate::{
     entry::{Entry, Evidence},
     log::SignedCheckpoint,
-    statements::{SessionOpen, session_id},
+    statements::{InclusionPromise, SessionOpen, session_id},
     transfer::Account,
 };
 use satgrid_types::{
@@ -167,8 +167,10 @@ impl Auditor {
                 (Some(*session), self.with(*session, notes, take), false)
             }
             Evidence::Promise(signed) => match signed.peek() {
-                // A promise may arrive after its session is over: then it was kept, and only its place is of interest.
-                Ok(promise) if self.over.contains(&half(&promise.session.0)) => (None, nothing(), false),
+                Ok(promise) if self.over.contains(&half(&promise.session.0)) => {
+                    self.late_promise(signed, &promise, notes);
+                    (None, nothing(), false)
+                }
                 Ok(promise) => {
                     let take = |audit: &mut SessionAudit, notes: &mut Notes| audit.promise(signed, notes);
                     (Some(promise.session), self.with(promise.session, notes, take), false)
@@ -202,6 +204,18 @@ impl Auditor {
                 (None, backing, false)
             }
             Evidence::OnChain { fee, .. } => (None, Backing::Miners(*fee), false),
+        }
+    }
+
+    /// A promise may arrive after its session is over; it binds the provider's log all the same.
+    fn late_promise(&mut self, signed: &Signed<InclusionPromise>, promise: &InclusionPromise, notes: &mut Notes) {
+        if let Err(error) = signed.verify(&promise.node) {
+            return notes.refuse(&error);
+        }
+        notes.version(InclusionPromise::KIND, promise.version, InclusionPromise::VERSION);
+        let summary = self.report.sessions.get_mut(&promise.session);
+        if let Some(summary) = summary.filter(|summary| summary.provider == Some(promise.node)) {
+            summary.promised.push((promise.receipt.0, promise.index, promise.leaf));
         }
     }
 

@@ -108,3 +108,28 @@ fn a_refund_moves_no_fees_into_expenses() {
     });
     assert_eq!(found, BTreeSet::from([Rule::TransferUnbacked]));
 }
+
+/// A promise that comes once its session is over, as a provider would have it that does not mean to keep it.
+#[test]
+fn a_late_promise_binds_as_any_other() {
+    let world = World::example();
+    let provider = report(&world.provider.bundle(Filter::All, false));
+    let late = |bend: fn(&mut InclusionPromise), key: &SigningKey| {
+        let mut drafts = drafts_of(&world.consumer.journal.entries());
+        let (_, promised) = drafts.remove(find(&drafts, "promise", 0));
+        let Some(Evidence::Promise(signed)) = promised.evidence else { unreachable!() };
+        let mut body = signed.peek().unwrap();
+        bend(&mut body);
+        let at = drafts.last().unwrap().0;
+        drafts.push((at, Draft::of(Evidence::Promise(Signed::sign(&body, key)))));
+        report(&bundle_of(&chain_entries(drafts), &world.consumer.node, Filter::All, false))
+    };
+    let honest = late(|_| (), &provider_key());
+    assert_eq!((&honest.findings, cross_check(&provider, &honest)), (&Vec::new(), Vec::new()));
+    let broken = late(|promise| promise.leaf = Digest([1; 32]), &provider_key());
+    assert_eq!(broken.findings, []);
+    let found: Vec<Rule> = cross_check(&provider, &broken).iter().map(|finding| finding.rule).collect();
+    assert_eq!(found, [Rule::PromiseBroken]);
+    let forged = late(|_| (), &first_session_key());
+    assert!(forged.has(Rule::StatementSignature), "{:?}", forged.findings);
+}
