@@ -247,7 +247,7 @@ pub fn check_sold(split: &Split, usage: &TokenUsage) -> Result<(), SplitFault> {
 /// Legs of layers, by their layers.
 fn chain_of(legs: &[Leg]) -> Vec<&Leg> {
     let mut chain: Vec<&Leg> = legs.iter().filter(|leg| leg.order.layers.is_some()).collect();
-    chain.sort_unstable_by_key(|leg| leg.order.layers.map(|range| range.start()));
+    chain.sort_unstable_by_key(|leg| leg.order.layers.map(|range| (range.start(), range.end())));
     chain
 }
 
@@ -371,6 +371,17 @@ mod tests {
         let (early, late) = (leg(2, (4, 11), 25, 0, Some((2, 4))), leg(3, (4, 11), 40, 0, Some((2, 4))));
         check(&ends, &[whole, early, late], "layer 4 evaluated 65");
         check(&ends, &[whole, early, leg(3, (4, 11), 15, 25, Some((2, 4)))], "");
+    }
+
+    /// A worker gave way to two, and one came back for them both: what each passed on says nothing of the others.
+    #[test]
+    fn layers_that_were_ordered_twice_are_told_whatever_stands_between() {
+        let ends = own(&[(0, 1), (11, 12)]);
+        let whole = |worker, rows| leg(worker, (1, 11), 10, 30, Some(rows));
+        let (one, two) = (leg(2, (1, 6), 20, 20, Some((7, 8))), leg(3, (6, 11), 20, 20, Some((8, 9))));
+        for legs in [[whole(1, (1, 5)), one, whole(4, (6, 4)), two], [one, whole(1, (1, 5)), two, whole(4, (6, 4))]] {
+            check(&ends, &legs, "");
+        }
     }
 
     #[test]
