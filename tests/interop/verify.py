@@ -544,6 +544,8 @@ class Audit:
         s.asked.add(r[2])
         if fresh:
             s.requests[r[2]] = [r, None, None, set(self.flows[1])]
+            if s.as_provider:
+                self.accounted.discard(r[2])
         return s, ("work",)
 
     def usage_fits(self, usage, request, before) -> bool:

@@ -289,6 +289,11 @@ impl Auditor {
                     self.stages.sold(&receipt, notes);
                 }
             }
+            Some(Evidence::Request(open)) if as_provider => {
+                if let Ok(open) = open.peek() {
+                    self.stages.opened(&open.request);
+                }
+            }
             Some(Evidence::Abandoned { request, .. }) if as_provider => self.stages.dropped(request),
             Some(_) | None => {}
         }

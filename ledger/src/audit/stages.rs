@@ -106,9 +106,38 @@ impl Stages {
         }
     }
 
+    /// A customer opened a request. Ids are the customers' to choose: one that another session used before is a new request.
+    pub(super) fn opened(&mut self, request: &RequestId) {
+        self.accounted.remove(request);
+    }
+
     /// A customer's request ended without a receipt: nobody is charged for its workers but the lead.
     pub(super) fn dropped(&mut self, request: &RequestId) {
         self.legs.remove(request);
         self.experts.remove(request);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::statements::PartOrder;
+    use satgrid_types::{NodeKey, PartUsage, WireType};
+
+    /// A worker knows the ids of its lead's customers' requests, and may open one as a customer itself.
+    #[test]
+    fn an_id_that_a_second_customer_takes_is_a_new_request() {
+        let request = RequestId([1; 32]);
+        let order = PartOrder { layers: None, lead: NodeKey([9; 32]), request, wire: WireType::F32, max_positions: 1 };
+        let leg = Leg { worker: NodeKey([2; 32]), order, usage: PartUsage::default(), id: None, rows: None };
+        let mut stages = Stages { accounted: BTreeSet::from([request]), ..Stages::default() };
+        let bought = |stages: &mut Stages| {
+            let mut notes = Notes::default();
+            stages.bought(true, leg, None, &mut notes);
+            notes.found.iter().map(|(rule, ..)| *rule).collect::<Vec<_>>()
+        };
+        assert_eq!(bought(&mut stages), [Rule::StageOrphan]);
+        stages.opened(&request);
+        assert_eq!(bought(&mut stages), []);
     }
 }
