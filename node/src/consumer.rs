@@ -44,7 +44,7 @@ use rand_chacha::{
     rand_core::{RngCore, SeedableRng},
 };
 use satgrid_ledger::{
-    entry::{Draft, Evidence},
+    entry::{Draft, Evidence, MAX_ENTRY_LEN},
     log::SignedCheckpoint,
 };
 use satgrid_protocol::{
@@ -103,6 +103,10 @@ pub struct Consumer {
 
 /// Sessions that may be setting up at once beside those that were opened: how far a restart looks for session keys.
 const MAX_KEY_GAP: u64 = 4_096;
+
+/// The most that is kept of what proves a broken rule: a peer's frame may be longer than an entry of the journal, and an
+/// entry that is too long stops the node.
+const MAX_STATEMENT: usize = MAX_ENTRY_LEN - 1_024;
 
 /// The key of one session: SHA-256 over `"satgrid-session-key-v1\0"`, the master secret and the index (u64, big-endian).
 pub fn session_key(master: &[u8; 32], index: SessionIndex) -> SigningKey {
@@ -393,8 +397,9 @@ impl Consumer {
     }
 
     /// Keeps what proves that a provider broke a rule; it is not asked again for a while.
-    fn keep_against(&mut self, now: UnixMs, peer: NodeKey, rule: &str, text: &str, statement: Vec<u8>) {
+    fn keep_against(&mut self, now: UnixMs, peer: NodeKey, rule: &str, text: &str, mut statement: Vec<u8>) {
         self.counters.misbehaviour += 1;
+        statement.truncate(MAX_STATEMENT);
         self.append(vec![Draft::of(Evidence::Misbehaviour { peer, rule: rule.to_owned(), statement })], Vec::new());
         self.actions.push_back(ConsumerAction::Penalise { provider: peer, rule: rule.to_owned() });
         self.shunned.insert(peer, (now.plus_ms(self.config.shun_ms), text.to_owned()));

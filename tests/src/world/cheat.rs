@@ -28,6 +28,8 @@ pub enum Cheat {
     NeverCredits,
     /// Says nothing more on a request's stream after this many output tokens.
     SilentAfter(u32),
+    /// Instead of output a row of a text that nobody asked for, longer than an entry of the journal.
+    LongRow,
     /// Promises nothing about its log.
     NoPromises,
     /// Answers no question about its log.
@@ -79,6 +81,7 @@ pub(super) fn bend(cheat: Cheat, key: &SigningKey, frame: ProviderFrame) -> Opti
             receipt.cumulative_cost = Msat(receipt.cumulative_cost.0 + 1);
             Some(ProviderFrame::Receipt(reason, Signed::sign(&receipt, key)))
         }
+        (Cheat::LongRow, ProviderFrame::Chunk(..)) => Some(ProviderFrame::Embedded(0, vec![0; 300_000].into())),
         (Cheat::SilentAfter(tokens), ProviderFrame::Chunk(first, _)) if first >= tokens => None,
         (Cheat::SilentAfter(_), ProviderFrame::Receipt(..)) => None,
         (_, frame) => Some(frame),

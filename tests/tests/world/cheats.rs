@@ -60,6 +60,11 @@ fn a_wrong_price_or_output_is_caught() {
 }
 
 #[test]
+fn a_lie_longer_than_an_entry_of_the_journal_stops_nobody() {
+    check("row", lie(Cheat::LongRow));
+}
+
+#[test]
 fn an_engine_that_emits_more_than_was_asked_for_is_caught_or_harmless() {
     let mut world = World::new(Options::default(), 1, 1);
     world.providers[0].toy.faults.overrun = true;
