@@ -25,6 +25,8 @@ mod resume;
 mod sessions;
 mod signers;
 mod start;
+#[cfg(test)]
+mod tests;
 mod types;
 mod words;
 

@@ -251,6 +251,12 @@ impl Provider {
             return;
         }
         let Some(live) = self.sessions.get(&session) else { return };
+        // While the wallet made it, an earlier invoice of this slice may have been paid, or the session closed.
+        let paid = live.state.slices().get(&descriptor.k).is_some_and(|s| s.status == SliceStatus::Paid);
+        if paid || live.state.close_statement().is_some() {
+            let text = format!("slice {} is settled, or the session is closed", descriptor.k);
+            return self.refuse(link, Refusal::Protocol, text);
+        }
         if let Some(hash) = invoice_hash(&bolt11) {
             self.by_payment.insert(hash, session);
         }

@@ -61,7 +61,11 @@ impl Provider {
         open: Vec<OpenRequest>,
         receipts: Vec<BothSigned<Receipt>>,
     ) {
-        let Some((peer, host)) = self.links.get(&link).map(|l| (l.peer, l.host)) else { return };
+        let Some((peer, host, carried)) = self.links.get(&link).map(|l| (l.peer, l.host, l.session)) else { return };
+        if carried.is_some_and(|carried| carried != id) {
+            // The session that it left would go on waiting for this link, which says nothing more of it.
+            return self.violation(link, "one session per connection");
+        }
         let Some(session) = self.sessions.get_mut(&id).filter(|s| s.state.consumer() == peer) else {
             return self.refuse(link, Refusal::Unknown, "no such session here for this key");
         };

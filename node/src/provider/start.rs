@@ -14,7 +14,7 @@ use satgrid_protocol::{
     metering::{Grant, Meter},
     session::SessionState,
 };
-use satgrid_types::{Msat, SessionId, TokenUsage, UnixMs, Verified};
+use satgrid_types::{MAX_LOGIT_BIAS, Msat, SessionId, TokenUsage, UnixMs, Verified};
 
 /// A start that a well-behaved consumer could have sent. What fails here is a violation.
 pub(super) fn check_start(state: &SessionState, start: &StartRequest) -> Result<Verified<RequestOpen>, String> {
@@ -35,6 +35,10 @@ pub(super) fn check_start(state: &SessionState, start: &StartRequest) -> Result<
     let ill_measured = if writes { open.max_output == 0 } else { open.max_output > 0 && private.embed.is_some() };
     if ill_measured || private.stop.len() > MAX_STOPS || private.resumed > length {
         return Err("no output asked for, too many stop strings, or more resumed than prompt tokens".into());
+    }
+    // It is kept beside the receipt, and a journal that is given too much of it stops.
+    if private.sampling.logit_bias_micro.len() > MAX_LOGIT_BIAS {
+        return Err(format!("more than {MAX_LOGIT_BIAS} biased tokens"));
     }
     let committed = private.commitment(&start.salt) == open.private_hash;
     if !committed || prompt_hash(&start.salt, &start.prompt) != private.prompt_hash {

@@ -1,0 +1,138 @@
+//! The provider role alone, told what no honest peer says.
+
+use super::{start::check_start, *};
+use crate::CloseCode;
+use satgrid_ledger::{
+    statements::{RequestOpen, RequestPrivate, SessionOpen},
+    testing::{Session, World, bolt11, bytes32},
+};
+use satgrid_protocol::{
+    frame::{ConsumerControl, Hello, StartRequest},
+    session::Side,
+};
+use satgrid_types::{Digest, MAX_LOGIT_BIAS, Quote, Salt, Sampling, Signed, node_key};
+
+const LINK: LinkId = LinkId(7);
+
+fn state(session: &Session) -> SessionState {
+    SessionState::new(Side::Provider, &session.quote, &session.open)
+}
+
+/// A provider with these sessions, and a consumer that has connected and said hello.
+fn met(world: &World, session: &Session, restored: Vec<SessionState>) -> Provider {
+    let mut provider = Provider::new(ProviderConfig::default(), world.provider.node.clone(), [1; 32]);
+    provider.restore(world.now, restored, Vec::new());
+    tell(&mut provider, world, ProviderEvent::LinkUp { link: LINK, peer: node_key(&session.key), host: None });
+    say(&mut provider, world, ConsumerControl::Hello(Hello::ours()));
+    provider
+}
+
+/// Everything that it wants done; the journal writes at once.
+fn tell(provider: &mut Provider, world: &World, event: ProviderEvent) -> Vec<ProviderAction> {
+    provider.handle(world.now, event);
+    let mut actions = Vec::new();
+    while let Some(action) = provider.poll_action() {
+        if let ProviderAction::Append(append) = &action {
+            provider.handle(world.now, ProviderEvent::Durable(append.ticket));
+        }
+        actions.push(action);
+    }
+    actions
+}
+
+fn say(provider: &mut Provider, world: &World, frame: ConsumerControl) -> Vec<ProviderAction> {
+    tell(provider, world, ProviderEvent::Control { link: LINK, frame })
+}
+
+fn resume(session: SessionId) -> ConsumerControl {
+    ConsumerControl::Resume(session, Vec::new(), None, None)
+}
+
+fn is_halted(actions: &[ProviderAction]) -> bool {
+    actions.iter().any(|action| matches!(action, ProviderAction::Halt { .. }))
+}
+
+/// Asks for the invoice of the first slice.
+fn want_invoice(provider: &mut Provider, world: &World) -> (InvoiceTicket, Digest) {
+    let actions = say(provider, world, ConsumerControl::WantInvoice(0, Msat::sat(10)));
+    let wanted = actions.iter().find_map(|action| {
+        if let ProviderAction::MakeInvoice { ticket, description_hash, .. } = action {
+            Some((*ticket, *description_hash))
+        } else {
+            None
+        }
+    });
+    wanted.unwrap()
+}
+
+#[test]
+fn a_slice_that_is_paid_while_its_second_invoice_is_made_stops_nobody() {
+    let mut world = World::new();
+    let session = world.open();
+    let mut provider = met(&world, &session, vec![state(&session)]);
+    say(&mut provider, &world, resume(session.id));
+    let invoice = |terms: &Digest, hash: &PaymentHash| {
+        Ok(bolt11(&world.provider.lightning, Msat::sat(10), terms, hash, world.now))
+    };
+    let [first, second] = ["first", "second"].map(|name| PaymentHash(bytes32(name)));
+    let (ticket, terms) = want_invoice(&mut provider, &world);
+    tell(&mut provider, &world, ProviderEvent::InvoiceMade { ticket, result: invoice(&terms, &first) });
+    let (ticket, terms) = want_invoice(&mut provider, &world);
+    tell(&mut provider, &world, ProviderEvent::PaymentReceived { hash: first, amount: Msat::sat(10) });
+    let late = tell(&mut provider, &world, ProviderEvent::InvoiceMade { ticket, result: invoice(&terms, &second) });
+    assert!(!is_halted(&late), "{late:?}");
+    assert!(matches!(
+        late.as_slice(),
+        [ProviderAction::Control { frame: ProviderControl::Refused(Refusal::Protocol, _), .. }]
+    ));
+    assert_eq!(provider.session_states().next().unwrap().paid(), Msat::sat(10));
+}
+
+#[test]
+fn a_connection_that_carries_a_session_takes_up_no_other() {
+    let mut world = World::new();
+    let session = world.open();
+    // Another one under the same key.
+    let quote = Quote { nonce: session.quote.nonce + 1, ..Quote::clone(&session.quote) };
+    let quote = Signed::sign(&quote, &world.provider.node).verify(&quote.provider).unwrap();
+    let open = SessionOpen { quote: quote.quote_id(), ..SessionOpen::clone(&session.open) };
+    let open = Signed::sign(&open, &session.key).verify(&open.consumer).unwrap();
+    let other = SessionState::new(Side::Provider, &quote, &open);
+    let id = other.id();
+    let mut provider = met(&world, &session, vec![state(&session), other]);
+    say(&mut provider, &world, resume(session.id));
+    say(&mut provider, &world, resume(session.id));
+    assert_eq!(provider.counters().violations, 0, "said twice, it is the same");
+    let actions = say(&mut provider, &world, resume(id));
+    assert!(
+        actions.iter().any(|a| matches!(a, ProviderAction::CloseLink { code: CloseCode::Violation, .. })),
+        "{actions:?}"
+    );
+    assert!(provider.sessions.values().all(|session| session.link.is_none()), "nobody waits for a link that is closed");
+}
+
+#[test]
+fn a_request_has_no_more_biased_tokens_than_are_kept_beside_its_receipt() {
+    let mut world = World::new();
+    let session = world.open();
+    let (salt, prompt) = (Salt([3; 32]), vec![1, 2, 3]);
+    let check = |biased: usize| {
+        let bias = (0..).zip(std::iter::repeat_n(1, biased)).collect();
+        let sampling = Sampling { logit_bias_micro: bias, ..Sampling::default() };
+        let private = RequestPrivate::new(&salt, &prompt, sampling, Vec::new(), 0);
+        let open = RequestOpen {
+            version: RequestOpen::VERSION,
+            session: session.id,
+            request: RequestId([4; 32]),
+            quote: session.quote.quote_id(),
+            prompt_tokens: 3,
+            max_output: 5,
+            private_hash: private.commitment(&salt),
+            opened_at: world.now,
+            part: None,
+        };
+        let open = Signed::sign(&open, &session.key);
+        check_start(&state(&session), &StartRequest { open, salt, prompt: prompt.clone(), private }).is_ok()
+    };
+    assert!(check(MAX_LOGIT_BIAS) && !check(MAX_LOGIT_BIAS + 1));
+}
