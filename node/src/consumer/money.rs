@@ -327,7 +327,8 @@ impl Consumer {
 
     pub(super) fn close_with(&mut self, now: UnixMs, id: SessionId, result: Result<String, String>) {
         let Some(index) = self.index_of(id) else { return };
-        let Some(session) = self.sessions.get(&index) else { return };
+        // Where the connection broke meanwhile, another invoice is asked for once the session is resumed.
+        let Some(session) = self.sessions.get(&index).filter(|s| s.is_ready()) else { return };
         let (Some(state), Some(link)) = (&session.state, session.link) else { return };
         if state.close_statement().is_some() && state.credit_note().is_none() {
             return;
