@@ -87,6 +87,7 @@ pub struct SessionState {
     paid: Msat,
     refunded: Msat,
     requests: BTreeMap<RequestId, RequestState>,
+    /// All of them, as the books know all their transfers: an id that came again as a new request would stop the journal.
     ended: BTreeSet<RequestId>,
     /// Of all requests that ended.
     settled: Numerators,
@@ -121,9 +122,6 @@ pub struct SessionState {
 pub const MAX_RECEIPTS_AHEAD: usize = 7;
 /// Only receipts up to this size are offered ahead of the disk: a resume shows them all in one frame.
 pub const MAX_AHEAD_BYTES: usize = 2_048;
-
-/// Requests that ended and are remembered, so that a late frame about one is not a new request.
-const MAX_ENDED: usize = 4_096;
 
 impl SessionState {
     /// A new session. The drafts that make it durable are [`SessionState::open_drafts`].

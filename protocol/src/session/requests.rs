@@ -2,7 +2,7 @@
 
 use crate::frame::MAX_OPEN_REQUESTS;
 
-use super::{LastAck, MAX_AHEAD_BYTES, MAX_ENDED, MAX_RECEIPTS_AHEAD, SessionError, SessionState, hold_expiry};
+use super::{LastAck, MAX_AHEAD_BYTES, MAX_RECEIPTS_AHEAD, SessionError, SessionState, hold_expiry};
 use satgrid_ledger::{
     entry::{Draft, Evidence},
     statements::{
@@ -326,9 +326,6 @@ impl SessionState {
     fn end(&mut self, id: &RequestId) -> Result<(), SessionError> {
         self.requests.remove(id).ok_or(SessionError::UnknownRequest(*id))?;
         self.ended.insert(*id);
-        if self.ended.len() > MAX_ENDED {
-            self.ended.pop_first();
-        }
         Ok(())
     }
 }

@@ -280,6 +280,28 @@ fn without_a_receipt_the_last_ack_is_owed_and_ack_zero_is_free() {
 }
 
 #[test]
+fn no_number_of_requests_lets_an_id_be_used_again() {
+    let mut pair = Pair::new();
+    pair.pay(Msat::sat(10), Msat::ZERO);
+    for n in 0..5_000_u64 {
+        let mut id = [0xff; 32];
+        id[24..].copy_from_slice(&n.to_be_bytes());
+        pair.provider.state.ended.insert(RequestId(id));
+    }
+    let request = pair.open(10, Msat(100));
+    pair.abandon(request);
+    assert!(pair.provider.state.has_ended(&request));
+    // What would happen else.
+    pair.now = pair.now.plus_ms(1);
+    let open = pair.provider.journal.iter().find_map(|draft| match &draft.evidence {
+        Some(Evidence::Request(open)) => Some(open.clone()),
+        Some(_) | None => None,
+    });
+    let again = pair.provider.state.request(pair.now, &open.unwrap(), request, Msat(100));
+    assert!(pair.provider.books.apply(pair.now, &again).is_err());
+}
+
+#[test]
 fn cutting_work_into_requests_does_not_change_its_price() {
     let mut pair = Pair::new();
     pair.pay(Msat::sat(100), Msat::ZERO);
