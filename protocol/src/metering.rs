@@ -65,6 +65,9 @@ pub fn start_cost(prompt_tokens: u32, max_output: u32, rates: &RateCard, terms: 
     cost_alone(&usage, rates).ok()
 }
 
+/// A further reservation is at least this part of what is reserved already.
+const GROWTH: u64 = 32;
+
 /// What a request is metered by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Meter {
@@ -104,6 +107,30 @@ impl Meter {
         match self {
             Meter::Tokens { .. } => cost_alone(&grant.usage(), rates),
             Meter::Part(_) => cost_alone(&grant.usage(), &self.unit_rates(rates)),
+        }
+    }
+
+    /// What is reserved further so that a grant is covered, as far as it is `free`: at least a part of what is reserved
+    /// already, within what the request can cost. Reservations grow with the work; there is not one for each acknowledgement,
+    /// whose number is the peer's to choose, and all of which the request's end names in one entry.
+    pub fn further(&self, grant: Grant, reserved: Msat, free: Msat, rates: &RateCard) -> Result<Msat, ChargeError> {
+        let lacking = self.cost(grant, rates)?.saturating_sub(reserved);
+        if lacking.is_zero() {
+            return Ok(Msat::ZERO);
+        }
+        let rest = self.cost(self.whole(), rates).unwrap_or(Msat::MAX).saturating_sub(reserved);
+        Ok(lacking.max(rest.min(Msat(reserved.0 / GROWTH))).min(free))
+    }
+
+    /// All that the request asks for.
+    fn whole(&self) -> Grant {
+        match self {
+            Meter::Tokens { prompt_tokens, max_output } => {
+                Grant { prompt_upto: *prompt_tokens, output_upto: *max_output }
+            }
+            Meter::Part(order) => {
+                Grant { prompt_upto: 0, output_upto: u32::try_from(order.max_positions).unwrap_or(u32::MAX) }
+            }
         }
     }
 
@@ -277,6 +304,28 @@ mod tests {
         check(progress(1_000, (512, 0), 600), 512, 0); // the second piece is not covered
         check(progress(100, (100, 900), 100_000), 100, 1_000); // max_output
         check(progress(100, (100, 128), 100_000), 100, 384);
+    }
+
+    #[test]
+    fn reservations_are_few_however_often_a_request_is_acknowledged() {
+        let meter = Meter::Tokens { prompt_tokens: 100, max_output: 200_000 };
+        let (rates, terms) =
+            (progress(100, (0, 0), 0).rates, Terms { window_tokens: 1, ack_tokens: 1, ..Terms::default() });
+        let (mut reserved, mut holds) = (Msat::ZERO, 0);
+        for completion in 0..200_000 {
+            let acked = TokenUsage { prompt: 100, completion, ..TokenUsage::default() };
+            let grant = meter.grant(&acked, Msat::sat(1_000_000), &rates, &terms);
+            let more = meter.further(grant, reserved, Msat::MAX, &rates).unwrap();
+            reserved = reserved.saturating_add(more);
+            holds += usize::from(!more.is_zero());
+            assert!(meter.cost(grant, &rates).unwrap() <= reserved);
+        }
+        assert!(holds < crate::session::MAX_HOLDS / 2, "{holds}");
+        assert_eq!(Ok(reserved), meter.cost(meter.whole(), &rates), "and never more than it can cost");
+        let grant = Grant { prompt_upto: 100, output_upto: 9 };
+        assert_eq!(meter.further(grant, Msat(180), Msat(4), &rates), Ok(Msat(4)), "as far as it is free");
+        assert_eq!(meter.further(grant, Msat(180), Msat(99), &rates), Ok(Msat(10)));
+        assert_eq!(meter.further(grant, Msat(190), Msat(99), &rates), Ok(Msat::ZERO));
     }
 
     #[test]

@@ -38,7 +38,7 @@ use satgrid_types::{
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use thiserror::Error;
 
-pub use requests::{ReceiptFacts, RequestState};
+pub use requests::{MAX_HOLDS, ReceiptFacts, RequestState};
 pub use slices::{SliceState, SliceStatus, invoice_hash};
 
 /// Quotes of one session that are kept: the current one and those that open requests refer to.

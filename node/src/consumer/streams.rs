@@ -300,10 +300,14 @@ impl Consumer {
         let meter = Meter::of(held.open());
         let funds = held.reserved().saturating_add(session.usable_balance());
         let grant = meter.grant(&offered.usage, funds, held.rates(), &state.quote().terms);
-        let next = meter.cost(grant, held.rates()).unwrap_or(Msat::ZERO);
-        let more = next.saturating_sub(held.reserved()).min(session.usable_balance());
+        let free = if held.may_reserve() { session.usable_balance() } else { Msat::ZERO };
+        let more = meter.further(grant, held.reserved(), free, held.rates());
         // What is signed for is reserved, whatever the provider knows of our money.
-        let more = more.max(offered.cost.saturating_sub(held.reserved()));
+        let more = more.unwrap_or(Msat::ZERO).max(offered.cost.saturating_sub(held.reserved()));
+        if !more.is_zero() && !held.may_reserve() {
+            let (provider, why) = (session.provider(), "a request needs more reservations than one entry can end");
+            return self.leave(now, index, provider, why);
+        }
         let Ok(draft) = state.acked(now, &both, request, more) else { return };
         let stream = live.stream;
         let frame = ConsumerFrame::Ack(offered.seq, *both.consumer_signature());

@@ -305,15 +305,17 @@ impl Provider {
         let reserved = state.reserved();
         let live = session.requests.get(&request).ok_or_else(unknown)?;
         let terms = session.state.quote_of(&state.open().quote).map_or_else(Terms::default, |q| q.terms);
-        let next = live.meter.grant(&acked, reserved.saturating_add(session.state.available()), &rates, &terms);
+        // Where no more may be reserved for it, nothing more is granted: its consumer ends it, with a receipt.
+        let free = if state.may_reserve() { session.state.available() } else { Msat::ZERO };
+        let next = live.meter.grant(&acked, reserved.saturating_add(free), &rates, &terms);
         let grows = next.prompt_upto > live.granted.prompt_upto || next.output_upto > live.granted.output_upto;
         let next = Grant {
             prompt_upto: next.prompt_upto.max(live.granted.prompt_upto),
             output_upto: next.output_upto.max(live.granted.output_upto),
         };
         let running = live.is_running();
-        let more = live.meter.cost(next, &rates)?.saturating_sub(reserved);
-        let more = if running { more.min(session.state.available()) } else { Msat::ZERO };
+        let more = live.meter.further(next, reserved, free, &rates)?;
+        let more = if running { more } else { Msat::ZERO };
         let draft = match &ack {
             Some((_, both)) => Some(session.state.acked(now, both, request, more)?),
             None if more.is_zero() => None,

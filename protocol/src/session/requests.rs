@@ -4,6 +4,7 @@ use crate::frame::MAX_OPEN_REQUESTS;
 
 use super::{LastAck, MAX_AHEAD_BYTES, MAX_RECEIPTS_AHEAD, SessionError, SessionState, hold_expiry};
 use satgrid_ledger::{
+    books::MAX_TRANSFERS,
     entry::{Draft, Evidence},
     statements::{
         Ack, ExpertCount, ExpertSplit, PartWork, Receipt, ReceiptOpening, RequestOpen, SlicePaid, Split, ack_id,
@@ -16,6 +17,10 @@ use satgrid_types::{
     AckId, BothSigned, Digest, FinishReason, Msat, Numerators, RateCard, RequestId, Signed, TokenUsage, TransferId,
     UnixMs,
 };
+
+/// Reservations that one request may have: its end names them all, and one charge beside them.
+pub const MAX_HOLDS: usize = 1_000;
+const _: () = assert!(MAX_HOLDS < MAX_TRANSFERS);
 
 /// One open request.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,6 +81,10 @@ impl RequestState {
     /// The last acknowledgement with both signatures: this side's claim.
     pub fn last_ack(&self) -> Option<&BothSigned<Ack>> {
         self.acked.as_ref().map(|(_, _, both)| both)
+    }
+    /// Whether more may be reserved for it: [`MAX_HOLDS`].
+    pub fn may_reserve(&self) -> bool {
+        self.holds.len() < MAX_HOLDS
     }
     pub fn reserved(&self) -> Msat {
         self.holds.iter().fold(Msat::ZERO, |sum, (_, amount)| sum.saturating_add(*amount))

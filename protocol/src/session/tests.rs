@@ -333,6 +333,20 @@ fn a_charge_beyond_its_reservation_is_taken_from_the_balance() {
 }
 
 #[test]
+fn a_request_with_as_many_reservations_as_it_may_have_ends_in_one_entry() {
+    let mut pair = Pair::new();
+    pair.pay(Msat::sat(10), Msat::ZERO);
+    let request = pair.open(100, Msat(10));
+    for done in 1..MAX_HOLDS {
+        assert!(pair.provider.state.request_state(&request).unwrap().may_reserve());
+        pair.ack(request, usage(100, u32::try_from(done).unwrap()), Msat(1));
+    }
+    assert!(!pair.provider.state.request_state(&request).unwrap().may_reserve());
+    pair.finish(request, usage(100, 1_000));
+    pair.assert_agree();
+}
+
+#[test]
 fn a_slice_that_failed_is_invoiced_again_under_its_number() {
     let mut pair = Pair::new();
     let (k, hash, preimage) = pair.invoice(Msat::sat(10));
