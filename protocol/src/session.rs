@@ -28,7 +28,7 @@ use crate::exposure::{ConsumerExposure, ProviderExposure};
 use satgrid_ledger::{
     entry::{Draft, Evidence},
     statements::{Ack, CreditNote, CreditTransfer, Receipt, SessionClose, SessionOpen, session_id},
-    transfer::{Account, Transfer, TransferKind, transfer_id},
+    transfer::{Account, Transfer, TransferKind, TransferOp, transfer_id},
 };
 use satgrid_pricing::ChargeError;
 use satgrid_types::{
@@ -103,6 +103,8 @@ pub struct SessionState {
     close: Option<SessionClose>,
     /// Provider: the refund whose fate is not known, and how many came to nothing before it.
     refund: Option<(PaymentHash, Msat)>,
+    /// What is reserved for it: its amount, and what its route may cost.
+    refund_held: Msat,
     refunds_failed: u32,
     /// Refunds of this session that were paid: a remainder may go back in parts.
     refunds_made: u32,
@@ -149,6 +151,7 @@ impl SessionState {
             receipted_paid: Msat::ZERO,
             close: None,
             refund: None,
+            refund_held: Msat::ZERO,
             refunds_failed: 0,
             refunds_made: 0,
             refund_invoices: BTreeSet::new(),
@@ -288,14 +291,17 @@ impl SessionState {
         }
     }
 
-    /// Provider: about to pay the remainder back.
+    /// Provider: about to pay the remainder back. `amount` and `max_fee` are together no more than is owed: who asks for less
+    /// than its remainder leaves the rest for the route.
     pub fn refund_attempted(&self, payment_hash: PaymentHash, amount: Msat, max_fee: Msat) -> Draft {
         let (debit, credit) = (Account::RefundsDue(self.id), Account::Lightning);
+        let held = amount.checked_add(max_fee).unwrap_or(amount);
         Draft::of(Evidence::RefundAttempted { session: self.id, payment_hash, amount, max_fee })
-            .with([Transfer::pending(self.refund_transfer(), debit, credit, amount, None)])
+            .with([Transfer::pending(self.refund_transfer(), debit, credit, held, None)])
     }
 
-    /// Provider: the remainder went back. Told twice, it is an error: a refund is booked once.
+    /// Provider: the remainder went back; what its route cost is owed no longer. Told twice, it is an error: a refund is
+    /// booked once.
     pub fn refund_settled(
         &self,
         payment_hash: PaymentHash,
@@ -303,10 +309,13 @@ impl SessionState {
         fee: Msat,
     ) -> Result<Draft, SessionError> {
         let amount = self.refund_of(&payment_hash)?;
-        let mut transfers = vec![Transfer::post_pending(self.refund_transfer(), amount)];
-        if !fee.is_zero() {
+        let from_due = amount.checked_add(fee).ok_or(SessionError::Overflow)?.min(self.refund_held);
+        let mut transfers = vec![Transfer::post_pending(self.refund_transfer(), from_due)];
+        // A wallet that paid more than it was allowed is booked as it is, and so is a refund of before fees were reserved.
+        let beyond = fee.saturating_sub(from_due.saturating_sub(amount));
+        if !beyond.is_zero() {
             let id = transfer_id(self.id, None, TransferKind::RefundFee, self.refunds_tried());
-            transfers.push(Transfer::post(id, Account::RoutingFees, Account::Lightning, fee));
+            transfers.push(Transfer::post(id, Account::RoutingFees, Account::Lightning, beyond));
         }
         let evidence = Evidence::RefundSettled { session: self.id, payment_hash, amount, fee, preimage };
         Ok(Draft::of(evidence).with(transfers))
@@ -322,6 +331,16 @@ impl SessionState {
     fn refund_of(&self, hash: &PaymentHash) -> Result<Msat, SessionError> {
         let found = self.refund.filter(|(known, _)| known == hash);
         found.map(|(_, amount)| amount).ok_or(SessionError::UnknownPayment(*hash))
+    }
+
+    /// What these transfers reserve for the refund, or post of it.
+    fn of_refund(&self, transfers: &[Transfer]) -> Option<Msat> {
+        let id = self.refund_transfer();
+        transfers.iter().find_map(|transfer| match transfer.op {
+            TransferOp::Pending { amount, .. } => Some(amount).filter(|_| transfer.id == id),
+            TransferOp::PostPending { pending, amount } => Some(amount).filter(|_| pending == id),
+            TransferOp::Post { .. } | TransferOp::VoidPending { .. } | TransferOp::ExpirePending { .. } => None,
+        })
     }
 
     fn refund_transfer(&self) -> TransferId {
@@ -379,6 +398,7 @@ impl SessionState {
             Evidence::Close(signed) => self.apply_close(signed),
             Evidence::RefundAttempted { session, payment_hash, amount, .. } if *session == self.id => {
                 self.refund = Some((*payment_hash, *amount));
+                self.refund_held = self.of_refund(&draft.transfers).unwrap_or(*amount);
                 Ok(())
             }
             Evidence::CreditNote(signed) => {
@@ -391,10 +411,12 @@ impl SessionState {
             | Evidence::RefundReceived { session, amount, payment_hash }
                 if *session == self.id =>
             {
+                // Of a provider's refund, with what its route cost.
+                let gone = self.of_refund(&draft.transfers).unwrap_or(*amount);
                 self.refund = None;
                 self.refunds_made = self.refunds_made.saturating_add(1);
                 self.refunds_received.insert(*payment_hash);
-                self.refunded = self.refunded.checked_add(*amount).ok_or(SessionError::Overflow)?;
+                self.refunded = self.refunded.checked_add(gone).ok_or(SessionError::Overflow)?;
                 Ok(())
             }
             Evidence::CreditTransfer(both) => self.apply_credit(both),

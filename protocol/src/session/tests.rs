@@ -265,6 +265,37 @@ fn a_session_from_slice_to_refund() {
 }
 
 #[test]
+fn what_the_route_of_a_refund_cost_is_owed_no_longer() {
+    let mut pair = Pair::new();
+    pair.pay(Msat::sat(10), Msat::ZERO);
+    let close = SessionClose {
+        version: SessionClose::VERSION,
+        session: pair.provider.state.id(),
+        last_receipt: None,
+        remainder: Msat::sat(10),
+        invoice: None,
+        closed_at: pair.now,
+    };
+    let draft = pair.provider.state.closed(&Signed::sign(&close, &pair.consumer_key));
+    pair.provider.take(pair.now, draft);
+    let due = Account::RefundsDue(pair.provider.state.id());
+    let mut check = |n: u8, (amount, max_fee): (u64, u64), fee: u64, left: u64, fees: i128| {
+        let hash = PaymentHash([n; 32]);
+        let attempt = pair.provider.state.refund_attempted(hash, Msat(amount), Msat(max_fee));
+        pair.provider.take(pair.now, attempt);
+        let settled = pair.provider.state.refund_settled(hash, None, Msat(fee)).unwrap();
+        pair.provider.take(pair.now, settled);
+        assert_eq!(pair.provider.state.remainder(), Msat(left));
+        assert_eq!(pair.provider.balance(due), i128::from(left));
+        assert_eq!(pair.provider.balance(Account::RoutingFees), fees, "a wallet that paid more than it may");
+        pair.provider.assert_folds(&pair.fresh[0]);
+    };
+    check(1, (1, 5_000), 4_999, 5_000, 0);
+    check(2, (1_000, 50), 80, 3_950, 30);
+    check(3, (3_900, 0), 0, 50, 30);
+}
+
+#[test]
 fn without_a_receipt_the_last_ack_is_owed_and_ack_zero_is_free() {
     let mut pair = Pair::new();
     pair.pay(Msat::sat(10), Msat::ZERO);
