@@ -198,8 +198,8 @@ impl Payments {
                     let of_another = match &error {
                         StartError::NotOver { hash: other, .. } | StartError::Paid { hash: other } => *other != hash,
                         StartError::GivenUp { .. } => true,
-                        // A client names the invoice itself, and may name one that was paid for something else.
-                        StartError::HashReused { .. } => matches!(pays_for, PaysFor::Door(_)),
+                        // Who is paid back names the invoice itself, and may name one that was paid for something else.
+                        StartError::HashReused { .. } => matches!(pays_for, PaysFor::Door(_) | PaysFor::Refund(_)),
                         StartError::TooMany { .. } => false,
                     };
                     if of_another {
