@@ -17,6 +17,8 @@ use std::net::IpAddr;
 const MAX_UNPAID_INVOICES: usize = 2;
 /// Invoices that replace an unpaid one of the same slice, until one is paid: more is spam.
 const MAX_REISSUED: u32 = 8;
+/// Further quotes of one session between two payments or receipts of it: each is an entry, and costs its consumer nothing.
+pub(super) const MAX_REQUOTED: u32 = 64;
 /// How long after its expiry a quote may still open what was begun under it, in ms.
 const QUOTE_GRACE_MS: u64 = 30_000;
 
@@ -141,7 +143,12 @@ impl Provider {
         let Ok(verified) = signed.verify(&ours) else { return };
         let session = self.links.get(&link).and_then(|l| l.session);
         match session.and_then(|id| self.sessions.get_mut(&id).map(|s| (id, s))) {
+            Some((_, session)) if session.requoted >= MAX_REQUOTED => {
+                let text = format!("{MAX_REQUOTED} quotes of this session, and nothing was paid or done under them");
+                self.refuse(link, Refusal::Quote, text);
+            }
             Some((id, session)) => {
+                session.requoted = session.requoted.saturating_add(1);
                 session.engine = Some(offering.engine);
                 let drafts = vec![listing_draft(&offering.listing), session.state.requote(&verified)];
                 let then = vec![ProviderAction::Control { link, frame: ProviderControl::Quote(signed) }];
@@ -287,7 +294,7 @@ impl Provider {
             return self.actions.push_back(handled);
         };
         self.counters.slices += 1;
-        session.reissued = 0;
+        (session.reissued, session.requoted) = (0, 0);
         let k = session.state.slice_by_hash(&hash).map_or(0, |(k, _)| k);
         let link = session.link;
         let paid = session.state.slices().get(&k).map_or(Msat::ZERO, |s| s.amount).saturating_add(session.state.paid());

@@ -24,6 +24,9 @@ use satgrid_protocol::{
 use satgrid_types::{Msat, PaymentHash, Preimage, SessionId, Signed, UnixMs};
 use satgrid_wallet::invoice;
 
+/// Closes with another invoice that are written down in one run. An honest consumer asks less and less often, for 30 days.
+const MAX_RECLOSED: u32 = 64;
+
 impl Provider {
     pub(super) fn close(&mut self, now: UnixMs, link: LinkId, close: &Signed<SessionClose>) {
         let Some(id) = self.links.get(&link).and_then(|l| l.session) else {
@@ -120,6 +123,7 @@ impl Provider {
         let remainder = state.remainder();
         let hash = body.invoice.as_deref().and_then(invoice_hash);
         let new_invoice = hash.is_some_and(|hash| !state.refund_invoices().contains(&hash));
+        let new_invoice = new_invoice && session.reclosed < MAX_RECLOSED;
         let same_books = body.remainder == remainder && body.last_receipt == state.last_receipt();
         match state.refund_in_flight() {
             Some((hash, amount)) => self.say(link, ProviderControl::Refunding(hash, amount)),
@@ -127,7 +131,12 @@ impl Provider {
                 self.tell_credits(link, id);
                 self.behind(vec![ProviderAction::Control { link, frame: ProviderControl::Closed }]);
             }
-            None if new_invoice && same_books => self.close_now(now, link, id, close, body),
+            None if new_invoice && same_books => {
+                if let Some(session) = self.sessions.get_mut(&id) {
+                    session.reclosed = session.reclosed.saturating_add(1);
+                }
+                self.close_now(now, link, id, close, body);
+            }
             None => self.owe(now, id, remainder, CreditReason::Unpayable),
         }
     }

@@ -448,6 +448,7 @@ impl Provider {
         }
         let opening = ReceiptOpening { salt: live.salt, private: private(live) };
         let draft = session.state.finished(&both, body, Some(opening));
+        session.requoted = 0;
         self.forget(id, &request);
         if let Ok(draft) = draft {
             self.counters.receipts += 1;

@@ -32,6 +32,10 @@ pub(super) struct Session {
     pub closing: Option<(LinkId, Signed<SessionClose>)>,
     /// Invoices that replaced an unpaid one, since the last payment.
     pub reissued: u32,
+    /// Further quotes, since the last payment or receipt.
+    pub requoted: u32,
+    /// Closes that came again with another invoice.
+    pub reclosed: u32,
     /// Its part of what the provider says that it may lose.
     pub exposed: Msat,
 }
@@ -50,6 +54,8 @@ impl Session {
             held: false,
             closing: None,
             reissued: 0,
+            requoted: 0,
+            reclosed: 0,
             exposed: Msat::ZERO,
         }
     }

@@ -1,6 +1,6 @@
 //! The provider role alone, told what no honest peer says.
 
-use super::{start::check_start, *};
+use super::{links::MAX_REQUOTED, start::check_start, *};
 use crate::CloseCode;
 use satgrid_ledger::{
     statements::{RequestOpen, RequestPrivate, SessionOpen},
@@ -10,7 +10,7 @@ use satgrid_protocol::{
     frame::{ConsumerControl, Hello, StartRequest},
     session::Side,
 };
-use satgrid_types::{Digest, MAX_LOGIT_BIAS, Quote, Salt, Sampling, Signed, node_key};
+use satgrid_types::{Digest, EngineProfile, MAX_LOGIT_BIAS, Quote, Salt, Sampling, Signed, node_key};
 
 const LINK: LinkId = LinkId(7);
 
@@ -135,4 +135,22 @@ fn a_request_has_no_more_biased_tokens_than_are_kept_beside_its_receipt() {
         check_start(&state(&session), &StartRequest { open, salt, prompt: prompt.clone(), private }).is_ok()
     };
     assert!(check(MAX_LOGIT_BIAS) && !check(MAX_LOGIT_BIAS + 1));
+}
+
+#[test]
+fn quotes_that_nothing_comes_of_do_not_fill_the_journal() {
+    let mut world = World::new();
+    let session = world.open();
+    let mut provider = met(&world, &session, vec![state(&session)]);
+    let (listing, rates) = (world.listing.clone(), world.listing.rates);
+    let (profile, build, root) = (EngineProfile::Exact, listing.build, listing.model_root);
+    let offering = Offering { listing, engine: EngineId(0), rates, profile, build };
+    tell(&mut provider, &world, ProviderEvent::Offer(Box::new(offering)));
+    say(&mut provider, &world, resume(session.id));
+    let quoted = |provider: &mut Provider| {
+        let actions = say(provider, &world, ConsumerControl::WantQuote(world.listing.id(), root));
+        actions.iter().any(|action| matches!(action, ProviderAction::Append(_)))
+    };
+    assert!((0..MAX_REQUOTED).all(|_| quoted(&mut provider)));
+    assert!(!quoted(&mut provider));
 }
