@@ -33,6 +33,8 @@ mod owed;
 mod parts;
 mod receipts;
 mod streams;
+#[cfg(test)]
+mod tests;
 mod types;
 
 pub use types::*;

@@ -323,14 +323,16 @@ impl Consumer {
             self.actions.push_back(ConsumerAction::FinishStream { link, stream });
         }
         let text = format!("provider {} refused: {text}", provider.short());
+        let covered = call.is_some_and(|call| self.covers_all(index, call));
         if refusal == Refusal::Funds
             && let Some(id) = call
             && let Some(held) = self.calls.get_mut(&id).filter(|call| call.short < MAX_SHORT && !call.cancelled)
         {
             // Both sides reserve by what they know at the time, and ours was the rosier view: the provider fills the windows of
-            // what runs first. Wait for the next slice or receipt. Where nothing runs, both must see the same.
+            // what runs first. Wait for the next slice or receipt. Where all that runs is covered to its end, both must see the
+            // same: else it could have one slice after the other.
             if let Some(session) = self.sessions.get_mut(&index) {
-                held.short += u32::from(session.requests.is_empty());
+                held.short += u32::from(covered);
                 session.short = true;
             }
             return self.wait_on(id, index);
@@ -349,6 +351,14 @@ impl Consumer {
             Some(call) => self.reassign(now, call, &text),
             None => {}
         }
+    }
+
+    /// The balance covers a call's start beside all that what runs can still cost.
+    fn covers_all(&self, index: SessionIndex, call: CallId) -> bool {
+        let Some(session) = self.sessions.get(&index) else { return false };
+        let need = self.start_need(index, call).unwrap_or(Msat::MAX);
+        let rest = session.requests.keys().map(|id| session.ahead(id, Msat::MAX));
+        session.requests.is_empty() || session.usable_balance() >= rest.fold(need, Msat::saturating_add)
     }
 
     pub(super) fn stream_closed(&mut self, now: UnixMs, link: LinkId, stream: StreamId) {
