@@ -257,10 +257,13 @@ impl Consumer {
     }
 
     pub(super) fn link_up(&mut self, link: LinkId) {
-        if let Some(session) = self.links.get(&link).and_then(|i| self.sessions.get_mut(i)) {
-            session.phase = Phase::Greeting;
-            self.say(link, ConsumerControl::Hello(Hello::ours()));
-        }
+        let Some(session) = self.links.get(&link).and_then(|i| self.sessions.get_mut(i)) else {
+            // It was given up while it was being made: nobody else would close it.
+            let reason = "it came too late".to_owned();
+            return self.actions.push_back(ConsumerAction::CloseLink { link, code: CloseCode::Done, reason });
+        };
+        session.phase = Phase::Greeting;
+        self.say(link, ConsumerControl::Hello(Hello::ours()));
     }
 
     pub(super) fn link_failed(&mut self, now: UnixMs, link: LinkId, text: &str) {

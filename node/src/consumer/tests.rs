@@ -110,3 +110,11 @@ fn a_provider_that_says_the_balance_is_short_where_it_is_not_is_left() {
     assert_eq!(refused, 5);
     assert!(consumer.shunned(now).next().is_some());
 }
+
+#[test]
+fn a_connection_that_was_given_up_before_it_stood_is_closed() {
+    let world = World::new();
+    let mut consumer = Consumer::new(ConsumerConfig::default(), MASTER, [6; 32]);
+    let actions = tell(&mut consumer, world.now, ConsumerEvent::LinkUp { link: LinkId(9) });
+    assert!(matches!(actions.as_slice(), [ConsumerAction::CloseLink { link: LinkId(9), .. }]), "{actions:?}");
+}
