@@ -18,6 +18,9 @@ use thiserror::Error;
 pub const MAX_GIVEN_UP: usize = 50_000;
 /// No key is followed over more heirs.
 const MAX_STEPS: usize = 32;
+/// No more keys are remembered to have named one heir, and none stands for more: of others those with the lowest keys. An heir
+/// accepts, so who has more has asked for it.
+const MAX_NAMED: usize = 32;
 
 /// One statement, with what proves it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -106,7 +109,11 @@ impl Lineage {
             Some((_, none)) => *none = Some(word),
         }
         if let Some(new) = new {
-            self.named_by.entry(new).or_default().insert(old);
+            let named_by = self.named_by.entry(new).or_default();
+            named_by.insert(old);
+            if named_by.len() > MAX_NAMED {
+                named_by.pop_last();
+            }
         }
         Ok(())
     }
@@ -154,10 +161,10 @@ impl Lineage {
     pub fn line(&self, key: &NodeKey) -> Vec<NodeKey> {
         let mut line = vec![*key];
         let mut at = 0;
-        while let Some(next) = line.get(at).filter(|_| line.len() < MAX_STEPS) {
+        while let Some(next) = line.get(at).filter(|_| line.len() <= MAX_NAMED) {
             let before = self.named_by.get(next).into_iter().flatten();
-            let before: Vec<NodeKey> =
-                before.filter(|old| self.current(old) == Some(*key) && !line.contains(old)).copied().collect();
+            let before = before.filter(|old| self.current(old) == Some(*key) && !line.contains(old)).copied();
+            let before: Vec<NodeKey> = before.take((MAX_NAMED + 1).saturating_sub(line.len())).collect();
             line.extend(before);
             at += 1;
         }
@@ -228,6 +235,15 @@ mod tests {
         let mut lineage = told(&[(1, 2)]);
         assert_eq!(lineage.apply(word(1, 2), true), Err(LineageRefusal::Known));
         assert!(lineage.fate(&key(1)).unwrap().to_string().contains("routine"));
+    }
+
+    #[test]
+    fn an_heir_of_very_many_stands_for_a_few_whichever_came_first() {
+        let words: Vec<(u8, u8)> = (2..=200).map(|old| (old, 1)).collect();
+        let turned: Vec<(u8, u8)> = words.iter().rev().copied().collect();
+        let line = told(&words).line(&key(1));
+        assert_eq!((line.len(), line[0]), (MAX_NAMED + 1, key(1)));
+        assert_eq!(told(&turned).line(&key(1)), line);
     }
 
     proptest! {
