@@ -13,7 +13,7 @@ use core::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use satgrid_types::{ListingId, MAX_LIFETIME_S, ModelRoot, NostrKey, UnixMs, VerifiedListing};
+use satgrid_types::{ListingId, MAX_LIFETIME_S, ModelRoot, NodeKey, NostrKey, UnixMs, VerifiedListing};
 use thiserror::Error;
 
 use crate::lineage::{LastWord, Lineage, LineageRefusal};
@@ -80,6 +80,7 @@ pub struct Book {
     places: BTreeMap<(NostrKey, String), ListingId>,
     by_root: BTreeMap<ModelRoot, BTreeSet<ListingId>>,
     by_name: BTreeMap<String, BTreeSet<ListingId>>,
+    by_node: BTreeMap<NodeKey, BTreeSet<ListingId>>,
     by_age: BTreeSet<Age>,
     by_provider: BTreeMap<NostrKey, BTreeSet<Age>>,
     refused: BTreeMap<&'static str, u64>,
@@ -134,8 +135,7 @@ impl Book {
     pub fn give_up(&mut self, word: LastWord, dealt_with: bool) -> Result<usize, LineageRefusal> {
         let old = word.said.old;
         self.lineage.apply(word, dealt_with)?;
-        let its: Vec<ListingId> =
-            self.listings.values().filter(|listing| listing.node_key == old).map(|listing| listing.id()).collect();
+        let its = self.by_node.get(&old).cloned().unwrap_or_default();
         its.iter().for_each(|id| self.remove(id));
         Ok(its.len())
     }
@@ -216,6 +216,7 @@ impl Book {
         self.places.insert((listing.nostr_key(), listing.d().to_owned()), id);
         self.by_root.entry(listing.model_root).or_default().insert(id);
         self.by_name.entry(listing.model.to_lowercase()).or_default().insert(id);
+        self.by_node.entry(listing.node_key).or_default().insert(id);
         self.by_age.insert(age(&listing));
         self.by_provider.entry(listing.nostr_key()).or_default().insert(age(&listing));
         self.listings.insert(id, Arc::new(listing));
@@ -227,6 +228,7 @@ impl Book {
         self.by_age.remove(&age(&listing));
         remove_from(&mut self.by_root, &listing.model_root, id);
         remove_from(&mut self.by_name, &listing.model.to_lowercase(), id);
+        remove_from(&mut self.by_node, &listing.node_key, id);
         remove_from(&mut self.by_provider, &listing.nostr_key(), &age(&listing));
     }
 }
@@ -266,6 +268,7 @@ mod tests {
         assert_eq!(book.by_age.len(), all);
         assert_eq!(book.by_root.values().map(BTreeSet::len).sum::<usize>(), all);
         assert_eq!(book.by_name.values().map(BTreeSet::len).sum::<usize>(), all);
+        assert_eq!(book.by_node.values().map(BTreeSet::len).sum::<usize>(), all);
         assert_eq!(book.by_provider.values().map(BTreeSet::len).sum::<usize>(), all);
     }
 
