@@ -19,10 +19,10 @@ use std::{
     collections::BTreeMap,
     net::SocketAddr,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, PoisonError},
     time::Duration,
 };
-use tokio::sync::Mutex;
+use tokio::sync::OnceCell;
 
 /// A tokenizer's process ends after this long without a call: a gateway at rest stays small.
 const IDLE: Duration = Duration::from_secs(60);
@@ -46,12 +46,48 @@ pub(crate) struct Tokenizers {
     endpoint: QuicEndpoint,
     /// Dialled instead of what listings name.
     at: Option<SocketAddr>,
-    loaded: Mutex<BTreeMap<TokenizerHash, Arc<Vocabulary>>>,
+    loaded: Places<TokenizerHash, Arc<Vocabulary>>,
+}
+
+/// Values that are made once for all who ask at a time, each under its key: who waits for one holds up nobody else.
+struct Places<K, V> {
+    places: std::sync::Mutex<BTreeMap<K, Place<V>>>,
+    most: usize,
+}
+
+type Place<V> = Arc<OnceCell<V>>;
+
+impl<K: Ord + Copy, V: Clone> Places<K, V> {
+    fn new(most: usize) -> Places<K, V> {
+        Places { places: std::sync::Mutex::new(BTreeMap::new()), most }
+    }
+
+    /// What is there, else what `make` makes. Where that fails, whoever asks next tries again.
+    async fn get<E>(&self, key: K, make: impl Future<Output = Result<V, E>>) -> Result<V, E> {
+        let place = self.place(key);
+        place.get_or_try_init(|| make).await.cloned()
+    }
+
+    fn place(&self, key: K) -> Place<V> {
+        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(place) = places.get(&key) {
+            return place.clone();
+        }
+        if places.len() >= self.most {
+            // Not what somebody is making; and what could not be made is nothing to keep.
+            places.retain(|_, place| place.initialized() || Arc::strong_count(place) > 1);
+            let made = places.iter().find(|(_, place)| place.initialized()).map(|(key, _)| *key);
+            if let Some(made) = made.filter(|_| places.len() >= self.most) {
+                places.remove(&made);
+            }
+        }
+        places.entry(key).or_default().clone()
+    }
 }
 
 impl Tokenizers {
     pub(crate) fn new(dir: PathBuf, endpoint: QuicEndpoint) -> Tokenizers {
-        Tokenizers { dir, endpoint, at: None, loaded: Mutex::new(BTreeMap::new()) }
+        Tokenizers { dir, endpoint, at: None, loaded: Places::new(MAX_LOADED) }
     }
 
     /// Of the provider on this machine.
@@ -65,11 +101,11 @@ impl Tokenizers {
         hash: TokenizerHash,
         sellers: &[VerifiedListing],
     ) -> anyhow::Result<Arc<Vocabulary>> {
-        // One at a time: two requests for a new model fetch it once.
-        let mut loaded = self.loaded.lock().await;
-        if let Some(found) = loaded.get(&hash) {
-            return Ok(found.clone());
-        }
+        // Two requests for a new model fetch it once; a seller that takes its time holds up those for no other.
+        self.loaded.get(hash, self.load(hash, sellers)).await
+    }
+
+    async fn load(&self, hash: TokenizerHash, sellers: &[VerifiedListing]) -> anyhow::Result<Arc<Vocabulary>> {
         let path = self.dir.join(format!("{hash}.gguf"));
         if !is_whole(&path, &hash) {
             let bytes = self.fetch(hash, sellers).await?;
@@ -85,12 +121,7 @@ impl Tokenizers {
         let template = if tokenizer.chat_template().is_some() { MODEL_NAME } else { PLAIN_NAME };
         tracing::info!(tokenizer = %hash.short(), template, "tokenizer loaded");
         let marks = marks(&tokenizer).await?;
-        let vocabulary = Arc::new(Vocabulary { tokenizer, marks });
-        if loaded.len() >= MAX_LOADED {
-            loaded.pop_first();
-        }
-        loaded.insert(hash, vocabulary.clone());
-        Ok(vocabulary)
+        Ok(Arc::new(Vocabulary { tokenizer, marks }))
     }
 
     async fn fetch(&self, hash: TokenizerHash, sellers: &[VerifiedListing]) -> anyhow::Result<Vec<u8>> {
@@ -142,4 +173,31 @@ fn keep(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let part = path.with_extension("part");
     std::fs::write(&part, bytes)?;
     std::fs::rename(part, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn who_waits_for_one_holds_up_no_other_and_what_failed_is_tried_again() {
+        let places: Places<u8, u32> = Places::new(2);
+        let never = places.get(1, std::future::pending::<Result<u32, ()>>());
+        let quick = async {
+            let made = places.get(2, async { Ok::<u32, ()>(7) }).await;
+            let again = places.get(2, async { Err::<u32, ()>(()) }).await;
+            (made, again)
+        };
+        tokio::select! {
+            biased;
+            _ = never => panic!("it never comes"),
+            (made, again) = quick => assert_eq!((made, again), (Ok(7), Ok(7))),
+        }
+        assert_eq!(places.get(1, async { Err::<u32, &str>("no") }).await, Err("no"));
+        assert_eq!(places.get(1, async { Ok::<u32, &str>(5) }).await, Ok(5));
+        for key in 3..9 {
+            assert_eq!(places.get(key, async move { Ok::<u32, ()>(key.into()) }).await, Ok(key.into()));
+        }
+        assert_eq!(places.places.lock().unwrap().len(), 2);
+    }
 }
