@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use nostr_sdk::pool::relay::Error as RelayError;
 use nostr_sdk::{Event, Filter, JsonUtil, Keys, Kind, Relay, SecretKey};
 use satgrid_types::{
     CHECKPOINT_KIND, LISTING_KIND, Listing, ListingId, NostrEvent, NostrKey, UnixMs, VerifiedListing, nostr_key,
@@ -288,21 +289,29 @@ async fn send(index: usize, relay: Relay, connection: usize, signer: Option<Keys
     let mut results = BTreeMap::new();
     for event in events {
         let id = event.id;
-        let result = match Event::from_json(event.to_json()) {
+        let (result, goes_on) = match Event::from_json(event.to_json()) {
             Ok(event) => match tokio::time::timeout(SEND_TIMEOUT, relay.send_event(&event)).await {
-                Ok(Ok(_)) => Ok(()),
-                Ok(Err(error)) => taken_before(error.to_string()),
-                Err(_) => Err(format!("no answer within {} s", SEND_TIMEOUT.as_secs())),
+                Ok(Ok(_)) => (Ok(()), true),
+                Ok(Err(error)) => {
+                    let goes_on = is_about_this_event(&error);
+                    (taken_before(error.to_string()), goes_on)
+                }
+                Err(_) => (Err(format!("no answer within {} s", SEND_TIMEOUT.as_secs())), false),
             },
-            Err(error) => Err(error.to_string()),
+            Err(error) => (Err(error.to_string()), true),
         };
-        let failed = result.is_err();
         results.insert(id, result);
-        if failed {
+        if !goes_on {
             break;
         }
     }
     Sent { index, connection, results }
+}
+
+/// A relay that does not want one event may well take the others; one that is lost, or wants none of ours now, is left alone.
+fn is_about_this_event(error: &RelayError) -> bool {
+    let RelayError::RelayMessage(said) = error else { return false };
+    !["rate-limited:", "auth-required:", "restricted:"].iter().any(|prefix| said.starts_with(prefix))
 }
 
 /// NIP-01's `duplicate:` means that the relay has it.

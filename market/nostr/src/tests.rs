@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use ed25519_dalek::SigningKey;
-use nostr_relay_builder::builder::{PolicyResult, QueryPolicy, RelayBuilderNip42, RelayBuilderNip42Mode};
+use nostr_relay_builder::builder::{PolicyResult, QueryPolicy, RelayBuilderNip42, RelayBuilderNip42Mode, WritePolicy};
 use nostr_relay_builder::{LocalRelay, RelayBuilder};
 use nostr_sdk::util::BoxedFuture;
 use nostr_sdk::{Event, Filter, JsonUtil};
@@ -297,6 +297,30 @@ async fn a_relay_that_asks_who_writes_is_told() {
     relay.run().await.unwrap();
     let (publisher, _stop) = publisher(&[port]).await;
     publisher.offer(vec![listing(1, 4)]).await.unwrap().unwrap();
+    let mut reader = Reader::start(&[port]).await;
+    assert_eq!(reader.next().await.slots, 4);
+}
+
+/// Wants no listing of nine slots, as a relay with a rule of its own does.
+#[derive(Debug)]
+struct NotNine;
+
+impl WritePolicy for NotNine {
+    fn admit_event<'a>(&'a self, event: &'a Event, _: &'a SocketAddr) -> BoxedFuture<'a, PolicyResult> {
+        let nine = event.content.contains("\"slots\":9,");
+        Box::pin(async move { if nine { PolicyResult::Reject("nine".into()) } else { PolicyResult::Accept } })
+    }
+}
+
+#[tokio::test]
+async fn an_event_that_a_relay_does_not_want_keeps_no_other_from_it() {
+    let port = free_port();
+    let relay = LocalRelay::new(RelayBuilder::default().port(port).write_policy(NotNine));
+    relay.run().await.unwrap();
+    let (publisher, _stop) = publisher(&[port]).await;
+    // In the order in which they are sent.
+    publisher.offer(vec![listing(1, 9), listing(2, 4)]).await.unwrap().unwrap();
+    wait_for(&publisher, |health| health[0].delivered == 1 && health[0].refused > 0).await;
     let mut reader = Reader::start(&[port]).await;
     assert_eq!(reader.next().await.slots, 4);
 }
