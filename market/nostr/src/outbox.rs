@@ -110,9 +110,14 @@ impl Outbox {
 
     /// Signs anew what is due, forgets what is withdrawn and expired.
     pub(crate) fn refresh(&mut self, now: UnixMs) {
-        // What is due later than can be was made by a clock that was ahead.
+        // What is due later than can be was made by a clock that was ahead, and so was what no reader takes yet.
         let latest = now.plus_ms(u64::try_from(self.lifetime.as_millis()).unwrap_or(u64::MAX));
-        let ahead = |item: &Item| item.due > latest && !matches!(item.body, Body::Checkpoint);
+        let readable = now.as_secs().saturating_add(MAX_CLOCK_SKEW_S);
+        let ahead = |item: &Item| match item.body {
+            Body::Listing(_) => item.due > latest || item.event.created_at > readable,
+            Body::Withdrawn => item.due > latest,
+            Body::Checkpoint => false,
+        };
         let due = self.items.iter().filter(|(_, item)| item.due <= now || ahead(item));
         let due: Vec<Place> = due.map(|(place, _)| place.clone()).collect();
         for place in due {
@@ -209,6 +214,22 @@ mod tests {
         let id = only(&outbox).id;
         outbox.refresh(NOW.plus_ms(1_000));
         assert_eq!(only(&outbox).id, id, "once");
+    }
+
+    #[test]
+    fn a_clock_that_was_minutes_ahead_hides_no_listing_until_its_refresh() {
+        let mut outbox = outbox();
+        outbox.offer(NOW.plus_ms(400_000), vec![listing(1, 4)]).unwrap();
+        let ahead = only(&outbox);
+        assert!(verify_listing(ahead.clone(), NOW).is_err(), "no reader takes it");
+        outbox.refresh(NOW);
+        assert_eq!(only(&outbox).created_at, NOW.as_secs());
+        // Readers allow a little.
+        let mut outbox = self::outbox();
+        outbox.offer(NOW.plus_ms(200_000), vec![listing(1, 4)]).unwrap();
+        let kept = only(&outbox).id;
+        outbox.refresh(NOW);
+        assert_eq!(only(&outbox).id, kept);
     }
 
     #[test]
