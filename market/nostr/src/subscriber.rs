@@ -76,7 +76,8 @@ impl Subscriber {
         let (tapped, inbox) = mpsc::channel(INBOX);
         let (verified, listings) = mpsc::channel(config.queue.max(1));
         let (mark_synced, synced) = watch::channel(BTreeSet::new());
-        let relays = Relays::connect(&config.relays, None, Some(Arc::new(Tap { out: tapped }))).await?;
+        let relays =
+            Relays::connect(&config.relays, None, Some(Arc::new(Tap { out: tapped, wanted: SUBSCRIPTION }))).await?;
         let health: Vec<RelayHealth> = relays
             .all
             .iter()

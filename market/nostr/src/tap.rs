@@ -22,12 +22,14 @@ use tokio::sync::mpsc;
 pub(crate) enum FromRelay {
     /// A whole EVENT message, as text.
     Event { text: String },
-    /// All stored events were sent.
+    /// All stored events of the wanted subscription were sent.
     EndOfStored { relay: String },
 }
 
 pub(crate) struct Tap {
     pub(crate) out: mpsc::Sender<FromRelay>,
+    /// Whose end of stored events is told.
+    pub(crate) wanted: &'static str,
 }
 
 impl fmt::Debug for Tap {
@@ -49,12 +51,14 @@ impl WebSocketTransport for Tap {
     ) -> BoxedFuture<'a, Result<(WebSocketSink, WebSocketStream), TransportError>> {
         Box::pin(async move {
             let (sink, stream) = DefaultWebsocketTransport.connect(url, mode, timeout).await?;
-            let (relay, out) = (url.to_string(), self.out.clone());
+            let (relay, out, wanted) = (url.to_string(), self.out.clone(), self.wanted);
             let rest = stream.filter_map(move |item| {
                 let text = item.as_ref().ok().and_then(|message| message.as_text());
                 let (taken, passes) = match text.map(|text| (verb(text), text)) {
                     Some((Some("EVENT"), text)) => (Some(FromRelay::Event { text: text.to_owned() }), false),
-                    Some((Some("EOSE"), _)) => (Some(FromRelay::EndOfStored { relay: relay.clone() }), true),
+                    Some((Some("EOSE"), text)) if is_end_of(text, wanted) => {
+                        (Some(FromRelay::EndOfStored { relay: relay.clone() }), true)
+                    }
                     Some(_) | None => (None, true),
                 };
                 let out = out.clone();
@@ -77,9 +81,27 @@ fn verb(text: &str) -> Option<&str> {
     rest.split_once('"').map(|(verb, _)| verb)
 }
 
+/// Whether an EOSE message is about this subscription.
+fn is_end_of(text: &str, subscription: &str) -> bool {
+    serde_json::from_str::<(String, String)>(text).is_ok_and(|(_, id)| id == subscription)
+}
+
 #[cfg(test)]
 mod tests {
-    use super::verb;
+    use super::{is_end_of, verb};
+
+    #[test]
+    fn the_end_of_one_subscription_is_not_that_of_another() {
+        for (text, expected) in [
+            ("[\"EOSE\",\"listings\"]", true),
+            (" [ \"EOSE\" , \"listings\" ] ", true),
+            ("[\"EOSE\",\"successions\"]", false),
+            ("[\"EOSE\"]", false),
+            ("[\"EOSE\",\"listings\"", false),
+        ] {
+            assert_eq!(is_end_of(text, "listings"), expected, "{text}");
+        }
+    }
 
     #[test]
     fn reads_the_verb_of_a_message() {
