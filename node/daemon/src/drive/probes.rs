@@ -8,7 +8,11 @@ use super::market::Market;
 use ed25519_dalek::SigningKey;
 use satgrid_protocol_quic::{QuicEndpoint, hints};
 use satgrid_types::{Listing, MAX_LINKS, MeasuredLink, NodeKey, VerifiedListing, node_key};
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 use tokio::{task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -109,9 +113,10 @@ impl Told {
             return false;
         }
         self.looked = Some(Instant::now());
-        let links = self.market.own_links().of(&self.ours).into_iter().take(MAX_LINKS);
-        let now: Vec<MeasuredLink> =
-            links.map(|(node, rtt)| MeasuredLink { node, rtt_us: u32::try_from(rtt).unwrap_or(u32::MAX) }).collect();
+        let watched = self.market.watched();
+        let listed =
+            watched.iter().flat_map(|root| self.market.parts_of(root)).map(|listing| listing.node_key).collect();
+        let now = worth_telling(self.market.own_links().of(&self.ours), &listed);
         let news = is_news(&self.known, &now);
         if news {
             self.known = now;
@@ -126,6 +131,17 @@ impl Told {
     }
 }
 
+/// Of all that was ever measured, the links to whoever lists something now: the shortest, where there are more than a listing holds.
+fn worth_telling(measured: Vec<(NodeKey, u64)>, listed: &BTreeSet<NodeKey>) -> Vec<MeasuredLink> {
+    let mut links: Vec<(u64, NodeKey)> =
+        measured.into_iter().filter(|(node, _)| listed.contains(node)).map(|(node, rtt)| (rtt, node)).collect();
+    links.sort_unstable();
+    links.truncate(MAX_LINKS);
+    links.sort_unstable_by_key(|(_, node)| *node);
+    let link = |(rtt, node)| MeasuredLink { node, rtt_us: u32::try_from(rtt).unwrap_or(u32::MAX) };
+    links.into_iter().map(link).collect()
+}
+
 /// Whether what is measured now is news to those who know what was told before.
 fn is_news(told: &[MeasuredLink], now: &[MeasuredLink]) -> bool {
     let known: BTreeMap<NodeKey, u64> = told.iter().map(|link| (link.node, link.rtt_us.into())).collect();
@@ -138,6 +154,18 @@ fn is_news(told: &[MeasuredLink], now: &[MeasuredLink]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_left_the_market_takes_no_place_among_the_links() {
+        let node = |n: u8| NodeKey([n; 32]);
+        let measured = (0..=200).map(|n| (node(n), 1_000 - u64::from(n))).collect::<Vec<_>>();
+        // The lowest keys are gone.
+        let listed: BTreeSet<NodeKey> = (100..=200).map(node).collect();
+        let told = worth_telling(measured.clone(), &listed);
+        let nearest: Vec<NodeKey> = (201 - 64..=200).map(node).collect();
+        assert_eq!((told.len(), told.iter().map(|link| link.node).collect::<Vec<_>>()), (MAX_LINKS, nearest));
+        assert_eq!(worth_telling(measured, &BTreeSet::new()), vec![]);
+    }
 
     #[test]
     fn noise_is_no_news() {
