@@ -19,11 +19,12 @@ mod tally;
 
 use super::{
     consumer::Message as ConsumerMessage,
-    hops::{HopEvent, HopId, Outgoing, Switchboard},
+    hops::{HopEvent, Outgoing, Switchboard},
     rings::{Asked, Buys, Settled},
     scout::Scout,
 };
 use async_trait::async_trait;
+use back::Back;
 use ed25519_dalek::SigningKey;
 use pace::Pacing;
 use rebuild::Rebuild;
@@ -233,8 +234,7 @@ struct Running {
     held_back: VecDeque<RingWork>,
     /// The hop to the first worker.
     first: Option<(NodeKey, Outgoing)>,
-    /// Slots that the last worker may use, by the stream it opened.
-    back: BTreeMap<HopId, (NodeKey, BTreeSet<u64>)>,
+    back: Back,
     avoided: BTreeSet<NodeKey>,
     pacing: Pacing,
     /// Places in the plan of those who are slower than they list.

@@ -11,8 +11,18 @@ use satgrid_engine::{
     stage::{codec::HiddenRows, port::WorkId, ring::RingEvent},
 };
 use satgrid_protocol::hop::{Expected, HopFrame, RowsHeader, TicketFrame, take_ticket};
-use satgrid_types::WorkKind;
-use std::collections::BTreeSet;
+use satgrid_types::{NodeKey, WorkKind};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Slots that the last worker may use, by the stream it opened.
+pub(super) type Back = BTreeMap<HopId, (NodeKey, BTreeSet<u64>)>;
+
+/// A worker has no part in a job any more: what it sends for that one is not asked for.
+pub(super) fn revoke(back: &mut Back, worker: &NodeKey, job: JobId) {
+    for (_, slots) in back.values_mut().filter(|(upstream, _)| upstream == worker) {
+        slots.remove(&job.0);
+    }
+}
 
 impl Running {
     pub(super) fn hop(&mut self, event: HopEvent) -> Vec<ConsumerMessage> {
@@ -110,5 +120,19 @@ impl Running {
         orders.extend(touched.into_iter().flat_map(|job| self.wind_up(job)));
         measured.extend(orders);
         measured
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_was_replaced_answers_for_that_job_no_more() {
+        let [old, new] = [1, 2].map(|n| NodeKey([n; 32]));
+        let slots = |slots: &[u64]| slots.iter().copied().collect::<BTreeSet<u64>>();
+        let mut back = Back::from([(HopId(1), (old, slots(&[7, 8]))), (HopId(2), (new, slots(&[7])))]);
+        revoke(&mut back, &old, JobId(7));
+        assert_eq!(back, Back::from([(HopId(1), (old, slots(&[8]))), (HopId(2), (new, slots(&[7])))]));
     }
 }

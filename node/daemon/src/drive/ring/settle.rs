@@ -2,7 +2,8 @@
 //! and the engine told what to send again. Like the rest of the ring it decides nothing about money: the consumer role does.
 
 use super::{
-    ConsumerMessage, MAX_LOSSES, Running, SETTLE, Said, Settled, UnderWay, pace::is_probe, rebuild::is_rebuild,
+    ConsumerMessage, MAX_LOSSES, Running, SETTLE, Said, Settled, UnderWay, back::revoke, pace::is_probe,
+    rebuild::is_rebuild,
 };
 use satgrid_engine::{
     port::JobId,
@@ -208,7 +209,11 @@ impl Running {
         let planned = self.parts.plan[at].clone();
         let (worker, order) = self.call(id, request, &planned);
         if let Some(job) = self.jobs.get_mut(&id) {
-            job.workers[at] = worker;
+            let before = std::mem::replace(&mut job.workers[at], worker);
+            if let Some((session, _, request)) = before.ordered {
+                self.parts.switchboard.forget(session, request);
+            }
+            revoke(&mut self.back, &before.node, id);
         }
         vec![order]
     }
