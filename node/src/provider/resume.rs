@@ -21,7 +21,7 @@ use crate::{LinkId, StreamId};
 use satgrid_engine::port::Command;
 use satgrid_ledger::statements::Receipt;
 use satgrid_protocol::frame::{MAX_CHUNK_TOKENS, OpenRequest, ProviderControl, ProviderFrame, Refusal};
-use satgrid_types::{BothSigned, Msat, RequestId, SessionId, UnixMs};
+use satgrid_types::{BothSigned, Msat, Numerators, RequestId, SessionId, UnixMs};
 
 impl Request {
     /// The consumer is back and has this much of the output. Its time to answer what is out begins anew.
@@ -162,6 +162,7 @@ impl Provider {
     /// The new stream of a request that a break left open: what was said after what the consumer has is said again, in the
     /// order in which it was said.
     pub(super) fn go_on(&mut self, now: UnixMs, link: LinkId, stream: StreamId, id: SessionId, request: RequestId) {
+        let settled = self.sessions.get(&id).map(|session| session.state.settled_numerators());
         let live = self.live(id, &request).and_then(|live| live.awaits_stream.take().map(|received| (live, received)));
         let Some((live, received)) = live else {
             return self.violation(link, "a stream for a request that does not wait for one");
@@ -177,10 +178,18 @@ impl Provider {
             from = ack.usage.completion;
         }
         frames.extend(live.chunks(from, live.done.completion));
+        let follows = |added: Numerators, sum: Numerators| settled.and_then(|all| all.checked_add(added)) == Some(sum);
         let receipt = match &mut live.phase {
-            Phase::Offered { body, signed, at } => {
+            Phase::Offered { body, signed, at } if follows(body.numerators, body.cumulative_numerators) => {
                 *at = now;
                 Some(ProviderFrame::Receipt(body.finish, signed.clone()))
+            }
+            Phase::Offered { body, .. } => {
+                // Another request ended without a receipt when the consumer came back, and this one counts on from there: it
+                // is offered anew.
+                let at = live.started_at.plus_ms(body.duration_ms.into());
+                live.phase = Phase::Finishing { reason: body.finish, error: body.error.clone(), at };
+                None
             }
             Phase::Running | Phase::Finishing { .. } => None,
         };

@@ -2,15 +2,16 @@
 
 use super::{links::MAX_REQUOTED, start::check_start, *};
 use crate::CloseCode;
+use satgrid_engine::port::FinishReason;
 use satgrid_ledger::{
-    statements::{RequestOpen, RequestPrivate, SessionOpen},
+    statements::{Ack, RequestOpen, RequestPrivate, SessionOpen},
     testing::{Session, World, bolt11, bytes32},
 };
 use satgrid_protocol::{
-    frame::{ConsumerControl, Hello, StartRequest},
+    frame::{ConsumerControl, ConsumerFrame, Hello, OpenRequest, StartRequest},
     session::Side,
 };
-use satgrid_types::{Digest, EngineProfile, MAX_LOGIT_BIAS, Quote, Salt, Sampling, Signed, node_key};
+use satgrid_types::{BothSigned, Digest, EngineProfile, MAX_LOGIT_BIAS, Quote, Salt, Sampling, Signed, node_key};
 
 const LINK: LinkId = LinkId(7);
 
@@ -42,6 +43,31 @@ fn tell(provider: &mut Provider, world: &World, event: ProviderEvent) -> Vec<Pro
 
 fn say(provider: &mut Provider, world: &World, frame: ConsumerControl) -> Vec<ProviderAction> {
     tell(provider, world, ProviderEvent::Control { link: LINK, frame })
+}
+
+fn offer(provider: &mut Provider, world: &World) {
+    let (listing, rates) = (world.listing.clone(), world.listing.rates);
+    let (profile, build) = (EngineProfile::Exact, listing.build);
+    let offering = Offering { listing, engine: EngineId(0), rates, profile, build };
+    tell(provider, world, ProviderEvent::Offer(Box::new(offering)));
+}
+
+/// A request for three tokens in and five out.
+fn request(world: &World, session: &Session, id: u8, sampling: Sampling) -> StartRequest {
+    let (salt, prompt) = (Salt([3; 32]), vec![1, 2, 3]);
+    let private = RequestPrivate::new(&salt, &prompt, sampling, Vec::new(), 0);
+    let open = RequestOpen {
+        version: RequestOpen::VERSION,
+        session: session.id,
+        request: RequestId([id; 32]),
+        quote: session.quote.quote_id(),
+        prompt_tokens: 3,
+        max_output: 5,
+        private_hash: private.commitment(&salt),
+        opened_at: world.now,
+        part: None,
+    };
+    StartRequest { open: Signed::sign(&open, &session.key), salt, prompt, private }
 }
 
 fn resume(session: SessionId) -> ConsumerControl {
@@ -115,24 +141,10 @@ fn a_connection_that_carries_a_session_takes_up_no_other() {
 fn a_request_has_no_more_biased_tokens_than_are_kept_beside_its_receipt() {
     let mut world = World::new();
     let session = world.open();
-    let (salt, prompt) = (Salt([3; 32]), vec![1, 2, 3]);
     let check = |biased: usize| {
         let bias = (0..).zip(std::iter::repeat_n(1, biased)).collect();
         let sampling = Sampling { logit_bias_micro: bias, ..Sampling::default() };
-        let private = RequestPrivate::new(&salt, &prompt, sampling, Vec::new(), 0);
-        let open = RequestOpen {
-            version: RequestOpen::VERSION,
-            session: session.id,
-            request: RequestId([4; 32]),
-            quote: session.quote.quote_id(),
-            prompt_tokens: 3,
-            max_output: 5,
-            private_hash: private.commitment(&salt),
-            opened_at: world.now,
-            part: None,
-        };
-        let open = Signed::sign(&open, &session.key);
-        check_start(&state(&session), &StartRequest { open, salt, prompt: prompt.clone(), private }).is_ok()
+        check_start(&state(&session), &request(&world, &session, 4, sampling)).is_ok()
     };
     assert!(check(MAX_LOGIT_BIAS) && !check(MAX_LOGIT_BIAS + 1));
 }
@@ -142,15 +154,68 @@ fn quotes_that_nothing_comes_of_do_not_fill_the_journal() {
     let mut world = World::new();
     let session = world.open();
     let mut provider = met(&world, &session, vec![state(&session)]);
-    let (listing, rates) = (world.listing.clone(), world.listing.rates);
-    let (profile, build, root) = (EngineProfile::Exact, listing.build, listing.model_root);
-    let offering = Offering { listing, engine: EngineId(0), rates, profile, build };
-    tell(&mut provider, &world, ProviderEvent::Offer(Box::new(offering)));
+    offer(&mut provider, &world);
     say(&mut provider, &world, resume(session.id));
     let quoted = |provider: &mut Provider| {
-        let actions = say(provider, &world, ConsumerControl::WantQuote(world.listing.id(), root));
+        let wanted = ConsumerControl::WantQuote(world.listing.id(), world.listing.model_root);
+        let actions = say(provider, &world, wanted);
         actions.iter().any(|action| matches!(action, ProviderAction::Append(_)))
     };
     assert!((0..MAX_REQUOTED).all(|_| quoted(&mut provider)));
     assert!(!quoted(&mut provider));
+}
+
+#[test]
+fn a_receipt_that_was_on_its_way_counts_on_from_what_ended_since() {
+    let mut world = World::new();
+    let session = world.open();
+    let mut paid = state(&session);
+    let (terms, hash) = (paid.descriptor(0, Msat::sat(10)), PaymentHash(bytes32("slice")));
+    let text = bolt11(&world.provider.lightning, Msat::sat(10), &terms.description_hash(), &hash, world.now);
+    let invoiced = paid.invoiced(terms, text);
+    paid.apply(&invoiced).unwrap();
+    let received = paid.received(hash, Msat::sat(10)).unwrap();
+    paid.apply(&received).unwrap();
+    let mut provider = met(&world, &session, vec![paid]);
+    offer(&mut provider, &world);
+    say(&mut provider, &world, resume(session.id));
+    let mut jobs = Vec::new();
+    for id in [1, 2] {
+        let frame = ConsumerFrame::Start(Box::new(request(&world, &session, id, Sampling::default())));
+        let event = ProviderEvent::Request { link: LINK, stream: StreamId(id.into()), frame };
+        jobs.extend(tell(&mut provider, &world, event).into_iter().find_map(|action| {
+            if let ProviderAction::Engine { command: Command::Start(job), .. } = action { Some(job.id) } else { None }
+        }));
+    }
+    let engine = |event| ProviderEvent::Engine { engine: EngineId(0), event };
+    // The second one's prompt is signed for; it runs on.
+    let told = tell(&mut provider, &world, engine(EngineEvent::Prefilled { job: jobs[1], upto: 3, cached: 0 }));
+    let offered = told.into_iter().find_map(|action| {
+        if let ProviderAction::Send { frame: ProviderFrame::Ack(signed), .. } = action { Some(signed) } else { None }
+    });
+    let signed: BothSigned<Ack> = BothSigned::countersign(&offered.unwrap(), &session.key);
+    let frame = ConsumerFrame::Ack(1, *signed.consumer_signature());
+    tell(&mut provider, &world, ProviderEvent::Request { link: LINK, stream: StreamId(2), frame });
+    // The first one is over. Its receipt is lost with the connection, and then the second one's client leaves.
+    let over = EngineEvent::Finished { job: jobs[0], reason: FinishReason::Stop, evaluated: 0 };
+    tell(&mut provider, &world, engine(over));
+    tell(&mut provider, &world, ProviderEvent::LinkDown { link: LINK });
+    tell(&mut provider, &world, ProviderEvent::LinkUp { link: LINK, peer: node_key(&session.key), host: None });
+    say(&mut provider, &world, ConsumerControl::Hello(Hello::ours()));
+    let open = |id: u8, last_ack, received| OpenRequest { request: RequestId([id; 32]), last_ack, received };
+    let open = vec![open(1, None, Some(0)), open(2, Some(signed), None)];
+    say(&mut provider, &world, ConsumerControl::Resume(session.id, open, None, None));
+    let settled = provider.session_states().next().unwrap().settled_numerators();
+    assert_ne!(settled.0, 0, "its prompt was signed for");
+    let frame = ConsumerFrame::Resume(RequestId([1; 32]));
+    let again = tell(&mut provider, &world, ProviderEvent::Request { link: LINK, stream: StreamId(3), frame });
+    let receipts = again.into_iter().filter_map(|action| {
+        if let ProviderAction::Send { frame: ProviderFrame::Receipt(_, signed), .. } = action {
+            Some(signed.peek().unwrap())
+        } else {
+            None
+        }
+    });
+    let sums: Vec<_> = receipts.map(|receipt| receipt.cumulative_numerators).collect();
+    assert_eq!(sums, [settled], "nothing was done for the first one");
 }
