@@ -125,7 +125,7 @@ const INVOICES_RETRY: Duration = Duration::from_secs(60);
 const UNPAID_RETRY: Duration = Duration::from_secs(1);
 /// Invoices that one address may ask for in a minute.
 pub(crate) const INVOICES_PER_MINUTE: u32 = 20;
-/// Other requests without a key, of one address, in a minute.
+/// Other requests without a key, of one address, in a minute; and those of one key that cost nothing.
 pub(crate) const STRANGERS_PER_MINUTE: u32 = 120;
 
 impl From<DoorError> for ApiError {

@@ -187,6 +187,13 @@ async fn stranger(edge: Arc<Edge>, trace: String, peer: Option<IpAddr>, mut requ
             }
         },
     };
+    // What is free has its pace for those who paid once, too.
+    let admitted = admitted.and_then(|known| {
+        if let (Some(key), true) = (&known.0, door::is_open(&path)) {
+            edge.pace.take(&format!("free {key}"), door::STRANGERS_PER_MINUTE).map_err(ApiError::too_many)?;
+        }
+        Ok(known)
+    });
     match admitted {
         Ok((key, manages)) => {
             request.extensions_mut().insert(Caller { trace, key, manages, address });

@@ -225,6 +225,21 @@ async fn invoices_are_limited_by_address() {
 }
 
 #[tokio::test]
+async fn what_costs_nothing_has_its_pace_for_a_key_too() {
+    let (_, router) = world();
+    let mut limited = false;
+    for _ in 0..200 {
+        let request = Request::post("/v1/tokenize").header("authorization", "L402 TOKEN:aa");
+        let body = json!({"model": "org/tiny", "prompt": "hi"}).to_string();
+        let (status, _, _) = call(&router, request.body(Body::from(body)).unwrap()).await;
+        limited |= status == StatusCode::TOO_MANY_REQUESTS;
+    }
+    assert!(limited, "no end to what is free");
+    let (status, _, body) = call(&router, chat(Some("L402 TOKEN:aa"))).await;
+    assert_eq!(status, StatusCode::OK, "what is paid for goes on: {body}");
+}
+
+#[tokio::test]
 async fn a_trusted_proxy_says_who_asks_and_nobody_else() {
     let (_, router) = world();
     let from = |peer: [u8; 4], forwarded: &str| {
