@@ -44,7 +44,8 @@ pub struct Account {
     pub id: String,
     /// May make and revoke keys below itself, and nothing else.
     pub manages: bool,
-    pub requests_per_minute: Option<u32>,
+    /// Of the key and of those above it that have one: whose, and requests per minute.
+    pub paces: Vec<(String, u32)>,
 }
 
 /// Why a shown key opens nothing.

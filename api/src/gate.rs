@@ -152,8 +152,8 @@ async fn account(edge: &Edge, hash: [u8; 32]) -> Result<(Option<String>, bool), 
         KeyDenied::Unavailable { detail } => ServiceError::Internal { detail }.into(),
         KeyDenied::Unknown | KeyDenied::Revoked | KeyDenied::Expired => unknown(denied.to_string()),
     })?;
-    if let Some(per_minute) = account.requests_per_minute {
-        edge.pace.take(&account.id, per_minute).map_err(ApiError::too_many)?;
+    for (key, per_minute) in &account.paces {
+        edge.pace.take(key, *per_minute).map_err(ApiError::too_many)?;
     }
     Ok((Some(account.id), account.manages))
 }

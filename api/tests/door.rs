@@ -28,11 +28,12 @@ struct Desk;
 #[async_trait]
 impl Accounts for Desk {
     async fn admit(&self, hash: [u8; 32]) -> Result<Account, KeyDenied> {
-        if hash == [7; 32] {
-            Ok(Account { id: "key_7".into(), manages: false, requests_per_minute: None })
-        } else {
-            Err(KeyDenied::Unknown)
-        }
+        let paces = match hash {
+            known if known == [7; 32] => vec![],
+            known if known == [8; 32] => vec![("key_8".to_owned(), 1_000), ("key_1".to_owned(), 2)],
+            _ => return Err(KeyDenied::Unknown),
+        };
+        Ok(Account { id: format!("key_{}", hash[0]), manages: false, paces })
     }
     async fn key(&self, _: &str) -> Result<Option<KeyView>, AccountError> {
         Ok(None)
@@ -81,6 +82,7 @@ impl Door for Desk {
     async fn credential(&self, token: &str, preimage: &str) -> Result<[u8; 32], DoorError> {
         match (token, preimage) {
             ("TOKEN", "aa") => Ok([7; 32]),
+            ("BELOW", "aa") => Ok([8; 32]),
             ("TOKEN", "early") => Err(DoorError::NotPaidYet),
             _ => Err(DoorError::BadCredential),
         }
@@ -222,6 +224,17 @@ async fn invoices_are_limited_by_address() {
         }
     }
     assert!(limited.is_some(), "no end to invoices");
+}
+
+#[tokio::test]
+async fn a_call_counts_against_the_pace_of_every_key_above() {
+    let (_, router) = world();
+    for expect in [StatusCode::OK, StatusCode::OK, StatusCode::TOO_MANY_REQUESTS] {
+        let (status, _, body) = call(&router, chat(Some("L402 BELOW:aa"))).await;
+        assert_eq!(status, expect, "{body}");
+    }
+    let (status, _, _) = call(&router, chat(Some("L402 TOKEN:aa"))).await;
+    assert_eq!(status, StatusCode::OK, "another's goes on");
 }
 
 #[tokio::test]

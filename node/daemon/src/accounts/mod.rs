@@ -91,7 +91,7 @@ impl Accounts for Desk {
         Ok(Account {
             id: shown.id.to_string(),
             manages: shown.kind == KeyKind::Manage,
-            requests_per_minute: shown.limits.requests_per_minute,
+            paces: chain.iter().filter_map(|key| Some((key.id.to_string(), key.limits.requests_per_minute?))).collect(),
         })
     }
 
