@@ -169,7 +169,10 @@ impl Connections {
         let Some(connection) = self.all.iter_mut().find(|c| c.app == app) else { return Ok(None) };
         let changed = change(connection)?;
         while connection.rows.len() > MAX_ROWS {
-            let oldest = connection.rows.iter().min_by_key(|(_, row)| row.created_at).map(|(hash, _)| *hash);
+            // One for which budget is held is needed to end that.
+            let held = connection.budget.as_ref().map(|budget| &budget.reserved);
+            let free = connection.rows.iter().filter(|(hash, _)| held.is_none_or(|held| !held.contains_key(*hash)));
+            let oldest = free.min_by_key(|(_, row)| row.created_at).map(|(hash, _)| *hash);
             let Some(oldest) = oldest else { break };
             connection.rows.remove(&oldest);
         }
