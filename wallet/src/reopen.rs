@@ -78,7 +78,9 @@ impl Reopen {
     pub fn due(&mut self, now: UnixMs, balance: &Balance, channels: &[Channel]) -> Option<Due> {
         self.wanted.retain(|peer, _| !channels.iter().any(|c| c.counterparty == *peer));
         let free = balance.onchain_confirmed_sat.saturating_sub(ANCHOR_RESERVE_SAT + FEE_ALLOWANCE_SAT);
-        let (node, wanted) = self.wanted.iter_mut().find(|(_, wanted)| wanted.next_try <= now)?;
+        // One that is further away than any was ever put is of a clock that was set back since.
+        let is_due = |next: UnixMs| next <= now || next.since(now) > RETRY_MS;
+        let (node, wanted) = self.wanted.iter_mut().find(|(_, wanted)| is_due(wanted.next_try))?;
         wanted.next_try = now.plus_ms(RETRY_MS);
         let capacity_sat = wanted.capacity_sat.min(free);
         (capacity_sat >= LEAST_SAT).then_some(Due { node: *node, capacity_sat })
@@ -147,6 +149,16 @@ mod tests {
         assert_eq!(due(49_999), None);
         assert_eq!(due(50_000), Some(20_000));
         assert_eq!(due(5_000_000), Some(100_000));
+    }
+
+    #[test]
+    fn a_clock_that_was_a_day_ahead_does_not_put_it_off_by_a_day() {
+        const DAY_MS: u64 = 86_400_000;
+        let mut reopen = after(true, true);
+        assert!(reopen.due(UnixMs(DAY_MS), &coins(1_000_000), &[]).is_some());
+        assert!(reopen.due(UnixMs(DAY_MS + 1), &coins(1_000_000), &[]).is_none());
+        assert!(reopen.due(UnixMs(2_000), &coins(1_000_000), &[]).is_some());
+        assert!(reopen.due(UnixMs(2_001), &coins(1_000_000), &[]).is_none());
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! they are settled. The rest (other apps of theirs, payments of before a crash) is booked once it has been settled for
 //! [`GRACE_MS`] and this process has run as long: until then a role may still book it as its own.
 
-use super::{journal::JournalWriter, now};
+use super::{ClockWatch, journal::JournalWriter, now};
 use crate::store::Store;
 use satgrid_ledger::{entry::Draft, own};
 use satgrid_ledger_sqlite::KeyStore;
@@ -89,14 +89,18 @@ pub(crate) struct Bookkeeper {
 
 impl Bookkeeper {
     pub(crate) async fn run(self) {
-        let began = now();
-        let mut explained = Explained::default();
+        let (mut began, mut explained) = (now(), Explained::default());
+        let mut clock = ClockWatch::new();
         let mut look = tokio::time::interval(LOOK_EVERY);
         loop {
             tokio::select! {
                 () = self.shutdown.cancelled() => return,
                 _ = look.tick() => {}
                 () = self.own.bell.notified() => tokio::time::sleep(SETTLES_IN).await,
+            }
+            if clock.moved().is_some() {
+                // Rows of before are older or newer than they say: everything is looked at again, and given its time.
+                (began, explained) = (now(), Explained::default());
             }
             match self.round(began, explained).await {
                 Ok(now_explained) => explained = now_explained,
