@@ -61,7 +61,13 @@ pub(crate) fn save(dir: &Path, restoring: &Restoring) -> anyhow::Result<()> {
 /// What backups have seen of the channels, for the guard; without what a restore gave up.
 pub(crate) fn seen(backups: &[PathBuf], restored: Option<&Restoring>) -> Vec<Seen> {
     let all = backups.iter().filter_map(|path| {
-        let file = super::channels::read(path)?;
+        let Some(file) = super::channels::read(path) else {
+            if path.exists() {
+                let path = path.display();
+                tracing::error!(%path, "this channel backup cannot be read: whether the channels here are old is not held against it");
+            }
+            return None;
+        };
         Some(Seen { by: path.display().to_string(), updates: file.backup.updates })
     });
     all.map(|seen| restored.map_or(seen.clone(), |restored| restored.allow(seen))).collect()
