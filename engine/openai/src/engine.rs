@@ -91,8 +91,9 @@ impl UpstreamEngine {
 
     /// Ends every job; no command is taken after this.
     pub fn shut_down(&self) {
+        let mut jobs = self.shared.jobs();
         self.shared.closed.store(true, Ordering::Release);
-        self.shared.jobs().clear();
+        jobs.clear();
     }
 }
 
@@ -117,12 +118,15 @@ impl Shared {
 
     /// Nothing answers: every job is lost. Looks for an answer until there is one.
     pub(crate) fn down(self: &Arc<Self>, reason: String) {
+        // One step to those who send: a job is taken in before all are lost, and lost with them, or not at all.
+        let mut jobs = self.jobs();
         if self.down.swap(true, Ordering::AcqRel) {
             return;
         }
         tracing::warn!(%reason, "an upstream engine is down");
-        self.jobs().clear();
+        jobs.clear();
         let _ = self.events.send(EngineEvent::Down { reason });
+        drop(jobs);
         let shared = Arc::clone(self);
         tokio::spawn(async move {
             while !shared.closed.load(Ordering::Acquire) {
@@ -150,10 +154,10 @@ impl Engine for UpstreamEngine {
 
     fn send(&self, command: Command) -> Result<(), EngineDown> {
         let shared = &self.shared;
+        let mut jobs = shared.jobs();
         if !self.is_up() {
             return Err(EngineDown);
         }
-        let mut jobs = shared.jobs();
         match command {
             Command::Start(job) => {
                 let id = job.id;
