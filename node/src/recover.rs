@@ -3,8 +3,8 @@
 use crate::provider::PendingRefund;
 use satgrid_ledger::entry::{Entry, Evidence};
 use satgrid_protocol::session::{SessionState, Side, invoice_hash};
-use satgrid_types::{Msat, NodeKey, PaymentHash, Quote, QuoteId, SessionId, Verified};
-use std::collections::{BTreeMap, BTreeSet};
+use satgrid_types::{Msat, NodeKey, PaymentHash, Quote, QuoteId, SessionId, UnixMs, Verified};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Everything that the roles take up again.
 #[derive(Debug, Default)]
@@ -20,7 +20,12 @@ pub struct Recovered {
     pub successions: usize,
     /// Value settled by receipts, by provider: what lets slices grow.
     pub settled_with: BTreeMap<NodeKey, Msat>,
+    /// Rules that providers broke, oldest first, as far as [`MAX_MISBEHAVED`] goes back.
+    pub misbehaved: VecDeque<(UnixMs, NodeKey, String)>,
 }
+
+/// Penalties end some day: older ones than these are let go.
+const MAX_MISBEHAVED: usize = 4_096;
 
 /// Folds the journal, in order.
 #[derive(Debug)]
@@ -59,6 +64,12 @@ impl Fold {
         match evidence {
             Evidence::Genesis { node, .. } => self.out.genesis = Some(*node),
             Evidence::Succession(_) => self.out.successions += 1,
+            Evidence::Misbehaviour { peer, rule, .. } => {
+                if self.out.misbehaved.len() >= MAX_MISBEHAVED {
+                    self.out.misbehaved.pop_front();
+                }
+                self.out.misbehaved.push_back((entry.at, *peer, rule.clone()));
+            }
             Evidence::Quote(signed) => {
                 if let Ok(quote) = signed.peek()
                     && let Ok(quote) = signed.verify(&quote.provider)
@@ -144,7 +155,6 @@ impl Fold {
             | Evidence::ChannelClosed { .. }
             | Evidence::WalletPayment { .. }
             | Evidence::OnChain { .. }
-            | Evidence::Misbehaviour { .. }
             | Evidence::WalletSnapshot { .. }
             | Evidence::Checkpoint { .. }
             | Evidence::Promise(_) => {}
@@ -178,5 +188,20 @@ impl Fold {
         for state in self.sessions.values_mut() {
             let _ = state.apply(draft);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use satgrid_ledger::entry::{Draft, Head};
+
+    #[test]
+    fn a_rule_that_was_broken_is_remembered() {
+        let mut fold = Fold::new([]);
+        let peer = NodeKey([7; 32]);
+        let evidence = Evidence::Misbehaviour { peer, rule: "overcharge".into(), statement: vec![1] };
+        fold.entry(&Entry::chain(&Head::EMPTY, UnixMs(5), Draft::of(evidence)));
+        assert_eq!(fold.finish().misbehaved, [(UnixMs(5), peer, "overcharge".to_owned())]);
     }
 }

@@ -18,7 +18,7 @@ use satgrid_protocol::frame::{ConsumerFrame, ProviderControl, ProviderFrame};
 use satgrid_protocol_quic::{
     FrameReceiver, FrameSender, FrameStream, Link, LinkError, QuicEndpoint, StreamKind, hints,
 };
-use satgrid_types::{Digest, Msat, NodeKey, PaymentHash, SessionId};
+use satgrid_types::{Digest, Msat, NodeKey, PaymentHash, SessionId, UnixMs};
 use satgrid_wallet::{InvoiceRequest, Lightning};
 use std::{
     collections::BTreeMap,
@@ -421,6 +421,13 @@ async fn read_control(link: LinkId, quic: Link, mut rx: FrameReceiver, inbox: mp
     let lost = matches!(error, LinkError::TimedOut { .. } | LinkError::Transport(_));
     let reason = error.to_string();
     let _ = inbox.send(Message::Event(ConsumerEvent::LinkDown { link, reason, lost })).await;
+}
+
+/// What providers did wrong before this start counts against them as it did then.
+pub(crate) fn recall(market: &Market, misbehaved: impl IntoIterator<Item = (UnixMs, NodeKey, String)>) {
+    for (at, provider, rule) in misbehaved {
+        market.fault(at, provider, fault_of(&rule));
+    }
 }
 
 /// How the market room weighs a broken rule.

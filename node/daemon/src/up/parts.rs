@@ -125,6 +125,7 @@ impl Node<'_> {
         let consumer_view = self.config.is_consumer().then(Arc::default);
         let consumer = consumer_view.clone().map(|view| {
             let mut role = Consumer::new(self.consumer_config(), self.keys.sessions, fresh_seed());
+            consumer::recall(market, recovered.misbehaved);
             role.restore(recovered.consumer_sessions, recovered.opened, recovered.settled_with);
             consumer::start(ConsumerDriver {
                 role,
