@@ -135,7 +135,7 @@ class Books:
             shared = next((h[4] for h in (*flows[1].values(), *(e[1] for e in flows[2])) if h[4]), None)
             shared = shared or next((i for a in flows[0] for i in a[1:]), None)
             for ident in flows[1].keys() & self.holds.keys():
-                self.holds[ident] = (*self.holds[ident][:4], self.holds[ident][4] or shared)
+                self.holds[ident] = (*self.holds[ident][:4], self.holds[ident][4] or shared, at)
             touched = {a for a, s in self.sums.items() if saved[0].get(a) != s}
             if any(a[0] in NEVER_NEGATIVE and self.balance(a, True) < 0 for a in touched):
                 raise Refused("transfer/overdrawn")
@@ -171,7 +171,7 @@ class Books:
                 if kind == 0:
                     self.post(net, debit, credit, amount)
                 else:
-                    self.holds[ident] = opened[ident] = debit, credit, amount, op.get(3), (*debit[1:], *credit[1:], None)[0]
+                    self.holds[ident] = opened[ident] = debit, credit, amount, op.get(3), (*debit[1:], *credit[1:], None)[0], at
                     self.sums[debit][2] += amount
                     self.sums[credit][3] += amount
                 continue
@@ -179,7 +179,7 @@ class Books:
             if hold is None:
                 refuse("transfer/two-phase")
                 continue
-            debit, credit, amount, expires, _ = hold
+            debit, credit, amount, expires, *_ = hold
             self.sums[debit][2] -= amount
             self.sums[credit][3] -= amount
             ended.append((op[0], hold, kind))
@@ -894,8 +894,8 @@ class Audit:
                 self.require(self.checkpoint[2] == root_of(self.leaves), "log/root")
         sums = self.books.sums.values()
         self.require(sum(s[0] for s in sums) == sum(s[1] for s in sums), "transfer/trial")
-        for *_, expires, _ in self.books.holds.values():
-            self.require(expires is None or expires + HOUR >= self.last[2], "transfer/overdue")
+        for _, _, _, expires, _, since in self.books.holds.values():
+            self.require(expires is None or max(expires, since) + HOUR >= self.last[2], "transfer/overdue")
         chosen = {1: lambda s: s.ident == self.filter[1][0], 2: lambda s: self.filter[1][0] in (s.open[1], s.open[2])}.get(self.filter[0])
         self.sessions |= self.over
         linked = lambda s: s.credited or s.spent  # it comes with the session that it shares credit with

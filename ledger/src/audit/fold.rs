@@ -391,7 +391,8 @@ impl Auditor {
         let overdue: Vec<(TransferId, UnixMs)> = self
             .books
             .holds()
-            .filter_map(|(id, hold)| hold.expires_at.map(|at| (*id, at)))
+            // A journal's time stands still while its clock was set back: what was reserved then is no older than its entry.
+            .filter_map(|(id, hold)| hold.expires_at.map(|at| (*id, at.max(hold.since))))
             .filter(|(_, at)| at.0.saturating_add(OVERDUE_GRACE_MS) < last_at.0)
             .collect();
         for (id, at) in overdue {

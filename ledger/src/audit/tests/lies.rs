@@ -133,3 +133,15 @@ fn a_late_promise_binds_as_any_other() {
     let forged = late(|_| (), &first_session_key());
     assert!(forged.has(Rule::StatementSignature), "{:?}", forged.findings);
 }
+
+/// A clock that was a day ahead and was set back: entries keep the day's time, and reservations run out by the clock.
+#[test]
+fn a_clock_that_was_set_back_makes_no_reservation_overdue() {
+    let found = broken(Provider, |d| {
+        let TransferOp::Pending { debit, credit, .. } = transfers(d, "request", 5)[0].op else { unreachable!() };
+        let now = d.last().unwrap().0;
+        let hold = Transfer::pending(TransferId([1; 16]), debit, credit, Msat(1), Some(now.plus_ms(3_600_000)));
+        d.push((now.plus_ms(24 * 3_600_000), Draft { evidence: None, transfers: vec![hold] }));
+    });
+    assert_eq!(found, BTreeSet::new());
+}
