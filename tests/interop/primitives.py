@@ -214,7 +214,7 @@ def to_bytes(groups, pad: bool) -> bytes:
 
 @functools.lru_cache(4096)
 def invoice(text: str) -> dict:
-    if len(text) > 2048 or text not in (text.lower(), text.upper()):
+    if len(text) > 2048 or not text.isascii() or text not in (text.lower(), text.upper()):
         raise Refused("too long, or of mixed case")
     prefix, one, tail = text.lower().rpartition("1")
     found = re.fullmatch(r"ln(bcrt|tbs|bc|tb|sb)(?:([0-9]+)([munp]?))?", prefix)
