@@ -323,7 +323,9 @@ impl Auditor {
                 if audit.provider == quote.provider {
                     audit.requote(id, quote.into_statement());
                 } else {
-                    notes.add(Rule::OpenQuote, provider, "a quote for a session key of another provider's session");
+                    // Who gives a quote cannot know whose session a key has.
+                    let text = "a quote for a session key of another provider's session";
+                    notes.add(Rule::OpenQuote, Party::Exporter, text);
                 }
             }
             return Some(session);

@@ -145,3 +145,19 @@ fn a_clock_that_was_set_back_makes_no_reservation_overdue() {
     });
     assert_eq!(found, BTreeSet::new());
 }
+
+/// Any provider quotes to a key that asks: it cannot know that the key has a session elsewhere.
+#[test]
+fn a_quote_for_another_providers_session_accuses_nobody_else() {
+    let world = World::example();
+    let mut drafts = drafts_of(&world.consumer.journal.entries());
+    let Evidence::Quote(quote) = evidence(&mut drafts, "quote", 0) else { unreachable!() };
+    let other = SigningKey::from_bytes(&bytes32("another provider"));
+    let body = Quote { provider: node_key(&other), ..quote.peek().unwrap() };
+    let asked = Draft::of(Evidence::Quote(Signed::sign(&body, &other)));
+    let at = find(&drafts, "open", 0) + 1;
+    drafts.insert(at, (drafts[at].0, asked));
+    let report = report(&bundle_of(&chain_entries(drafts), &world.consumer.node, Filter::All, false));
+    let found = report.findings.iter().find(|finding| finding.rule == Rule::OpenQuote);
+    assert_eq!(found.map(|finding| finding.party), Some(Party::Exporter));
+}
