@@ -2,8 +2,8 @@
 //! keep their sums.
 //!
 //! What goes is the evidence of sessions that are over: closed, with nothing prepaid, owed or reserved, and silent since
-//! before a time; and of those that share credit, once all of them are. Quotes, opens and closes stay (they are few, and session keys are counted by opens), and so does all that
-//! belongs to no session. An entry without its body can no longer be shown: exports of the whole journal end there.
+//! before a time; and of those that share credit, once all of them are. Quotes, opens and closes stay (they are few, and
+//! session keys are counted by opens), and so does all that belongs to no session. An entry without its body can no longer be shown: exports of the whole journal end there.
 
 use crate::{
     Books, BooksError,
@@ -66,14 +66,14 @@ impl Retention {
             .map(|(id, _)| *id)
             .collect();
         loop {
-            let before = over.len();
+            let found = over.len();
             for (one, other) in &self.linked {
                 if !over.contains(one) || !over.contains(other) {
                     over.remove(one);
                     over.remove(other);
                 }
             }
-            if over.len() == before {
+            if over.len() == found {
                 break;
             }
         }

@@ -472,7 +472,7 @@ impl Facts {
     /// Acknowledged work that no receipt of the claim holds.
     fn unreceipted(&self) -> impl Iterator<Item = (&RequestId, &(u32, Numerators))> {
         let receipted: BTreeSet<RequestId> = self.receipts.values().map(|(request, _)| *request).collect();
-        self.acked.iter().filter(move |(request, _)| !receipted.contains(request))
+        self.acked.iter().filter(move |(request, _)| !receipted.contains(*request))
     }
     fn base(&self) -> Numerators {
         self.receipt.as_ref().map_or(Numerators::ZERO, |(_, receipt)| receipt.cumulative_numerators)
