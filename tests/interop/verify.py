@@ -812,8 +812,9 @@ class Audit:
         return None, ("nothing",)
 
     def own_note(self, f):
-        node, size, _ = checkpoint(f[0])
-        self.require(self.ours(node) and size <= self.seq, "log/checkpoint")
+        node, size, root = checkpoint(f[0])
+        other = self.whole and size == self.seq and root != root_of(self.leaves[:-1])
+        self.require(self.ours(node) and size <= self.seq and not other, "log/checkpoint")
         return None, ("nothing",)
 
     def promise(self, f):

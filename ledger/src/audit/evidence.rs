@@ -388,7 +388,7 @@ impl Auditor {
         self.keys.extend(said.new.filter(|_| own));
     }
 
-    /// A checkpoint that the node journalled must be of the log up to that entry, where all of it is here.
+    /// A checkpoint that the node journalled must be of the log up to that entry: where all of it is here, by its root.
     fn own_checkpoint(&mut self, entry: &Entry, note: &str, notes: &mut Notes) {
         match SignedCheckpoint::parse(note) {
             Ok(signed) if !self.is_ours(&signed.node) => {
@@ -397,6 +397,10 @@ impl Auditor {
             Ok(signed) => {
                 notes.require(signed.size <= entry.seq, Rule::LogCheckpoint, Party::Exporter, || {
                     format!("over {} entries, of which {} exist", signed.size, entry.seq)
+                });
+                let other = self.root_before.filter(|root| signed.size == entry.seq && signed.root != *root);
+                notes.require(other.is_none(), Rule::LogCheckpoint, Party::Exporter, || {
+                    format!("root {} over {} entries, which have another", signed.root, signed.size)
                 });
             }
             Err(error) => notes.add(Rule::LogCheckpoint, Party::Exporter, error.to_string()),

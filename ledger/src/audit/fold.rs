@@ -57,6 +57,8 @@ pub struct Auditor {
     pub(super) detail: Detail,
     pub(super) checkpoint: Option<SignedCheckpoint>,
     pub(super) frontier: Frontier,
+    /// Where an entry of a whole export is a checkpoint: the root over the entries before it.
+    pub(super) root_before: Option<Digest>,
     /// The entry before: its number, leaf and time.
     pub(super) last: Option<(u64, Digest, UnixMs)>,
     pub(super) network: Option<String>,
@@ -105,6 +107,7 @@ impl Auditor {
             detail,
             checkpoint: None,
             frontier: Frontier::new(),
+            root_before: None,
             last: None,
             network: None,
             genesis: None,
@@ -207,6 +210,8 @@ impl Auditor {
         }
         self.report.first_at = self.report.first_at.or(Some(entry.at));
         self.report.last_at = Some(entry.at);
+        let is_checkpoint = matches!(entry.evidence, Some(Evidence::Checkpoint { .. }));
+        self.root_before = (is_checkpoint && self.is_whole()).then(|| self.frontier.root());
         self.frontier.push(leaf);
         self.last = Some((seq, leaf, entry.at));
         match (&item.proof, &self.checkpoint) {

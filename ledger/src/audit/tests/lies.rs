@@ -161,3 +161,18 @@ fn a_quote_for_another_providers_session_accuses_nobody_else() {
     let found = report.findings.iter().find(|finding| finding.rule == Rule::OpenQuote);
     assert_eq!(found.map(|finding| finding.party), Some(Party::Exporter));
 }
+
+/// A checkpoint in the journal itself that says another history than the entries before it.
+#[test]
+fn a_journalled_checkpoint_is_of_the_entries_before_it() {
+    let noted = |root: Option<Digest>| {
+        broken(Provider, |d| {
+            let (size, time) = (d.len() as u64, d.last().unwrap().0);
+            let head = checkpoint_of(&chain_entries(d.clone()), &provider_key());
+            let note = SignedCheckpoint::sign(size, root.unwrap_or(head.root), &provider_key()).note().to_owned();
+            d.push((time, Draft::of(Evidence::Checkpoint { note })));
+        })
+    };
+    assert_eq!(noted(None), BTreeSet::new());
+    assert_eq!(noted(Some(Digest([1; 32]))), BTreeSet::from([Rule::LogCheckpoint]));
+}
