@@ -20,8 +20,8 @@ const STEP: usize = 8;
 /// Work that one token's bytes may cause: a JSON schema's take some thousands.
 const TOKEN_WORK: u64 = 1 << 24;
 /// Work that a look through the whole vocabulary may cause, or all that an earlier run has said: some seconds. Inside a JSON
-/// string, where most of a large vocabulary may follow, a byte's step takes a few hundred.
-const MANY_WORK: u64 = 1 << 30;
+/// string, where most of a large vocabulary may follow, a byte's step takes a few hundred, and all of them 2^28 or so.
+const MANY_WORK: u64 = 1 << 32;
 
 /// Work that may still be done.
 pub(super) struct Work(u64);
