@@ -1,13 +1,14 @@
 //! What this node itself has been through with each provider.
 //!
-//! Two figures per provider, from our own sessions only:
+//! From our own sessions only:
 //!
-//! - **V**, what was settled and audited clean. It grows the next slice: `S' = clamp(min, max, min(2 S, V / 10))`.
+//! - **what was settled** and audited clean. Between equals the one with more goes first.
+//! - **how fast it wrote and what it cost to pay it**, in running means: they count instead of what it lists.
 //! - **penalty points**, which halve every day. At [`REFUSED_AT`] or above, the planner leaves the provider out; below,
 //!   every point makes its price look a thousandth dearer.
 //!
-//! A lie (an overcount, a failed audit, a quote above the listing) also takes V away: trust starts again at the smallest
-//! slice. What others say weighs nothing.
+//! A lie (an overcount, a failed audit, a quote above the listing) also takes away what was settled. What others say weighs
+//! nothing.
 
 use std::collections::BTreeMap;
 
@@ -76,13 +77,11 @@ impl Fault {
 /// One provider's record.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
-    /// V: settled and audited clean.
+    /// Settled and audited clean.
     pub settled: Msat,
     /// Requests that ended with a receipt.
     pub requests: u64,
     pub faults: u64,
-    /// The last slice paid; zero before the first.
-    pub last_slice: Msat,
     /// Running mean of what payments to it cost in routing fees, in millionths of the amount.
     pub fee_ppm: u32,
     /// Running mean of its output speed as we saw it, in thousandths of a token per second; zero before the first.
@@ -108,7 +107,6 @@ impl Record {
             settled: self.settled.saturating_add(other.settled),
             requests: self.requests.saturating_add(other.requests),
             faults: self.faults.saturating_add(other.faults),
-            last_slice: self.last_slice.max(other.last_slice),
             fee_ppm: if self.fee_ppm == 0 { other.fee_ppm } else { self.fee_ppm },
             decode_mtok_s: first(self.decode_mtok_s, other.decode_mtok_s),
             points: self.points(now).saturating_add(other.points(now)).min(MAX_POINTS),
@@ -118,15 +116,6 @@ impl Record {
 
     pub fn is_refused(&self, now: UnixMs) -> bool {
         self.points(now) >= REFUSED_AT
-    }
-
-    /// The next slice to this provider, between the quote's (or our own) bounds.
-    ///
-    /// `S' = clamp(min, max, min(2 S, V / 10))` (docs/money.md): a stranger starts at the smallest.
-    pub fn next_slice(&self, min: Msat, max: Msat) -> Msat {
-        let grown = self.last_slice.0.saturating_mul(2).min(self.settled.0 / 10);
-        // Not `clamp`, which panics where bounds cross: a quote whose smallest is above our largest is refused elsewhere.
-        Msat(grown.max(min.0).min(max.0))
     }
 }
 
@@ -170,7 +159,6 @@ impl Reputation {
     /// A slice was paid, at this routing fee.
     pub fn paid_slice(&mut self, provider: NodeKey, amount: Msat, fee: Msat) {
         let record = self.entry(provider);
-        record.last_slice = amount;
         let ppm = u128::from(fee.0) * 1_000_000 / u128::from(amount.0.max(1));
         let ppm = u32::try_from(ppm).unwrap_or(u32::MAX);
         record.fee_ppm = u32::try_from(mean(u64::from(record.fee_ppm), u64::from(ppm))).unwrap_or(u32::MAX);
@@ -184,7 +172,6 @@ impl Reputation {
         record.faults = record.faults.saturating_add(1);
         if fault.is_lie() {
             record.settled = Msat::ZERO;
-            record.last_slice = Msat::ZERO;
         }
     }
 
@@ -210,35 +197,15 @@ mod tests {
     use proptest::prelude::*;
 
     const P: NodeKey = NodeKey([1; 32]);
-    const MIN: Msat = Msat(10_000);
-    const MAX: Msat = Msat(5_000_000);
-
-    #[test]
-    fn slices_double_while_a_tenth_of_v_covers_them() {
-        let mut all = Reputation::default();
-        let mut sizes = Vec::new();
-        for _ in 0..6 {
-            let slice = all.get(&P).next_slice(MIN, MAX);
-            sizes.push(slice.0);
-            all.paid_slice(P, slice, Msat::ZERO);
-            all.settled(P, Msat(slice.0 * 8), None);
-        }
-        // V is 80,000 after the first slice, so a tenth does not yet allow twenty; later it does.
-        assert_eq!(sizes, vec![10_000, 10_000, 16_000, 28_800, 51_840, 93_312]);
-        all.settled(P, Msat(1_000_000_000), None);
-        assert_eq!(all.get(&P).next_slice(MIN, MAX), Msat(186_624), "doubling bounds the step");
-    }
 
     #[test]
     fn a_lie_starts_trust_again() {
         let mut all = Reputation::default();
         all.settled(P, Msat(1_000_000_000), None);
-        all.paid_slice(P, MAX, Msat::ZERO);
-        assert_eq!(all.get(&P).next_slice(MIN, MAX), MAX);
         all.fault(UnixMs(0), P, Fault::Stalled);
-        assert_eq!(all.get(&P).next_slice(MIN, MAX), MAX, "bad luck is no lie");
+        assert_eq!(all.get(&P).settled, Msat(1_000_000_000), "bad luck is no lie");
         all.fault(UnixMs(0), P, Fault::Overcount);
-        assert_eq!(all.get(&P).next_slice(MIN, MAX), MIN);
+        assert_eq!(all.get(&P).settled, Msat::ZERO);
         assert!(all.get(&P).is_refused(UnixMs(HALF_LIFE_MS * 6)));
         assert!(!all.get(&P).is_refused(UnixMs(HALF_LIFE_MS * 7)));
     }
@@ -272,13 +239,6 @@ mod tests {
             let record = Record { points: start, ..Record::default() };
             prop_assert!(record.points(UnixMs(a.min(b))) >= record.points(UnixMs(a.max(b))));
             prop_assert!(record.points(UnixMs(a)) <= start);
-        }
-
-        #[test]
-        fn a_slice_stays_within_its_bounds(settled: u64, last: u64, min in 0u64..1 << 40, more in 0u64..1 << 40) {
-            let record = Record { settled: Msat(settled), last_slice: Msat(last), ..Record::default() };
-            let slice = record.next_slice(Msat(min), Msat(min + more));
-            prop_assert!(slice.0 >= min && slice.0 <= min + more);
         }
     }
 }

@@ -235,6 +235,7 @@ impl Pair {
             | ConsumerAction::ResetStream { .. }
             | ConsumerAction::Left { .. }
             | ConsumerAction::WalletHandled { .. }
+            | ConsumerAction::PaidSlice { .. }
             | ConsumerAction::Settled { .. } => {}
             ConsumerAction::ResolvePayment { .. }
             | ConsumerAction::MakeCloseInvoice { .. }

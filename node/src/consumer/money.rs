@@ -217,6 +217,8 @@ impl Consumer {
         let largest = self.config.slices.largest;
         if let Some(session) = self.sessions.get_mut(&index) {
             session.failed_payments = 0;
+            let provider = session.provider();
+            self.actions.extend(amount.map(|amount| ConsumerAction::PaidSlice { provider, amount, fee }));
             // The route carried what it was tried with: it is tried with twice as much.
             if let (Some(most), Some(amount)) = (session.carries, amount)
                 && amount >= most

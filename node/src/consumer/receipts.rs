@@ -4,7 +4,7 @@ use super::{
     CallError, CallId, Consumer, ConsumerAction, Emission, Leg, SessionIndex,
     calls::Place,
     caps::Starved,
-    streams::{Ended, Held, SILENT},
+    streams::{Ended, Held, SILENT, Wrote},
 };
 use satgrid_ledger::statements::{Leg as PartLeg, Passed, Receipt, ReceiptOpening, ReceiptPrivate, receipt_id};
 use satgrid_protocol::{check, frame::ConsumerFrame, session::RequestState};
@@ -44,6 +44,7 @@ impl Consumer {
         let both = BothSigned::from_parts(signed.body().to_vec(), *signed.signature(), signature);
         let opening = ReceiptOpening { salt: live.salt, private };
         let Ok(draft) = state.finished(&both, &offered, Some(opening)) else { return };
+        let decode_mtok_s = live.wrote.and_then(Wrote::mtok_s);
         let (stream, call, ended, provider) = (live.stream, live.call, live.ended, session.provider());
         let (id, cost) = (receipt_id(&both), offered.cost);
         self.request_receipted(now, index, request, id, cost);
@@ -54,7 +55,7 @@ impl Consumer {
         let mut then = vec![
             ConsumerAction::Send { link, stream, frame: ConsumerFrame::Receipt(signature) },
             ConsumerAction::FinishStream { link, stream },
-            ConsumerAction::Settled { provider, amount: cost },
+            ConsumerAction::Settled { provider, amount: cost, decode_mtok_s },
         ];
         then.extend(last.map(|emission| ConsumerAction::Emit { call, emission }));
         self.record(index, vec![draft], then);

@@ -31,12 +31,42 @@ pub(super) struct Live {
     pub(super) rows: usize,
     pub(super) running: RunningHash,
     pub last_frame_at: UnixMs,
+    /// Since its first tokens came.
+    pub(super) wrote: Option<Wrote>,
     /// Of a worker.
     pub(super) part: Option<PartLive>,
     /// A statement that is right, and beyond what our own books show as paid: signed once the payment is booked.
     pub(super) held: Option<Held>,
     /// Why this side asked for the end of it, where the client did not.
     pub ended: Option<Ended>,
+}
+
+/// How fast output came: what follows the first tokens, which wait for the prompt.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Wrote {
+    from: UnixMs,
+    upto: UnixMs,
+    tokens: u32,
+}
+
+/// Over fewer tokens a speed is an accident.
+const LEAST_TOKENS: u32 = 16;
+
+impl Wrote {
+    pub(super) fn more(so_far: Option<Wrote>, now: UnixMs, tokens: u32) -> Wrote {
+        match so_far {
+            Some(wrote) => Wrote { upto: now, tokens: wrote.tokens.saturating_add(tokens), ..wrote },
+            None => Wrote { from: now, upto: now, tokens: 0 },
+        }
+    }
+
+    /// Thousandths of a token a second.
+    pub(super) fn mtok_s(self) -> Option<u64> {
+        if self.tokens < LEAST_TOKENS {
+            return None;
+        }
+        (u64::from(self.tokens) * 1_000_000).checked_div(self.upto.since(self.from))
+    }
 }
 
 /// See [`Live::held`].
@@ -172,6 +202,7 @@ impl Consumer {
             rows: 0,
             running: RunningHash::start(&salt, &request),
             last_frame_at: now,
+            wrote: None,
             part: call.part().map(|_| PartLive::default()),
             held: None,
             ended: None,
@@ -220,6 +251,7 @@ impl Consumer {
             return self.misbehaved(now, index, "chunk", text, cbor::encode(&ProviderFrame::Chunk(first, ids)));
         }
         live.received = after;
+        live.wrote = Some(Wrote::more(live.wrote, now, super::calls::len(&ids)));
         ids.iter().for_each(|token| live.running.push(*token));
         let call = live.call;
         if let Some(call) = self.calls.get_mut(&call) {

@@ -118,3 +118,20 @@ fn a_connection_that_was_given_up_before_it_stood_is_closed() {
     let actions = tell(&mut consumer, world.now, ConsumerEvent::LinkUp { link: LinkId(9) });
     assert!(matches!(actions.as_slice(), [ConsumerAction::CloseLink { link: LinkId(9), .. }]), "{actions:?}");
 }
+
+#[test]
+fn a_speed_is_that_of_what_follows_the_first_tokens() {
+    use super::streams::Wrote;
+    let wrote = |chunks: &[(u64, u32)]| {
+        let mut wrote = None;
+        for (at, tokens) in chunks {
+            wrote = Some(Wrote::more(wrote, UnixMs(*at), *tokens));
+        }
+        wrote.and_then(Wrote::mtok_s)
+    };
+    assert_eq!(wrote(&[(5_000, 1), (5_500, 20), (6_000, 20)]), Some(40_000));
+    // One answer in one piece, a few tokens, and all within the clock's step say nothing.
+    assert_eq!(wrote(&[(5_000, 100)]), None);
+    assert_eq!(wrote(&[(5_000, 1), (6_000, 15)]), None);
+    assert_eq!(wrote(&[(5_000, 1), (5_000, 50)]), None);
+}

@@ -321,10 +321,17 @@ pub enum ConsumerAction {
         received: u32,
         why: String,
     },
-    /// Tell the market room: so much was settled with this provider.
+    /// Tell the market room: so much was settled with this provider, who wrote this fast where that could be seen.
     Settled {
         provider: NodeKey,
         amount: Msat,
+        decode_mtok_s: Option<u64>,
+    },
+    /// Tell the market room what it cost to pay a slice to this provider.
+    PaidSlice {
+        provider: NodeKey,
+        amount: Msat,
+        fee: Msat,
     },
     /// A provider's tree head: keep it, and compare it with what was heard of that log elsewhere.
     Witness {

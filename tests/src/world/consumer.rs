@@ -226,6 +226,7 @@ impl World {
                 self.say(|| format!("consumer {c}: a call left {} at {received}: {why}", provider.short()));
             }
             ConsumerAction::Settled { amount, .. } => assert!(amount < Msat::MAX),
+            ConsumerAction::PaidSlice { amount, fee, .. } => assert!(fee <= amount),
             ConsumerAction::Halt { reason } => {
                 self.say(|| format!("consumer {c} halts: {reason}"));
                 assert!(self.consumers[c].journal.broken, "consumer {c} halts by itself: {reason}");

@@ -283,7 +283,12 @@ impl Running {
                 tracing::info!(provider = %provider.short(), received, %why, "a call left its provider before its end");
             }
             ConsumerAction::Witness { note } => self.witness(note),
-            ConsumerAction::Settled { provider, amount } => self.driver.market.settled(provider, amount),
+            ConsumerAction::Settled { provider, amount, decode_mtok_s } => {
+                self.driver.market.settled(provider, amount, decode_mtok_s);
+            }
+            ConsumerAction::PaidSlice { provider, amount, fee } => {
+                self.driver.market.paid_slice(provider, amount, fee);
+            }
             ConsumerAction::Halt { reason } => {
                 tracing::error!(%reason, "the consumer has stopped taking work");
                 if let Ok(mut view) = self.driver.view.write() {

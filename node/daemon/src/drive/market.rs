@@ -127,8 +127,11 @@ impl Market {
     pub(crate) fn refusals(&self) -> BTreeMap<&'static str, u64> {
         self.read(|state| state.book.refusals().clone())
     }
-    pub(crate) fn settled(&self, provider: NodeKey, amount: Msat) {
-        self.write(|state| state.reputation.settled(provider, amount, None));
+    pub(crate) fn settled(&self, provider: NodeKey, amount: Msat, decode_mtok_s: Option<u64>) {
+        self.write(|state| state.reputation.settled(provider, amount, decode_mtok_s));
+    }
+    pub(crate) fn paid_slice(&self, provider: NodeKey, amount: Msat, fee: Msat) {
+        self.write(|state| state.reputation.paid_slice(provider, amount, fee));
     }
     pub(crate) fn fault(&self, at: UnixMs, provider: NodeKey, fault: Fault) {
         self.write(|state| state.reputation.fault(at, provider, fault));
