@@ -63,7 +63,9 @@ impl Provider {
             Err(text) => return self.violation(link, text),
         };
         let state = &session.state;
-        if state.request_state(&open.request).is_some() || state.has_ended(&open.request) {
+        // An audit tells the parts that were bought for a request by its id: of those that run at once none may have another's.
+        let elsewhere = self.jobs.values().any(|(_, request)| *request == open.request);
+        if elsewhere || state.request_state(&open.request).is_some() || state.has_ended(&open.request) {
             return self.refuse_request(link, stream, Refusal::Protocol, "this request id was used before");
         }
         let quote = match state.quote_of(&open.quote) {

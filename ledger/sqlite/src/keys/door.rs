@@ -12,8 +12,9 @@ use satgrid_ledger::keys::KeyId;
 use satgrid_types::{Msat, PaymentHash, UnixMs};
 use sqlx::{Row, SqliteConnection, sqlite::SqliteRow};
 
-/// Invoices that expired unpaid are forgotten after this.
-const FORGET_AFTER_MS: u64 = 24 * 3_600 * 1_000;
+/// Invoices that expired unpaid are forgotten after this: a payment that came in at the last moment is told to a node that was
+/// down for days, too.
+const FORGET_AFTER_MS: u64 = 14 * 24 * 3_600 * 1_000;
 /// Refunds that one look gives.
 const MAX_ROWS: i64 = 256;
 
