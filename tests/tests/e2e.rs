@@ -220,13 +220,12 @@ fn the_operators_money_and_a_killed_wallet() {
 fn a_model_over_paid_workers_one_of_them_killed() {
     let dir = tempfile::tempdir().unwrap();
     // Before that, a worker that has become far slower than it lists: measured, told by `market why`, replaced by another.
-    // After it the engine of who took over dies in a batch, when nobody else has its layers: the client is told, and what was lost
-    // under way is accounted for.
+    // After it the engine of who took over dies in a batch, when nobody else has its layers: the client is told, and nobody is
+    // to blame in any ledger for what was lost under way.
     let found = split::run("demo-split.py", dir.path(), &real_model(), &["--slow", "--kill", "--then-engine"]);
     split::holds(&found, true);
     assert!(found["slow"]["told"].as_str().unwrap().contains("not believed"), "{found:#}");
     assert!(found["died"]["told"].as_str().is_some_and(|told| !told.is_empty()), "{found:#}");
-    assert!(found["died"]["accounted"].as_u64().unwrap() > 0, "{found:#}");
 }
 
 #[test]
