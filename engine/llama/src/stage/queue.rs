@@ -15,6 +15,8 @@ use crate::ffi::{BatchRow, DecodeError};
 /// Works that wait, and the bytes of their rows; more are refused as busy.
 const MAX_QUEUED: usize = 1024;
 const MAX_QUEUED_BYTES: usize = 256 << 20;
+/// Times that a work is put behind others for want of a slot before it is refused.
+const MAX_PUT_BACK: u32 = 64;
 
 /// What the queue needs of layers in memory.
 pub(crate) trait Layers {
@@ -39,6 +41,8 @@ pub(crate) struct StageQueue {
     seats: Vec<Seat>,
     works: VecDeque<StageWork>,
     queued_bytes: usize,
+    /// Works that found no slot, and how often.
+    put_back: BTreeMap<WorkId, u32>,
     events: Vec<StageEvent>,
     batches: u64,
 }
@@ -53,7 +57,15 @@ struct Taken {
 impl StageQueue {
     pub(crate) fn new(facts: StageFacts) -> Self {
         let seats = vec![Seat::default(); facts.sequences as usize];
-        Self { facts, seats, works: VecDeque::new(), queued_bytes: 0, events: Vec::new(), batches: 0 }
+        Self {
+            facts,
+            seats,
+            works: VecDeque::new(),
+            queued_bytes: 0,
+            put_back: BTreeMap::new(),
+            events: Vec::new(),
+            batches: 0,
+        }
     }
 
     /// The events since the last call, in order.
@@ -118,7 +130,11 @@ impl StageQueue {
         for work in works {
             self.queued_bytes -= work.rows.bytes.len();
             match self.seat(&work, &busy, layers) {
-                Ok((hidden, rows)) => taken.push(Taken { work, hidden, rows }),
+                Ok((hidden, rows)) => {
+                    self.put_back.remove(&work.id);
+                    taken.push(Taken { work, hidden, rows });
+                }
+                Err(StageError::Full { .. }) if self.may_wait(work.id) => self.wait(work),
                 Err(error) => self.refuse(work.id, error),
             }
         }
@@ -254,6 +270,29 @@ impl StageQueue {
         Ok((hidden, rows.collect()))
     }
 
+    /// Others' works wait for the slots that are taken: once these are computed there is room.
+    fn may_wait(&self, work: WorkId) -> bool {
+        !self.works.is_empty() && self.put_back.get(&work).is_none_or(|times| *times < MAX_PUT_BACK)
+    }
+
+    /// Puts a work behind all others but those that follow it in one of its sequences.
+    fn wait(&mut self, work: StageWork) {
+        *self.put_back.entry(work.id).or_default() += 1;
+        self.queued_bytes += work.rows.bytes.len();
+        let mut its: BTreeSet<SequenceId> = work.pieces.iter().map(|piece| piece.sequence).collect();
+        let (mut others, mut behind) = (VecDeque::new(), VecDeque::from([work]));
+        for next in self.works.drain(..) {
+            if next.pieces.iter().any(|piece| its.contains(&piece.sequence)) {
+                its.extend(next.pieces.iter().map(|piece| piece.sequence));
+                behind.push_back(next);
+            } else {
+                others.push_back(next);
+            }
+        }
+        others.append(&mut behind);
+        self.works = others;
+    }
+
     /// An empty slot, else that of the longest unused sequence for which no work waits.
     fn make_room(&mut self, busy: &BTreeSet<SequenceId>, layers: &mut impl Layers) -> Result<usize, StageError> {
         if let Some(empty) = self.seats.iter().position(|seat| seat.sequence.is_none()) {
@@ -293,6 +332,7 @@ impl StageQueue {
     }
 
     fn refuse(&mut self, work: WorkId, error: StageError) {
+        self.put_back.remove(&work);
         self.events.push(StageEvent::Refused { work, error });
     }
 }

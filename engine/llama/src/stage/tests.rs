@@ -173,6 +173,27 @@ fn the_longest_unused_sequence_makes_room_and_owners_are_forgotten() {
     assert!(matches!(bench.run()[0].1, Err(StageError::Full { limit: 3 })));
 }
 
+/// Two leads with more sequences than there is room for: whoever comes last waits for those whose works are there, and none is
+/// refused; the works of a sequence stay in their order.
+#[test]
+fn a_work_without_a_slot_waits_for_those_that_have_one() {
+    let mut bench = Bench::new();
+    for n in 0..3 {
+        bench.send(work(u64::from(n), &[piece(n, 0, 1)], &[1.0]));
+    }
+    bench.run();
+    // Each has a long work now, and a fourth sequence two.
+    bench.send(work(10, &[piece(3, 0, 2)], &[1.0; 2]));
+    bench.send(work(11, &[piece(3, 2, 2)], &[1.0; 2]));
+    for n in 0..3 {
+        bench.send(work(20 + u64::from(n), &[piece(n, 1, 2)], &[1.0; 2]));
+    }
+    let told = bench.run();
+    let order: Vec<u64> = told.iter().map(|(id, _)| *id).collect();
+    assert!(told.iter().all(|(_, outcome)| outcome.is_ok()), "{told:?}");
+    assert_eq!(order, [20, 21, 22, 10, 11]);
+}
+
 #[test]
 fn bad_work_is_refused_and_names_whose_fault_it_is() {
     let mut bench = Bench::new();
