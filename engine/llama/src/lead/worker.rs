@@ -17,6 +17,7 @@ use crate::facts;
 use crate::scheduler::{Backend, Scheduler, Shape};
 use crate::settings::{BATCH, LeadSettings};
 use crate::stage::layers::{LayersConfig, LlamaLayers, Part};
+use crate::watchdog::Watchdog;
 use crate::wire::FromWorker;
 use crate::worker::{Link, Stop};
 
@@ -142,6 +143,7 @@ fn open_draft(settings: &LeadSettings, ends: &LlamaEnds, shape: &Shape) -> Resul
 fn drive(scheduler: &mut Scheduler, backend: &mut RingBackend<'_>) -> Result<(), Stop> {
     let (mut idle, mut asleep) = (false, false);
     let mut gather_until = Instant::now();
+    let watchdog = Watchdog::start()?;
     loop {
         let wait = (!asleep).then(|| gather_until.saturating_duration_since(Instant::now()));
         match backend.next(wait)? {
@@ -158,8 +160,10 @@ fn drive(scheduler: &mut Scheduler, backend: &mut RingBackend<'_>) -> Result<(),
                 continue;
             }
             Next::Nothing => {
+                watchdog.begin();
                 let landed = scheduler.land(backend);
                 let begun = scheduler.launch(backend);
+                watchdog.end();
                 asleep = !landed && !begun;
                 idle = asleep && scheduler.nothing_is_away();
             }
