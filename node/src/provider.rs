@@ -64,6 +64,7 @@ pub struct Provider {
     invoices: BTreeMap<InvoiceTicket, links::WantedInvoice>,
     next_invoice: u64,
     by_payment: BTreeMap<PaymentHash, SessionId>,
+    leavers: peers::Leavers,
     /// Engines whose process is dead.
     down: BTreeSet<EngineId>,
     /// Why no new work is taken.
@@ -103,6 +104,7 @@ impl Provider {
             invoices: BTreeMap::new(),
             next_invoice: 0,
             by_payment: BTreeMap::new(),
+            leavers: peers::Leavers::default(),
             down: BTreeSet::new(),
             paused: None,
             live: BTreeSet::new(),

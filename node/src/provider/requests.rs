@@ -448,10 +448,12 @@ impl Provider {
         }
         let opening = ReceiptOpening { salt: live.salt, private: private(live) };
         let draft = session.state.finished(&both, body, Some(opening));
+        let cost = body.cost;
         session.requoted = 0;
         self.forget(id, &request);
         if let Ok(draft) = draft {
             self.counters.receipts += 1;
+            self.note_signed(now, id, cost);
             self.record(id, vec![draft], vec![ProviderAction::FinishStream { link, stream }]);
         }
         // What this receipt did not use is free for the others.

@@ -123,6 +123,10 @@ impl Provider {
                 "the price of this request does not fit 64 bits",
             );
         };
+        if self.peer_leaves(now, id, reserve) {
+            let text = "this consumer has left too much work unsigned; half of that is forgotten in an hour";
+            return self.refuse_request(link, stream, Refusal::Busy, text);
+        }
         self.make_room(engine);
         let Some(state) = self.sessions.get(&id).map(|session| &session.state) else { return };
         let draft = state.request(now, open.evidence(), open.request, reserve);
