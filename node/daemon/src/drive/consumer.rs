@@ -123,6 +123,7 @@ impl Running {
         self.show(true);
         let mut clock = ClockWatch::new();
         loop {
+            self.driver.journal.caught_up().await;
             let wake = until(self.driver.role.poll_timeout());
             let wake = if self.lists_stale { wake.min(VIEW_INTERVAL) } else { wake };
             let event = tokio::select! {

@@ -7,11 +7,15 @@ use satgrid_ledger::{
     entry::{Draft, Entry, Evidence},
     journal::{Journal, JournalError, MAX_APPEND, MAX_READ},
 };
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 use tokio::sync::{mpsc, oneshot, watch};
 
-/// Appends that may wait; roles are held back by their own windows long before.
+/// Appends that may wait.
 const QUEUE: usize = 4_096;
+/// So many wait that who makes more is held back until the disk has caught up.
+const BEHIND: usize = QUEUE / 2;
+/// How often it is looked whether it has.
+const LOOK: Duration = Duration::from_millis(5);
 /// Appends that are written together.
 const JOBS_AT_ONCE: usize = 256;
 /// Drafts in one append of a role: a session's opening is three, a resume ends up to 64 requests one by one.
@@ -59,6 +63,14 @@ impl JournalWriter {
     /// Turns true when an append failed since the disk is full: nothing is written any more by this process.
     pub(crate) fn full(&self) -> watch::Receiver<bool> {
         self.full.clone()
+    }
+
+    /// Waits while the disk is behind. A role's driver asks before it hears the next message: those who speak to it are held back
+    /// then by their connections, and nobody's words fill the queue.
+    pub(crate) async fn caught_up(&self) {
+        while QUEUE - self.queue.capacity() >= BEHIND && !self.queue.is_closed() {
+            tokio::time::sleep(LOOK).await;
+        }
     }
 
     /// Appends all drafts or none; durable when it returns `Ok`, with the entries of receipts as they stand in the journal.
@@ -143,4 +155,53 @@ async fn commit(journal: &dyn Journal, books: &mut Books, jobs: Vec<Job>) -> Res
         let _ = done.send(written.clone().map(|()| receipts).map_err(|broke| broke.to_string()));
     }
     written.and(fault.map_or(Ok(()), Err))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use satgrid_ledger::{entry::Head, journal::JournalFuture};
+    use satgrid_types::{NodeKey, UnixMs};
+    use tokio::{sync::Semaphore, time::timeout};
+
+    /// A disk that writes when it is told to.
+    struct Slow(Arc<Semaphore>);
+
+    impl Journal for Slow {
+        fn append(&self, _at: UnixMs, _drafts: Vec<Draft>) -> JournalFuture<'_, Vec<Entry>> {
+            Box::pin(async move {
+                self.0.acquire().await.map_err(|_| JournalError::Closed)?.forget();
+                Ok(Vec::new())
+            })
+        }
+        fn read(&self, _from: u64, _limit: usize) -> JournalFuture<'_, Vec<Entry>> {
+            Box::pin(async { Ok(Vec::new()) })
+        }
+        fn head(&self) -> JournalFuture<'_, Head> {
+            Box::pin(async { Ok(Head::EMPTY) })
+        }
+    }
+
+    #[tokio::test]
+    async fn who_makes_entries_faster_than_the_disk_takes_them_is_held_back() {
+        let disk = Arc::new(Semaphore::new(0));
+        let writer = JournalWriter::open(Arc::new(Slow(disk.clone())), |_| {}).await.unwrap();
+        let one = || {
+            let rule = "rule".to_owned();
+            vec![Draft::of(Evidence::Misbehaviour { peer: NodeKey([1; 32]), rule, statement: Vec::new() })]
+        };
+        let mut written = Vec::new();
+        // Some are taken out by the writer, which waits with them.
+        while QUEUE - writer.queue.capacity() < BEHIND {
+            timeout(Duration::from_secs(1), writer.caught_up()).await.unwrap();
+            written.push(writer.append(one()));
+            tokio::task::yield_now().await;
+        }
+        assert!(timeout(Duration::from_millis(50), writer.caught_up()).await.is_err());
+        disk.add_permits(1 << 16);
+        timeout(Duration::from_secs(10), writer.caught_up()).await.unwrap();
+        for one in written {
+            assert_eq!(one.await.map(|entries| entries.len()), Ok(0));
+        }
+    }
 }

@@ -144,6 +144,7 @@ impl Running {
         self.act();
         self.show(true);
         loop {
+            self.driver.journal.caught_up().await;
             let wake = until(self.driver.role.poll_timeout());
             let wake = if self.sums_stale { wake.min(VIEW_INTERVAL) } else { wake };
             let event = tokio::select! {
