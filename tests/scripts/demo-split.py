@@ -2,7 +2,7 @@
 """A model over several machines, paid: three workers that sell layers, a lead that buys them and sells answers, a consumer,
 and a node that sells the whole model, for comparison. Each is a process of its own, started from the shipped binary.
 
-    demo-split.py [--model FILE] [--dir DIR] [--kill [--then-engine]] [--slow] [--tokens N]
+    demo-split.py [--model FILE] [--dir DIR] [--kill [--then-engine]] [--slow] [--draft FILE] [--tokens N]
 
 Exit 0: the answer of the ring is the answer of one machine, and every ledger is clean.
 """
@@ -28,11 +28,13 @@ def main():
     parser.add_argument("--kill", action="store_true", help="kill a worker in the middle of the answer")
     parser.add_argument("--then-engine", action="store_true", help="with --kill: then, under another answer, the engine of who took over, alone with its layers by then")
     parser.add_argument("--slow", action="store_true", help="first make a worker much slower than it lists: it is measured, told and replaced")
+    parser.add_argument("--draft", metavar="FILE", help="a small model of the same vocabulary that guesses for the lead")
     args = parser.parse_args()
     dir = folder(args.dir, "satgrid-demo-split")
     parts = Parts(args.model, dir, 3)
     prices = [2_000_000, 1_500_000, 3_000_000]
-    market = Market(dir, parts, prices, spare=1 if args.kill or args.slow else None)
+    leads = {"lead": f'draft = "{os.path.abspath(args.draft)}"\n'} if args.draft else None
+    market = Market(dir, parts, prices, spare=1 if args.kill or args.slow else None, leads=leads)
     market.start()
     lead, workers = market.leads[0], market.workers
     plan(lead, workers, parts.ranges, prices, parts.layers)
