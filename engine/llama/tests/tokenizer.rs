@@ -97,8 +97,13 @@ async fn a_process_that_died_unasked_is_no_template_s_fault() {
     let tokenizer = spawn(&model.path, LONG).await.unwrap();
     let process = tokenizer.process_id().await.unwrap();
     common::kill(process);
-    // Dead, and not waited for.
-    while std::fs::read_to_string(format!("/proc/{process}/stat")).is_ok_and(|stat| !stat.contains(") Z")) {
+    // Dead, all its threads, and not waited for.
+    let lives = || {
+        let threads = std::fs::read_dir(format!("/proc/{process}/task")).map_or(0, Iterator::count);
+        let stat = std::fs::read_to_string(format!("/proc/{process}/stat"));
+        threads > 1 || stat.is_ok_and(|stat| !stat.contains(") Z"))
+    };
+    while lives() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     let messages = [serde_json::json!({"role": "user", "content": "Hi"})];
