@@ -7,6 +7,7 @@ channels, asks the gateway, exports ledgers and verifies them.
 import datetime
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -34,16 +35,22 @@ def fail(text):
     sys.exit(1)
 
 
+GIVEN = set()
+
+
 def free_port():
-    """Free for TCP and UDP a moment ago."""
+    """Free for TCP and UDP a moment ago, given once, and none that the system gives to connections on their way out."""
     while True:
+        port = random.randrange(16_384, 32_768)
         with socket.socket() as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp:
-            tcp.bind(("127.0.0.1", 0))
             try:
-                udp.bind(tcp.getsockname())
+                tcp.bind(("127.0.0.1", port))
+                udp.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            return tcp.getsockname()[1]
+        if port not in GIVEN:
+            GIVEN.add(port)
+            return port
 
 
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
