@@ -13,7 +13,7 @@
 use std::collections::BTreeMap;
 
 use crate::lineage::Lineage;
-use satgrid_types::{Msat, NodeKey, UnixMs};
+use satgrid_types::{Msat, NodeKey, UnixMs, decayed};
 use serde::{Deserialize, Serialize};
 
 /// Penalty points that keep a provider out.
@@ -93,11 +93,7 @@ pub struct Record {
 impl Record {
     /// Penalty points as of `now`.
     pub fn points(&self, now: UnixMs) -> u64 {
-        let passed = now.since(self.points_at);
-        let halvings = u32::try_from(passed / HALF_LIFE_MS).unwrap_or(u32::MAX);
-        let whole = self.points.checked_shr(halvings).unwrap_or(0);
-        // Within a half-life the decay is linear: exact at both ends, and integer.
-        whole - whole * (passed % HALF_LIFE_MS) / HALF_LIFE_MS / 2
+        decayed(self.points, now.since(self.points_at), HALF_LIFE_MS)
     }
 
     /// Both records as one. Means are those of the first that has any.

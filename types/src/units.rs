@@ -88,6 +88,15 @@ impl Numerators {
     }
 }
 
+/// What is left of an amount that halves with each half-life: exact at its ends, linear and rounded up between them.
+pub const fn decayed(whole: u64, passed_ms: u64, half_life_ms: u64) -> u64 {
+    let halvings = passed_ms / half_life_ms;
+    let whole = if halvings < u64::BITS as u64 { whole >> halvings } else { 0 };
+    // Below half of a u64.
+    let gone = whole as u128 * (passed_ms % half_life_ms) as u128 / half_life_ms as u128 / 2;
+    whole - gone as u64
+}
+
 /// A moment: milliseconds since 1970-01-01T00:00:00Z. Always an argument in pure code.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode, Serialize, Deserialize)]
 #[cbor(transparent)]

@@ -5,7 +5,7 @@
 
 use super::{Provider, sessions::Session};
 use satgrid_pricing::cost_alone;
-use satgrid_types::{Msat, NodeKey, RequestId, SessionId, UnixMs};
+use satgrid_types::{Msat, NodeKey, RequestId, SessionId, UnixMs, decayed};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr};
 
@@ -46,11 +46,7 @@ pub(super) struct Leavers(BTreeMap<Peer, (Msat, UnixMs)>);
 impl Leavers {
     fn left(&self, now: UnixMs, peer: &Peer) -> Msat {
         let Some((left, at)) = self.0.get(peer) else { return Msat::ZERO };
-        let passed = now.since(*at);
-        let halvings = u32::try_from(passed / HALF_LIFE_MS).unwrap_or(u32::MAX);
-        let whole = left.0.checked_shr(halvings).unwrap_or(0);
-        // Within a half-life the decay is linear.
-        Msat(whole - whole / 2 * (passed % HALF_LIFE_MS / 1_000) / (HALF_LIFE_MS / 1_000))
+        Msat(decayed(left.0, now.since(*at), HALF_LIFE_MS))
     }
 
     fn more(&mut self, now: UnixMs, peer: Peer, unsigned: Msat) {
@@ -74,9 +70,9 @@ impl Leavers {
 
 impl Provider {
     /// The peer of this session has left so much unsigned that another first window of this price is not risked.
-    pub(super) fn peer_leaves(&self, now: UnixMs, id: SessionId, window: Msat) -> bool {
+    pub(super) fn peer_leaves(&self, id: SessionId, window: Msat) -> bool {
         let Some(session) = self.sessions.get(&id) else { return true };
-        self.leavers.left(now, &session.peer).0 > window.0.saturating_mul(MOST_LEFT)
+        self.leavers.left(self.now, &session.peer).0 > window.0.saturating_mul(MOST_LEFT)
     }
 
     /// A request ends at its last acknowledgement: what was done beyond is on its peer's account.
@@ -93,9 +89,9 @@ impl Provider {
     }
 
     /// A receipt was signed by the peer of this session.
-    pub(super) fn note_signed(&mut self, now: UnixMs, id: SessionId, cost: Msat) {
+    pub(super) fn note_signed(&mut self, id: SessionId, cost: Msat) {
         if let Some(session) = self.sessions.get(&id) {
-            self.leavers.less(now, session.peer, cost);
+            self.leavers.less(self.now, session.peer, cost);
         }
     }
 
@@ -127,7 +123,8 @@ mod tests {
         assert!(leavers.0.is_empty());
         leavers.more(now, peer, Msat(u64::MAX));
         leavers.more(now, peer, Msat(1));
-        assert_eq!(left(&leavers, 0), u64::MAX);
+        assert_eq!((left(&leavers, 0), left(&leavers, HALF_LIFE_MS)), (u64::MAX, u64::MAX / 2));
+        assert!(left(&leavers, HALF_LIFE_MS - 1) > u64::MAX / 2);
         for n in 0..=u32::try_from(MAX_LEAVERS).unwrap() {
             leavers.more(now, Peer::Host(Ipv6Addr::from_bits(u128::from(n)).into()), Msat(u64::from(n) + 1));
         }

@@ -453,7 +453,7 @@ impl Provider {
         self.forget(id, &request);
         if let Ok(draft) = draft {
             self.counters.receipts += 1;
-            self.note_signed(now, id, cost);
+            self.note_signed(id, cost);
             self.record(id, vec![draft], vec![ProviderAction::FinishStream { link, stream }]);
         }
         // What this receipt did not use is free for the others.

@@ -132,10 +132,9 @@ impl Provider {
     }
 
     pub(super) fn abandon(&mut self, id: SessionId, request: RequestId) {
-        let Some(session) = self.sessions.get(&id) else { return };
-        let draft = session.state.abandoned(request);
         self.note_unsigned(id, &request);
         let Some(session) = self.sessions.get(&id) else { return };
+        let draft = session.state.abandoned(request);
         if let (Some(engine), Some(live)) = (session.engine, session.requests.get(&request))
             && live.is_running()
         {

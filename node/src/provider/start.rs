@@ -123,7 +123,7 @@ impl Provider {
                 "the price of this request does not fit 64 bits",
             );
         };
-        if self.peer_leaves(now, id, reserve) {
+        if self.peer_leaves(id, reserve) {
             let text = "this consumer has left too much work unsigned; half of that is forgotten in an hour";
             return self.refuse_request(link, stream, Refusal::Busy, text);
         }
