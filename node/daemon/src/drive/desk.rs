@@ -121,26 +121,29 @@ struct Running {
 pub(crate) fn start(parts: DeskParts) -> Desk {
     let (desk, orders) = Desk::new();
     let (ear, hop_inbox) = mpsc::channel(INBOX);
-    let ours = node_key(&parts.key);
-    let running = Running {
-        parts,
-        ear,
-        jobs: BTreeMap::new(),
-        sequences: Sequences::default(),
-        inlets: Inlets::new(ours),
-        at_work: BTreeMap::new(),
-        next_work: 0,
-        leads: BTreeMap::new(),
-        out: BTreeMap::new(),
-        sent_on: VecDeque::new(),
-        kept: KeptRows::new(KEPT_BYTES),
-        resending: Arc::new(Semaphore::new(RESENDING_KIB)),
-    };
-    tokio::spawn(running.run(orders, hop_inbox));
+    tokio::spawn(Running::new(parts, ear).run(orders, hop_inbox));
     desk
 }
 
 impl Running {
+    fn new(parts: DeskParts, ear: mpsc::Sender<HopEvent>) -> Running {
+        let ours = node_key(&parts.key);
+        Running {
+            parts,
+            ear,
+            jobs: BTreeMap::new(),
+            sequences: Sequences::default(),
+            inlets: Inlets::new(ours),
+            at_work: BTreeMap::new(),
+            next_work: 0,
+            leads: BTreeMap::new(),
+            out: BTreeMap::new(),
+            sent_on: VecDeque::new(),
+            kept: KeptRows::new(KEPT_BYTES),
+            resending: Arc::new(Semaphore::new(RESENDING_KIB)),
+        }
+    }
+
     async fn run(mut self, mut orders: mpsc::UnboundedReceiver<Order>, mut hops: mpsc::Receiver<HopEvent>) {
         let stage = self.parts.stage.clone();
         loop {

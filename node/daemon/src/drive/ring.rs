@@ -293,11 +293,7 @@ impl Running {
                 Some(held) => {
                     held.answer = Some(answer);
                     held.over = true;
-                    let said = self.said.clone();
-                    tokio::spawn(async move {
-                        tokio::time::sleep(SETTLE).await;
-                        let _ = said.send(Said::Late(job));
-                    });
+                    self.say_in(SETTLE, Said::Late(job));
                     let orders = self.wind_up(job);
                     self.finish(job);
                     orders
@@ -332,6 +328,15 @@ impl Running {
                 orders
             }
         }
+    }
+
+    /// Tells this ring something after a time.
+    fn say_in(&self, time: Duration, what: Said) {
+        let said = self.said.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(time).await;
+            let _ = said.send(what);
+        });
     }
 
     fn order_of(&self, request: RequestId, stage: &Planned) -> PartOrder {

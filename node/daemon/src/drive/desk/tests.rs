@@ -68,24 +68,10 @@ fn desk() -> (Running, mpsc::Receiver<HopFrame>) {
     let (ear, _) = mpsc::channel(8);
     let (back, answers) = mpsc::channel(8);
     let key = Arc::new(SigningKey::from_bytes(&[9; 32]));
-    let mut inlets = Inlets::new(node_key(&key));
-    inlets.begun(HOP, LEAD, back);
     let (engine, stage, switchboard) = (EngineId(0), Arc::new(Mute), Switchboard::default());
     let parts = DeskParts { engine, stage, key, endpoint: endpoint(), switchboard, role, buys: None };
-    let running = Running {
-        parts,
-        ear,
-        jobs: BTreeMap::new(),
-        sequences: Sequences::default(),
-        inlets,
-        at_work: BTreeMap::new(),
-        next_work: 0,
-        leads: BTreeMap::new(),
-        out: BTreeMap::new(),
-        sent_on: VecDeque::new(),
-        kept: KeptRows::new(KEPT_BYTES),
-        resending: Arc::new(Semaphore::new(2)),
-    };
+    let mut running = Running { resending: Arc::new(Semaphore::new(2)), ..Running::new(parts, ear) };
+    running.inlets.begun(HOP, LEAD, back);
     (running, answers)
 }
 

@@ -124,11 +124,7 @@ impl Running {
         let left = resend.iter().map(|one| one.work).collect();
         tracing::info!(job = id.0, stage, works = resend.len(), "rows that were kept are sent again");
         job.rebuild = Some(Rebuild { number, stage, left, wanted, failed });
-        let said = self.said.clone();
-        tokio::spawn(async move {
-            tokio::time::sleep(WITHIN).await;
-            let _ = said.send(Said::Rebuild(id, number));
-        });
+        self.say_in(WITHIN, Said::Rebuild(id, number));
         Some((before, resend))
     }
 

@@ -13,7 +13,10 @@ use satgrid_ledger::statements::stage_root;
 use satgrid_node::consumer::ConsumerEvent;
 use satgrid_protocol::hop::{Lost, LostFrame};
 use satgrid_types::{NodeKey, RequestId, WorkKind};
-use std::{collections::BTreeSet, ops::Range};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
 
 impl Running {
     /// A worker refused rows. Where it lacks positions before them, the engine is told once: works that were on their way by
@@ -177,25 +180,22 @@ impl Running {
     /// The plan has moved. Rows of several jobs are one work and go one way, so every other job leaves that worker too, though it
     /// may serve them still: what is under way of them goes out again once each has its new order.
     fn leave(&mut self, at: usize, gone: NodeKey, but: JobId) -> Vec<ConsumerMessage> {
-        let (mut orders, mut leaving) = (Vec::new(), BTreeSet::new());
+        let mut leaving = BTreeMap::new();
         for (id, job) in self.jobs.iter_mut().filter(|(id, job)| **id != but && !job.over) {
             let Some(worker) = job.workers.get_mut(at).filter(|one| one.node == gone && !one.over && !one.left) else {
                 continue;
             };
             worker.left = true;
-            let (id, call, said) = (*id, worker.call, self.said.clone());
-            tokio::spawn(async move {
-                tokio::time::sleep(SETTLE).await;
-                let _ = said.send(Said::Left(id, call));
-            });
-            orders.push(ConsumerMessage::Event(ConsumerEvent::Cancel { call }));
             (job.ready, job.ticketed) = (false, false);
-            leaving.insert(id);
+            leaving.insert(*id, worker.call);
         }
-        let stays = |work: &RingWork| work.pieces.iter().all(|piece| !leaving.contains(&piece.job));
+        for (id, call) in &leaving {
+            self.say_in(SETTLE, Said::Left(*id, *call));
+        }
+        let stays = |work: &RingWork| work.pieces.iter().all(|piece| !leaving.contains_key(&piece.job));
         // Refusals of these are nobody's trouble. The engine awaits them until it is told what is lacking.
         self.works.retain(|_, one| stays(&one.work));
-        orders
+        leaving.into_values().map(|call| ConsumerMessage::Event(ConsumerEvent::Cancel { call })).collect()
     }
 
     /// Who sends to a worker and who it sends to.
