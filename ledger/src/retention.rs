@@ -3,11 +3,12 @@
 //!
 //! What goes is the evidence of sessions that are over: closed, with nothing prepaid, owed or reserved, and silent since
 //! before a time; and of those that share credit, once all of them are. Quotes, opens and closes stay (they are few, and
-//! session keys are counted by opens), and so does all that belongs to no session. An entry without its body can no longer be shown: exports of the whole journal end there.
+//! session keys are counted by opens), and so does all that belongs to no session. An entry without its body can no longer be
+//! shown: exports of the whole journal end there.
 
 use crate::{
     Books, BooksError,
-    bundle::Subjected,
+    bundle::{Subjected, keep_linked},
     entry::{Entry, Evidence},
     transfer::Account,
 };
@@ -65,18 +66,7 @@ impl Retention {
             .filter(|(id, span)| span.closed && span.last_at < before && is_settled(&self.books, **id))
             .map(|(id, _)| *id)
             .collect();
-        loop {
-            let found = over.len();
-            for (one, other) in &self.linked {
-                if !over.contains(one) || !over.contains(other) {
-                    over.remove(one);
-                    over.remove(other);
-                }
-            }
-            if over.len() == found {
-                break;
-            }
-        }
+        keep_linked(&mut over, &self.linked);
         let gone =
             self.bodies.into_iter().filter(|(_, sessions)| sessions.iter().all(|session| over.contains(session)));
         gone.map(|(seq, _)| seq).filter(|seq| Some(*seq) != self.last).collect()

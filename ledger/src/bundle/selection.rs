@@ -227,18 +227,7 @@ impl Selector {
             // Half a session says what is not so, and of whoever closed it.
             let found = selection.sessions.len();
             selection.sessions.retain(|id| !pruned.contains(id) && !self.unreceipted.contains(id));
-            loop {
-                let kept = selection.sessions.len();
-                for (one, other) in &self.linked {
-                    if !selection.sessions.contains(one) || !selection.sessions.contains(other) {
-                        selection.sessions.remove(one);
-                        selection.sessions.remove(other);
-                    }
-                }
-                if selection.sessions.len() == kept {
-                    break;
-                }
-            }
+            keep_linked(&mut selection.sessions, &self.linked);
             selection.left_out = found.saturating_sub(selection.sessions.len());
         }
         let keys = selection.sessions.iter().filter_map(|session| self.opened.get(session));
@@ -246,6 +235,22 @@ impl Selector {
         let listings = selection.keys.iter().filter_map(|key| self.quoted.get(key));
         selection.listings = listings.flatten().copied().collect();
         self.selection
+    }
+}
+
+/// Drops every session whose partner is not there: between linked ones credit moved, and neither is shown without the other.
+pub(crate) fn keep_linked(sessions: &mut BTreeSet<SessionId>, linked: &[(SessionId, SessionId)]) {
+    loop {
+        let found = sessions.len();
+        for (one, other) in linked {
+            if !sessions.contains(one) || !sessions.contains(other) {
+                sessions.remove(one);
+                sessions.remove(other);
+            }
+        }
+        if sessions.len() == found {
+            break;
+        }
     }
 }
 
