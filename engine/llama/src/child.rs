@@ -17,6 +17,11 @@ use tokio::time::timeout;
 use crate::settings::{WorkerArgs, environment};
 use crate::wire::{self, FromWorker, ToWorker};
 
+/// The wait before the first restart; each further one doubles it up to the longest.
+const FIRST_WAIT: Duration = Duration::from_millis(100);
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
+/// A child that served this long was well: the next wait is the first again.
+const WELL_AFTER: Duration = Duration::from_secs(60);
 /// Longest silence of a process that loads.
 const LOAD_SILENCE: Duration = Duration::from_secs(300);
 /// How long a process that closed its socket, or whose socket we closed, may take to end.
@@ -68,6 +73,34 @@ pub(crate) struct Child {
     process: Process,
     pub(crate) reader: OwnedReadHalf,
     pub(crate) writer: OwnedWriteHalf,
+}
+
+/// The waits before restarts of one child.
+pub(crate) struct Waits(Duration);
+
+impl Waits {
+    pub(crate) const fn new() -> Self {
+        Self(FIRST_WAIT)
+    }
+
+    /// A child served for so long.
+    pub(crate) fn served(&mut self, time: Duration) {
+        if time >= WELL_AFTER {
+            self.0 = FIRST_WAIT;
+        }
+    }
+
+    /// How long to wait now.
+    pub(crate) fn take(&mut self) -> Duration {
+        let wait = self.0;
+        self.0 = (wait * 2).min(LONGEST_WAIT);
+        wait
+    }
+
+    /// How long the next wait would be.
+    pub(crate) const fn next(&self) -> Duration {
+        self.0
+    }
 }
 
 impl Child {

@@ -13,6 +13,7 @@ use satgrid_engine::port::Job;
 use satgrid_engine::sampling::{Sampling, draw};
 
 use crate::ffi::{BatchRow, Context, ContextConfig, DecodeError, Model, ModelConfig};
+use crate::scheduler::common_start;
 
 /// Positions of a prompt that are read at one step: other streams wait for as long.
 const PIECE: u32 = 128;
@@ -143,8 +144,8 @@ impl Small {
         most: usize,
         draws: impl Fn(&[f32], &[u32]) -> Option<u32>,
     ) -> Result<Vec<u32>, DecodeError> {
-        let mut known = tokens.to_vec();
         let Some(mut row) = self.read(slot, tokens)? else { return Ok(Vec::new()) };
+        let mut known = tokens.to_vec();
         while let Some(token) = draws(self.context.logits(row)?, &known) {
             known.push(token);
             let is_last = known.len() - tokens.len() >= most || self.context.model().is_eog(token);
@@ -165,7 +166,7 @@ impl Small {
             return Ok(None);
         }
         // The last token is always computed: its logits are not kept.
-        let common = held.iter().zip(tokens).take_while(|(a, b)| a == b).count().min(last);
+        let common = common_start(held, tokens).min(last);
         if held.len() > common {
             let from = u32::try_from(common).unwrap_or(u32::MAX);
             if !self.context.truncate(slot, from) {

@@ -25,6 +25,13 @@ pub struct LlamaEngine {
 
 struct Whole;
 
+/// Both run the same model alike. The root says nothing of the tokenizer, by which stop strings and grammars are read.
+pub(crate) fn same_model(known: &EngineFacts, new: &EngineFacts) -> bool {
+    let of =
+        |facts: &EngineFacts| (facts.model_root, facts.tokenizer_hash, facts.build_id, facts.instruction_set.clone());
+    of(known) == of(new)
+}
+
 impl Trade for Whole {
     type Command = Command;
     type Event = EngineEvent;
@@ -35,11 +42,7 @@ impl Trade for Whole {
     }
 
     fn same(known: &EngineFacts, new: &EngineFacts) -> bool {
-        // The root says nothing of the tokenizer, by which stop strings and grammars are read.
-        let of = |facts: &EngineFacts| {
-            (facts.model_root, facts.tokenizer_hash, facts.build_id, facts.instruction_set.clone())
-        };
-        of(known) == of(new)
+        same_model(known, new)
     }
 
     fn to_worker(command: Command) -> ToWorker {

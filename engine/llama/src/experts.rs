@@ -14,17 +14,12 @@ use satgrid_types::ExpertSet;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::child::{Child, SpawnError, WorkerProgram, end_process};
+use crate::child::{Child, SpawnError, Waits, WorkerProgram, end_process};
 use crate::settings::{PackSettings, WorkerArgs};
 use crate::wire::{self, CallFailure, FromWorker, PackFacts, ToWorker};
 
 /// Longest wait for one call's rows; far more than any takes, so a process that hangs is noticed.
 const ANSWER_WITHIN: Duration = Duration::from_secs(60);
-/// The wait before a restart; each failure doubles it up to the longest.
-const FIRST_WAIT: Duration = Duration::from_millis(100);
-const LONGEST_WAIT: Duration = Duration::from_secs(30);
-/// A process that served this long was well: the next wait is the first again.
-const WELL_AFTER: Duration = Duration::from_secs(60);
 
 type Answer = oneshot::Sender<Result<ExpertRows, HostError>>;
 
@@ -162,15 +157,13 @@ impl Keeper {
     }
 
     async fn keep(mut self, mut child: Child, mut calls: mpsc::UnboundedReceiver<(u64, ExpertCall)>) {
-        let mut wait = FIRST_WAIT;
+        let mut waits = Waits::new();
         loop {
             let since = Instant::now();
             let Some(how) = self.serve(child, calls).await else { return };
             tracing::error!(how, "the process with the experts ended");
-            if since.elapsed() >= WELL_AFTER {
-                wait = FIRST_WAIT;
-            }
-            let Some(next) = self.restart(&mut wait).await else { return };
+            waits.served(since.elapsed());
+            let Some(next) = self.restart(&mut waits).await else { return };
             calls = self.put_up(&next);
             child = next;
         }
@@ -222,13 +215,12 @@ impl Keeper {
         wanted.then_some(how)
     }
 
-    async fn restart(&mut self, wait: &mut Duration) -> Option<Child> {
+    async fn restart(&mut self, waits: &mut Waits) -> Option<Child> {
         loop {
             tokio::select! {
-                () = tokio::time::sleep(*wait) => {}
+                () = tokio::time::sleep(waits.take()) => {}
                 _ = self.stopped.changed() => return None,
             }
-            *wait = (*wait * 2).min(LONGEST_WAIT);
             let started = tokio::select! {
                 started = start(&self.program, &self.args, |_| {}) => started,
                 _ = self.stopped.changed() => return None,
@@ -236,7 +228,7 @@ impl Keeper {
             match started {
                 Ok((child, facts)) if same(&facts, &self.facts) => return Some(child),
                 Ok(_) => tracing::error!("the pack or the program has changed since this node started"),
-                Err(error) => tracing::error!(%error, "the experts do not start again; next try in {wait:?}"),
+                Err(error) => tracing::error!(%error, "the experts do not start again; next try in {:?}", waits.next()),
             }
         }
     }

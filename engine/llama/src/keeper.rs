@@ -11,7 +11,7 @@
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use satgrid_engine::experts::{ExpertRows, Experts};
 use satgrid_engine::port::EngineDown;
@@ -19,15 +19,10 @@ use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, channel, unbounded_channel};
 use tokio::sync::watch;
 
-use crate::child::{Child, SpawnError, WorkerProgram, end_process, find_outputs};
+use crate::child::{Child, SpawnError, Waits, WorkerProgram, end_process, find_outputs};
 use crate::settings::WorkerArgs;
 use crate::wire::{self, FromWorker, ToWorker};
 
-/// The wait before the first restart; each failure doubles it up to the longest.
-const FIRST_WAIT: Duration = Duration::from_millis(100);
-const LONGEST_WAIT: Duration = Duration::from_secs(30);
-/// A child that served this long was well: the next wait is the first again.
-const WELL_AFTER: Duration = Duration::from_secs(60);
 /// Messages of the child that wait to be passed on.
 const INBOX: usize = 64;
 
@@ -154,7 +149,7 @@ struct Keeper<T: Trade> {
 
 impl<T: Trade> Keeper<T> {
     async fn keep(mut self, mut child: Child, mut commands: UnboundedReceiver<T::Command>) {
-        let mut wait = FIRST_WAIT;
+        let mut waits = Waits::new();
         loop {
             let since = Instant::now();
             let Some(how) = self.serve(child, commands).await else { return };
@@ -162,10 +157,8 @@ impl<T: Trade> Keeper<T> {
             if self.tell(T::down(format!("the engine process {how}"))).is_none() {
                 return;
             }
-            if since.elapsed() >= WELL_AFTER {
-                wait = FIRST_WAIT;
-            }
-            let Some(next) = self.restart(&mut wait).await else { return };
+            waits.served(since.elapsed());
+            let Some(next) = self.restart(&mut waits).await else { return };
             commands = self.put_up(&next);
             child = next;
             if self.tell(T::up()).is_none() {
@@ -255,13 +248,12 @@ impl<T: Trade> Keeper<T> {
     }
 
     /// Starts until a child serves the same model; `None` when the engine is no longer wanted.
-    async fn restart(&mut self, wait: &mut Duration) -> Option<Child> {
+    async fn restart(&mut self, waits: &mut Waits) -> Option<Child> {
         loop {
             tokio::select! {
-                () = tokio::time::sleep(*wait) => {}
+                () = tokio::time::sleep(waits.take()) => {}
                 _ = self.stop.changed() => return None,
             }
-            *wait = (*wait * 2).min(LONGEST_WAIT);
             let started = tokio::select! {
                 started = start::<T>(&self.program, &self.args, self.experts.as_ref(), |_| {}) => started,
                 _ = self.stop.changed() => return None,
@@ -273,7 +265,7 @@ impl<T: Trade> Keeper<T> {
                 },
                 Err(error) => error.to_string(),
             };
-            tracing::error!(reason, "the engine does not start again; next try in {wait:?}");
+            tracing::error!(reason, "the engine does not start again; next try in {:?}", waits.next());
         }
     }
 

@@ -483,7 +483,7 @@ impl Scheduler {
     }
 }
 
-fn common_start(held: &[u32], prompt: &[u32]) -> usize {
+pub(crate) fn common_start(held: &[u32], prompt: &[u32]) -> usize {
     held.iter().zip(prompt).take_while(|(a, b)| a == b).count()
 }
 

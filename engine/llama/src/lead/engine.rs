@@ -11,6 +11,7 @@ use satgrid_engine::stage::ring::{Ring, RingCommand, RingEvent};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::child::{SpawnError, WorkerProgram};
+use crate::engine::same_model;
 use crate::keeper::{Kept, Trade};
 use crate::settings::{LeadSettings, WorkerArgs};
 use crate::wire::{FromWorker, ToWorker};
@@ -51,11 +52,7 @@ impl Trade for Leading {
     }
 
     fn same(known: &EngineFacts, new: &EngineFacts) -> bool {
-        // The root says nothing of the tokenizer, by which stop strings and grammars are read.
-        let of = |facts: &EngineFacts| {
-            (facts.model_root, facts.tokenizer_hash, facts.build_id, facts.instruction_set.clone())
-        };
-        of(known) == of(new)
+        same_model(known, new)
     }
 
     fn to_worker(command: ToLead) -> ToWorker {
