@@ -17,9 +17,7 @@ use tokio::{
 };
 
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
-const ELECTRUM_WITHIN_S: u8 = 30;
-/// In tests.
-const ELECTRUM_QUICK_S: u8 = 1;
+const ELECTRUM_WITHIN_S: u8 = if cfg!(test) { 1 } else { 30 };
 /// Blocks for which a fee is estimated.
 const FEE_BLOCKS: u16 = 6;
 /// Where the source knows no rate (a fresh chain): twice what nodes relay.
@@ -188,8 +186,7 @@ pub(crate) fn esplora(url: &str) -> Answer<AsyncClient> {
 
 /// Left to itself it waits for ever: a server that takes a connection and says nothing would hold a restore up.
 pub(crate) fn electrum(url: &str) -> Result<ElectrumClient, electrum_client::Error> {
-    let within_s = if cfg!(test) { ELECTRUM_QUICK_S } else { ELECTRUM_WITHIN_S };
-    ElectrumClient::from_config(url, ConfigBuilder::new().timeout(Some(within_s)).build())
+    ElectrumClient::from_config(url, ConfigBuilder::new().timeout(Some(ELECTRUM_WITHIN_S)).build())
 }
 
 fn electrum_spender(url: &str, out: OutPoint) -> Answer<Option<Spender>> {

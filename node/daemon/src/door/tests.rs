@@ -122,6 +122,15 @@ impl World {
         .await
     }
 
+    /// A key that the stranger fills with 100 sat, and its invoice.
+    async fn new_key(&self) -> (DoorInvoice, KeyId) {
+        let made = self.desk.invoice(Order::NewKey { amount: Msat::sat(100) }, "a").await.unwrap();
+        let hash: [u8; 32] = sha2::Sha256::digest(made.secret.as_deref().unwrap().as_bytes()).into();
+        self.pay(&made).await;
+        let find = || async { self.keys.find(hash, now()).await.unwrap().first().map(|key| key.id) };
+        (made, until("made", find).await)
+    }
+
     async fn balance(&self, key: KeyId) -> Msat {
         self.keys.chain(key, now()).await.unwrap()[0].balance()
     }
@@ -211,12 +220,7 @@ async fn a_key_is_made_by_its_payment_and_filled_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_invoice_is_paid_by_one_refund() {
     let world = world().await;
-    let made = world.desk.invoice(Order::NewKey { amount: Msat::sat(100) }, "a").await.unwrap();
-    let secret = made.secret.clone().unwrap();
-    world.pay(&made).await;
-    let hash: [u8; 32] = sha2::Sha256::digest(secret.as_bytes()).into();
-    let find = || async { world.keys.find(hash, now()).await.unwrap().first().map(|key| key.id) };
-    let key = until("made", find).await;
+    let (made, key) = world.new_key().await;
     let request = InvoiceRequest { amount: Msat::sat(20), description_hash: Digest([0; 32]), expiry_secs: 600 };
     let back = world.stranger.create_invoice(request).await.unwrap();
     for _ in 0..2 {
@@ -252,12 +256,7 @@ async fn one_address_has_few_open_invoices() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_leaves_at_any_moment_leaves_nothing_reserved() {
     let world = world().await;
-    let made = world.desk.invoice(Order::NewKey { amount: Msat::sat(100) }, "a").await.unwrap();
-    let secret = made.secret.clone().unwrap();
-    world.pay(&made).await;
-    let hash: [u8; 32] = sha2::Sha256::digest(secret.as_bytes()).into();
-    let find = || async { world.keys.find(hash, now()).await.unwrap().first().map(|key| key.id) };
-    let key = until("made", find).await;
+    let (_, key) = world.new_key().await;
     let till = Till::resale(world.desk.journal.clone(), 100);
     let desk = Desk::new(world.keys.clone(), Rate::default(), till, None);
     let request = CompletionRequest {
