@@ -259,8 +259,8 @@ impl Consumer {
             ConsumerEvent::Ordered { call, sent, returned, experts } => {
                 self.ordered(now, call, parts::PartLive { sent, returned, experts });
             }
-            ConsumerEvent::Route { call, slot, downstream, next, addresses, resend } => {
-                self.route(now, call, downstream, parts::Way { slot, next, addresses, resend });
+            ConsumerEvent::Route { call, slot, downstream, next, addresses, resend, leading } => {
+                self.route(now, call, downstream, parts::Way { slot, next, addresses, resend, leading });
             }
             ConsumerEvent::WantTicket { call } => self.want_ticket(now, call),
             ConsumerEvent::PartDone { call } => self.part_done(call),

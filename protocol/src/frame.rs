@@ -10,7 +10,7 @@
 //! | control | [`ConsumerControl`] | [`ProviderControl`] |
 //! | request | [`ConsumerFrame`] | [`ProviderFrame`] |
 
-use crate::hop::Ticket;
+use crate::hop::{Leading, Ticket};
 use minicbor::{Decode, Encode, bytes::ByteVec};
 use satgrid_ledger::statements::{
     Ack, CreditNote, CreditTransfer, InclusionPromise, Receipt, RequestOpen, RequestPrivate, SessionClose, SessionOpen,
@@ -260,6 +260,9 @@ pub struct PartRoute {
     /// Rows that this worker sent before and kept, to go to the next node once more before any others.
     #[n(4)]
     pub resend: Vec<Resend>,
+    /// By the lead that the order names: it is it who pays in this session.
+    #[n(5)]
+    pub leading: Signed<Leading>,
 }
 
 /// Kept rows to be sent again, as a replay that ends at the next node: to rebuild what a lost worker held. Where they are not

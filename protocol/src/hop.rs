@@ -75,6 +75,34 @@ impl Statement for Ticket {
     const MAX_LEN: usize = 512;
 }
 
+/// A node's word, under its own key, that it leads in a session, in which it pays under that session's key. Hops are shared by all
+/// requests of a lead: without this, whoever names another's key in an order would have its rows among that one's.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Leading {
+    #[n(0)]
+    pub version: u32,
+    #[n(1)]
+    pub session: SessionId,
+}
+
+impl Leading {
+    pub const VERSION: u32 = 1;
+
+    pub const fn of(session: SessionId) -> Self {
+        Leading { version: Self::VERSION, session }
+    }
+
+    /// Whether `lead` itself said so of this session.
+    pub fn is_proven(said: &Signed<Leading>, lead: &NodeKey, session: SessionId) -> bool {
+        said.verify(lead).is_ok_and(|said| *said == Leading::of(session))
+    }
+}
+impl Statement for Leading {
+    const KIND: &'static str = "leading";
+    const MAX_LEN: usize = 64;
+}
+
 /// Why a ticket was not taken. The fault is the upstream's, which showed it, but for an expired one, which may be a clock's.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum TicketFault {

@@ -18,10 +18,10 @@ use satgrid_node::{
     },
     provider::{EngineId, Offering, PartDone, Provider, ProviderAction, ProviderConfig, ProviderEvent},
 };
-use satgrid_protocol::hop::{Expected, Shown, take_ticket};
+use satgrid_protocol::hop::{Expected, Leading, Shown, take_ticket};
 use satgrid_types::{
     Bindings, BuildId, Digest, EngineProfile, ExpertSet, LayerRange, Listing, ModelRoot, Msat, MsatPerMtok, NodeKey,
-    Part, PartUsage, PaymentHash, Preimage, RateCard, RequestId, SessionId, Speed, TokenizerHash, UnixMs,
+    Part, PartUsage, PaymentHash, Preimage, RateCard, RequestId, SessionId, Signed, Speed, TokenizerHash, UnixMs,
     VerifiedListing, WireType, WorkKind, lightning_binding_message, node_key, nostr_key, sign_lightning_message,
     sign_node_binding, verify_listing,
 };
@@ -444,15 +444,7 @@ fn tickets_are_signed_with_the_session_s_key() {
     assert_eq!(taken.positions, 500);
 
     // The way back: the worker shows this node a ticket of the same session.
-    let route = ConsumerEvent::Route {
-        call: CALL,
-        slot: 9,
-        downstream: None,
-        next: upstream,
-        addresses: vec!["127.0.0.1:1".into()],
-        resend: Vec::new(),
-    };
-    pair.buy(route);
+    pair.buy(way_back(&pair.lead.node, upstream, session));
     let Some(ProviderAction::Route { route, job, .. }) = pair.desk.last() else { panic!("{:?}", pair.desk) };
     assert_eq!((route.slot, route.next, *job), (9, upstream, pair.job()));
     let expected = Expected { upstream: downstream, downstream: upstream, ..expected };
@@ -460,4 +452,33 @@ fn tickets_are_signed_with_the_session_s_key() {
     let forged = SigningKey::from_bytes(&[1; 32]);
     let expected = Expected { lead: node_key(&forged), ..expected };
     assert!(take_ticket(&route.ticket, &expected, &mut Shown::default(), pair.now).is_err());
+}
+
+fn way_back(lead: &SigningKey, next: NodeKey, session: SessionId) -> ConsumerEvent {
+    ConsumerEvent::Route {
+        call: CALL,
+        slot: 9,
+        downstream: None,
+        next,
+        addresses: vec!["127.0.0.1:1".into()],
+        resend: Vec::new(),
+        leading: Signed::sign(&Leading::of(session), lead),
+    }
+}
+
+/// Requests of one lead share its hops at a worker: whoever pays for an order in another's name must not come among them.
+#[test]
+fn an_order_goes_nowhere_until_its_lead_says_that_it_pays() {
+    let stranger = SigningKey::from_bytes(&[7; 32]);
+    for (by_lead, of_session) in [(false, true), (true, false)] {
+        let mut pair = Pair::new();
+        pair.submit(Some(layers()));
+        let (session, ..) = pair.ordered();
+        let (lead, before) = (node_key(&pair.lead.node), pair.desk.len());
+        let key = if by_lead { pair.lead.node.clone() } else { stranger.clone() };
+        let of = if of_session { session } else { SessionId([9; 32]) };
+        pair.buy(way_back(&key, lead, of));
+        let routed = |action: &ProviderAction| matches!(action, ProviderAction::Route { .. });
+        assert!(!pair.desk[before..].iter().any(routed), "{:?}", pair.desk);
+    }
 }

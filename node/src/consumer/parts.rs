@@ -10,7 +10,7 @@ use rand_chacha::rand_core::RngCore;
 use satgrid_ledger::statements::ExpertCount;
 use satgrid_protocol::{
     frame::{ConsumerFrame, PartRoute, Resend},
-    hop::{MAX_TICKET_MS, Ticket},
+    hop::{Leading, MAX_TICKET_MS, Ticket},
 };
 use satgrid_types::{NodeKey, PartUsage, RequestId, Signed, TokenUsage, UnixMs};
 
@@ -29,6 +29,7 @@ pub(super) struct Way {
     pub next: NodeKey,
     pub addresses: Vec<String>,
     pub resend: Vec<Resend>,
+    pub leading: Signed<Leading>,
 }
 
 impl Live {
@@ -81,9 +82,9 @@ impl Consumer {
         let Some(session) = self.sessions.get(&index) else { return };
         let (worker, link) = (session.provider(), session.link);
         let Some(ticket) = self.ticket(now, downstream.unwrap_or(call), worker, way.next) else { return };
-        let Way { slot, next, addresses, resend } = way;
+        let Way { slot, next, addresses, resend, leading } = way;
         if let Some(link) = link {
-            let frame = ConsumerFrame::Route(Box::new(PartRoute { slot, next, addresses, ticket, resend }));
+            let frame = ConsumerFrame::Route(Box::new(PartRoute { slot, next, addresses, ticket, resend, leading }));
             self.actions.push_back(ConsumerAction::Send { link, stream, frame });
         }
     }

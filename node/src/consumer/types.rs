@@ -163,6 +163,8 @@ pub enum ConsumerEvent {
         next: NodeKey,
         addresses: Vec<String>,
         resend: Vec<Resend>,
+        /// Under the node's own key, of the call's session.
+        leading: Signed<hop::Leading>,
     },
     /// A ticket for the lead's own hop to the worker of this call.
     WantTicket {

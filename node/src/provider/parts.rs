@@ -10,6 +10,7 @@ use satgrid_engine::port::JobId;
 use satgrid_ledger::statements::{ExpertCount, ExpertSplit, PartOrder, PartWork, RequestOpen};
 use satgrid_protocol::{
     frame::{MAX_ADDRESSES, MAX_RESENDS, PartRoute, Refusal, StartRequest},
+    hop::Leading,
     metering,
 };
 use satgrid_types::{Digest, Part, PartUsage, RequestId, SessionId, Terms, TokenUsage, UnixMs};
@@ -117,6 +118,11 @@ impl Provider {
         let Some((engine, job)) = job else { return };
         if route.addresses.len() > MAX_ADDRESSES || route.resend.len() > MAX_RESENDS {
             return self.violation(link, "too many addresses, or too much to be sent again, in a route");
+        }
+        let lead = self.jobs.get(&job).and_then(|(_, request)| self.sessions.get(&id)?.requests.get(request));
+        let lead = lead.and_then(|live| Some(live.part.as_ref()?.order.lead));
+        if !lead.is_some_and(|lead| Leading::is_proven(&route.leading, &lead, id)) {
+            return self.violation(link, "the lead that the order names did not say that it pays here");
         }
         // The order itself goes out once it is written down: this must not overtake it.
         self.behind(vec![ProviderAction::Route { engine, job, route: Box::new(route) }]);

@@ -197,7 +197,6 @@ impl Running {
         match order {
             Order::Admit { job, session, request, order, lead } => {
                 let owner = self.sequences.owner(session);
-                self.leads.insert(session, order.lead);
                 let account = Account::new(session, request, order, lead);
                 self.jobs.insert(job, Job { account, owner, next: None, reason: FinishReason::Stop });
                 if let Some(buys) = &self.parts.buys {
@@ -243,6 +242,8 @@ impl Running {
     fn route(&mut self, job: JobId, route: PartRoute) {
         let Some(held) = self.jobs.get_mut(&job) else { return };
         held.next = Some(route.next);
+        // The role holds the lead's own word that it is who pays.
+        self.leads.insert(held.account.session, held.account.order.lead);
         let to = (held.account.order.lead, route.next);
         let parts = &self.parts;
         let out = self.out.entry(to).or_insert_with(|| {

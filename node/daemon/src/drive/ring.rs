@@ -36,11 +36,11 @@ use satgrid_ledger::statements::{Leg, PartOrder};
 use satgrid_node::consumer::{CallId, ConsumerEvent, Emission, Submit};
 use satgrid_protocol::{
     frame::Resend,
-    hop::{HopFrame, RowsHeader, RowsPiece, Shown, TicketFrame},
+    hop::{HopFrame, Leading, RowsHeader, RowsPiece, Shown, TicketFrame},
 };
 use satgrid_protocol_quic::QuicEndpoint;
 use satgrid_types::{
-    LayerRange, NodeKey, PartUsage, RequestId, SessionId, VerifiedListing, WireType, WorkKind, node_key,
+    LayerRange, NodeKey, PartUsage, RequestId, SessionId, Signed, VerifiedListing, WireType, WorkKind, node_key,
 };
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -451,13 +451,15 @@ impl Running {
     /// Where the rows of one worker go.
     fn route(&self, job: JobId, at: usize, resend: Vec<Resend>) -> Option<ConsumerMessage> {
         let held = self.jobs.get(&job)?;
-        let call = held.workers.get(at)?.call;
+        let worker = held.workers.get(at)?;
+        let (call, (session, ..)) = (worker.call, worker.ordered?);
+        let leading = Signed::sign(&Leading::of(session), &self.parts.key);
         let next = held.workers.get(at + 1).zip(self.parts.plan.get(at + 1));
         let (downstream, next, addresses) = match next {
             Some((next, stage)) => (Some(next.call), stage.listing.node_key, stage.listing.addresses.clone()),
             None => (None, self.ours, self.parts.addresses.clone()),
         };
-        let route = ConsumerEvent::Route { call, slot: job.0, downstream, next, addresses, resend };
+        let route = ConsumerEvent::Route { call, slot: job.0, downstream, next, addresses, resend, leading };
         Some(ConsumerMessage::Event(route))
     }
 
