@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::disallowed_methods)]
 
 use satgrid_ledger::{
-    audit::{Detail, Report, audit, cross_check, read_invoice},
+    audit::{Detail, Party, Report, audit, cross_check, read_invoice},
     bundle::{Opened, open},
     claim::{ClaimReport, audit_claim, cross_claims},
     entry::Entry,
@@ -288,6 +288,12 @@ fn bundles_are_judged_as_the_vectors_say() {
         assert_eq!(vector["owed_msat"].as_u64(), owed, "{files:?}");
         assert_eq!(rules, strings("rules"), "{files:?}");
         assert!(rules.is_superset(&strings("must")), "{files:?}");
+        if let [(_, Judged::Journal(report))] = &judged[..] {
+            let must = strings("must");
+            let found = report.findings.iter().filter(|finding| must.contains(finding.rule.id()));
+            let role = |party: &Party| serde_json::to_value(party).unwrap()["role"].as_str().unwrap().to_owned();
+            assert_eq!(found.map(|f| role(&f.party)).collect::<BTreeSet<_>>(), strings("parties"), "{files:?}");
+        }
         assert_eq!(number(&vector, "exit"), u64::from(!rules.is_empty()), "{files:?}");
     }
 }

@@ -27,12 +27,12 @@ class Claim:
                 self.find(error.args[0])
         self.finish()
 
-    def find(self, rule: str, detail=""):
-        self.findings.append((rule, self.count - 1, detail))
+    def find(self, rule: str, detail="", named=None):
+        self.findings.append((rule, self.count - 1, detail, named or self.verify.party(rule)))
 
-    def require(self, holds, rule: str) -> bool:
+    def require(self, holds, rule: str, named=None) -> bool:
         if not holds:
-            self.find(rule)
+            self.find(rule, named=named)
         return bool(holds)
 
     def statement(self, kind: str, signed: dict, *keys: bytes) -> dict:
@@ -46,11 +46,11 @@ class Claim:
                     23: self.credit_transfer}  # fmt: skip
         if number == 2:
             q = self.statement("quote", f[0], self.verify.peek("quote", f[0])[1])
-            if self.require(self.provider in (None, q[1]) and self.consumer in (None, q[3]), "open/quote"):
+            if self.require(self.provider in (None, q[1]) and self.consumer in (None, q[3]), "open/quote", "exporter"):
                 self.quotes[sha(message("quote", f[0][0]))] = q
         elif number == 3:
             o = self.statement("session-open", f[0], self.verify.peek("session-open", f[0])[2])
-            if self.require(self.session is None, "open/twice"):
+            if self.require(self.session is None, "open/twice", "exporter"):
                 self.session, self.provider, self.consumer = sha(message("session-open", f[0][0])), o[1], o[2]
                 self.quotes = {ident: q for ident, q in self.quotes.items() if (q[1], q[3]) == (o[1], o[2])}
                 self.require(o[3] in self.quotes, "open/quote")

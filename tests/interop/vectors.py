@@ -156,8 +156,9 @@ def run(folder: str) -> int:
                 count.check(f"{path.stem}: {vector.get('name', vector)}", bool(kinds.get(path.stem, statement)(vector)))
                 continue
             with contextlib.redirect_stderr(io.StringIO()):
-                status, rules = verify.verify([folder / name for name in vector["files"]])
-            agrees = status == vector["exit"] and set(vector["must"]) <= rules
+                status, rules, parties = verify.verify([folder / name for name in vector["files"]])
+            named = {party for rule, party in parties if rule in vector["must"]}
+            agrees = status == vector["exit"] and set(vector["must"]) <= rules and named == set(vector.get("parties", named))
             count.check(f"{vector['files']}: {status} {sorted(rules)}, expected {vector['exit']} {vector['rules']}", agrees)
             if agrees and rules != set(vector["rules"]):
                 differ += 1

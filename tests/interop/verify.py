@@ -29,6 +29,18 @@ class Unreadable(Exception):
     """Not a bundle: nothing more is judged (11)."""
 
 
+def party(rule: str) -> str:
+    """Whom a finding in one file names (12). Alone only where the party's own signatures prove it."""
+    of, _ = rule.split("/")
+    if rule in ("log/two-histories", "quote/dearer", "quote/terms", "promise/broken", "expert/work"):
+        return "provider"
+    if rule in ("open/quote", "open/twice", "request/invalid", "close/remainder"):
+        return "exporter-or-consumer"
+    own = rule in ("invoice/reuse", "receipt/opening", "stage/orphan")
+    theirs = of in ("invoice", "ack", "receipt", "stage", "expert", "credit-note") or rule == "request/unknown"
+    return "exporter-or-provider" if theirs and not own else "exporter"
+
+
 def statement(kind: str, signed: dict, *keys: bytes) -> dict:
     """The body, if every key signed it (2). Raises Refused with the rule."""
     try:
@@ -282,12 +294,12 @@ class Audit:
             raise Unreadable("the end mark is missing or does not count right")
         self.finish()
 
-    def find(self, rule: str, detail=""):
-        self.findings.append((rule, len(getattr(self, "leaves", [])) - 1, str(detail)))
+    def find(self, rule: str, detail="", named=None):
+        self.findings.append((rule, len(getattr(self, "leaves", [])) - 1, str(detail), named or party(rule)))
 
-    def require(self, holds, rule: str, detail="") -> bool:
+    def require(self, holds, rule: str, detail="", named=None) -> bool:
         if not holds:
-            self.find(rule, detail)
+            self.find(rule, detail, named)
         return bool(holds)
 
     def fraud(self, proof, more):
@@ -429,7 +441,7 @@ class Audit:
         ident = sha(message("quote", f[0][0]))
         session = self.sessions.get(self.by_key.get(q[3]))
         if session:
-            if self.require(session.open[1] == q[1], "open/quote"):
+            if self.require(session.open[1] == q[1], "open/quote", named="exporter"):
                 session.quotes[ident] = q
         else:
             self.quotes.setdefault(q[3], {})[ident] = q
@@ -606,7 +618,7 @@ class Audit:
         """One worker's part in a request of ours ended."""
         if not self.whole or s.as_provider:
             return
-        self.require(self.ours(order[1]), "stage/work")
+        self.require(self.ours(order[1]), "stage/work", named="exporter")
         if order[2] in self.accounted:
             return self.find("stage/orphan")
         if 0 not in order:
@@ -731,7 +743,7 @@ class Audit:
 
     def abandon(self, f):
         s = self.session(f[0])
-        if not self.require(f[1] in s.requests, "request/unknown"):
+        if not self.require(f[1] in s.requests, "request/unknown", named="exporter"):
             return s, None
         opened, last_id, last, _ = s.requests.pop(f[1])
         s.ended.add(f[1])
@@ -969,7 +981,7 @@ def judge(data: bytes):
 
 
 def verify(paths: list) -> tuple:
-    """Exit status, and the rules that are broken."""
+    """Exit status, the rules that are broken, and by each file whom each names."""
     try:
         audits = []
         for path in paths:
@@ -980,14 +992,15 @@ def verify(paths: list) -> tuple:
             raise Unreadable("these two say nothing about each other")
     except (Unreadable, OSError) as error:
         print(f"unreadable: {error}", file=sys.stderr)
-        return 2, set()
+        return 2, set(), set()
+    parties = {(finding[0], finding[3]) for audit in audits for finding in audit.findings}
     rules = {finding[0] for audit in audits for finding in audit.findings}
     for audit in audits:
-        for rule, entry, detail in audit.findings:
-            print(f"{rule} at item {entry}: {detail}", file=sys.stderr)
+        for rule, entry, detail, named in audit.findings:
+            print(f"{rule} at item {entry} ({named}): {detail}", file=sys.stderr)
     if len(audits) == 2:
         rules |= claims.cross(*audits)[1] if True in judged else cross(*audits)
-    return int(bool(rules)), rules
+    return int(bool(rules)), rules, parties
 
 
 if __name__ == "__main__":
@@ -997,6 +1010,6 @@ if __name__ == "__main__":
         sys.exit(vectors.run(sys.argv[2]))
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
-    status, broken = verify(sys.argv[1:])
+    status, broken, _ = verify(sys.argv[1:])
     print("clean" if status == 0 else "findings: " + ", ".join(sorted(broken)) if status == 1 else "unreadable")
     sys.exit(status)

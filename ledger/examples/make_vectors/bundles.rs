@@ -5,7 +5,7 @@ use crate::{
     tampered::{self, Lab},
 };
 use satgrid_ledger::{
-    audit::{Detail, Report, Rule, audit, cross_check},
+    audit::{Detail, Party, Report, Rule, audit, cross_check},
     bundle::{BundleError, Filter, Header, Item, Opened, open, write_fraud},
     log::{FraudProof, SignedCheckpoint},
     testing::rotated,
@@ -101,7 +101,7 @@ pub(crate) fn write(files: &mut Files) {
     vectors.extend(claims::write(files, &spent));
     files.json(
         "bundles.json",
-        "bundles: `exit` and `must` are normative; `rules` are all that our own audit names. Two files are both parties' exports of one history, or a claim and its answer",
+        "bundles: `exit`, `must` and, where there are any, `parties` (the roles that findings of the `must` rule name) are normative; `rules` are all that our own audit names. Two files are both parties' exports of one history, or a claim and its answer",
         vectors,
     );
 }
@@ -128,7 +128,14 @@ fn single(files: &mut Files, name: &str, expect: Option<Rule>, bytes: Vec<u8>) -
     files.bytes(&file, bytes);
     let rules = ids(report.findings.iter().map(|finding| finding.rule));
     let must = ids(expect);
-    json!({ "files": [file], "exit": i32::from(!report.is_clean()), "must": must, "rules": rules, "entries": report.entries })
+    // Whom the findings of the expected rule name.
+    let of_it = report.findings.iter().filter(|finding| Some(finding.rule) == expect);
+    let parties: BTreeSet<String> = of_it.map(|f| role(&f.party)).collect();
+    json!({ "files": [file], "exit": i32::from(!report.is_clean()), "must": must, "rules": rules, "parties": parties, "entries": report.entries })
+}
+
+fn role(party: &Party) -> String {
+    serde_json::to_value(party).unwrap()["role"].as_str().unwrap().to_owned()
 }
 
 fn pair(files: &mut Files, name: &str, must: &[Rule], provider: &[u8], consumer: &[u8]) -> Value {

@@ -146,7 +146,7 @@ mod tests {
             })
         };
         let check = |what: &str, report: Report| {
-            let provider = Party::Provider(satgrid_types::node_key(key));
+            let provider = Party::ExporterOrProvider(satgrid_types::node_key(key));
             let found = report.findings.iter().find(|f| f.rule == Rule::CreditNoteSpent);
             assert_eq!(found.map(|f| f.party), Some(provider), "{what}: {:?}", report.findings);
         };

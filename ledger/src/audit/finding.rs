@@ -185,6 +185,14 @@ rules! {
     Fraud = "log/two-histories",
 }
 
+impl Rule {
+    /// Whether statements that the accused signed break this rule by themselves, whatever else the file holds or lacks.
+    /// Findings of all other rules rest on the file: who leaves out, repeats or moves an entry of its own makes them too.
+    pub const fn is_proven_by_signature(&self) -> bool {
+        matches!(self, Rule::QuoteDearer | Rule::QuoteTerms | Rule::ExpertWork | Rule::PromiseBroken | Rule::Fraud)
+    }
+}
+
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.id())
@@ -205,6 +213,25 @@ pub enum Party {
     Exporter,
     Provider(NodeKey),
     Consumer(NodeKey),
+    /// The provider's signed statement does not fit the rest of the file, which is the exporter's to choose.
+    ExporterOrProvider(NodeKey),
+    /// The same with the consumer's.
+    ExporterOrConsumer(NodeKey),
+}
+
+impl Party {
+    /// Whom a finding in a single file names: a party alone only where its own signatures prove it.
+    pub(crate) fn in_one_file(self, rule: Rule) -> Party {
+        match self {
+            Party::Provider(key) if !rule.is_proven_by_signature() => Party::ExporterOrProvider(key),
+            Party::Consumer(key) if !rule.is_proven_by_signature() => Party::ExporterOrConsumer(key),
+            Party::Exporter
+            | Party::Provider(_)
+            | Party::Consumer(_)
+            | Party::ExporterOrProvider(_)
+            | Party::ExporterOrConsumer(_) => self,
+        }
+    }
 }
 
 impl fmt::Display for Party {
@@ -213,6 +240,8 @@ impl fmt::Display for Party {
             Party::Exporter => f.write_str("exporter"),
             Party::Provider(key) => write!(f, "provider {}", key.short()),
             Party::Consumer(key) => write!(f, "consumer {}", key.short()),
+            Party::ExporterOrProvider(key) => write!(f, "provider {} or exporter", key.short()),
+            Party::ExporterOrConsumer(key) => write!(f, "consumer {} or exporter", key.short()),
         }
     }
 }

@@ -328,6 +328,7 @@ impl Auditor {
     fn write_down(&mut self, seq: u64, session: Option<SessionId>, notes: Notes) {
         let Notes { found, delta, leg: _, counts: _, spent_from: _ } = notes;
         for (rule, party, detail) in found {
+            let party = party.in_one_file(rule);
             self.report.push(Finding { rule, entry: Some(seq), session, party, detail });
         }
         if let Some(audit) = session.and_then(|session| self.sessions.get_mut(&session)) {

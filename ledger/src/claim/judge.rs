@@ -137,6 +137,7 @@ impl ClaimAudit {
 
     fn find(&mut self, rule: Rule, party: Party, detail: impl Into<String>) {
         let (entry, session) = (Some(self.report.pieces.saturating_sub(1)), self.report.session);
+        let party = party.in_one_file(rule);
         self.report.push(Finding { rule, entry, session, party, detail: detail.into() });
     }
 

@@ -176,3 +176,61 @@ fn a_journalled_checkpoint_is_of_the_entries_before_it() {
     assert_eq!(noted(None), BTreeSet::new());
     assert_eq!(noted(Some(Digest([1; 32]))), BTreeSet::from([Rule::LogCheckpoint]));
 }
+
+/// Whatever an exporter leaves out or repeats, and chains anew: nobody else is named alone for it.
+#[test]
+fn what_is_left_out_or_repeated_accuses_no_other_party_alone() {
+    let world = World::example();
+    let mut doubted = BTreeSet::new();
+    for party in [&world.provider, &world.consumer] {
+        let whole = drafts_of(&party.journal.entries());
+        for at in 0..whole.len() {
+            for left_out in [true, false] {
+                let mut drafts = whole.clone();
+                if left_out {
+                    drafts.remove(at);
+                } else {
+                    drafts.insert(at + 1, whole[at].clone());
+                }
+                let report = report(&bundle_of(&chain_entries(drafts), &party.node, Filter::All, false));
+                for finding in &report.findings {
+                    match finding.party {
+                        Party::Exporter => {}
+                        Party::ExporterOrProvider(_) | Party::ExporterOrConsumer(_) => {
+                            doubted.insert(finding.rule);
+                        }
+                        Party::Provider(_) | Party::Consumer(_) => panic!("entry {at}: {finding:?}"),
+                    }
+                }
+            }
+        }
+    }
+    for rule in [
+        Rule::OpenQuote,
+        Rule::OpenTwice,
+        Rule::RequestUnknown,
+        Rule::RequestInvalid,
+        Rule::AckSequence,
+        Rule::ReceiptChain,
+        Rule::ReceiptLastAck,
+        Rule::ReceiptSlices,
+        Rule::ReceiptCumulative,
+        Rule::CloseRemainder,
+    ] {
+        assert!(doubted.contains(&rule), "{rule} is not among {doubted:?}");
+    }
+}
+
+/// What a signature proves by itself is held against its signer alone.
+#[test]
+fn what_its_own_signature_proves_names_a_party_alone() {
+    let world = World::example();
+    let mut drafts = drafts_of(&world.consumer.journal.entries());
+    bend_quote(&mut drafts, |quote| quote.rates.output.0 += 1);
+    let report = report(&bundle_of(&chain_entries(drafts), &world.consumer.node, Filter::All, false));
+    let dearer = report.findings.iter().find(|finding| finding.rule == Rule::QuoteDearer);
+    assert_eq!(dearer.map(|finding| finding.party), Some(Party::Provider(node_key(&world.provider.node))));
+    // The session, on the other hand, accepted a quote that this file lacks: its own doing or the exporter's.
+    let open = report.findings.iter().find(|finding| finding.rule == Rule::OpenQuote);
+    assert!(matches!(open.map(|finding| finding.party), Some(Party::ExporterOrConsumer(_))), "{open:?}");
+}
