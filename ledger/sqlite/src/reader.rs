@@ -15,6 +15,8 @@ use std::path::Path;
 
 /// Connections that read at the same time.
 const CONNECTIONS: u32 = 4;
+/// Tiles that one query reads: a proof needs two a level.
+const TILES_IN_A_QUERY: usize = 16;
 /// Hashes that one query looks for.
 const NAMES_IN_A_QUERY: usize = 256;
 
@@ -56,8 +58,9 @@ impl SqliteReader {
     }
 
     pub(crate) fn connect(path: &Path) -> SqliteReader {
-        let pool = SqlitePoolOptions::new().max_connections(CONNECTIONS).connect_lazy_with(read_options(path));
-        SqliteReader { pool }
+        // A connection to a file does not break while it rests; asking it first is a trip to its thread for nothing.
+        let pool = SqlitePoolOptions::new().max_connections(CONNECTIONS).test_before_acquire(false);
+        SqliteReader { pool: pool.connect_lazy_with(read_options(path)) }
     }
 
     pub(crate) async fn close(&self) {
@@ -152,15 +155,18 @@ impl SqliteReader {
     pub(crate) async fn tiles(&self, ids: &[TileId]) -> Result<TileCache, JournalError> {
         let mut cache = TileCache::default();
         let mut connection = self.pool.acquire().await.map_err(|e| storage(&e))?;
-        for id in ids {
-            let tile: Option<(Vec<u8>,)> = sqlx::query_as("SELECT hashes FROM tiles WHERE level = ? AND idx = ?")
-                .bind(i64::from(id.level))
-                .bind(row_number(id.index))
-                .fetch_optional(&mut *connection)
-                .await
-                .map_err(|e| storage(&e))?;
-            if let Some((bytes,)) = tile {
-                cache.insert(*id, stored::hashes_of(&bytes));
+        // Each query is a trip to the connection's thread and back, which takes longer than reading a tile.
+        for piece in ids.chunks(TILES_IN_A_QUERY) {
+            let statement = vec!["SELECT level, idx, hashes FROM tiles WHERE level = ? AND idx = ?"; piece.len()];
+            let statement = statement.join(" UNION ALL ");
+            let mut query = sqlx::query(&statement);
+            for id in piece {
+                query = query.bind(i64::from(id.level)).bind(row_number(id.index));
+            }
+            for row in query.fetch_all(&mut *connection).await.map_err(|e| storage(&e))? {
+                let (level, index) = (u8::try_from(row.get::<i64, _>(0)), u64::try_from(row.get::<i64, _>(1)));
+                let (Ok(level), Ok(index)) = (level, index) else { continue };
+                cache.insert(TileId { level, index }, stored::hashes_of(row.get(2)));
             }
         }
         Ok(cache)
