@@ -288,6 +288,7 @@ impl Consumer {
             }
             ConsumerEvent::Line { key, line } => drop(self.lines.insert(key, line)),
             ConsumerEvent::SecondHistory(proof) => self.second_history(now, &proof),
+            ConsumerEvent::OthersHead(head) => self.others_head(now, *head),
             ConsumerEvent::JournalFailed { reason } => self.journal_failed(&reason),
             ConsumerEvent::Tick => {}
         }
@@ -326,6 +327,7 @@ impl Consumer {
             | ConsumerEvent::Paused(_)
             | ConsumerEvent::DirectPeers(_)
             | ConsumerEvent::SecondHistory(_)
+            | ConsumerEvent::OthersHead(_)
             | ConsumerEvent::Line { .. }
             | ConsumerEvent::JournalFailed { .. }
             | ConsumerEvent::Tick => false,

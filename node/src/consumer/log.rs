@@ -3,14 +3,17 @@
 //! | what comes | what is done |
 //! |---|---|
 //! | a promise | kept in the ledger; it is to be kept by every later tree head |
-//! | a tree head | kept by the node; against the last one of this provider a consistency proof is asked for, against the newest promise an inclusion proof |
+//! | a tree head | kept by the node; a consistency proof must join it to the last one of this provider that was joined, an inclusion proof to the newest promise |
 //! | a proof | checked; one that fails is proof of misbehaviour, with the heads and hashes that were given |
 //!
 //! Two heads of one size with different roots need no proof: together they are one. One question is open at a time. A
 //! provider that is silent is found by its deadline (`ConsumerConfig::log_ms`, counted while it is connected): a receipt
 //! without a promise is `promise-overdue`; a promise that no head covers, or a question without an answer, `log-silent`.
 
-use super::{Consumer, ConsumerAction, ConsumerConfig, SessionIndex};
+use super::{
+    Consumer, ConsumerAction, ConsumerConfig, SessionIndex,
+    links::{Phase, Session},
+};
 use crate::CloseCode;
 use satgrid_ledger::{
     bundle::write_fraud,
@@ -22,6 +25,8 @@ use satgrid_protocol::frame::{ConsumerControl, LogAsk, LogProof};
 use satgrid_types::{Digest, NodeKey, ReceiptId, Signed, UnixMs, cbor};
 use std::collections::VecDeque;
 
+/// Tree heads of one session that no proof has joined to the others yet: more than come before an answer is overdue.
+const MAX_UNJOINED: usize = 64;
 /// Receipts of one session whose promise has not come; older ones are given up.
 const MAX_UNPROMISED: usize = 64;
 
@@ -35,6 +40,9 @@ pub(super) struct LogView {
     /// The newest promise that no proof has kept, and since when it waits for a head that covers it.
     promised: Option<(Signed<InclusionPromise>, u64, Digest)>,
     uncovered: Option<UnixMs>,
+    /// Heads that no proof has joined to the others yet, in the order in which they came; of the first it is asked. They
+    /// outlive the connection: who showed another history and hung up owes the proof when it is back.
+    unjoined: VecDeque<SignedCheckpoint>,
     asked: Option<(Asked, UnixMs)>,
 }
 
@@ -162,6 +170,21 @@ impl Consumer {
         }
     }
 
+    /// A head of another size than any that the provider gave us says nothing by itself: the provider must join the two. It is
+    /// asked while a session with it is up.
+    pub(super) fn others_head(&mut self, now: UnixMs, head: SignedCheckpoint) {
+        let ready = |session: &Session| session.phase == Phase::Ready && session.log.speaks;
+        let of_it = |session: &Session| session.link.is_some() && session.provider() == head.node;
+        let found = self.sessions.iter_mut().find(|(_, session)| ready(session) && of_it(session));
+        let Some((&index, session)) = found else { return };
+        // What relays repeat does not crowd out what the provider itself says.
+        let unjoined = &mut session.log.unjoined;
+        if unjoined.len() < MAX_UNJOINED / 2 && !unjoined.contains(&head) {
+            unjoined.push_back(head);
+            self.ask_log(now, index);
+        }
+    }
+
     fn heard(&mut self, now: UnixMs, index: SessionIndex, provider: NodeKey, head: SignedCheckpoint) {
         let last = self.heads.get(&provider).cloned();
         if let Some(last) = &last
@@ -178,25 +201,50 @@ impl Consumer {
             return self.ask_log(now, index);
         }
         self.actions.push_back(ConsumerAction::Witness { note: head.note().to_owned() });
-        let (old, new) = match last {
-            None => (None, head),
-            Some(last) if last.size <= head.size => (Some(last), head),
-            // An older one came late: it must be a part of what is known.
-            Some(last) => (Some(head), last),
-        };
-        if let (Some(old), Some(session)) = (old, self.sessions.get_mut(&index))
-            && session.log.asked.is_none()
-            && old.size > 0
-        {
-            self.heads.insert(provider, new.clone());
-            return self.ask(now, index, Asked::Consistency { old: Box::new(old), new: Box::new(new) });
+        let Some(session) = self.sessions.get_mut(&index) else { return };
+        let unjoined = &mut session.log.unjoined;
+        if last.is_none() {
+            self.heads.insert(provider, head);
+        } else if !unjoined.contains(&head) {
+            unjoined.push_back(head);
         }
-        self.heads.insert(provider, new);
+        if unjoined.len() > MAX_UNJOINED {
+            return self.drop_link(now, index, CloseCode::Violation, "more tree heads than it has proved");
+        }
         self.ask_log(now, index);
     }
 
-    /// Asks that the newest promise be kept, once a head covers it.
+    /// Asks for the proof that joins the first unjoined head to what is known of this log.
+    fn ask_to_join(&mut self, now: UnixMs, index: SessionIndex) {
+        let Some(session) = self.sessions.get_mut(&index).filter(|session| session.log.asked.is_none()) else { return };
+        let provider = session.provider();
+        while let Some(head) = session.log.unjoined.front() {
+            let known = self.heads.entry(provider).or_insert_with(|| head.clone());
+            // Two of one size with different roots are a proof by themselves; whoever keeps all heads finds it.
+            if head.size == known.size || head.size == 0 {
+                session.log.unjoined.pop_front();
+                continue;
+            }
+            // An older one came late: it must be a part of what is known.
+            let (old, new) = if known.size < head.size { (&*known, head) } else { (head, &*known) };
+            if old.size == 0 {
+                // Every log extends the empty one.
+                *known = head.clone();
+                session.log.unjoined.pop_front();
+                continue;
+            }
+            let asked = Asked::Consistency { old: Box::new(old.clone()), new: Box::new(new.clone()) };
+            return self.ask(now, index, asked);
+        }
+    }
+
     fn ask_log(&mut self, now: UnixMs, index: SessionIndex) {
+        self.ask_to_join(now, index);
+        self.ask_to_keep(now, index);
+    }
+
+    /// Asks that the newest promise be kept, once a head covers it.
+    fn ask_to_keep(&mut self, now: UnixMs, index: SessionIndex) {
         let Some(session) = self.sessions.get_mut(&index) else { return };
         let (Some((_, at, leaf)), None) = (&session.log.promised, &session.log.asked) else { return };
         let Some(head) = self.heads.get(&session.provider()).filter(|head| head.size > *at) else { return };
@@ -225,14 +273,29 @@ impl Consumer {
                     ("log-inconsistent", "its log does not extend the one that it showed before")
                 }
             };
+            if matches!(asked, Asked::Consistency { .. }) {
+                // It is found; asked again it would be found again.
+                session.log.unjoined.pop_front();
+            }
             return self.misbehaved(now, index, rule, text, cbor::encode(&proof));
         }
-        if let Asked::Inclusion { index: at, .. } = asked
-            && let Some(session) = self.sessions.get_mut(&index)
-            && session.log.promised.as_ref().is_some_and(|(_, promised, _)| *promised == at)
-        {
-            session.log.promised = None;
-            self.counters.promises_kept += 1;
+        match asked {
+            Asked::Inclusion { index: at, .. } => {
+                if session.log.promised.as_ref().is_some_and(|(_, promised, _)| *promised == at) {
+                    session.log.promised = None;
+                    self.counters.promises_kept += 1;
+                }
+            }
+            Asked::Consistency { old, new } => {
+                // Where another session's answer moved on meanwhile, this head is not joined to what is known now.
+                let known = self.heads.get(&session.provider());
+                if known.is_some_and(|known| *known == *old || *known == *new) {
+                    session.log.unjoined.pop_front();
+                    self.heads.insert(session.provider(), *new);
+                }
+                // In turns: heads that relays repeat must not keep the promise's question waiting until it is overdue.
+                self.ask_to_keep(now, index);
+            }
         }
         self.ask_log(now, index);
     }

@@ -3,7 +3,7 @@
 use super::SessionIndex;
 use crate::{Append, CloseCode, LinkId, StreamId, Ticket};
 use satgrid_ledger::{
-    log::FraudProof,
+    log::{FraudProof, SignedCheckpoint},
     statements::{ExpertCount, PartOrder},
 };
 use satgrid_protocol::{
@@ -240,6 +240,8 @@ pub enum ConsumerEvent {
     Durable(Ticket),
     /// Two tree heads of one provider that exclude each other were found among what this node heard.
     SecondHistory(Box<FraudProof>),
+    /// A tree head of a provider that this node heard from others: it is to be proved like those that it gave us.
+    OthersHead(Box<SignedCheckpoint>),
     JournalFailed {
         reason: String,
     },

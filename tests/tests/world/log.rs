@@ -81,6 +81,56 @@ fn a_head_without_the_promised_receipt_or_of_another_log_is_found() {
     assert_eq!(world.consumers[0].journal.misbehaviour(), ["log-inconsistent"]);
 }
 
+/// A head of another log is followed by one of the right log before its question is answered, and then the connection breaks:
+/// the proof is owed all the same.
+#[test]
+fn a_head_that_the_next_one_overtakes_is_still_to_be_proved() {
+    let mut world = promised();
+    world.sign_head(0, |root| root);
+    world.run_ms(2_000);
+    let grow = |world: &mut World| {
+        world.submit(0, Ask::tokens(20, 100));
+        world.finish_calls(60_000);
+        world.run_ms(2_000);
+    };
+    world.providers[0].cheat = Cheat::NoProofs;
+    grow(&mut world);
+    world.sign_head(0, |_| Digest([7; 32]));
+    world.run_ms(2_000);
+    grow(&mut world);
+    world.sign_head(0, |root| root);
+    world.run_ms(2_000);
+    assert!(world.consumers[0].journal.misbehaviour().is_empty());
+    world.break_links(0, 0);
+    world.providers[0].cheat = Cheat::None;
+    grow(&mut world);
+    world.sign_head(0, |root| root);
+    world.run_ms(2_000);
+    assert_eq!(world.consumers[0].journal.misbehaviour(), ["log-inconsistent"]);
+}
+
+/// A relay has a head of a size that the provider never told us: the provider must join it to its log.
+#[test]
+fn a_head_that_others_heard_is_to_be_proved_too() {
+    let mut world = promised();
+    let key = world.providers[0].key.clone();
+    let heard = |world: &mut World, size: u64, root: Digest| {
+        let head = Box::new(SignedCheckpoint::sign(size, root, &key));
+        let now = world.now;
+        world.consumers[0].role.as_mut().unwrap().handle(now, ConsumerEvent::OthersHead(head));
+        world.settle();
+        world.run_ms(2_000);
+    };
+    world.sign_head(0, |root| root);
+    world.run_ms(2_000);
+    // The first entry alone, of this log.
+    let first = world.providers[0].journal.entries()[0].leaf();
+    heard(&mut world, 1, first);
+    assert!(world.consumers[0].journal.misbehaviour().is_empty());
+    heard(&mut world, 2, Digest([7; 32]));
+    assert_eq!(world.consumers[0].journal.misbehaviour(), ["log-inconsistent"]);
+}
+
 /// A world whose consumer gives its provider so long to speak about its log.
 fn impatient(cheat: Cheat) -> World {
     let consumer = ConsumerConfig { log_ms: 60_000, ..ConsumerConfig::default() };

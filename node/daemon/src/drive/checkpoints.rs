@@ -12,21 +12,28 @@ use tokio::sync::mpsc;
 /// Texts from relays that may wait.
 pub(crate) const NOTES: usize = 256;
 
-/// Keeps a tree head; one that contradicts a head heard before is told to the consumer's role.
-pub(crate) async fn witness(store: &Store, heard: SignedCheckpoint, consumer: &mpsc::Sender<Message>) {
-    match store.witness(&heard, now()).await {
+/// Keeps a tree head; one that contradicts a head heard before is told to the consumer's role. Whether it is a new one that
+/// contradicts none.
+pub(crate) async fn witness(store: &Store, heard: &SignedCheckpoint, consumer: &mpsc::Sender<Message>) -> bool {
+    match store.witness(heard, now()).await {
         Ok(Witness::Conflict { with }) => {
             tracing::error!(node = %heard.node, size = heard.size, "two tree heads exclude each other: this node keeps two histories");
             let proof = FraudProof { one: with.note().to_owned(), other: heard.note().to_owned() };
             let _ = consumer.send(Message::Event(ConsumerEvent::SecondHistory(Box::new(proof)))).await;
+            false
         }
-        Ok(Witness::First | Witness::Known | Witness::Grown { .. }) => {}
-        Err(error) => tracing::warn!(%error, "a tree head of another node was not kept"),
+        Ok(Witness::First | Witness::Grown { .. }) => true,
+        Ok(Witness::Known) => false,
+        Err(error) => {
+            tracing::warn!(%error, "a tree head of another node was not kept");
+            false
+        }
     }
 }
 
 /// Holds the heads that relays spread against those that providers told us. Only of providers that are listed now or told us
-/// of their log before: anybody can make up a node and its log.
+/// of their log before: anybody can make up a node and its log. Heads of different sizes do not contradict each other by
+/// themselves: the role asks the provider for the proof that joins them.
 pub(crate) async fn compare_heads(
     mut notes: mpsc::Receiver<String>,
     store: Store,
@@ -37,7 +44,9 @@ pub(crate) async fn compare_heads(
         let Ok(heard) = SignedCheckpoint::parse(&note) else { continue };
         let listed = market.live().iter().any(|listing| listing.node_key == heard.node);
         if listed || store.has_heard_of(heard.node).await {
-            witness(&store, heard, &consumer).await;
+            if witness(&store, &heard, &consumer).await {
+                let _ = consumer.send(Message::Event(ConsumerEvent::OthersHead(Box::new(heard)))).await;
+            }
         }
     }
 }
@@ -66,7 +75,7 @@ mod tests {
         let head = |key: &SigningKey, root: u8| SignedCheckpoint::sign(12, Digest([root; 32]), key);
         let store = Store::Sqlite(SqliteJournal::open(&folder.path().join("ledger.sqlite")).await.unwrap());
         let (inbox, mut consumer) = mpsc::channel(8);
-        witness(&store, head(&provider, 1), &inbox).await;
+        assert!(witness(&store, &head(&provider, 1), &inbox).await);
 
         let token = CancellationToken::new();
         let market = Market::new(Catalogue::default());
@@ -90,6 +99,13 @@ mod tests {
         let Message::Event(ConsumerEvent::SecondHistory(proof)) = told else { panic!("a proof was expected") };
         assert_eq!(proof.check(), Ok(node_key(&provider)));
         assert!(consumer.try_recv().is_err());
+
+        // One of another size contradicts nothing by itself: the provider is to be asked.
+        let grown = SignedCheckpoint::sign(20, Digest([3; 32]), &provider);
+        publisher.checkpoint("log grown", grown.note().to_owned()).await.unwrap();
+        let told = tokio::time::timeout(PATIENCE, consumer.recv()).await.unwrap().unwrap();
+        let Message::Event(ConsumerEvent::OthersHead(asked)) = told else { panic!("a head to ask about was expected") };
+        assert_eq!(*asked, grown);
 
         // What is kept of it is a file that the auditor's tool judges.
         let mut file = Vec::new();

@@ -304,7 +304,7 @@ impl Running {
         let (store, inbox) = (self.driver.store.clone(), self.inbox.clone());
         tokio::spawn(async move {
             if let Ok(heard) = SignedCheckpoint::parse(&note) {
-                checkpoints::witness(&store, heard, &inbox).await;
+                checkpoints::witness(&store, &heard, &inbox).await;
             }
         });
     }
