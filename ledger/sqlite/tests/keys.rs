@@ -214,3 +214,32 @@ async fn refunds_that_failed_before_keep_no_other_out() {
     let due: Vec<u64> = keys.refunds_due(NOW.plus_ms(20)).await.unwrap().iter().map(|row| row.id).collect();
     assert_eq!(due, [second, first], "in the order of their times");
 }
+
+#[tokio::test]
+async fn every_attempted_refund_is_found_again_page_by_page() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_journal, keys) = store(&dir.path().join("l.sqlite")).await;
+    let (hash, amount) = (PaymentHash([5; 32]), Msat::sat(1_000));
+    let fills = InvoiceFor::NewKey { hash: [6; 32], name: "door".into() };
+    let new = NewInvoice { asker: "a".into(), hash, fills, amount, expires_at: NOW.plus_ms(DAY) };
+    let limits = InvoiceLimits { open: 1, open_of_one: 1, balance: amount };
+    keys.add_invoice(&new, limits, NOW).await.unwrap();
+    let key = keys.invoice_paid(hash, amount, NOW).await.unwrap().unwrap().key.unwrap();
+    let mut attempted = Vec::new();
+    for n in 0..300u16 {
+        let id = keys.open_refund(key, (Msat::sat(1), Msat::sat(1)), "a@example.com", NOW).await.unwrap().id;
+        let mut hash = [7; 32];
+        hash[..2].copy_from_slice(&n.to_be_bytes());
+        keys.refund_attempted(id, PaymentHash(hash), "lnbc").await.unwrap();
+        attempted.push(id);
+    }
+    let mut found = Vec::new();
+    loop {
+        let page = keys.refunds_attempted(found.last().copied().unwrap_or(0)).await.unwrap();
+        if page.is_empty() {
+            break;
+        }
+        found.extend(page.iter().map(|row| row.id));
+    }
+    assert_eq!(found, attempted);
+}

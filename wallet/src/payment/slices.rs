@@ -28,6 +28,8 @@ pub enum StartError {
 #[derive(Debug, Clone)]
 pub struct Slices<K> {
     limit: usize,
+    /// Unfinished payments that the limit does not count.
+    aside: usize,
     /// The latest payment for each slice.
     current: BTreeMap<K, PaymentHash>,
     payments: BTreeMap<PaymentHash, (K, Payment)>,
@@ -37,9 +39,19 @@ impl<K: Ord + Clone> Slices<K> {
     /// A channel has about 50 HTLC slots and frees them late: more than this many at once gets payments refused.
     pub const MAX_IN_FLIGHT: usize = 8;
 
+    /// Payments that hang and may stay in flight beside those.
+    pub const MAX_ASIDE: usize = 12;
+
     /// `limit`: payments that may be unfinished at once, at most [`Slices::MAX_IN_FLIGHT`].
     pub fn new(limit: usize) -> Slices<K> {
-        Slices { limit: limit.clamp(1, Self::MAX_IN_FLIGHT), current: BTreeMap::new(), payments: BTreeMap::new() }
+        let limit = limit.clamp(1, Self::MAX_IN_FLIGHT);
+        Slices { limit, aside: 0, current: BTreeMap::new(), payments: BTreeMap::new() }
+    }
+
+    /// So many unfinished payments hang and give way to others, at most [`Slices::MAX_ASIDE`]: the limit does not count
+    /// them. They stay unfinished, and nothing else is paid for their slices.
+    pub fn set_aside(&mut self, hanging: usize) {
+        self.aside = hanging.min(Self::MAX_ASIDE);
     }
 
     /// Whether a payment may start now. Ask before the attempt goes to the journal.
@@ -62,7 +74,7 @@ impl<K: Ord + Clone> Slices<K> {
                 return Err(StartError::GivenUp { hash });
             }
         }
-        if self.unfinished() >= self.limit {
+        if self.unfinished().saturating_sub(self.aside) >= self.limit {
             return Err(StartError::TooMany { limit: self.limit });
         }
         Ok(())

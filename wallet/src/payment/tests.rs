@@ -171,6 +171,21 @@ fn a_wrong_preimage_settles_nothing() {
 }
 
 #[test]
+fn payments_that_hang_give_way_and_stay_unfinished() {
+    let mut slices = Slices::new(1);
+    slices.start(UnixMs(0), 0, intent(1)).unwrap();
+    assert!(matches!(slices.start(UnixMs(1), 1, intent(2)), Err(StartError::TooMany { limit: 1 })));
+    slices.set_aside(usize::MAX);
+    let most = u8::try_from(Slices::<u8>::MAX_ASIDE).unwrap();
+    for n in 1..=most {
+        slices.start(UnixMs(2), n, intent(n + 1)).unwrap();
+    }
+    assert!(matches!(slices.start(UnixMs(3), 99, intent(99)), Err(StartError::TooMany { .. })), "they have a bound");
+    assert!(matches!(slices.start(UnixMs(3), 0, intent(98)), Err(StartError::NotOver { .. })), "never paid twice");
+    assert_eq!(slices.unfinished(), Slices::<u8>::MAX_ASIDE + 1);
+}
+
+#[test]
 fn one_payment_for_one_slice() {
     let mut slices = Slices::new(2);
     slices.start(UnixMs(0), "a", intent(1)).unwrap();

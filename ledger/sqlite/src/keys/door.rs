@@ -370,9 +370,9 @@ impl KeyStore {
         self.refunds("state = 'waiting' AND next_at <= ?", row_number(now.0), "next_at, id").await
     }
 
-    /// Refunds whose payment has no end yet.
-    pub async fn refunds_attempted(&self) -> Result<Vec<RefundRow>, KeyError> {
-        self.refunds("state = 'attempted' AND ? = 0", 0, "id").await
+    /// Refunds whose payment has no end yet: those after this id, as many as are read at once.
+    pub async fn refunds_attempted(&self, after: u64) -> Result<Vec<RefundRow>, KeyError> {
+        self.refunds("state = 'attempted' AND id > ?", row_number(after), "id").await
     }
 
     pub async fn refunds_of(&self, key: KeyId) -> Result<Vec<RefundRow>, KeyError> {

@@ -29,13 +29,8 @@ const RETRY_S: [u64; 6] = [10, 60, 300, 1_800, 7_200, 43_200];
 impl DoorDesk {
     /// Takes up what the last run attempted, then pays what is due until the node stops.
     pub(crate) async fn pay_refunds(self: Arc<Self>, shutdown: CancellationToken) {
-        match self.keys.refunds_attempted().await {
-            Ok(rows) => {
-                for row in rows {
-                    self.send(&row, true).await;
-                }
-            }
-            Err(error) => tracing::error!(%error, "refunds of the last run cannot be read"),
+        if !self.recover(&shutdown).await {
+            return;
         }
         loop {
             match self.keys.refunds_due(now()).await {
@@ -52,6 +47,30 @@ impl DoorDesk {
                 () = shutdown.cancelled() => return,
                 () = self.asked.notified() => {}
                 () = tokio::time::sleep(LOOK_EVERY) => {}
+            }
+        }
+    }
+
+    /// Takes up everything that the last run attempted, page by page; whether that is done. Nothing is attempted before:
+    /// what is of this run is paid already, and would look as if it had never been sent.
+    async fn recover(&self, shutdown: &CancellationToken) -> bool {
+        let mut after = 0;
+        loop {
+            match self.keys.refunds_attempted(after).await {
+                Ok(rows) if rows.is_empty() => return true,
+                Ok(rows) => {
+                    for row in rows {
+                        self.send(&row, true).await;
+                        after = row.id;
+                    }
+                }
+                Err(error) => {
+                    tracing::error!(%error, "refunds of the last run cannot be read; trying again");
+                    tokio::select! {
+                        () = shutdown.cancelled() => return false,
+                        () = tokio::time::sleep(LOOK_EVERY) => {}
+                    }
+                }
             }
         }
     }

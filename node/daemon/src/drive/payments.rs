@@ -7,11 +7,11 @@ use satgrid_wallet::{
     payment::{Action, Input, InputError, Intent, Outcome, Slices, StartError},
 };
 use std::{
-    collections::{BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
     time::Duration,
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 
 /// How long a payment waits for the channel with its payee to come back: one that was just restarted is found again and
 /// agrees on the channel's state within seconds. Far below an invoice's lifetime.
@@ -24,6 +24,9 @@ const REMEMBERED: usize = 4_096;
 /// Of the payments in flight, those whose payee the other side names: it may let them hang for days, and what this node buys
 /// goes on beside them.
 const MOST_BACK: usize = Slices::<PaysFor>::MAX_IN_FLIGHT / 2;
+
+/// One of those that has no end after this long gives way to others: it is still resolved by its hash, whenever that is.
+const GIVES_WAY: Duration = Duration::from_secs(60);
 
 /// What a payment is for: never two for one of these.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -97,8 +100,8 @@ struct Payments {
     slices: Slices<PaysFor>,
     /// Waiting for a place: a channel has few slots for payments in flight.
     waiting: VecDeque<(PaysFor, Intent)>,
-    /// Of those that have no end yet, what goes back.
-    back: BTreeSet<PaymentHash>,
+    /// Of those that have no end yet, what goes back, and since when.
+    back: BTreeMap<PaymentHash, Instant>,
     /// Payments whose end the journal has, oldest first.
     booked: VecDeque<(PaymentHash, PaysFor)>,
     booked_hashes: BTreeSet<PaymentHash>,
@@ -120,7 +123,7 @@ pub(crate) fn start(
         handled,
         slices: Slices::new(Slices::<PaysFor>::MAX_IN_FLIGHT),
         waiting: VecDeque::new(),
-        back: BTreeSet::new(),
+        back: BTreeMap::new(),
         booked: VecDeque::new(),
         booked_hashes: BTreeSet::new(),
     };
@@ -132,13 +135,13 @@ impl Payments {
     async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Command>) {
         let mut clock = ClockWatch::new();
         loop {
-            let wake = self.slices.poll_timeout();
+            let wake = until(self.slices.poll_timeout()).min(self.until_one_gives_way(Instant::now()));
             tokio::select! {
                 command = inbox.recv() => match command {
                     Some(command) => self.command(now(), command),
                     None => return,
                 },
-                () = tokio::time::sleep(until(wake)) => self.slices.handle_timeout(now()),
+                () = tokio::time::sleep(wake) => self.slices.handle_timeout(now()),
             }
             if clock.moved().is_some() {
                 self.slices.clock_moved(now());
@@ -156,7 +159,7 @@ impl Payments {
                 let intent = Intent { hash, bolt11, amount, max_fee, expires_at };
                 if recover {
                     if pays_for.is_back() {
-                        self.back.insert(hash);
+                        self.back.insert(hash, Instant::now());
                     }
                     self.slices.recover(now, pays_for, intent, None);
                 } else {
@@ -172,19 +175,34 @@ impl Payments {
         }
     }
 
+    /// Payments back that have hung so long that they give way, as far as a channel has slots for them.
+    fn hanging(&self, now: Instant) -> usize {
+        let long = self.back.values().filter(|since| now.duration_since(**since) >= GIVES_WAY).count();
+        long.min(Slices::<PaysFor>::MAX_ASIDE)
+    }
+
+    /// How long nothing gives way by itself, while something waits for that.
+    fn until_one_gives_way(&self, now: Instant) -> Duration {
+        let left = self.back.values().filter_map(|since| GIVES_WAY.checked_sub(now.duration_since(*since)));
+        let next = left.filter(|left| !left.is_zero()).min();
+        next.filter(|_| !self.waiting.is_empty()).unwrap_or(Duration::MAX)
+    }
+
     /// Starts what waits, as far as there is room.
     fn start_waiting(&mut self) {
+        let hanging = self.hanging(Instant::now());
+        self.slices.set_aside(hanging);
         let mut kept = VecDeque::new();
         while let Some((pays_for, intent)) = self.waiting.pop_front() {
             let (hash, amount) = (intent.hash, intent.amount);
-            if pays_for.is_back() && self.back.len() >= MOST_BACK {
+            if pays_for.is_back() && self.back.len().saturating_sub(hanging) >= MOST_BACK {
                 kept.push_back((pays_for, intent));
                 continue;
             }
             match self.slices.start(now(), pays_for, intent.clone()) {
                 Ok(()) => {
                     if pays_for.is_back() {
-                        self.back.insert(hash);
+                        self.back.insert(hash, Instant::now());
                     }
                 }
                 Err(StartError::TooMany { .. }) => {
@@ -323,35 +341,45 @@ mod tests {
         fake::{FakeLightning, FakeNetwork, FaultRates},
     };
 
+    fn driver(node: FakeLightning) -> Payments {
+        Payments {
+            wallet: Arc::new(node),
+            embedded: None,
+            commands: mpsc::unbounded_channel().0,
+            ended: mpsc::unbounded_channel().0,
+            handled: mpsc::unbounded_channel().0,
+            slices: Slices::new(Slices::<PaysFor>::MAX_IN_FLIGHT),
+            waiting: VecDeque::new(),
+            back: BTreeMap::new(),
+            booked: VecDeque::new(),
+            booked_hashes: BTreeSet::new(),
+        }
+    }
+
+    impl Payments {
+        /// To pay an invoice of the stranger's, whose wallet is never asked: it hangs.
+        async fn ask(&mut self, stranger: &FakeLightning, pays_for: PaysFor) -> PaymentHash {
+            let request = InvoiceRequest { amount: Msat::sat(1), description_hash: Digest([0; 32]), expiry_secs: 600 };
+            let made = stranger.create_invoice(request).await.unwrap();
+            let (hash, bolt11) = (made.payment_hash, made.bolt11);
+            let (amount, max_fee) = (Msat::sat(1), Msat::sat(1));
+            self.command(now(), Command::Pay { pays_for, hash, bolt11, amount, max_fee, recover: false });
+            self.start_waiting();
+            hash
+        }
+    }
+
     #[tokio::test]
     async fn refunds_that_hang_leave_room_for_what_is_bought() {
         let [node, stranger] = FakeLightning::wallets(FakeNetwork::new(7, FaultRates::NONE));
         node.with_network(|network| network.handle_timeout(now()));
-        let (ended, _told) = mpsc::unbounded_channel();
-        let mut payments = Payments {
-            wallet: Arc::new(node),
-            embedded: None,
-            commands: mpsc::unbounded_channel().0,
-            ended,
-            handled: mpsc::unbounded_channel().0,
-            slices: Slices::new(Slices::<PaysFor>::MAX_IN_FLIGHT),
-            waiting: VecDeque::new(),
-            back: BTreeSet::new(),
-            booked: VecDeque::new(),
-            booked_hashes: BTreeSet::new(),
-        };
+        let mut payments = driver(node);
         let session = SessionId([1; 32]);
         let all =
             (0..16).map(|n| if n % 2 == 0 { PaysFor::Door(n) } else { PaysFor::Refund(SessionId([n as u8; 32])) });
         let mut hashes = Vec::new();
         for pays_for in all.chain([PaysFor::Slice(session, 0)]) {
-            let request = InvoiceRequest { amount: Msat::sat(1), description_hash: Digest([0; 32]), expiry_secs: 600 };
-            let made = stranger.create_invoice(request).await.unwrap();
-            let (hash, bolt11) = (made.payment_hash, made.bolt11);
-            let (amount, max_fee) = (Msat::sat(1), Msat::sat(1));
-            payments.command(now(), Command::Pay { pays_for, hash, bolt11, amount, max_fee, recover: false });
-            payments.start_waiting();
-            hashes.push(hash);
+            hashes.push(payments.ask(&stranger, pays_for).await);
         }
         assert_eq!(payments.slices.unfinished(), MOST_BACK + 1);
         assert_eq!(payments.intent(hashes[16]), Some(Msat::sat(1)), "the slice is on its way");
@@ -362,6 +390,34 @@ mod tests {
         assert!(payments.intent(hashes[MOST_BACK]).is_some());
         assert!(payments.intent(hashes[MOST_BACK + 1]).is_none());
         assert_eq!(payments.waiting.len(), 16 - MOST_BACK - 1);
+    }
+
+    #[tokio::test]
+    async fn refunds_that_hang_for_long_hold_up_no_others() {
+        let [node, stranger] = FakeLightning::wallets(FakeNetwork::new(7, FaultRates::NONE));
+        node.with_network(|network| network.handle_timeout(now()));
+        let mut payments = driver(node);
+        let mut hashes = Vec::new();
+        for n in 0..24 {
+            hashes.push(payments.ask(&stranger, PaysFor::Door(n)).await);
+        }
+        // Each time that those in flight have hung long enough, as many again go.
+        for started in [1, 2, 3, 4].map(|times| times * MOST_BACK) {
+            assert_eq!(payments.slices.unfinished(), started);
+            assert!(payments.until_one_gives_way(Instant::now()) <= GIVES_WAY, "the driver wakes for it");
+            payments.back.values_mut().for_each(|since| *since = since.checked_sub(GIVES_WAY).unwrap());
+            payments.start_waiting();
+        }
+        assert_eq!(payments.waiting.len(), 24 - 4 * MOST_BACK, "no more hang than there are places for");
+        // What is bought still goes, and who is paid back twice is not.
+        let slice = payments.ask(&stranger, PaysFor::Slice(SessionId([1; 32]), 0)).await;
+        assert!(payments.intent(slice).is_some());
+        let again = payments.slices.may_start(&PaysFor::Door(0), PaymentHash([9; 32]));
+        assert!(matches!(again, Err(StartError::NotOver { .. })), "{again:?}");
+        // Their ends are still told, and leave room.
+        payments.command(now(), Command::Failed { hash: hashes[0], reason: FailureReason::Rejected });
+        payments.start_waiting();
+        assert_eq!(payments.waiting.len(), 24 - 4 * MOST_BACK - 1);
     }
 
     #[test]
