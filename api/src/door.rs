@@ -115,6 +115,12 @@ pub enum DoorError {
     NotPaidYet,
     #[error("{required} needed, {available} on this key.")]
     Balance { required: Msat, available: Msat },
+    /// No single invoice of this door covers what the request may cost.
+    #[error(
+        "This may cost {price}, and an invoice for one request is over {most} at most: lower its limit of tokens \
+         (`max_tokens`), or fill a prepaid key with `POST /v1/topup` and send it with that."
+    )]
+    PriceTooHigh { price: Msat, most: Msat },
     #[error("Too many invoices wait to be paid; try again in a minute.")]
     TooManyInvoices,
     #[error("This node failed; the log names the cause under this request's id.")]
@@ -138,6 +144,7 @@ impl From<DoorError> for ApiError {
             DoorError::Balance { .. } => {
                 ApiError::new(StatusCode::PAYMENT_REQUIRED, "key_limit_exceeded", message).never_retry()
             }
+            DoorError::PriceTooHigh { .. } => ApiError::new(StatusCode::BAD_REQUEST, "price_too_high", message),
             DoorError::TooManyInvoices => ApiError::too_many(INVOICES_RETRY),
             DoorError::Internal { detail } => ServiceError::Internal { detail }.into(),
         }

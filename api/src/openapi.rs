@@ -128,7 +128,10 @@ fn reference(schema: &str) -> Value {
 
 const fn meaning(status: u16) -> &'static str {
     match status {
-        400 => "The request itself; `param` names the field",
+        400 => {
+            "The request itself; `param` names the field. At a front door also `price_too_high`: no single invoice covers \
+             what it may cost"
+        }
         401 => "No key, or one that opens nothing",
         402 => "Money: the wallet's, the node's or the key's limit; never retried by clients",
         403 => "The key may not do this",

@@ -22,6 +22,9 @@ use serde_json::{Value, json};
 use support::{Scripted, rates};
 use tower::ServiceExt;
 
+/// Over no more is an invoice for one request.
+const MOST: Msat = Msat(50_000);
+
 /// One key, opened by one token and one preimage.
 struct Desk;
 
@@ -51,12 +54,13 @@ impl Accounts for Desk {
         Ok(vec![])
     }
     async fn estimate(&self, request: CompletionRequest, _: Option<String>) -> Result<Estimate, ServiceError> {
+        let dear = request.model == "org/dear";
         Ok(Estimate {
             model: request.model,
             prompt_tokens: 3,
             max_tokens: 9,
             ceiling: Msat(4_000),
-            ceiling_with_failover: Msat(5_000),
+            ceiling_with_failover: if dear { Msat(50_000) } else { Msat(5_000) },
             rates: rates(),
             providers: 1,
             available: None,
@@ -72,6 +76,9 @@ impl Accounts for Desk {
 impl Door for Desk {
     async fn invoice(&self, order: Order, _: &str) -> Result<DoorInvoice, DoorError> {
         let (amount, secret) = match order {
+            Order::L402 { amount } if amount > MOST => {
+                return Err(DoorError::PriceTooHigh { price: amount, most: MOST });
+            }
             Order::L402 { amount } => (amount, Some("TOKEN".to_owned())),
             Order::NewKey { amount } => (amount, Some("sk-satgrid-new".to_owned())),
             Order::TopUp { amount, .. } | Order::Missing { amount, .. } => (amount, None),
@@ -139,6 +146,18 @@ async fn a_key_that_lacks_money_is_told_with_the_invoice_that_fills_it() {
     assert_eq!(headers["x-should-retry"], "false");
     let topup = &body["error"]["metadata"]["topup"];
     assert_eq!((&topup["bolt11"], &topup["expires_at"]), (&json!("lnbcrt1door"), &json!(1_700_000_600)));
+}
+
+#[tokio::test]
+async fn a_request_that_no_invoice_covers_is_refused_with_what_to_do() {
+    let (_, router) = world();
+    let body = json!({"model": "org/dear", "messages": [{"role": "user", "content": "hi"}]});
+    let request = Request::post("/v1/chat/completions").body(Body::from(body.to_string())).unwrap();
+    let (status, headers, body) = call(&router, request).await;
+    assert_eq!((status, &body["error"]["code"]), (StatusCode::BAD_REQUEST, &json!("price_too_high")));
+    let message = body["error"]["message"].as_str().unwrap();
+    assert!(message.contains("max_tokens") && message.contains("/v1/topup"), "{message}");
+    assert!(!headers.contains_key("www-authenticate"), "there is nothing to pay");
 }
 
 #[tokio::test]

@@ -141,6 +141,15 @@ impl DoorDesk {
         Msat(sat.saturating_mul(MSAT_PER_SAT))
     }
 
+    /// A price that one invoice covers. Less than it would be paid for nothing: the call reserves all of it.
+    fn whole(&self, price: Msat) -> Result<Msat, DoorError> {
+        let most = Msat(self.settings.max_sat.min(self.settings.max_balance_sat).saturating_mul(MSAT_PER_SAT));
+        if price > most {
+            return Err(DoorError::PriceTooHigh { price, most });
+        }
+        Ok(self.bounded(price))
+    }
+
     fn within(&self, amount: Msat) -> Result<(), DoorError> {
         if self.bounded(amount) == amount {
             return Ok(());
@@ -183,9 +192,10 @@ impl Door for DoorDesk {
                 Ok(DoorInvoice { secret: Some(secret), ..made })
             }
             Order::L402 { amount } => {
+                let amount = self.whole(amount)?;
                 // The key is found by the payment hash.
                 let fills = |hash| InvoiceFor::NewKey { hash: l402::key_hash(hash), name: "L402".to_owned() };
-                let made = self.make(asker, self.bounded(amount), fills).await?;
+                let made = self.make(asker, amount, fills).await?;
                 Ok(DoorInvoice { secret: Some(self.mint.token(made.payment_hash)), ..made })
             }
         }

@@ -31,6 +31,11 @@ struct World {
 }
 
 async fn world() -> World {
+    world_up_to(100_000, 150_000).await
+}
+
+/// With these bounds of an invoice and of a balance, in sats.
+async fn world_up_to(max_sat: u64, max_balance_sat: u64) -> World {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("ledger.sqlite");
     let [node, stranger] = FakeLightning::wallets(FakeNetwork::new(7, FaultRates::NONE));
@@ -59,8 +64,8 @@ async fn world() -> World {
         trusted_proxies: vec![],
         margin_permille: 100,
         min_sat: 10,
-        max_sat: 100_000,
-        max_balance_sat: 150_000,
+        max_sat,
+        max_balance_sat,
     };
     let desk = DoorDesk::new(Parts {
         keys: keys.clone(),
@@ -215,6 +220,20 @@ async fn a_key_is_made_by_its_payment_and_filled_again() {
     });
     assert_eq!(waits.await.state, "waiting");
     world.shutdown.cancel();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_price_above_any_invoice_is_refused_and_never_lowered() {
+    for bounds in [(50, 80), (80, 50)] {
+        let world = world_up_to(bounds.0, bounds.1).await;
+        let ask = |amount| world.desk.invoice(Order::L402 { amount }, "a");
+        let most = Msat::sat(50);
+        let price = Msat(most.0 + 1);
+        assert_eq!(ask(price).await, Err(DoorError::PriceTooHigh { price, most }));
+        assert_eq!(ask(most).await.unwrap().amount, most);
+        assert_eq!(ask(Msat(most.0 - 1)).await.unwrap().amount, most, "whole sats");
+        world.shutdown.cancel();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
