@@ -4,6 +4,8 @@
 //! of a stop string are held back until that is decided. The match that completes first wins; of two that complete on
 //! the same byte, the longer.
 
+use std::collections::VecDeque;
+
 use crate::utf8::Utf8Stream;
 
 /// One stop string and how much of it the latest bytes match (Knuth, Morris, Pratt).
@@ -100,22 +102,28 @@ impl StopMatcher {
 pub struct TextStream {
     stop: StopMatcher,
     utf8: Utf8Stream,
+    /// Bytes taken in, and those of them that no stop string can cut any more.
+    taken: usize,
+    sure: usize,
 }
 
 impl TextStream {
     pub fn new<S: AsRef<str>>(stops: &[S]) -> Self {
-        Self { stop: StopMatcher::new(stops), utf8: Utf8Stream::default() }
+        Self { stop: StopMatcher::new(stops), ..Self::default() }
     }
 
     /// Takes one token's piece; returns the text that may be shown now.
     pub fn push(&mut self, piece: &[u8]) -> String {
         let sure = self.stop.push(piece);
+        self.taken += piece.len();
+        self.sure += sure.len();
         self.utf8.push(&sure)
     }
 
     /// The text that was still held back, when no more tokens come.
     pub fn finish(&mut self) -> String {
         let sure = self.stop.finish();
+        self.sure += sure.len();
         let mut text = self.utf8.push(&sure);
         text += &self.utf8.finish();
         text
@@ -123,6 +131,39 @@ impl TextStream {
 
     pub fn stopped(&self) -> bool {
         self.stop.stopped()
+    }
+}
+
+/// What is told of tokens beside their text, held back as long as the text is: a token's is told once a byte of its own
+/// goes out, and never where a stop string cuts all of it away.
+#[derive(Debug, Clone)]
+pub struct Beside<T> {
+    /// Each with the place where its token's text begins.
+    held: VecDeque<(usize, T)>,
+}
+
+impl<T> Default for Beside<T> {
+    fn default() -> Self {
+        Self { held: VecDeque::new() }
+    }
+}
+
+impl<T> Beside<T> {
+    /// Of the token whose piece the stream takes next.
+    pub fn hold(&mut self, stream: &TextStream, of_token: T) {
+        if !stream.stopped() {
+            self.held.push_back((stream.taken, of_token));
+        }
+    }
+
+    /// Of tokens whose text goes out, at least partly, with what the stream has given by now.
+    pub fn told(&mut self, stream: &TextStream) -> Vec<T> {
+        let sure = self.held.partition_point(|(begins, _)| *begins < stream.sure);
+        let told = self.held.drain(..sure).map(|(_, of_token)| of_token).collect();
+        if stream.stopped() {
+            self.held.clear();
+        }
+        told
     }
 }
 
@@ -155,6 +196,33 @@ mod tests {
         check(&["\u{e9}"], &["caf\u{e9}!"], &["caf"], "", true);
     }
 
+    /// What is told of tokens after each piece, and at the end; each is told by its number.
+    #[track_caller]
+    fn check_beside(stops: &[&str], pieces: &[&str], told: &[&[usize]], end: &[usize]) {
+        let (mut stream, mut beside) = (TextStream::new(stops), Beside::default());
+        for (number, (piece, told)) in pieces.iter().zip(told).enumerate() {
+            beside.hold(&stream, number);
+            stream.push(piece.as_bytes());
+            assert_eq!(beside.told(&stream), *told, "{stops:?} on {pieces:?}, after {number}");
+        }
+        stream.finish();
+        assert_eq!(beside.told(&stream), end, "{stops:?} on {pieces:?}");
+    }
+
+    #[test]
+    fn what_is_told_of_tokens_goes_with_their_text() {
+        check_beside(&[], &["ab", "c"], &[&[0], &[1]], &[]);
+        // One whole token is the stop string; nothing is told of it, nor of what comes after.
+        check_beside(&["STOP"], &["a", "STOP", "b"], &[&[0], &[], &[]], &[]);
+        // A stop string over several tokens: the first is kept in part.
+        check_beside(&["STOP"], &["aS", "T", "OP", "b"], &[&[0], &[], &[], &[]], &[]);
+        check_beside(&["STOP"], &["a", "S", "T", "OPb"], &[&[0], &[], &[], &[]], &[]);
+        // What only began like one is told with its text, also at the end.
+        check_beside(&["STOP"], &["S", "T", "x"], &[&[], &[], &[0, 1, 2]], &[]);
+        check_beside(&["STOP"], &["S", "T"], &[&[], &[]], &[0, 1]);
+        check_beside(&["\n\n"], &["one\n", "two\n", "\nthree"], &[&[0], &[1], &[]], &[]);
+    }
+
     /// The dumb reference: the end of the first match over the whole, and the longest that ends there.
     fn reference(stops: &[String], text: &[u8]) -> (Vec<u8>, bool) {
         for end in 1..=text.len() {
@@ -185,8 +253,23 @@ mod tests {
                 prop_assert!(expect.starts_with(&out), "leaked {:?} of {:?}", out, expect);
             }
             out.extend(matcher.finish());
-            prop_assert_eq!(out, expect);
+            prop_assert_eq!(&out, &expect);
             prop_assert_eq!(matcher.stopped(), stopped);
+            // Told as it streams or only once at the end, it is of the tokens whose text is returned at least partly.
+            let (mut stream, mut streamed, mut whole) = (TextStream::new(&stops), Beside::default(), Beside::default());
+            let mut told = Vec::new();
+            for pair in cuts.windows(2).filter(|pair| pair[0] < pair[1]) {
+                streamed.hold(&stream, pair[0]);
+                whole.hold(&stream, pair[0]);
+                stream.push(&bytes[pair[0]..pair[1]]);
+                told.extend(streamed.told(&stream));
+            }
+            stream.finish();
+            told.extend(streamed.told(&stream));
+            let mut kept: Vec<usize> = cuts.iter().copied().filter(|begins| *begins < expect.len()).collect();
+            kept.dedup();
+            prop_assert_eq!(&told, &kept);
+            prop_assert_eq!(&whole.told(&stream), &kept);
         }
     }
 }

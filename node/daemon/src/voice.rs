@@ -13,7 +13,7 @@ use satgrid_api::{
 use satgrid_engine::{
     grammar::{Grammar, Json, SchemaError, any_object, from_schema},
     port::Tokenizer,
-    stop::TextStream,
+    stop::{Beside, TextStream},
     template::ChatOrder,
     tools::{END_THINK, Part, Reader, Signature, Style, THINK, forced},
 };
@@ -212,6 +212,8 @@ pub(crate) struct Voice {
     /// Calls begun so far.
     calls: u32,
     logprobs: VecDeque<TokenLogprobs>,
+    /// Those whose text is not decided yet.
+    unsaid: Beside<TokenLogprob>,
     /// Tokens of thinking.
     pub reasoning: u32,
 }
@@ -224,7 +226,8 @@ impl Voice {
         let tools = offered(request).into_iter().map(|tool| tool.name.clone()).collect();
         let reader = Reader::new(style(&vocabulary), tools, thinks, asked.begun);
         let text = TextStream::new(&request.stop);
-        Self { vocabulary, text, reader, calls: 0, logprobs: VecDeque::new(), reasoning: 0 }
+        let (logprobs, unsaid) = (VecDeque::new(), Beside::default());
+        Self { vocabulary, text, reader, calls: 0, logprobs, unsaid, reasoning: 0 }
     }
 
     /// Log probabilities of the tokens that come next.
@@ -239,12 +242,14 @@ impl Voice {
             if let Some(entry) = self.logprobs.pop_front()
                 && !piece.is_empty()
             {
-                events.push(CompletionEvent::Logprobs { tokens: vec![self.named(&piece, entry).await?] });
+                let named = self.named(&piece, entry).await?;
+                self.unsaid.hold(&self.text, named);
             }
             self.reasoning += u32::from(self.reader.is_thinking());
             // A mark that is a control token has no text of its own.
             let mark = self.vocabulary.marks.get(id).map(|mark| mark.as_bytes());
             let text = self.text.push(mark.unwrap_or(&piece));
+            self.tell(&mut events);
             let parts = self.reader.push(&text);
             self.add(parts, &mut events);
         }
@@ -257,6 +262,7 @@ impl Voice {
         let mut parts = self.reader.push(&text);
         parts.extend(self.reader.finish());
         let mut events = Vec::new();
+        self.tell(&mut events);
         self.add(parts, &mut events);
         events
     }
@@ -264,6 +270,14 @@ impl Voice {
     /// A stop string has been completed.
     pub(crate) fn stopped(&self) -> bool {
         self.text.stopped()
+    }
+
+    /// Log probabilities of tokens whose text goes out now: none of those that a stop string cut away.
+    fn tell(&mut self, events: &mut Vec<CompletionEvent>) {
+        let tokens = self.unsaid.told(&self.text);
+        if !tokens.is_empty() {
+            events.push(CompletionEvent::Logprobs { tokens });
+        }
     }
 
     fn add(&mut self, parts: Vec<Part>, events: &mut Vec<CompletionEvent>) {
