@@ -43,10 +43,9 @@ pub(crate) async fn compare_heads(
     while let Some(note) = notes.recv().await {
         let Ok(heard) = SignedCheckpoint::parse(&note) else { continue };
         let listed = market.live().iter().any(|listing| listing.node_key == heard.node);
-        if listed || store.has_heard_of(heard.node).await {
-            if witness(&store, &heard, &consumer).await {
-                let _ = consumer.send(Message::Event(ConsumerEvent::OthersHead(Box::new(heard)))).await;
-            }
+        let known = listed || store.has_heard_of(heard.node).await;
+        if known && witness(&store, &heard, &consumer).await {
+            let _ = consumer.send(Message::Event(ConsumerEvent::OthersHead(Box::new(heard)))).await;
         }
     }
 }
