@@ -88,7 +88,9 @@ impl Running {
         let request = RequestId([u8::try_from(id).unwrap(); 32]);
         let admit = Order::Admit { job: JobId(id), session: SessionId([5; 32]), request, order, lead };
         assert!(self.order(admit).is_empty());
+        // As its route would.
         self.jobs.get_mut(&JobId(id)).unwrap().next = Some(NEXT);
+        self.leads.insert(SessionId([5; 32]), lead);
         let (ear, key) = (self.ear.clone(), self.parts.key.clone());
         self.out
             .entry((lead, NEXT))
