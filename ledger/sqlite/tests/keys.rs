@@ -196,16 +196,21 @@ async fn the_next_call_knows_what_the_last_one_cost() {
     assert!(keys.faults().await.unwrap().is_empty());
 }
 
-#[tokio::test]
-async fn refunds_that_failed_before_keep_no_other_out() {
-    let dir = tempfile::tempdir().unwrap();
-    let (_journal, keys) = store(&dir.path().join("l.sqlite")).await;
-    let (hash, amount) = (PaymentHash([5; 32]), Msat::sat(100));
+/// A key that a stranger paid for at the door.
+async fn prepaid(keys: &KeyStore, amount: Msat) -> KeyId {
+    let hash = PaymentHash([5; 32]);
     let fills = InvoiceFor::NewKey { hash: [6; 32], name: "door".into() };
     let new = NewInvoice { asker: "a".into(), hash, fills, amount, expires_at: NOW.plus_ms(DAY) };
     let limits = InvoiceLimits { open: 1, open_of_one: 1, balance: amount };
     keys.add_invoice(&new, limits, NOW).await.unwrap();
-    let key = keys.invoice_paid(hash, amount, NOW).await.unwrap().unwrap().key.unwrap();
+    keys.invoice_paid(hash, amount, NOW).await.unwrap().unwrap().key.unwrap()
+}
+
+#[tokio::test]
+async fn refunds_that_failed_before_keep_no_other_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_journal, keys) = store(&dir.path().join("l.sqlite")).await;
+    let key = prepaid(&keys, Msat::sat(100)).await;
     let one = (Msat::sat(2), Msat::sat(1));
     let first = keys.open_refund(key, one, "a@slow.example", NOW).await.unwrap().id;
     let second = keys.open_refund(key, one, "b@example.com", NOW).await.unwrap().id;
@@ -219,12 +224,7 @@ async fn refunds_that_failed_before_keep_no_other_out() {
 async fn every_attempted_refund_is_found_again_page_by_page() {
     let dir = tempfile::tempdir().unwrap();
     let (_journal, keys) = store(&dir.path().join("l.sqlite")).await;
-    let (hash, amount) = (PaymentHash([5; 32]), Msat::sat(1_000));
-    let fills = InvoiceFor::NewKey { hash: [6; 32], name: "door".into() };
-    let new = NewInvoice { asker: "a".into(), hash, fills, amount, expires_at: NOW.plus_ms(DAY) };
-    let limits = InvoiceLimits { open: 1, open_of_one: 1, balance: amount };
-    keys.add_invoice(&new, limits, NOW).await.unwrap();
-    let key = keys.invoice_paid(hash, amount, NOW).await.unwrap().unwrap().key.unwrap();
+    let key = prepaid(&keys, Msat::sat(1_000)).await;
     let mut attempted = Vec::new();
     for n in 0..300u16 {
         let id = keys.open_refund(key, (Msat::sat(1), Msat::sat(1)), "a@example.com", NOW).await.unwrap().id;

@@ -270,13 +270,11 @@ impl Consumer {
             let (rule, text) = match &asked {
                 Asked::Inclusion { .. } => ("promise-broken", "its log does not hold the receipt that it promised"),
                 Asked::Consistency { .. } => {
+                    // It is found; asked again it would be found again.
+                    session.log.unjoined.pop_front();
                     ("log-inconsistent", "its log does not extend the one that it showed before")
                 }
             };
-            if matches!(asked, Asked::Consistency { .. }) {
-                // It is found; asked again it would be found again.
-                session.log.unjoined.pop_front();
-            }
             return self.misbehaved(now, index, rule, text, cbor::encode(&proof));
         }
         match asked {

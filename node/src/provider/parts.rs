@@ -13,7 +13,7 @@ use satgrid_protocol::{
     hop::Leading,
     metering,
 };
-use satgrid_types::{Digest, Part, PartUsage, RequestId, SessionId, Terms, TokenUsage, UnixMs};
+use satgrid_types::{Digest, NodeKey, Part, PartUsage, RequestId, SessionId, Terms, TokenUsage, UnixMs};
 
 /// What is alive of an order beside its counts.
 #[derive(Debug, Clone)]
@@ -115,13 +115,11 @@ impl Provider {
     /// Where the rows of a request go next.
     pub(super) fn route(&mut self, link: LinkId, stream: StreamId, id: SessionId, route: PartRoute) {
         let job = self.request_on(id, link, stream).and_then(|request| self.part_job(id, &request));
-        let Some((engine, job)) = job else { return };
+        let Some((engine, job, lead)) = job else { return };
         if route.addresses.len() > MAX_ADDRESSES || route.resend.len() > MAX_RESENDS {
             return self.violation(link, "too many addresses, or too much to be sent again, in a route");
         }
-        let lead = self.jobs.get(&job).and_then(|(_, request)| self.sessions.get(&id)?.requests.get(request));
-        let lead = lead.and_then(|live| Some(live.part.as_ref()?.order.lead));
-        if !lead.is_some_and(|lead| Leading::is_proven(&route.leading, &lead, id)) {
+        if !Leading::is_proven(&route.leading, &lead, id) {
             return self.violation(link, "the lead that the order names did not say that it pays here");
         }
         // The order itself goes out once it is written down: this must not overtake it.
@@ -131,15 +129,16 @@ impl Provider {
     /// The lead wants no more of this request.
     pub(super) fn part_done(&mut self, link: LinkId, stream: StreamId, id: SessionId) {
         let job = self.request_on(id, link, stream).and_then(|request| self.part_job(id, &request));
-        if let Some((engine, job)) = job {
+        if let Some((engine, job, _)) = job {
             self.behind(vec![ProviderAction::Settle { engine, job }]);
         }
     }
 
-    fn part_job(&self, id: SessionId, request: &RequestId) -> Option<(EngineId, JobId)> {
+    /// The running job of an order, and the lead that the order names.
+    fn part_job(&self, id: SessionId, request: &RequestId) -> Option<(EngineId, JobId, NodeKey)> {
         let session = self.sessions.get(&id)?;
-        let live = session.requests.get(request).filter(|live| live.part.is_some() && live.is_running())?;
-        Some((session.engine?, live.job))
+        let live = session.requests.get(request).filter(|live| live.is_running())?;
+        Some((session.engine?, live.job, live.part.as_ref()?.order.lead))
     }
 
     /// How a lead put an answer together, before its run is reported as over.
