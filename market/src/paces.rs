@@ -3,7 +3,8 @@
 //! A lead sees one figure, the time of a row's whole trip. It takes it apart by rows that end early: a row that stops being
 //! computed after worker k still travels the whole ring, so two such trips that end at neighbours differ by one worker's
 //! time, and one that nobody computes is the way alone ([`Trips`]). Of each kind the middle one of several counts, and the
-//! listing is believed as far as these are spread: what else goes on is nobody's lie.
+//! listing is believed as far as that one may be off: what else goes on is nobody's lie. Where noise alone keeps a listing
+//! believed, more trips tell ([`Own::is_doubtful`]).
 //!
 //! | a worker's pace    | is so while                                                                                    |
 //! |--------------------|------------------------------------------------------------------------------------------------|
@@ -97,6 +98,11 @@ impl Trips {
         Trips { way: Vec::new(), after: vec![Vec::new(); workers] }
     }
 
+    /// How many kinds of short trips there are: of the whole ones, those that the last worker computes, a ring has plenty.
+    pub fn kinds(&self) -> usize {
+        self.after.len().max(1)
+    }
+
     /// A trip's time: after which worker, counted from 0, it was not computed any more; `None`: by nobody.
     pub fn took(&mut self, after: Option<usize>, us: u64) {
         let kept = match after {
@@ -134,14 +140,23 @@ impl Own {
     pub fn beside(&self, listed_us: u64) -> u64 {
         listed_us.clamp(self.us.saturating_sub(self.give_us), self.us.saturating_add(self.give_us))
     }
+
+    /// What was measured makes the listed time untrue, and only its noise speaks for it.
+    pub fn is_doubtful(&self, listed_us: u64) -> bool {
+        overstates(listed_us, self.us) && !overstates(listed_us, self.beside(listed_us))
+    }
 }
 
-/// The middle one, and how far the middle half is spread.
+/// The middle one, and how far it may be off: of n times, 2/sqrt(n) of what the middle half is spread over, which is some two
+/// standard errors of a median where the times are normal (0.93/sqrt(n) of it each).
 fn middle(times: &[u64]) -> Option<(u64, u64)> {
     let mut sorted = times.to_vec();
     sorted.sort_unstable();
     let at = |part: usize| sorted.get(sorted.len() * part / 4).copied();
-    Some((at(2)?, at(3)?.saturating_sub(at(1)?)))
+    let spread = at(3)?.saturating_sub(at(1)?);
+    // The root of 4 * spread^2 / n.
+    let squared = u128::from(spread).pow(2).saturating_mul(4) / sorted.len().max(1) as u128;
+    Some((at(2)?, u64::try_from(squared.isqrt()).unwrap_or(u64::MAX)))
 }
 
 /// Whether a ring's least whole trip is so much longer than the plan said that its workers are to be measured one by one.
@@ -205,6 +220,26 @@ mod tests {
         for (listed, counts) in [(1_000, 22_900), (30_000, 30_000), (98_000, 98_000), (200_000, 98_900)] {
             assert_eq!(own.beside(listed), counts);
         }
+    }
+
+    /// A worker of 60 ms that lists 2, on a machine where every eighth trip is late by 150 ms: four trips of each kind may say
+    /// nothing, and then they say so; sixteen do.
+    #[test]
+    fn where_noise_alone_speaks_for_a_listing_more_trips_tell() {
+        let told = |trips_of_a_kind: u64| {
+            let mut trips = Trips::of(1);
+            for n in 0..trips_of_a_kind {
+                let late = if n % 8 == 3 { 150_000 } else { n * 100 };
+                trips.took(None, 3_000 + late);
+                trips.took(Some(0), 63_000 + late);
+            }
+            trips.workers().unwrap()[0]
+        };
+        let (few, many) = (told(4), told(16));
+        assert!(few.is_doubtful(2_000) && few.beside(2_000) == 2_000);
+        assert!(!many.is_doubtful(2_000) && overstates(2_000, many.beside(2_000)), "{many:?}");
+        // One that lists what it has is not doubted, however loud it is.
+        assert!(!few.is_doubtful(60_000) && !few.is_doubtful(30_000));
     }
 
     #[test]

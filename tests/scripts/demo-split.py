@@ -98,8 +98,9 @@ def measured(market, lead, worker, answer):
     slowed = Slowed(worker, max(0.03, asked()["plan"]["token_us"] / 1e6))
     say(f"{worker.name} is much slower than it lists from now on")
     try:
-        # A busy machine lists less and is measured at more: a ring listens again every five seconds, and takes a word back.
-        for _ in range(5):
+        # A busy machine lists less and is measured at more: a ring listens again every five seconds, and takes a word back. The
+        # longest round takes two answers and a half, and half a minute lies between two: there is time for a second one.
+        for _ in range(10):
             text = answer(lead).text
             time.sleep(1)  # figures are on the disk
             why = asked()

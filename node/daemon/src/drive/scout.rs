@@ -58,6 +58,11 @@ impl Scout {
         is_suspicious(way.saturating_add(listed), trip_us) || plan.iter().any(watched)
     }
 
+    /// Whether noise alone keeps some worker's listing believed.
+    pub(crate) fn doubts(&self, plan: &[Planned], times: &[Own]) -> bool {
+        plan.iter().zip(times).any(|(stage, own)| own.is_doubtful(listed_us(&stage.listing, &stage.range)))
+    }
+
     /// A worker's layers took so long. Whether it lists a speed that it does not have.
     pub(crate) fn measured(&self, stage: &Planned, own: Own) -> bool {
         let (node, listed) = (stage.listing.node_key, listed_us(&stage.listing, &stage.range));

@@ -12,6 +12,7 @@
 //! | resting | its time                                        | listening                                                |
 //! | listening | `TRIPS` whole trips of a single row           | resting, where they are as long as listed and no round is due; a round |
 //! | a round | `SAMPLES` trips of each kind, one at a time     | resting, with every worker's time told to the market     |
+//! |         | as many again, up to `PASSES` times, where noise alone keeps a listing believed | as above                  |
 //! |         | a trip that is refused or late (`WITHIN`)       | resting, with nothing told                               |
 
 use super::{ConsumerMessage, Planned, Running, UnderWay, WorkKind};
@@ -33,6 +34,8 @@ use std::{
 /// Whole trips that a judgement needs, and short ones of each kind.
 const TRIPS: u32 = 8;
 const SAMPLES: u32 = 4;
+/// So often at the most, where they leave a doubt.
+const PASSES: u32 = 4;
 /// Between two judgements, and between two rounds.
 const LISTEN_EVERY: Duration = Duration::from_secs(5);
 const ROUND_EVERY: Duration = Duration::from_secs(30);
@@ -63,7 +66,8 @@ pub(super) struct Pacing {
 /// Measurements of every worker, one trip after the other.
 struct Round {
     trips: Trips,
-    /// Short trips that came back: the first `SAMPLES` are computed by nobody, the next end after the first worker, and so on.
+    /// Short trips that came back: the first `SAMPLES` are computed by nobody, the next end after the first worker, and so on;
+    /// then anew.
     done: u32,
     under_way: Option<(u64, Instant)>,
     /// The next whole trip went out behind a short one, and may have waited for it.
@@ -73,7 +77,13 @@ struct Round {
 impl Round {
     /// After which worker the next short trip ends; `None`: nobody computes it.
     fn kind(&self) -> Option<usize> {
-        (self.done / SAMPLES).checked_sub(1).map(|worker| worker as usize)
+        ((self.done / SAMPLES) as usize % self.trips.kinds()).checked_sub(1)
+    }
+
+    /// How often each kind's `SAMPLES` came back, and how many trips beyond that.
+    fn passes(&self) -> (u32, u32) {
+        let pass = SAMPLES.saturating_mul(u32::try_from(self.trips.kinds()).unwrap_or(u32::MAX));
+        (self.done / pass, self.done % pass)
     }
 }
 
@@ -110,16 +120,19 @@ impl Pacing {
     }
 
     /// A short trip came back. The workers' times, where it was the last one.
-    fn back(&mut self, now: Instant, work: u64, workers: usize) -> Option<Vec<Own>> {
+    fn back(&mut self, now: Instant, work: u64, is_doubtful: impl Fn(&[Own]) -> bool) -> Option<Vec<Own>> {
         let round = self.round.as_mut()?;
         let (_, sent) = round.under_way.take_if(|(number, _)| *number == work)?;
         round.trips.took(round.kind(), micros(now.duration_since(sent)));
         round.done += 1;
-        // Those that end after the last worker are whole trips, which are heard anyway.
-        if u64::from(round.done) < u64::from(SAMPLES).saturating_mul(workers as u64) {
+        let (passes, more) = round.passes();
+        if more > 0 {
             return None;
         }
         let times = round.trips.workers();
+        if passes < PASSES && times.as_deref().is_some_and(is_doubtful) {
+            return None;
+        }
         self.due = Some(now + CALM_EVERY);
         self.rest(now, ROUND_EVERY);
         times
@@ -198,7 +211,7 @@ impl Running {
         let plan = &self.parts.plan;
         if !well {
             self.pacing.rest(now, LISTEN_EVERY);
-        } else if let Some(times) = self.pacing.back(now, work.id.0, plan.len()) {
+        } else if let Some(times) = self.pacing.back(now, work.id.0, |times| self.parts.scout.doubts(plan, times)) {
             let told = plan.iter().zip(times).enumerate();
             let slow: Vec<usize> =
                 told.filter_map(|(at, (stage, own))| self.parts.scout.measured(stage, own).then_some(at)).collect();
@@ -238,10 +251,10 @@ mod tests {
     use super::*;
 
     /// Trips over workers of these times, as the ring would have them; what it finds, and how many trips were asked for.
-    fn drive(workers: &[u64], listed: u64) -> (Option<Vec<u64>>, u32) {
+    fn drive(workers: &[u64], listed: u64, doubts: bool) -> (Option<Vec<u64>>, u32) {
         let (mut pacing, mut now, mut sent) = (Pacing::default(), Instant::now(), 0);
         let whole: u64 = workers.iter().sum::<u64>() + 900;
-        for _ in 0..200 {
+        for _ in 0..400 {
             now += Duration::from_millis(50);
             if !pacing.heard(now, whole, workers.len(), |least| least > listed) {
                 continue;
@@ -252,8 +265,8 @@ mod tests {
             (round.under_way, round.behind) = (Some((number, now)), true);
             let upto = round.kind().map_or(0, |worker| worker + 1);
             now += Duration::from_micros(900 + workers[..upto].iter().sum::<u64>());
-            assert_eq!(pacing.back(now, number + 7, workers.len()), None, "not the one that is awaited");
-            if let Some(times) = pacing.back(now, number, workers.len()) {
+            assert_eq!(pacing.back(now, number + 7, |_| false), None, "not the one that is awaited");
+            if let Some(times) = pacing.back(now, number, |_| doubts) {
                 return (Some(times.iter().map(|own| own.us).collect()), sent);
             }
         }
@@ -264,8 +277,13 @@ mod tests {
     fn workers_are_measured_only_where_the_ring_is_slower_than_listed() {
         for workers in [&[70_000_u64][..], &[4_000, 70_000, 2_000], &[1, 2, 3, 90_000]] {
             let samples = SAMPLES * u32::try_from(workers.len()).unwrap();
-            assert_eq!(drive(workers, 20_000), (Some(workers.to_vec()), samples));
-            assert_eq!(drive(workers, 200_000), (None, 0), "no trip is spent on an honest ring");
+            assert_eq!(drive(workers, 20_000, false), (Some(workers.to_vec()), samples));
+            assert_eq!(
+                drive(workers, 20_000, true),
+                (Some(workers.to_vec()), PASSES * samples),
+                "a doubt asks for more"
+            );
+            assert_eq!(drive(workers, 200_000, false), (None, 0), "no trip is spent on an honest ring");
         }
     }
 
@@ -278,7 +296,7 @@ mod tests {
             if pacing.heard(now, 9_000, 1, |_| false) {
                 let round = pacing.round.as_mut().unwrap();
                 (round.under_way, round.behind) = (Some((1, now)), true);
-                rounds += u32::from(pacing.back(now, 1, 1).is_some());
+                rounds += u32::from(pacing.back(now, 1, |_| false).is_some());
             }
         }
         assert_eq!(rounds, 2, "after a minute, and five later");
@@ -293,7 +311,7 @@ mod tests {
         pacing.round.as_mut().unwrap().under_way = Some((1, now));
         assert!(!heard(&mut pacing, now), "one at a time");
         assert!(!heard(&mut pacing, now + 2 * WITHIN));
-        assert_eq!(pacing.back(now + 2 * WITHIN, 1, 2), None, "it comes too late");
+        assert_eq!(pacing.back(now + 2 * WITHIN, 1, |_| false), None, "it comes too late");
         let later = now + 2 * WITHIN + LISTEN_EVERY;
         (1..TRIPS).for_each(|_| assert!(!heard(&mut pacing, later)));
         assert!(heard(&mut pacing, later), "and a new one begins");
