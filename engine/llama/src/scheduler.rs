@@ -8,7 +8,7 @@
 //! | a slot is | its sequence holds                    | leaves with                                               |
 //! |-----------|---------------------------------------|-----------------------------------------------------------|
 //! | empty     | nothing                               | a job is seated                                           |
-//! | running   | the job's first `at` tokens           | the job's end: idle; a failed batch: empty                |
+//! | running   | the job's first `at` tokens           | the job's end: idle; its rows or the batch failed: empty  |
 //! | away      | as running; its next rows are sent    | their batch is back: running, and what was asked meanwhile happens |
 //! | idle      | the tokens of its session's last job  | a job of the session with a common start: cut back to it; any other job, longest unused slot first: emptied; `ForgetSession`: emptied |
 //!
@@ -27,7 +27,7 @@ use satgrid_engine::port::{Command, EngineEvent, FinishReason, Job, JobError, Jo
 use crate::ffi::{BatchRow, DecodeError};
 use crate::plan::{Limits, Plan, Progress, plan_batch};
 use slot::{Grant, Running, Slot, Waiting};
-pub(crate) use waves::Sends;
+pub(crate) use waves::{Failed, Sends};
 
 /// Jobs that wait for a slot or a grant; more are refused as busy.
 pub(crate) const MAX_QUEUED: usize = 256;
@@ -143,7 +143,7 @@ impl Scheduler {
     pub(crate) fn step(&mut self, backend: &mut impl Computes) -> bool {
         self.seat_waiting(backend);
         let Some(batch) = self.plan(self.shape.batch, backend) else { return false };
-        let outcome = backend.evaluate(&batch.rows);
+        let outcome = backend.evaluate(&batch.rows).map(|()| Failed::new());
         self.book(batch.ends, outcome, backend);
         true
     }
@@ -199,11 +199,15 @@ impl Scheduler {
         Some(Batch { rows, ends })
     }
 
-    /// Books a batch that was computed, or failed: its jobs go on from there.
-    fn book(&mut self, ends: Vec<End>, outcome: Result<(), DecodeError>, backend: &mut impl Backend) {
+    /// Books a batch that was computed, but for some slots, or failed: its jobs go on from there.
+    fn book(&mut self, ends: Vec<End>, outcome: Result<Failed, DecodeError>, backend: &mut impl Backend) {
         match outcome {
-            Ok(()) => {
+            Ok(failed) => {
                 for End { slot, at, row, guess } in ends {
+                    if let Some(reason) = failed.get(&slot) {
+                        self.fail(slot, reason, backend);
+                        continue;
+                    }
                     self.advance(slot, at, row, backend);
                     self.verify(slot, row, &guess, backend);
                 }

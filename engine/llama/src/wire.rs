@@ -17,7 +17,7 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 /// Most bytes in one frame. The longest is a vocabulary's table of pieces, or a prompt of a very long context.
 pub(crate) const MAX_FRAME: u32 = 64 * 1024 * 1024;
 /// Both ends come from one binary; this catches a worker of another version.
-pub(crate) const VERSION: u32 = 3;
+pub(crate) const VERSION: u32 = 4;
 
 /// From the node to the process.
 #[derive(Debug, Encode, Decode)]

@@ -11,6 +11,7 @@
 //! | a stage or link is lost                     | holds what it is given, looks for a replacement | waits                                      |
 //! | a replacement is there                      | rebuilds its cache from kept rows where it can (`kept`), then tells `NeedsReplay` for the rest, or `held` at the full length | takes every unanswered work of those sequences as void; sends replays from `held` on, then those works again under new ids with `again` set |
 //! | a stage evicted a sequence (`Gap`)          | tells `NeedsReplay` of that one                 | the same                                   |
+//! | a job's order ends and nobody else takes it, or its rows are refused | `Ended` of that job | it fails; what others had in the same works goes again without its rows, under new ids with `again` set |
 //! | there is no replacement, or the plan is over| `Failed`                                        | the jobs fail; later works may try again   |
 //!
 //! A replay is a work with `ends_at`: the stages before that one compute the positions again, that one computes them for the
@@ -139,6 +140,15 @@ pub enum RingEvent {
     #[n(2)]
     Failed {
         #[n(0)]
+        reason: String,
+    },
+    /// These jobs cannot go on; every unanswered work with a piece of theirs is void. Works that come with one all the same are too, and
+    /// it is told again.
+    #[n(3)]
+    Ended {
+        #[n(0)]
+        jobs: Vec<JobId>,
+        #[n(1)]
         reason: String,
     },
 }

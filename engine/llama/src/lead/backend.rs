@@ -10,7 +10,7 @@ use super::ends::LlamaEnds;
 use super::trip::{Trip, TripShape, Way};
 use crate::draft::DraftModel;
 use crate::ffi::{BatchRow, DecodeError};
-use crate::scheduler::{Backend, Sends};
+use crate::scheduler::{Backend, Failed, Sends};
 use crate::wire::{FromWorker, ToWorker};
 use crate::worker::{Link, Stop};
 
@@ -86,7 +86,7 @@ impl Sends for RingBackend<'_> {
         self.trip.launch(batch, rows, &mut self.ends, self.link)
     }
 
-    fn landed(&mut self) -> Option<(u64, Result<(), DecodeError>)> {
+    fn landed(&mut self) -> Option<(u64, Result<Failed, DecodeError>)> {
         self.trip.landed(&mut self.ends, self.link)
     }
 }

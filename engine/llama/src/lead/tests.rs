@@ -81,6 +81,8 @@ struct Stages {
     first: BTreeSet<(u32, u32)>,
     again: u32,
     fails: bool,
+    /// Its order has ended, and nobody else takes it.
+    over: Option<JobId>,
 }
 
 impl Stages {
@@ -94,6 +96,7 @@ impl Stages {
             first: BTreeSet::new(),
             again: 0,
             fails: false,
+            over: None,
         }
     }
 
@@ -101,6 +104,10 @@ impl Stages {
         self.works += 1;
         if self.fails {
             self.events.insert(0, RingEvent::Failed { reason: "no stages for sale".to_owned() });
+            return;
+        }
+        if let Some(job) = self.over.filter(|job| work.pieces.iter().any(|piece| piece.job == *job)) {
+            self.events.insert(0, RingEvent::Ended { jobs: vec![job], reason: "nobody else sells it".to_owned() });
             return;
         }
         if let Some((_, stage, upto)) = self.losses.iter().find(|loss| loss.0 == self.works).copied() {
@@ -171,7 +178,7 @@ fn evaluate(trip: &mut Trip, rows: &[BatchRow], two: &mut Two, stages: &mut Stag
     loop {
         if let Some((batch, outcome)) = trip.landed(two, stages) {
             assert_eq!(batch, 1);
-            return outcome;
+            return outcome.map(|failed| assert!(failed.is_empty()));
         }
         let event = stages.events.pop().expect("a word of the ring");
         trip.heard(event, two, stages);
@@ -194,7 +201,7 @@ fn together(trip: &mut Trip, rows: &[BatchRow], two: &mut Two, stages: &mut Stag
     while left > 0 {
         match trip.landed(two, stages) {
             Some((batch, outcome)) => {
-                outcome.unwrap();
+                assert!(outcome.unwrap().is_empty());
                 told[batch as usize] = trip.logits(0, two).unwrap()[0];
                 left -= 1;
             }
@@ -295,4 +302,63 @@ fn answers_of_the_wrong_length_or_of_void_works_are_no_answers() {
     stages.events.push(RingEvent::Done { work: WorkId(2), rows: HiddenRows::none(WireType::F32) });
     let error = evaluate(&mut trip, &rows(0, 3, 4), &mut two, &mut stages).unwrap_err();
     assert!(error.to_string().contains("0 rows came back for 1"), "{error}");
+}
+
+/// A batch to its end: its number, and the slots that came to nothing in it.
+fn land_one(trip: &mut Trip, two: &mut Two, stages: &mut Stages) -> (u64, BTreeMap<u32, String>) {
+    loop {
+        if let Some((batch, outcome)) = trip.landed(two, stages) {
+            return (batch, outcome.unwrap());
+        }
+        let event = stages.events.pop().expect("a word of the ring");
+        trip.heard(event, two, stages);
+    }
+}
+
+#[test]
+fn a_job_that_ends_takes_nobody_elses_rows_along() {
+    let shape = TripShape { slots: 4, stages: 2, chunk: 6, works: 6, exact: true, wire: WireType::F32 };
+    let one = |slot: u32, at: u32| rows(slot, at, at + 1);
+    let ended = |slot: u32| BTreeMap::from([(slot, "nobody else sells it".to_owned())]);
+    let begin = || {
+        let (mut trip, mut stages, mut two) = (Trip::new(shape), Stages::new(2, &[]), Two::default());
+        for slot in 0..3 {
+            trip.seated(slot, JobId(10 + u64::from(slot)), 20);
+            evaluate(&mut trip, &rows(slot, 0, 20), &mut two, &mut stages).unwrap();
+        }
+        (trip, stages, two)
+    };
+    let three = [one(0, 20), one(1, 20), one(2, 20)].concat();
+    let (mut calm, mut stages, mut two) = begin();
+    evaluate(&mut calm, &three, &mut two, &mut stages).unwrap();
+    let expect = [0, 2].map(|row| calm.logits(row, &mut two).unwrap()[0]);
+
+    // The one in the middle ends, in a work of all three and in a prompt that is a batch of its own.
+    let (mut trip, mut stages, mut two) = begin();
+    let kept = (stages.works, two.head_rows);
+    stages.over = Some(JobId(11));
+    trip.launch(5, &three, &mut two, &mut stages).unwrap();
+    assert_eq!(land_one(&mut trip, &mut two, &mut stages), (5, ended(1)));
+    assert_eq!([0, 2].map(|row| trip.logits(row, &mut two).unwrap()[0]), expect);
+    assert!(trip.logits(1, &mut two).is_err(), "its own row came to nothing");
+    assert_eq!(
+        (stages.works - kept.0, two.head_rows - kept.1, stages.again),
+        (2, 3, 1),
+        "sent once more, not computed"
+    );
+    // Of a prompt that is cut into more works than may be under way nothing more is sent, while others go on.
+    trip.seated(3, JobId(11), 60);
+    trip.launch(6, &rows(3, 0, 60), &mut two, &mut stages).unwrap();
+    let before = stages.works;
+    assert_eq!(land_one(&mut trip, &mut two, &mut stages), (6, ended(3)));
+    assert_eq!(stages.works, before);
+    // The same word comes with each of its works: the later ones are about nothing that is there.
+    trip.truncate(3, 0, &mut two, &mut stages).unwrap();
+    trip.seated(3, JobId(12), 20);
+    while let Some(event) = stages.events.pop() {
+        trip.heard(event, &mut two, &mut stages);
+    }
+    let next = [one(0, 21), one(2, 21)].concat();
+    assert_eq!(together(&mut trip, &next, &mut two, &mut stages).len(), 2);
+    evaluate(&mut trip, &rows(3, 0, 20), &mut two, &mut stages).unwrap();
 }

@@ -9,6 +9,7 @@
 //! |------------|-------------------------------------------|-------------------------------------------------------------|
 //! | waiting    | are cut, not all sent: no more than so many are under way | an answer makes room: away                  |
 //! | away       | are sent                                  | the last of them through the tail: back; an error: failed   |
+//! |            |                                           | `Ended`: still away, without the rows of the jobs that ended |
 //!
 //! | a sequence is | the stages hold                         | leaves with                                                       |
 //! |---------------|-----------------------------------------|-------------------------------------------------------------------|
@@ -18,6 +19,7 @@
 //! A sequence that is behind and idle costs nothing until it is used again. Replayed rows are those that were kept; where
 //! they are gone, the head computes them again from the tokens.
 
+mod ended;
 mod replay;
 
 use satgrid_types::{WireType, WorkKind};
@@ -31,6 +33,7 @@ use satgrid_engine::stage::port::WorkId;
 use satgrid_engine::stage::ring::{RingCommand, RingEvent, RingPiece, RingWork};
 
 use crate::ffi::{BatchRow, DecodeError};
+use crate::scheduler::Failed;
 
 /// Bytes of rows that are kept for replays.
 const KEPT_BYTES: usize = 64 << 20;
@@ -87,7 +90,7 @@ struct Flight {
     id: WorkId,
     batch: u64,
     /// Its rows, as places in the batch.
-    places: Range<usize>,
+    places: Vec<usize>,
     work: RingWork,
     answer: Option<HiddenRows>,
 }
@@ -97,10 +100,19 @@ struct Flight {
 struct Batch {
     rows: Vec<BatchRow>,
     /// Works that are cut and not sent.
-    waiting: VecDeque<Range<usize>>,
+    waiting: VecDeque<Vec<usize>>,
     /// Works that are sent and not landed.
     away: usize,
     logits: BTreeMap<usize, Logits>,
+    /// Slots whose jobs have ended meanwhile, and why.
+    failed: Failed,
+}
+
+impl Batch {
+    /// The rows at these places.
+    fn part(&self, places: &[usize]) -> Vec<BatchRow> {
+        places.iter().filter_map(|at| self.rows.get(*at).copied()).collect()
+    }
 }
 
 /// Where the logits of a row of the batch are.
@@ -109,8 +121,8 @@ enum Logits {
     Copied(Vec<f32>),
 }
 
-/// A batch that is back or failed, by its number, and its logits.
-type Landed = (u64, Result<BTreeMap<usize, Logits>, DecodeError>);
+/// A batch that is back or failed, by its number: its logits, and the slots that came to nothing in it.
+type Landed = (u64, Result<(BTreeMap<usize, Logits>, Failed), DecodeError>);
 
 pub(crate) struct Trip {
     shape: TripShape,
@@ -224,7 +236,7 @@ impl Trip {
         for slot in slots(rows) {
             self.catch_up(slot, ends, way)?;
         }
-        let waiting = cut(rows, &self.shape);
+        let waiting = cut(rows, &self.shape).into_iter().map(Iterator::collect).collect();
         self.batches.insert(batch, Batch { rows: rows.to_vec(), waiting, ..Batch::default() });
         self.send_waiting(ends, way).inspect_err(|error| {
             self.drop_batch(batch);
@@ -244,7 +256,7 @@ impl Trip {
         &mut self,
         ends: &mut impl Ends,
         way: &mut impl Way,
-    ) -> Option<(u64, Result<(), DecodeError>)> {
+    ) -> Option<(u64, Result<Failed, DecodeError>)> {
         while self.landed.is_empty() {
             let landing = self.landing();
             if landing.is_empty() {
@@ -256,7 +268,10 @@ impl Trip {
             }
         }
         let (batch, outcome) = self.landed.pop_front()?;
-        let outcome = outcome.map(|logits| self.logits = logits);
+        let outcome = outcome.map(|(logits, failed)| {
+            self.logits = logits;
+            failed
+        });
         Some((batch, outcome))
     }
 
@@ -284,13 +299,13 @@ impl Trip {
     fn send(
         &mut self,
         batch: u64,
-        places: Range<usize>,
+        places: Vec<usize>,
         ends: &mut impl Ends,
         way: &mut impl Way,
     ) -> Result<(), DecodeError> {
         let Some(held) = self.batches.get_mut(&batch) else { return Ok(()) };
         held.away += 1;
-        let part = held.rows[places.clone()].to_vec();
+        let part = held.part(&places);
         let hidden = ends.head(&part)?;
         let hidden = HiddenRows::encode(&hidden, ends.width(), self.shape.wire).map_err(|error| ours(&error))?;
         let mut pieces: Vec<RingPiece> = Vec::new();
@@ -330,6 +345,7 @@ impl Trip {
         let outcome = match event {
             RingEvent::Done { work, rows } => self.answered(work, rows),
             RingEvent::NeedsReplay { stage, held } => self.replaced(stage, &held, ends, way),
+            RingEvent::Ended { jobs, reason } => self.ended(&jobs, &reason, ends, way),
             RingEvent::Failed { reason } => {
                 self.lost();
                 Err(DecodeError::Ring { reason })
@@ -399,8 +415,8 @@ impl Trip {
                 }
             };
             let last = batch.away == 0 && batch.waiting.is_empty();
-            for (place, at) in flight.places.clone().zip(logits) {
-                if !batch.rows[place].output {
+            for (place, at) in flight.places.into_iter().zip(logits) {
+                if !batch.rows.get(place).is_some_and(|row| row.output) {
                     continue;
                 }
                 let found = match last {
@@ -410,15 +426,21 @@ impl Trip {
                 // A row without logits shows when they are asked for.
                 batch.logits.extend(found.ok().map(|found| (place, found)));
             }
-            if last && let Some(batch) = self.batches.remove(&flight.batch) {
-                for row in &batch.rows {
-                    if let Some(sequence) = self.sequences.get_mut(row.slot as usize) {
-                        sequence.drafted = None;
-                    }
-                }
-                self.landed.push_back((flight.batch, Ok(batch.logits)));
+            if last {
+                self.complete(flight.batch);
             }
         }
+    }
+
+    /// All of a batch is back, but for what came to nothing.
+    fn complete(&mut self, number: u64) {
+        let Some(batch) = self.batches.remove(&number) else { return };
+        for row in &batch.rows {
+            if let Some(sequence) = self.sequences.get_mut(row.slot as usize) {
+                sequence.drafted = None;
+            }
+        }
+        self.landed.push_back((number, Ok((batch.logits, batch.failed))));
     }
 
     /// One batch of the tail over the rows of several flights; where each row of each went.
@@ -429,8 +451,8 @@ impl Trip {
         let mut answers = Vec::with_capacity(flights.len());
         for (number, flight) in flights.iter().enumerate() {
             let Some(batch) = self.batches.get(&flight.batch) else { continue };
-            let rows = &batch.rows[flight.places.clone()];
-            order.extend(rows.iter().enumerate().map(|(at, row)| (*row, number, at)));
+            let rows = batch.part(&flight.places);
+            order.extend(rows.into_iter().enumerate().map(|(at, row)| (row, number, at)));
             let none = HiddenRows::none(self.shape.wire);
             let answer = flight.answer.as_ref().unwrap_or(&none);
             answers.push(answer.decode(ends.width()).map_err(|error| theirs(&error))?);

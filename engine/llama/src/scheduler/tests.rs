@@ -1,7 +1,7 @@
 //! The scheduler over a backend that is all arithmetic: logits depend on every token in the sequence, so any slip in positions,
 //! slots, cuts or order changes the output.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use satgrid_engine::sampling::{Sampling, draw};
 
@@ -422,6 +422,8 @@ struct Far {
     due: u32,
     state: u32,
     fail_next: bool,
+    /// Slots that come to nothing with their next rows.
+    over: BTreeSet<u32>,
     /// Most batches that were under way at once.
     most: usize,
 }
@@ -431,7 +433,7 @@ const WAVES: u32 = 6;
 impl Far {
     fn new(seed: u32, forgetful: bool) -> Self {
         let near = Arithmetic { forgetful, ..Arithmetic::default() };
-        Self { near, flying: Vec::new(), due: 0, state: seed, fail_next: false, most: 0 }
+        Self { near, flying: Vec::new(), due: 0, state: seed, fail_next: false, over: BTreeSet::new(), most: 0 }
     }
 
     fn any(&mut self, below: usize) -> usize {
@@ -460,14 +462,16 @@ impl Sends for Far {
         Ok(())
     }
 
-    fn landed(&mut self) -> Option<(u64, Result<(), DecodeError>)> {
+    fn landed(&mut self) -> Option<(u64, Result<Failed, DecodeError>)> {
         if self.due == 0 || self.flying.is_empty() {
             return None;
         }
         self.due -= 1;
         let at = self.any(self.flying.len());
         let (batch, rows) = self.flying.remove(at);
-        Some((batch, self.near.evaluate(&rows)))
+        let over = rows.iter().map(|row| row.slot).filter(|slot| self.over.remove(slot)).collect::<Vec<u32>>();
+        let failed = over.into_iter().map(|slot| (slot, "nobody sells its layers".to_owned())).collect();
+        Some((batch, self.near.evaluate(&rows).map(|()| failed)))
     }
 }
 
@@ -573,5 +577,24 @@ fn a_batch_that_cannot_be_sent_fails_its_jobs_and_spares_the_rest() {
     assert!(matches!(heard[&1].error, Some(JobError::Backend { .. })));
     for id in 2..=3 {
         assert_eq!(heard[&id].output, reference(&job(id, 0, 0..10)).0);
+    }
+}
+
+#[test]
+fn a_job_that_comes_to_nothing_alone_spares_those_in_its_batch() {
+    let (mut far, mut heard) = (Far::new(11, false), BTreeMap::new());
+    let mut s = scheduler(Profile::Exact, 12);
+    (1..=12).for_each(|id| s.handle(Command::Start(job(id, 0, 0..10)), &mut far));
+    for output in [4, ALL] {
+        (1..=12).for_each(|id| s.handle(grant(id, ALL, output), &mut far));
+        run_far(&mut s, &mut far, &mut heard);
+        // It ends among streams, in the second round.
+        far.over.extend(s.find(JobId(2)).map(to_u32));
+    }
+    assert!(far.near.batches.iter().any(|rows| rows.len() == 2), "streams share batches");
+    let error = JobError::Backend { reason: "nobody sells its layers".to_owned() };
+    assert_eq!(heard[&2].error, Some(error));
+    for id in (1..=12).filter(|id| *id != 2) {
+        assert_eq!(heard[&id].output, reference(&job(id, 0, 0..10)).0, "{id}");
     }
 }

@@ -5,10 +5,15 @@
 //! sequence never overtakes itself; which streams share a batch changes no bit in the exact profile. A job that is cancelled
 //! while its rows are away ends when they are back.
 
+use std::collections::BTreeMap;
+
 use satgrid_engine::port::FinishReason;
 
 use super::{Backend, End, Scheduler, to_u32};
 use crate::ffi::{BatchRow, DecodeError};
+
+/// Slots whose rows came to nothing, and why.
+pub(crate) type Failed = BTreeMap<u32, String>;
 
 /// A backend that sends batches away and hears of them later.
 pub(crate) trait Sends: Backend {
@@ -18,8 +23,8 @@ pub(crate) trait Sends: Backend {
     fn room(&self) -> bool;
     /// Begins a batch of rising slots and positions. On an error it will not come back.
     fn launch(&mut self, batch: u64, rows: &[BatchRow]) -> Result<(), DecodeError>;
-    /// A batch that is back, or failed. Its logits are there until the next call.
-    fn landed(&mut self) -> Option<(u64, Result<(), DecodeError>)>;
+    /// A batch that is back, or failed; the slots that alone came to nothing in it. Its logits are there until the next call.
+    fn landed(&mut self) -> Option<(u64, Result<Failed, DecodeError>)>;
 }
 
 impl Scheduler {
@@ -62,7 +67,7 @@ impl Scheduler {
         self.away.is_empty()
     }
 
-    fn back(&mut self, ends: Vec<End>, outcome: Result<(), DecodeError>, backend: &mut impl Backend) {
+    fn back(&mut self, ends: Vec<End>, outcome: Result<Failed, DecodeError>, backend: &mut impl Backend) {
         let slots: Vec<usize> = ends.iter().map(|end| end.slot as usize).collect();
         for &slot in &slots {
             self.slots[slot].away = false;
