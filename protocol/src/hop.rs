@@ -11,7 +11,7 @@
 //! |---|---|
 //! | 0 ticket | canonical CBOR of [`TicketFrame`]: from now on, rows of this slot are covered |
 //! | 1 rows | u16 big-endian length of the header, canonical CBOR of [`RowsHeader`], the rows as they are on the wire |
-//! | 2 lost | canonical CBOR of [`LostFrame`], from downstream to upstream: these rows were refused, and why |
+//! | 2 lost | canonical CBOR of a signed [`Refusal`], from downstream to upstream: these rows were refused, by whom and why |
 //! | 3 call | as rows, with a [`CallHeader`]: from a lead to a worker that holds experts |
 //! | 4 answer | as rows, with an [`AnswerHeader`]: back from it |
 //!
@@ -19,6 +19,7 @@
 
 use crate::experts::{AnswerHeader, CallHeader, MAX_CALL_HEADER, encode};
 use crate::frame::MAX_FRAME;
+use crate::refusal::Refusal;
 use minicbor::{Decode, Encode};
 use satgrid_types::{NodeKey, RequestId, SessionId, Signed, Statement, UnixMs, Verified, WireType, WorkKind, cbor};
 use std::collections::BTreeSet;
@@ -211,40 +212,12 @@ pub struct RowsHeader {
     pub again: bool,
 }
 
-/// Rows that were refused, for the lead, by way of the upstream nodes.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-pub struct LostFrame {
-    #[n(0)]
-    pub work: u64,
-    /// Counted from the first stage; where they were refused.
-    #[n(1)]
-    pub worker: NodeKey,
-    #[n(2)]
-    pub why: Lost,
-    #[n(3)]
-    pub text: String,
-}
-
-/// Whose doing it is that rows were not computed.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-pub enum Lost {
-    /// The worker holds less of a sequence than the rows need: `held` positions of it.
-    #[n(0)]
-    Gap(#[n(0)] u32, #[n(1)] u32),
-    /// Who sent it broke a rule.
-    #[n(1)]
-    Sender,
-    /// The worker cannot.
-    #[n(2)]
-    Worker,
-}
-
 /// A frame of a hop, with its rows where they were received.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum HopFrame {
     Ticket(TicketFrame),
     Rows(RowsHeader, Vec<u8>),
-    Lost(LostFrame),
+    Lost(Signed<Refusal>),
     Call(CallHeader, Vec<u8>),
     Answer(AnswerHeader, Vec<u8>),
 }
@@ -286,7 +259,7 @@ impl HopFrame {
         let kind = *bytes.first().ok_or(HopFault::Kind(u8::MAX))?;
         match kind {
             TICKET => Ok(HopFrame::Ticket(cbor::decode_limited(&bytes[1..], 2 * Ticket::MAX_LEN)?)),
-            LOST => Ok(HopFrame::Lost(cbor::decode_limited(&bytes[1..], 2 * crate::frame::MAX_REASON)?)),
+            LOST => Ok(HopFrame::Lost(cbor::decode_limited(&bytes[1..], 2 * Refusal::MAX_LEN)?)),
             ROWS => {
                 let (header, end) = header_of(&bytes)?;
                 let header: RowsHeader = cbor::decode_limited(header, MAX_HEADER)?;

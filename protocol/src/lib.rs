@@ -2,6 +2,7 @@
 //!
 //! * [`frame`]: the messages of a session, one canonical encoding each, with a limit on everything;
 //! * [`hop`]: hidden rows between the nodes of a ring, and the tickets that allow them;
+//! * [`refusal`]: a worker's signed word that rows came to nothing, and whom a lead holds it against;
 //! * [`experts`]: expert rows between a lead and a worker that holds experts, on the same kind of stream;
 //! * [`session`]: the state of one session as a fold over its journal entries, the same on both sides;
 //! * [`metering`]: how far work may run ahead of acknowledgements and of money;
@@ -20,6 +21,7 @@ pub mod frame;
 pub mod hop;
 pub mod metering;
 pub mod pace;
+pub mod refusal;
 pub mod session;
 pub mod slices;
 

@@ -9,7 +9,7 @@ mod sequences;
 use super::{
     account::{Account, cut},
     hops::{HopEvent, HopId, Outgoing, Switchboard},
-    inlets::Inlets,
+    inlets::{Inlets, Wrong},
     provider::Message,
     rings::{self, Buys},
 };
@@ -26,10 +26,11 @@ use satgrid_ledger::statements::PartOrder;
 use satgrid_node::provider::{EngineId, ProviderEvent};
 use satgrid_protocol::{
     frame::{PartRoute, Resend},
-    hop::{HopFrame, Lost, MAX_ROWS_BYTES, RowsHeader, RowsPiece, TicketFrame},
+    hop::{HopFrame, MAX_ROWS_BYTES, RowsHeader, RowsPiece, TicketFrame},
+    refusal::Cause,
 };
 use satgrid_protocol_quic::QuicEndpoint;
-use satgrid_types::{NodeKey, RequestId, SessionId, WorkKind, node_key};
+use satgrid_types::{NodeKey, RequestId, SessionId, WorkKind};
 use sequences::Sequences;
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -127,13 +128,13 @@ pub(crate) fn start(parts: DeskParts) -> Desk {
 
 impl Running {
     fn new(parts: DeskParts, ear: mpsc::Sender<HopEvent>) -> Running {
-        let ours = node_key(&parts.key);
+        let inlets = Inlets::new(parts.key.clone());
         Running {
             parts,
             ear,
             jobs: BTreeMap::new(),
             sequences: Sequences::default(),
-            inlets: Inlets::new(ours),
+            inlets,
             at_work: BTreeMap::new(),
             next_work: 0,
             leads: BTreeMap::new(),
@@ -279,7 +280,8 @@ impl Running {
             None => {
                 let held = self.kept.upto(kept);
                 if let Some(hop) = self.inlets.hop_of(id) {
-                    self.inlets.refuse(hop, work, Lost::Gap(sequence, held), "these rows are not kept any more");
+                    let wrong = Wrong::all(Cause::Gap(sequence, held), "these rows are not kept any more");
+                    self.inlets.refuse(hop, (work, rows.into()), &wrong);
                 }
             }
         }
@@ -293,16 +295,21 @@ impl Running {
         match event {
             HopEvent::Frame { hop, frame: HopFrame::Rows(header, rows) } => {
                 if let Some((header, _)) = self.inlets.push(hop, (header, rows)) {
-                    self.refuse(hop, &header, Lost::Sender, "more rows wait than may");
+                    self.refuse(hop, &header, &Wrong::all(Cause::Sender, "more rows wait than may"));
                 }
             }
             HopEvent::Frame { hop, frame: HopFrame::Call(header, _) } => {
-                self.inlets.refuse(hop, header.work, Lost::Sender, "layers are sold here, not experts");
+                let wrong = Wrong::all(Cause::Sender, "layers are sold here, not experts");
+                self.inlets.refuse(hop, (header.work, header.rows.len() as u64), &wrong);
             }
             HopEvent::Begun { .. } | HopEvent::Frame { .. } | HopEvent::Ended { .. } => {}
-            HopEvent::Back { lead, frame: HopFrame::Lost(lost), .. } => {
-                // On its way to the lead.
-                let of = |sent: &&(NodeKey, u64, HopId)| (sent.0, sent.1) == (lead, lost.work);
+            HopEvent::Back { lead, frame: HopFrame::Lost(lost), from } => {
+                // On its way to the lead, who alone knows whose word it may be.
+                let Ok(said) = lost.peek() else {
+                    tracing::warn!(next = %from.short(), "a refusal that cannot be read");
+                    return self.advance();
+                };
+                let of = |sent: &&(NodeKey, u64, HopId)| (sent.0, sent.1) == (lead, said.work);
                 let found = self.sent_on.iter().rev().find(of);
                 // Rows that a worker kept and sent again did not pass here.
                 let found = found.or_else(|| self.sent_on.iter().rev().find(|sent| sent.0 == lead));
@@ -327,8 +334,8 @@ impl Running {
         });
     }
 
-    fn refuse(&self, hop: HopId, header: &RowsHeader, why: Lost, text: &str) {
-        self.inlets.refuse(hop, header.work, why, text);
+    fn refuse(&self, hop: HopId, header: &RowsHeader, wrong: &Wrong) {
+        self.inlets.refuse(hop, (header.work, header.rows()), wrong);
     }
 
     /// Gives the engine whatever is granted now.
@@ -348,7 +355,7 @@ impl Running {
                 match verdict {
                     Ok(jobs) if rows.is_empty() => self.send_on(id, &header, &jobs, Vec::new()),
                     Ok(jobs) => self.begin(id, header, rows, jobs),
-                    Err(text) => self.refuse(id, &header, Lost::Sender, &text),
+                    Err(wrong) => self.refuse(id, &header, &wrong),
                 }
             }
         }
@@ -356,12 +363,13 @@ impl Running {
     }
 
     /// Whether rows may be computed now: none where they have to wait, else the jobs of the pieces, or what is wrong.
-    fn judge(&self, hop: HopId, header: &RowsHeader, bytes: usize) -> Option<Result<Vec<JobId>, String>> {
+    fn judge(&self, hop: HopId, header: &RowsHeader, bytes: usize) -> Option<Result<Vec<JobId>, Wrong>> {
+        let sender = |text: String| Some(Err(Wrong::all(Cause::Sender, text)));
         let mut jobs = Vec::with_capacity(header.pieces.len());
         for piece in &header.pieces {
             match self.inlets.job(hop, piece.slot, |job| self.jobs.contains_key(job))? {
                 Ok(job) => jobs.push(job),
-                Err(text) => return Some(Err(text)),
+                Err(wrong) => return Some(Err(wrong)),
             }
         }
         if bytes == 0 {
@@ -370,19 +378,19 @@ impl Running {
         }
         let facts = self.parts.stage.facts();
         let Some(row_bytes) = header.wire.row_bytes(facts.n_embd) else {
-            return Some(Err("rows of this width do not travel as this type".into()));
+            return sender("rows of this width do not travel as this type".into());
         };
         if let Err(fault) = header.check_shape(bytes, row_bytes) {
-            return Some(Err(fault.to_string()));
+            return sender(fault.to_string());
         }
-        let mut wanted: BTreeMap<JobId, u64> = BTreeMap::new();
+        let mut wanted: BTreeMap<JobId, (u64, u64)> = BTreeMap::new();
         for (piece, job) in header.pieces.iter().zip(&jobs) {
-            *wanted.entry(*job).or_default() += u64::from(piece.rows);
+            wanted.entry(*job).or_insert((piece.slot, 0)).1 += u64::from(piece.rows);
         }
-        for (id, rows) in wanted {
+        for (id, (slot, rows)) in wanted {
             let job = self.jobs.get(&id)?;
             if let Err(text) = job.account.may_begin(rows, header.wire, "positions")? {
-                return Some(Err(text));
+                return Some(Err(Wrong::one(slot, Cause::Sender, text)));
             }
             job.next?;
         }
@@ -432,20 +440,21 @@ impl Running {
             }
             StageEvent::Refused { work, error } => {
                 let Some(AtWork { hop, header, jobs, .. }) = self.at_work.remove(&work) else { return Vec::new() };
-                let why = match &error {
+                let (why, sequence) = match &error {
                     StageError::Gap { sequence, held, .. } => {
                         self.sequences.cut(*sequence, *held);
-                        Lost::Gap(sequence.number, *held)
+                        (Cause::Gap(sequence.number, *held), None)
                     }
-                    StageError::BadWork { .. } | StageError::BadRows(_) | StageError::OverContext { .. } => {
-                        Lost::Sender
-                    }
+                    StageError::OverContext { sequence, .. } => (Cause::Sender, Some(sequence.number)),
+                    StageError::BadWork { .. } | StageError::BadRows(_) => (Cause::Sender, None),
                     StageError::Full { .. }
                     | StageError::Busy { .. }
                     | StageError::BadResult(_)
-                    | StageError::Backend { .. } => Lost::Worker,
+                    | StageError::Backend { .. } => (Cause::Worker, None),
                 };
-                self.refuse(hop, &header, why, &error.to_string());
+                let piece = header.pieces.iter().find(|piece| sequence == Some(piece.sequence));
+                let slot = piece.map(|piece| piece.slot);
+                self.refuse(hop, &header, &Wrong { why, slot, text: error.to_string() });
                 self.put_down(&jobs);
                 for (piece, id) in header.pieces.iter().zip(&jobs) {
                     if let Some(job) = self.jobs.get_mut(id) {
@@ -505,7 +514,7 @@ impl Running {
         };
         let (lead, _) = to;
         let Some(out) = self.out.get(&to) else {
-            return self.inlets.refuse_later(hop, header.work, Lost::Worker, "the next node is not connected");
+            return self.inlets.refuse_later(hop, (header.work, header.rows()), to.1);
         };
         let ends_after = header.ends_after.map(|left| left.saturating_sub(1));
         let header = RowsHeader { ends_after, ..header.clone() };

@@ -9,9 +9,10 @@ use super::{
     account::{Account, cut},
     desk::{Desk, Order},
     hops::{HopEvent, HopId, Switchboard},
-    inlets::Inlets,
+    inlets::{Inlets, Wrong},
     provider::Message,
 };
+use ed25519_dalek::SigningKey;
 use satgrid_engine::{
     experts::{ExpertCall, ExpertHost, HostError, call::Work},
     port::{Command, EngineEvent, FinishReason, JobError, JobId},
@@ -22,9 +23,10 @@ use satgrid_ledger::statements::ExpertCount;
 use satgrid_node::provider::{EngineId, ProviderEvent};
 use satgrid_protocol::{
     experts::{AnswerHeader, CallHeader},
-    hop::{HopFrame, Lost},
+    hop::HopFrame,
+    refusal::Cause,
 };
-use satgrid_types::{NodeKey, SessionId};
+use satgrid_types::SessionId;
 use std::{
     collections::BTreeMap,
     sync::Arc,
@@ -40,7 +42,8 @@ pub(crate) struct ExpertDeskParts {
     pub engine: EngineId,
     pub host: Arc<dyn ExpertHost>,
     pub facts: PackFacts,
-    pub ours: NodeKey,
+    /// Signs refusals.
+    pub key: Arc<SigningKey>,
     pub switchboard: Switchboard,
     pub role: mpsc::Sender<Message>,
 }
@@ -52,7 +55,7 @@ struct Job {
 }
 
 /// The jobs of a call's rows and the rows, or what is wrong with it.
-type Verdict = Result<(Vec<JobId>, Vec<f32>), String>;
+type Verdict = Result<(Vec<JobId>, Vec<f32>), Wrong>;
 
 /// A call that was evaluated, or not.
 struct Done {
@@ -60,7 +63,7 @@ struct Done {
     header: CallHeader,
     /// Of each row of the call.
     jobs: Vec<JobId>,
-    result: Result<HiddenRows, (Lost, String)>,
+    result: Result<HiddenRows, Wrong>,
     /// The pack's process died under it. Whatever else comes to nothing was computed, and may be the rows' fault.
     died: bool,
     took: Duration,
@@ -80,7 +83,7 @@ pub(crate) fn start(parts: ExpertDeskParts) -> Desk {
     let (ear, hops) = mpsc::channel(INBOX);
     // Bounded by what is granted.
     let (done, finished) = mpsc::unbounded_channel();
-    let inlets = Inlets::new(parts.ours);
+    let inlets = Inlets::new(parts.key.clone());
     let running = Running { parts, ear, done, jobs: BTreeMap::new(), inlets };
     tokio::spawn(running.run(orders, hops, finished));
     desk
@@ -151,11 +154,12 @@ impl Running {
             None => self.take_tickets(),
             Some(HopEvent::Frame { hop, frame: HopFrame::Call(header, rows) }) => {
                 if let Some((header, _)) = self.inlets.push(hop, (header, rows)) {
-                    self.inlets.refuse(hop, header.work, Lost::Sender, "more calls wait than may");
+                    self.refuse(hop, &header, &Wrong::all(Cause::Sender, "more calls wait than may"));
                 }
             }
             Some(HopEvent::Frame { hop, frame: HopFrame::Rows(header, _) }) => {
-                self.inlets.refuse(hop, header.work, Lost::Sender, "experts are sold here, not layers");
+                let wrong = Wrong::all(Cause::Sender, "experts are sold here, not layers");
+                self.inlets.refuse(hop, (header.work, header.rows()), &wrong);
             }
             // Nothing else is for a desk whose rows go back.
             Some(
@@ -177,6 +181,10 @@ impl Running {
         });
     }
 
+    fn refuse(&self, hop: HopId, header: &CallHeader, wrong: &Wrong) {
+        self.inlets.refuse(hop, (header.work, header.rows.len() as u64), wrong);
+    }
+
     /// Gives the pack whatever is granted now.
     fn advance(&mut self) {
         for hop in self.inlets.ids() {
@@ -185,7 +193,7 @@ impl Running {
                 let Some((header, rows)) = self.inlets.take(hop, 0) else { break };
                 match verdict {
                     Ok((jobs, numbers)) => self.begin(hop, header, &rows, numbers, jobs),
-                    Err(text) => self.inlets.refuse(hop, header.work, Lost::Sender, &text),
+                    Err(wrong) => self.refuse(hop, &header, &wrong),
                 }
             }
         }
@@ -198,7 +206,7 @@ impl Running {
         for row in &header.rows {
             let job = match self.inlets.job(hop, row.slot, |job| self.jobs.contains_key(job))? {
                 Ok(job) => job,
-                Err(text) => return Some(Err(text)),
+                Err(wrong) => return Some(Err(wrong)),
             };
             jobs.push(job);
             *wanted.entry(job).or_default() += row.experts.len() as u64;
@@ -206,13 +214,18 @@ impl Running {
         for (id, more) in wanted {
             let job = self.jobs.get(&id)?;
             if let Err(text) = job.account.may_begin(more, header.wire, "expert rows")? {
-                return Some(Err(text));
+                return Some(Err(Wrong::all(Cause::Sender, text)));
             }
         }
         let width = self.parts.facts.n_embd;
         let count = u32::try_from(header.rows.len()).unwrap_or(u32::MAX);
         let coded = HiddenRows { wire: header.wire, count, bytes: rows.to_vec() };
-        Some(coded.decode(width).map(|numbers| (jobs, numbers)).map_err(|fault| fault.to_string()))
+        Some(
+            coded
+                .decode(width)
+                .map(|numbers| (jobs, numbers))
+                .map_err(|fault| Wrong::all(Cause::Sender, fault.to_string())),
+        )
     }
 
     fn begin(&mut self, hop: HopId, header: CallHeader, bytes: &[u8], rows: Vec<f32>, jobs: Vec<JobId>) {
@@ -270,8 +283,8 @@ impl Running {
                 touched.push(*id);
             }
         }
-        if let Err((why, text)) = &result {
-            self.inlets.refuse(hop, header.work, why.clone(), text);
+        if let Err(wrong) = &result {
+            self.refuse(hop, &header, wrong);
         }
         let worked = touched.iter().filter_map(|id| {
             let done = self.jobs.get(id)?.account.done();
@@ -308,15 +321,15 @@ impl Running {
 }
 
 /// The answer as it travels, or whose fault it is that there is none.
-fn coded(rows: Result<Vec<f32>, HostError>, width: u32, header: &CallHeader) -> Result<HiddenRows, (Lost, String)> {
+fn coded(rows: Result<Vec<f32>, HostError>, width: u32, header: &CallHeader) -> Result<HiddenRows, Wrong> {
     let rows = rows.map_err(|error| match error {
         // The lead's fault, whatever is wrong with the call: this desk passes it on as it came.
-        HostError::Refused(error) => (Lost::Sender, error.to_string()),
+        HostError::Refused(error) => Wrong::all(Cause::Sender, error.to_string()),
         HostError::Answer(_) | HostError::Gone { .. } | HostError::Late { .. } | HostError::Unpaid => {
-            (Lost::Worker, error.to_string())
+            Wrong::all(Cause::Worker, error.to_string())
         }
     })?;
-    HiddenRows::encode(&rows, width, header.wire).map_err(|error| (Lost::Worker, error.to_string()))
+    HiddenRows::encode(&rows, width, header.wire).map_err(|error| Wrong::all(Cause::Worker, error.to_string()))
 }
 
 #[cfg(test)]
@@ -329,7 +342,7 @@ mod tests {
     };
     use satgrid_ledger::statements::PartOrder;
     use satgrid_protocol::experts::CallRow;
-    use satgrid_types::{RequestId, WireType};
+    use satgrid_types::{NodeKey, RequestId, WireType};
 
     const HOP: HopId = HopId(1);
 
@@ -362,9 +375,10 @@ mod tests {
         let (role, _) = mpsc::channel(8);
         let (ear, _) = mpsc::channel(8);
         let (done, finished) = mpsc::unbounded_channel();
-        let (ours, switchboard) = (NodeKey([9; 32]), Switchboard::default());
-        let parts = ExpertDeskParts { engine: EngineId(0), host: Arc::new(host), facts, ours, switchboard, role };
-        let mut running = Running { parts, ear, done, jobs: BTreeMap::new(), inlets: Inlets::new(ours) };
+        let (key, switchboard) = (Arc::new(SigningKey::from_bytes(&[9; 32])), Switchboard::default());
+        let inlets = Inlets::new(key.clone());
+        let parts = ExpertDeskParts { engine: EngineId(0), host: Arc::new(host), facts, key, switchboard, role };
+        let mut running = Running { parts, ear, done, jobs: BTreeMap::new(), inlets };
         for id in [1_u8, 2] {
             let (session, request, lead) = (SessionId([5; 32]), RequestId([id; 32]), NodeKey([1; 32]));
             let order = PartOrder { layers: None, lead, request, wire: WireType::F32, max_positions: 100 };

@@ -190,7 +190,7 @@ impl Market {
         })
     }
 
-    fn apply(&self, listing: VerifiedListing) {
+    pub(super) fn apply(&self, listing: VerifiedListing) {
         let (name, provider) = (listing.model.clone(), listing.node_key);
         match self.write(|state| state.book.apply(now(), listing)) {
             Ok(applied) => tracing::debug!(model = %name, provider = %provider.short(), ?applied, "listing"),

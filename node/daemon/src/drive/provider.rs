@@ -26,7 +26,7 @@ use satgrid_protocol_quic::{
     FrameSender, FrameStream, Link, QuicEndpoint, StreamKind,
     artefact::{ArtefactServer, ConnectionArtefacts},
 };
-use satgrid_types::{Msat, PaymentHash, node_key};
+use satgrid_types::{Msat, PaymentHash};
 use satgrid_wallet::{Invoice, InvoiceRequest, Lightning};
 use std::{
     collections::BTreeMap,
@@ -126,7 +126,7 @@ pub(crate) fn start(driver: ProviderDriver, endpoint: QuicEndpoint) -> mpsc::Sen
             engine: *engine,
             host: pack.clone(),
             facts: pack.facts().clone(),
-            ours: node_key(&driver.key),
+            key: driver.key.clone(),
             switchboard: driver.switchboard.clone(),
             role: inbox.clone(),
         };

@@ -9,6 +9,7 @@
 //! | ordering | every worker took its order, and the ticket for the lead's own hop | ready; after a loss: rebuilding |
 //! | rebuilding | the worker before the lost one sends again what it kept (`rebuild`) | ready |
 //! | ready | works and their rows | over; ordering again, where a worker was lost and another is there; rebuilding, where one has dropped a sequence |
+//! | ended | its engine to end it: nobody takes an order that it needs, or its rows were refused | over |
 //! | over | rows that are still under way, then the workers' receipts (`SETTLE`) | settled: split and stage root |
 
 mod back;
@@ -37,6 +38,7 @@ use satgrid_node::consumer::{CallId, ConsumerEvent, Emission, Submit};
 use satgrid_protocol::{
     frame::Resend,
     hop::{HopFrame, Leading, RowsHeader, RowsPiece, Shown, TicketFrame},
+    refusal::Blame,
 };
 use satgrid_protocol_quic::QuicEndpoint;
 use satgrid_types::{
@@ -115,28 +117,7 @@ impl PaidRing {
         let (said, inbox) = mpsc::unbounded_channel();
         let (events, event_inbox) = mpsc::unbounded_channel();
         let (ear, hops) = mpsc::channel(1_024);
-        let ours = node_key(&parts.key);
-        let running = Running {
-            parts,
-            ours,
-            said: said.clone(),
-            ear,
-            events,
-            jobs: BTreeMap::new(),
-            works: BTreeMap::new(),
-            gaps: BTreeMap::new(),
-            held_back: VecDeque::new(),
-            first: None,
-            back: BTreeMap::new(),
-            avoided: BTreeSet::new(),
-            pacing: Pacing::default(),
-            slow: BTreeSet::new(),
-            sequences: BTreeMap::new(),
-            next_rebuild: 0,
-            batch: facts.batch,
-            next_call: FIRST_CALL,
-            shown: BTreeMap::new(),
-        };
+        let running = Running::new(parts, facts.batch, said.clone(), ear, events);
         tokio::spawn(running.run(inbox, hops));
         Arc::new(PaidRing { facts, said, events: Mutex::new(event_inbox) })
     }
@@ -191,6 +172,8 @@ struct Job {
     tally: Tally,
     legs: Vec<Leg>,
     over: bool,
+    /// Why it cannot go on: its engine is told, and ends it.
+    ended: Option<String>,
     losses: u32,
     /// The worker that was lost, until its replacement is ready.
     lost: Option<usize>,
@@ -198,6 +181,17 @@ struct Job {
     ticketed: bool,
     rebuild: Option<Rebuild>,
     answer: Option<oneshot::Sender<Option<Settled>>>,
+}
+
+impl Job {
+    /// Rows of it may yet come.
+    fn goes_on(&self) -> bool {
+        !self.over && self.ended.is_none()
+    }
+    /// A worker of it was lost, or is being left for another.
+    fn moves(&self) -> bool {
+        self.goes_on() && (self.lost.is_some() || self.workers.iter().any(|worker| worker.left || worker.over))
+    }
 }
 
 /// A work that was sent around and not answered.
@@ -239,6 +233,8 @@ struct Running {
     pacing: Pacing,
     /// Places in the plan of those who are slower than they list.
     slow: BTreeSet<usize>,
+    /// What failed, and against whom it counts.
+    blame: Blame,
     /// What a new worker has to be told again.
     sequences: BTreeMap<u32, Sequence>,
     next_rebuild: u64,
@@ -247,6 +243,37 @@ struct Running {
 }
 
 impl Running {
+    fn new(
+        parts: RingParts,
+        batch: u32,
+        said: mpsc::UnboundedSender<Said>,
+        ear: mpsc::Sender<HopEvent>,
+        events: mpsc::UnboundedSender<RingEvent>,
+    ) -> Running {
+        Running {
+            ours: node_key(&parts.key),
+            parts,
+            batch,
+            said,
+            ear,
+            events,
+            jobs: BTreeMap::new(),
+            works: BTreeMap::new(),
+            gaps: BTreeMap::new(),
+            held_back: VecDeque::new(),
+            first: None,
+            back: BTreeMap::new(),
+            avoided: BTreeSet::new(),
+            pacing: Pacing::default(),
+            slow: BTreeSet::new(),
+            blame: Blame::default(),
+            sequences: BTreeMap::new(),
+            next_rebuild: 0,
+            next_call: FIRST_CALL,
+            shown: BTreeMap::new(),
+        }
+    }
+
     async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Said>, mut hops: mpsc::Receiver<HopEvent>) {
         loop {
             let orders = tokio::select! {
@@ -267,6 +294,9 @@ impl Running {
     fn said(&mut self, said: Said) -> Vec<ConsumerMessage> {
         match said {
             Said::Command(RingCommand::Work(work)) => {
+                if let Some(orders) = self.turned_away(&work) {
+                    return orders;
+                }
                 self.held_back.push_back(work);
                 self.flush()
             }
@@ -310,7 +340,7 @@ impl Running {
             }
             Said::Rebuild(job, number) => self.rebuild_is_late(job, number),
             Said::Left(job, call) => {
-                let Some(held) = self.jobs.get_mut(&job).filter(|held| !held.over) else { return Vec::new() };
+                let Some(held) = self.jobs.get_mut(&job).filter(|held| held.goes_on()) else { return Vec::new() };
                 let Some(at) = held.workers.iter().position(|one| one.call == call && !one.over) else {
                     return Vec::new();
                 };
@@ -364,7 +394,7 @@ impl Running {
     }
 
     fn begin(&mut self, job: JobId, request: RequestId) -> Vec<ConsumerMessage> {
-        self.swap_slow();
+        self.swap();
         let plan = self.parts.plan.clone();
         let (workers, orders): (Vec<Worker>, Vec<ConsumerMessage>) =
             plan.iter().map(|stage| self.call(job, request, stage)).unzip();
@@ -375,6 +405,7 @@ impl Running {
             tally: Tally::default(),
             legs: Vec::new(),
             over: false,
+            ended: None,
             losses: 0,
             lost: None,
             ticketed: false,
@@ -416,7 +447,7 @@ impl Running {
             Emission::Finished { bill, .. } | Emission::Failed { bill, .. } => {
                 held.workers[at].over = true;
                 held.legs.extend(bill.legs.iter().filter_map(|leg| leg.part));
-                if held.over {
+                if !held.goes_on() {
                     self.finish(job);
                     return Vec::new();
                 }
@@ -534,3 +565,6 @@ impl Running {
         held.workers.iter().filter(|worker| !worker.over).map(tell).collect()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -18,8 +18,9 @@ use satgrid_node::consumer::{CallId, ConsumerEvent, Emission, Leg, Submit};
 use satgrid_protocol::{
     experts::{CallHeader, CallRow},
     hop::{HopFrame, TicketFrame},
+    refusal::{self, Member, Refusal, RefusalFault, Sent},
 };
-use satgrid_types::{NodeKey, PartUsage, RequestId, SessionId, VerifiedListing, node_key};
+use satgrid_types::{NodeKey, PartUsage, RequestId, SessionId, Signed, VerifiedListing, node_key};
 use std::{
     collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
@@ -34,7 +35,7 @@ const AHEAD_ROWS: u64 = 8_192;
 /// One worker's part in a job.
 pub(super) struct Order {
     pub call: CallId,
-    pub ordered: Option<SessionId>,
+    pub ordered: Option<(SessionId, RequestId)>,
     /// The worker was shown the ticket on the hop that is open.
     ready: bool,
     wants_ticket: bool,
@@ -200,8 +201,8 @@ impl Running {
         let Some(held) = self.jobs.get_mut(&job) else { return Vec::new() };
         let Some(order) = held.orders.get_mut(&worker).filter(|order| order.call == call) else { return Vec::new() };
         match emission {
-            Emission::Ordered { session, .. } => {
-                order.ordered = Some(session);
+            Emission::Ordered { session, request, .. } => {
+                order.ordered = Some((session, request));
                 order.wants_ticket = true;
                 vec![ConsumerMessage::Event(ConsumerEvent::WantTicket { call })]
             }
@@ -328,10 +329,17 @@ impl Running {
                 let _ = asked.send(answer);
                 if good { self.came_back(from, &call) } else { self.distrust(&from) }
             }
-            HopEvent::Back { from, frame: HopFrame::Lost(lost), .. } => {
-                let Some(under_way) = self.take(lost.work, &from) else { return Vec::new() };
-                tracing::info!(worker = %from.short(), why = %lost.text, "a worker refused a call");
-                let _ = under_way.answer.send(Err(HostError::Gone { reason: lost.text }));
+            HopEvent::Back { from, frame: HopFrame::Lost(signed), .. } => {
+                let Some(under_way) = signed.peek().ok().and_then(|said| self.take(said.work, &from)) else {
+                    return Vec::new();
+                };
+                // Its rows come straight from it, signed or not: it is out, as whoever does not answer.
+                let reason = match self.said_by(&from, &under_way.call, &signed) {
+                    Ok(said) => said.text,
+                    Err(fault) => format!("its refusal is not its own word: {fault}"),
+                };
+                tracing::info!(worker = %from.short(), why = %reason, "a worker refused a call");
+                let _ = under_way.answer.send(Err(HostError::Gone { reason }));
                 Vec::new()
             }
             HopEvent::Lost { to, reason, .. } => {
@@ -356,6 +364,16 @@ impl Running {
     fn take(&mut self, work: u64, from: &NodeKey) -> Option<UnderWay> {
         self.calls.get(&work).filter(|under_way| under_way.worker == *from && under_way.sent)?;
         self.calls.remove(&work)
+    }
+
+    /// What a worker signed about a call, if it did.
+    fn said_by(&self, worker: &NodeKey, call: &ExpertCall, said: &Signed<Refusal>) -> Result<Refusal, RefusalFault> {
+        let work = said.peek().map_err(|_| RefusalFault::Unreadable)?.work;
+        let orders = self.jobs.values().filter_map(|job| job.orders.get(worker)?.ordered).collect();
+        let ring = [Member { node: *worker, orders }];
+        let rows = call.jobs.len() as u64;
+        let sent = Sent { lead: self.ours, ring: &ring, work, rows, sequences: &[], from: *worker };
+        refusal::check(said, &sent).map(|(_, said)| said)
     }
 
     fn came_back(&mut self, worker: NodeKey, call: &ExpertCall) -> Vec<ConsumerMessage> {

@@ -4,8 +4,9 @@ use satgrid_engine::{
     port::{EngineDown, Profile},
     stage::port::StageFacts,
 };
+use satgrid_protocol::hop::Ticket;
 use satgrid_protocol_quic::Limits;
-use satgrid_types::{LayerRange, WireType};
+use satgrid_types::{LayerRange, Signed, WireType, node_key};
 use std::net::{Ipv4Addr, SocketAddr};
 use tokio_util::sync::CancellationToken;
 
@@ -99,6 +100,25 @@ impl Running {
     }
 }
 
+impl Running {
+    /// Of the request of a job, whoever signed it.
+    fn show_ticket(&mut self, id: u64) {
+        let ticket = Ticket {
+            version: Ticket::VERSION,
+            upstream: LEAD,
+            downstream: node_key(&self.parts.key),
+            session: SessionId([5; 32]),
+            request: RequestId([u8::try_from(id).unwrap(); 32]),
+            positions: 100,
+            expires_at: crate::drive::now().plus_ms(60_000),
+            nonce: id,
+        };
+        let ticket = Signed::sign(&ticket, &self.parts.key);
+        self.inlets.show(HOP, TicketFrame { slot: id, ticket });
+        self.take_tickets();
+    }
+}
+
 /// A work of one row of each of some jobs.
 fn work(jobs: &[JobId]) -> RowsHeader {
     let piece = |job: &JobId| {
@@ -189,11 +209,15 @@ async fn a_session_that_is_over_leaves_no_rows_and_no_hops() {
 async fn rows_for_a_node_that_is_gone_are_refused_when_the_lead_has_had_its_time() {
     let (mut desk, mut answers) = desk();
     let job = desk.with_job(1, LEAD);
+    desk.show_ticket(1);
     desk.begin(HOP, work(&[job]), vec![0; 4], vec![job]);
     desk.hop_event(HopEvent::Lost { lead: LEAD, to: NEXT, reason: "silent".into() });
     let rows = HiddenRows { wire: WireType::F32, count: 1, bytes: vec![1; 4] };
     desk.stage_event(StageEvent::Evaluated { work: WorkId(0), rows, busy_us: 9 });
     assert!(answers.try_recv().is_err(), "not at once");
     let refused = tokio::time::timeout(Duration::from_secs(60), answers.recv()).await.unwrap();
-    assert!(matches!(refused, Some(HopFrame::Lost(lost)) if lost.work == 70 && lost.why == Lost::Worker));
+    let Some(HopFrame::Lost(signed)) = refused else { panic!("no refusal") };
+    let said = signed.verify(&node_key(&desk.parts.key)).unwrap();
+    assert_eq!((said.work, said.rows, said.why, said.accused), (70, 1, Cause::Next, Some(NEXT)));
+    assert_eq!((said.session, said.request), (SessionId([5; 32]), RequestId([1; 32])));
 }

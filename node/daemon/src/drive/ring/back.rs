@@ -41,7 +41,7 @@ impl Running {
                 self.back.remove(&hop);
                 Vec::new()
             }
-            HopEvent::Back { frame: HopFrame::Lost(lost), .. } => self.refused(&lost),
+            HopEvent::Back { from, frame: HopFrame::Lost(signed), .. } => self.refused(from, &signed),
             HopEvent::Back { .. } => Vec::new(),
             HopEvent::Lost { to, reason, .. } => {
                 tracing::info!(worker = %to.short(), %reason, "the hop to the first worker is gone");
@@ -88,8 +88,8 @@ impl Running {
         if !same || !shape || rows.check(self.parts.n_embd).is_err() {
             let reason = format!("worker {} sent back what was not asked for", upstream.short());
             tracing::warn!(%reason, "rows refused");
-            self.fail(reason);
-            return Vec::new();
+            let jobs: BTreeSet<JobId> = work.pieces.iter().map(|piece| piece.job).collect();
+            return self.end(&jobs, &reason);
         }
         let parts = cut(&rows.bytes, row_bytes, work.pieces.iter().map(|piece| piece.rows as usize));
         let mut touched = BTreeSet::new();

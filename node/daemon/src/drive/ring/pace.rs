@@ -16,6 +16,7 @@
 //! |         | a trip that is refused or late (`WITHIN`)       | resting, with nothing told                               |
 
 use super::{ConsumerMessage, Planned, Running, UnderWay, WorkKind};
+use crate::drive::now;
 use satgrid_engine::{
     port::JobId,
     stage::{
@@ -223,22 +224,33 @@ impl Running {
         orders
     }
 
-    /// Between two requests, whoever turned out slower than it lists gives way to a better one, if there is any. What the
-    /// new one lacks of idle sequences is rebuilt as after any loss.
-    pub(super) fn swap_slow(&mut self) {
-        if self.slow.is_empty() || !self.works.is_empty() || !self.jobs.values().all(|job| job.over) {
+    /// Between two requests, whoever turned out slower than it lists, or is common to several failures, gives way to another, if
+    /// there is any: in the first case a better one. What the new one lacks of idle sequences is rebuilt as after any loss.
+    pub(super) fn swap(&mut self) {
+        let time = now();
+        let plan = self.parts.plan.iter().enumerate();
+        let fails = plan.filter(|(_, stage)| self.blame.gives_way(time, &stage.listing.node_key));
+        let failing: BTreeSet<usize> = fails.map(|(at, _)| at).collect();
+        let nobody = self.slow.is_empty() && failing.is_empty();
+        if nobody || !self.works.is_empty() || !self.jobs.values().all(|job| job.over) {
             return;
         }
-        for at in std::mem::take(&mut self.slow) {
-            let others = |other: usize| other != at;
-            let nodes = self.parts.plan.iter().enumerate().filter(|(other, _)| others(*other));
+        for at in std::mem::take(&mut self.slow).union(&failing).copied() {
+            let Some(stage) = self.parts.plan.get(at).cloned() else { continue };
+            let (before, fails) = (stage.listing.node_key, failing.contains(&at));
+            let nodes = self.parts.plan.iter().enumerate().filter(|(other, _)| fails || *other != at);
             let avoid: BTreeSet<_> =
                 nodes.map(|(_, stage)| stage.listing.node_key).chain(self.avoided.clone()).collect();
-            let Some(stage) = self.parts.plan.get(at).cloned() else { continue };
             let next = self.parts.scout.replace(&stage, self.beside(at), &avoid);
-            if let Some(next) = next.filter(|next| next.node_key != stage.listing.node_key) {
-                let (slow, worker) = (stage.listing.node_key.short(), next.node_key.short());
-                tracing::info!(%slow, %worker, layers = %stage.range, "a slow worker gives way to another");
+            if let Some(next) = next.filter(|next| next.node_key != before) {
+                let (from, to) = (before.short(), next.node_key.short());
+                if fails {
+                    let layers = stage.range;
+                    tracing::warn!(failing = %from, worker = %to, %layers, "a worker that is common to failures gives way");
+                    self.avoided.insert(before);
+                } else {
+                    tracing::info!(slow = %from, worker = %to, layers = %stage.range, "a slow worker gives way to another");
+                }
                 self.parts.plan[at] = Planned { listing: next, ..stage };
                 self.pacing.begin_anew();
             }

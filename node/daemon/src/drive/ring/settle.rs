@@ -2,42 +2,62 @@
 //! and the engine told what to send again. Like the rest of the ring it decides nothing about money: the consumer role does.
 
 use super::{
-    ConsumerMessage, MAX_LOSSES, Running, SETTLE, Said, Settled, UnderWay, back::revoke, pace::is_probe,
+    ConsumerMessage, Job, MAX_LOSSES, Planned, Running, SETTLE, Said, Settled, UnderWay, back::revoke, pace::is_probe,
     rebuild::is_rebuild,
 };
+use crate::drive::now;
 use satgrid_engine::{
     port::JobId,
     stage::ring::{Held, RingEvent, RingWork},
 };
 use satgrid_ledger::statements::stage_root;
 use satgrid_node::consumer::ConsumerEvent;
-use satgrid_protocol::hop::{Lost, LostFrame};
-use satgrid_types::{NodeKey, RequestId, WorkKind};
+use satgrid_protocol::refusal::{Cause, Member, Refusal, RefusalFault, Sent, blamed, check};
+use satgrid_types::{NodeKey, RequestId, Signed, WorkKind};
 use std::{
     collections::{BTreeMap, BTreeSet},
     ops::Range,
 };
 
 impl Running {
-    /// A worker refused rows. Where it lacks positions before them, the engine is told once: works that were on their way by
-    /// then are refused for the same reason.
-    pub(super) fn refused(&mut self, lost: &LostFrame) -> Vec<ConsumerMessage> {
-        tracing::info!(worker = %lost.worker.short(), why = %lost.text, "a worker refused rows");
-        let Some(UnderWay { work, from, .. }) = self.works.remove(&lost.work) else { return Vec::new() };
-        let stage = self.stage_of(&lost.worker);
+    /// Rows were refused, by a word that the first worker (`from`) delivered. Where the one who refuses lacks positions before them,
+    /// the engine is told once: works that were on their way by then are refused for the same reason. What is nobody's word ends
+    /// the work as well: whoever passed it on might have swallowed the rows as easily.
+    pub(super) fn refused(&mut self, from: NodeKey, signed: &Signed<Refusal>) -> Vec<ConsumerMessage> {
+        let Ok(number) = signed.peek().map(|said| said.work) else {
+            tracing::warn!(from = %from.short(), "a refusal that cannot be read");
+            self.blame.count(now(), [from]);
+            return Vec::new();
+        };
+        let Some(UnderWay { work, from: first, .. }) = self.works.remove(&number) else { return Vec::new() };
+        let ring = self.members();
+        let rows = work.pieces.iter().map(|piece| u64::from(piece.rows)).sum();
+        let sequences: Vec<u32> = work.pieces.iter().map(|piece| piece.sequence).collect();
+        let sent = Sent { lead: self.ours, ring: &ring, work: number, rows, sequences: &sequences, from };
+        let outcome = check(signed, &sent);
+        let (who, text) = match &outcome {
+            Ok((_, said)) => (said.worker, said.text.clone()),
+            Err(fault) => (from, format!("it passed on a refusal that is nobody's word: {fault}")),
+        };
+        tracing::info!(worker = %who.short(), why = %text, "a worker refused rows");
         // Those before it did what was asked.
-        self.credit(&work, from..stage as usize);
-        if is_probe(lost.work) {
+        self.credit(&work, first..outcome.as_ref().map_or(0, |(at, _)| *at));
+        if is_probe(number) {
             return self.probe_back(&work, false);
         }
-        if is_rebuild(lost.work) {
-            return self.rebuilt(lost.work, false);
+        if is_rebuild(number) {
+            return self.rebuilt(number, false);
+        }
+        let jobs: BTreeSet<JobId> = work.pieces.iter().map(|piece| piece.job).collect();
+        if jobs.iter().any(|job| self.jobs.get(job).is_some_and(Job::moves)) {
+            // What is under way of it goes out again, once its next worker is there.
+            return Vec::new();
         }
         let mut orders = Vec::new();
-        match lost.why {
-            Lost::Gap(sequence, held) => {
+        match gap(&outcome, &sequences) {
+            Some((stage, sequence, held)) => {
                 let told = self.gaps.get(&(stage, sequence));
-                if told.is_none_or(|since| since.is_some_and(|since| since <= lost.work)) {
+                if told.is_none_or(|since| since.is_some_and(|since| since <= number)) {
                     self.gaps.insert((stage, sequence), None);
                     if let Some(orders) = self.rebuild_gap(stage, sequence, held) {
                         return orders;
@@ -46,14 +66,29 @@ impl Running {
                     let _ = self.events.send(RingEvent::NeedsReplay { stage, held });
                 }
             }
-            Lost::Sender | Lost::Worker => {
-                self.fail(format!("worker {}: {}", lost.worker.short(), lost.text));
+            None => {
+                self.blame.count(now(), blamed(&outcome, &sent));
+                let slot = outcome.as_ref().ok().and_then(|(_, said)| said.slot);
+                let one = slot.map(JobId).filter(|job| jobs.contains(job));
+                let ended = one.map_or_else(|| jobs.clone(), |job| BTreeSet::from([job]));
+                orders.extend(self.end(&ended, &format!("worker {}: {text}", who.short())));
             }
         }
-        let jobs: BTreeSet<JobId> = work.pieces.iter().map(|piece| piece.job).collect();
         orders.extend(jobs.iter().flat_map(|job| self.tell(*job)));
         orders.extend(jobs.into_iter().flat_map(|job| self.wind_up(job)));
         orders
+    }
+
+    /// The workers of the plan, and the orders that each has.
+    fn members(&self) -> Vec<Member> {
+        let plan = self.parts.plan.iter().enumerate();
+        let member = |(at, stage): (usize, &Planned)| {
+            let node = stage.listing.node_key;
+            let workers = self.jobs.values().filter_map(|job| job.workers.get(at)).filter(|one| one.node == node);
+            let orders = workers.filter_map(|one| one.ordered.map(|(session, _, request)| (session, request)));
+            Member { node, orders: orders.collect() }
+        };
+        plan.map(member).collect()
     }
 
     /// What these workers computed of a work counts as returned: their statements are signed up to it.
@@ -123,19 +158,35 @@ impl Running {
         let _ = answer.send(worked.then(|| Settled::Layers(Box::new(split), root)));
     }
 
-    /// The place of a worker in the plan.
-    pub(super) fn stage_of(&self, worker: &NodeKey) -> u32 {
-        let at = self.parts.plan.iter().position(|stage| stage.listing.node_key == *worker);
-        u32::try_from(at.unwrap_or(0)).unwrap_or(0)
+    /// These jobs cannot go on; others do, and what they had in the same works their engine sends again without these.
+    pub(super) fn end(&mut self, jobs: &BTreeSet<JobId>, reason: &str) -> Vec<ConsumerMessage> {
+        tracing::warn!(jobs = jobs.len(), reason, "requests cannot go on");
+        for id in jobs {
+            let Some(job) = self.jobs.get_mut(id) else { continue };
+            job.ended.get_or_insert_with(|| reason.to_owned());
+            (job.lost, job.rebuild) = (None, None);
+        }
+        let theirs = |work: &RingWork| work.pieces.iter().any(|piece| jobs.contains(&piece.job));
+        let pieces = self.works.values().filter(|one| theirs(&one.work)).flat_map(|one| &one.work.pieces);
+        let touched: BTreeSet<JobId> = pieces.map(|piece| piece.job).chain(jobs.iter().copied()).collect();
+        self.works.retain(|_, one| !theirs(&one.work));
+        self.held_back.retain(|work| !theirs(work));
+        let sequences = &self.sequences;
+        self.gaps.retain(|(_, number), _| sequences.get(number).is_none_or(|one| !jobs.contains(&one.job)));
+        let event = RingEvent::Ended { jobs: jobs.iter().copied().collect(), reason: reason.to_owned() };
+        let _ = self.events.send(event);
+        touched.into_iter().flat_map(|job| self.wind_up(job)).collect()
     }
 
-    /// Nothing that is under way will be answered. A gap that the engine was told of is told again when there is one: nothing
-    /// goes out because of the last time.
-    pub(super) fn fail(&mut self, reason: String) {
-        self.works.clear();
-        self.held_back.clear();
-        self.gaps.clear();
-        let _ = self.events.send(RingEvent::Failed { reason });
+    /// What the engine sends for jobs that cannot go on, as it may before it has heard of it, goes nowhere.
+    pub(super) fn turned_away(&mut self, work: &RingWork) -> Option<Vec<ConsumerMessage>> {
+        let why = |job: &JobId| self.jobs.get(job).and_then(|job| job.ended.clone());
+        let ended: BTreeMap<JobId, String> =
+            work.pieces.iter().filter_map(|piece| Some((piece.job, why(&piece.job)?))).collect();
+        if ended.is_empty() {
+            return None;
+        }
+        Some(ended.iter().flat_map(|(job, reason)| self.end(&BTreeSet::from([*job]), reason)).collect())
     }
 
     /// A worker is gone: another one takes its layers, and the engine sends again what it held.
@@ -163,8 +214,8 @@ impl Running {
             Some(next) => next,
             None => {
                 self.avoided.remove(&gone);
-                self.fail(format!("worker {} was lost, and nobody else sells layers {}", gone.short(), stage.range));
-                return Vec::new();
+                let reason = format!("worker {} was lost, and nobody else sells layers {}", gone.short(), stage.range);
+                return self.end(&BTreeSet::from([id]), &reason);
             }
         };
         tracing::info!(worker = %next.node_key.short(), layers = %stage.range, "a replacement was found");
@@ -181,7 +232,7 @@ impl Running {
     /// may serve them still: what is under way of them goes out again once each has its new order.
     fn leave(&mut self, at: usize, gone: NodeKey, but: JobId) -> Vec<ConsumerMessage> {
         let mut leaving = BTreeMap::new();
-        for (id, job) in self.jobs.iter_mut().filter(|(id, job)| **id != but && !job.over) {
+        for (id, job) in self.jobs.iter_mut().filter(|(id, job)| **id != but && job.goes_on()) {
             let Some(worker) = job.workers.get_mut(at).filter(|one| one.node == gone && !one.over && !one.left) else {
                 continue;
             };
@@ -217,6 +268,13 @@ impl Running {
         }
         vec![order]
     }
+}
+
+/// The gap that a worker of the ring speaks of, in a sequence of this very work.
+fn gap(outcome: &Result<(usize, Refusal), RefusalFault>, sequences: &[u32]) -> Option<(u32, u32, u32)> {
+    let (at, said) = outcome.as_ref().ok()?;
+    let Cause::Gap(sequence, held) = said.why else { return None };
+    sequences.contains(&sequence).then_some((u32::try_from(*at).ok()?, sequence, held))
 }
 
 /// Who takes a worker's place: nobody who was lost before, unless that leaves nobody. Then one of those may be back.
