@@ -6,6 +6,7 @@
 //!   what Lightning nodes and wallets ask for. Mining is the RPC call `generatetoaddress`.
 //! - `electrum`: the same chain in Electrum's protocol, on a port of its own.
 //! - [`relay`]: a real Nostr relay.
+//! - [`ports`]: where the nodes of such a market listen.
 //!
 //! What this room never does: listen beyond loopback, touch any network but regtest, keep anything on disk, or
 //! reorganise its chain. Nothing here is part of a node that serves strangers.
@@ -17,6 +18,7 @@ mod consensus;
 mod electrum;
 mod esplora;
 mod mempool;
+pub mod ports;
 pub mod relay;
 mod rpc;
 pub mod server;

@@ -6,6 +6,7 @@ nothing of what is asked of it.
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -17,9 +18,15 @@ ENDS_WITHIN = 60
 
 
 def free_port():
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return held.getsockname()[1]
+    """Free a moment ago, and none that the system gives to connections on their way out."""
+    while True:
+        with socket.socket() as held:
+            port = random.randrange(16_384, 32_768)
+            try:
+                held.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 class Market:

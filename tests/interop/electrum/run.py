@@ -9,6 +9,7 @@ estimate, so the chain has to answer 180 too: with 1 sat/vB LDK closes the chann
 
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -22,9 +23,15 @@ SAT = 100_000_000
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Free a moment ago, and none that the system gives to connections on their way out."""
+    while True:
+        with socket.socket() as held:
+            port = random.randrange(16_384, 32_768)
+            try:
+                held.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 class World:

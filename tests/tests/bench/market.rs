@@ -6,7 +6,7 @@ use reqwest::Client;
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io::{BufRead, BufReader};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -85,19 +85,6 @@ fn run(binary: &Path, args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Ports that were free a moment ago, for TCP and UDP.
-fn free_ports<const N: usize>() -> [SocketAddr; N] {
-    let held: [(TcpListener, UdpSocket); N] = std::array::from_fn(|_| {
-        loop {
-            let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-            if let Ok(udp) = UdpSocket::bind(tcp.local_addr().unwrap()) {
-                return (tcp, udp);
-            }
-        }
-    });
-    held.map(|(tcp, _)| tcp.local_addr().unwrap())
-}
-
 /// The engine's threads, of the paid side and of the bare one: one for each core, or `BENCH_THREADS`.
 fn threads() -> u32 {
     std::env::var("BENCH_THREADS").ok().and_then(|text| text.parse().ok()).unwrap_or_else(|| {
@@ -122,7 +109,8 @@ impl Market {
         };
         mine(1, NOBODY).await;
         let threads = threads();
-        let [provider_admin, provider_wallet, quic, consumer_admin, consumer_wallet, api] = free_ports();
+        let [provider_admin, provider_wallet, quic, consumer_admin, consumer_wallet, api] =
+            std::array::from_fn(|_| satgrid_tests::ports::free().unwrap());
         let parts = Parts { binary, dir: &dir, client: &client, chain: &chain_url, relay: &relay_url };
         let provider = parts.node(
             "provider",

@@ -4,7 +4,6 @@ use satgrid_engine::tiny::TinyModel;
 use serde_json::Value;
 use std::fs::File;
 use std::io::{BufReader, Read};
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -45,7 +44,7 @@ fn clean(mut command: Command) -> Command {
 }
 
 pub(crate) fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    satgrid_tests::ports::free().unwrap().port()
 }
 
 /// A model of random weights that the binary loads like any other.

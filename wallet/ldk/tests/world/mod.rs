@@ -7,7 +7,7 @@ use satgrid_types::{Msat, UnixMs};
 use satgrid_wallet::{Lightning, OpenChannel, WalletEvent, keys::Phrase};
 use satgrid_wallet_ldk::{ChainSource, LdkConfig, LdkWallet};
 use std::{
-    net::{SocketAddr, TcpListener},
+    net::SocketAddr,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 use tempfile::TempDir;
@@ -126,7 +126,7 @@ pub(crate) async fn next_of(wallet: &dyn Lightning, fits: impl Fn(&WalletEvent) 
 
 /// A port that was free a moment ago.
 pub(crate) fn free_addr() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    satgrid_devnet::ports::free().unwrap()
 }
 
 pub(crate) fn unix_now() -> UnixMs {

@@ -1,11 +1,12 @@
 //! The processes of the market: their folders, seeds, ports and configurations.
 
 use anyhow::{Context, bail};
+use satgrid_devnet::ports;
 use satgrid_types::{LightningKey, Msat, NodeKey};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs::DirBuilder;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -132,24 +133,6 @@ fn private_dir(dir: &Path) -> anyhow::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir).with_context(|| format!("cannot make {}", dir.display()))
 }
 
-/// TCP and UDP ports that were free a moment ago. The listeners are held together, so no two are the same.
-fn free_ports<const N: usize>() -> anyhow::Result<[SocketAddr; N]> {
-    let mut held = Vec::new();
-    let mut ports = [SocketAddr::from((Ipv4Addr::LOCALHOST, 0)); N];
-    for port in &mut ports {
-        loop {
-            let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("no port is free")?;
-            let address = tcp.local_addr()?;
-            if let Ok(udp) = UdpSocket::bind(address) {
-                *port = address;
-                held.push((tcp, udp));
-                break;
-            }
-        }
-    }
-    Ok(ports)
-}
-
 fn text(value: impl std::fmt::Display) -> String {
     toml::Value::String(value.to_string()).to_string()
 }
@@ -171,7 +154,7 @@ impl Node {
         let identity = hex::encode(phrase.seed().identity(0).to_bytes());
         write_new(&dir.join("identity.key"), &format!("{identity}\n"), 0o600)?;
 
-        let [admin, lightning] = free_ports()?;
+        let (admin, lightning) = (ports::free()?, ports::free()?);
         let mut all = BTreeMap::from([
             ("node.network", text("regtest")),
             ("node.dir", text(dir.display())),
@@ -254,7 +237,7 @@ impl Market {
 
         self.api = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         for (name, price) in ["provider-a", "provider-b"].into_iter().zip(for_sale.prices.output) {
-            let [quic] = free_ports()?;
+            let quic = ports::free()?;
             let parts = for_sale.parts.as_ref().filter(|_| self.providers.is_empty());
             let path = parts.map_or(&for_sale.path, |parts| &parts.trunk);
             let packs: Vec<String> =
