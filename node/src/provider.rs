@@ -180,6 +180,8 @@ impl Provider {
             }
             ProviderEvent::LinkUp { link, peer, host } => self.link_up(link, peer, host),
             ProviderEvent::LinkDown { link } => self.link_down(now, link),
+            ProviderEvent::LinkUsed { link } => self.link_used(link, true),
+            ProviderEvent::LinkFreed { link } => self.link_used(link, false),
             ProviderEvent::Control { link, frame } => self.control(now, link, frame),
             ProviderEvent::Request { link, stream, frame } => self.request_frame(now, link, stream, frame),
             ProviderEvent::StreamClosed { link, stream } => self.stream_closed(now, link, stream),
@@ -222,6 +224,8 @@ impl Provider {
             ProviderEvent::Offer(_)
             | ProviderEvent::LinkUp { .. }
             | ProviderEvent::LinkDown { .. }
+            | ProviderEvent::LinkUsed { .. }
+            | ProviderEvent::LinkFreed { .. }
             | ProviderEvent::Control { .. }
             | ProviderEvent::Request { .. }
             | ProviderEvent::StreamClosed { .. }

@@ -7,7 +7,7 @@ use satgrid_ledger::{
     statements::{SessionOpen, SliceDescriptor},
 };
 use satgrid_protocol::{
-    frame::{ConsumerControl, Hello, MAX_OPEN_REQUESTS, ProviderControl, Refusal},
+    frame::{ConsumerControl, Hello, MAX_OPEN_REQUESTS, ProviderControl, Refusal, reason},
     session::{MAX_RECEIPTS_AHEAD, SessionState, Side, SliceStatus, invoice_hash},
 };
 use satgrid_types::{ListingId, ModelRoot, Msat, NodeKey, PaymentHash, Quote, SessionId, Signed, UnixMs, Verified};
@@ -26,6 +26,9 @@ const QUOTE_GRACE_MS: u64 = 30_000;
 pub(super) struct Link {
     pub peer: NodeKey,
     pub host: Option<IpAddr>,
+    since: UnixMs,
+    /// Streams with rows or a download on them.
+    used: u32,
     greeted: bool,
     quote: Option<(Verified<Quote>, EngineId, String)>,
     pub session: Option<SessionId>,
@@ -35,6 +38,14 @@ pub(super) struct Link {
     pub credit: bool,
     /// Its questions about the log that are not answered.
     pub asks: usize,
+}
+
+impl Link {
+    /// When it is closed, as long as nothing comes of it. Who sends rows to a part, fetches a tokenizer or measures the way here
+    /// has no session either: rows and downloads count while they last, and a measurement is over by then.
+    fn unused_at(&self, unused_link_ms: u64) -> Option<UnixMs> {
+        (self.session.is_none() && self.used == 0).then(|| self.since.plus_ms(unused_link_ms))
+    }
 }
 
 /// What an invoice that the wallet is making is for.
@@ -51,10 +62,34 @@ impl Provider {
             self.actions.push_back(ProviderAction::CloseLink { link, code, reason });
             return;
         }
-        self.links.insert(
-            link,
-            Link { peer, host, greeted: false, quote: None, session: None, log: false, credit: false, asks: 0 },
-        );
+        let (since, greeted, log, credit) = (self.now, false, false, false);
+        let held = Link { peer, host, since, used: 0, greeted, quote: None, session: None, log, credit, asks: 0 };
+        self.links.insert(link, held);
+    }
+
+    /// Rows or a download began on a stream of this connection, or are over.
+    pub(super) fn link_used(&mut self, link: LinkId, begins: bool) {
+        if let Some(held) = self.links.get_mut(&link) {
+            held.used = if begins { held.used.saturating_add(1) } else { held.used.saturating_sub(1) };
+        }
+    }
+
+    /// Closes the connections that nothing came of: each takes a place that a customer may need.
+    pub(super) fn tick_links(&mut self, now: UnixMs) {
+        let unused_ms = self.config.unused_link_ms;
+        let is_over = |held: &Link| held.unused_at(unused_ms).is_some_and(|at| at <= now);
+        let over: Vec<LinkId> = self.links.iter().filter(|(_, held)| is_over(held)).map(|(link, _)| *link).collect();
+        for link in over {
+            self.counters.links_unused += 1;
+            let reason = reason(format!("no session was opened here within {} s", unused_ms / 1_000));
+            self.actions.push_back(ProviderAction::CloseLink { link, code: crate::CloseCode::Done, reason });
+            self.links.remove(&link);
+        }
+    }
+
+    /// When the next connection is closed that nothing comes of.
+    pub(super) fn next_unused_link(&self) -> Option<UnixMs> {
+        self.links.values().filter_map(|held| held.unused_at(self.config.unused_link_ms)).min()
     }
 
     pub(super) fn control(&mut self, now: UnixMs, link: LinkId, frame: ConsumerControl) {

@@ -183,9 +183,11 @@ impl Provider {
             self.continue_close(now, id);
             self.refresh(&id);
         }
+        self.tick_links(now);
         let sessions = &self.sessions;
         self.live.retain(|id| sessions.get(id).is_some_and(Session::is_live));
         let timeout = self.config.signature_timeout_ms;
-        self.wake = self.live.iter().filter_map(|id| self.sessions.get(id)?.next_deadline(timeout)).min();
+        let live = self.live.iter().filter_map(|id| self.sessions.get(id)?.next_deadline(timeout)).min();
+        self.wake = [live, self.next_unused_link()].into_iter().flatten().min();
     }
 }

@@ -219,3 +219,42 @@ fn a_receipt_that_was_on_its_way_counts_on_from_what_ended_since() {
     let sums: Vec<_> = receipts.map(|receipt| receipt.cumulative_numerators).collect();
     assert_eq!(sums, [settled], "nothing was done for the first one");
 }
+
+#[test]
+fn a_connection_that_nothing_comes_of_is_closed() {
+    let mut world = World::new();
+    let session = world.open();
+    let begun = world.now;
+    let mut provider = met(&world, &session, vec![state(&session)]);
+    let [carries_session, silent, greeted, sends_rows] = [7, 8, 9, 10].map(LinkId);
+    say(&mut provider, &world, resume(session.id));
+    for link in [silent, greeted, sends_rows] {
+        tell(&mut provider, &world, ProviderEvent::LinkUp { link, peer: NodeKey([2; 32]), host: None });
+    }
+    let hello = ProviderEvent::Control { link: greeted, frame: ConsumerControl::Hello(Hello::ours()) };
+    tell(&mut provider, &world, hello);
+    // Two streams of it carry some.
+    tell(&mut provider, &world, ProviderEvent::LinkUsed { link: sends_rows });
+    tell(&mut provider, &world, ProviderEvent::LinkUsed { link: sends_rows });
+    let closed = |actions: Vec<ProviderAction>| -> Vec<LinkId> {
+        let closed = actions.into_iter().filter_map(|action| {
+            let ProviderAction::CloseLink { link, code, reason } = action else { return None };
+            assert_eq!((code, reason.as_str()), (CloseCode::Done, "no session was opened here within 60 s"));
+            Some(link)
+        });
+        closed.collect()
+    };
+    assert_eq!(provider.poll_timeout(), Some(begun.plus_ms(60_000)));
+    world.now = begun.plus_ms(59_999);
+    assert_eq!(closed(tell(&mut provider, &world, ProviderEvent::Tick)), []);
+    world.now = begun.plus_ms(60_000);
+    assert_eq!(closed(tell(&mut provider, &world, ProviderEvent::Tick)), [silent, greeted]);
+    assert_eq!((provider.poll_timeout(), provider.counters().links_unused), (None, 2));
+    // What is said on it now is not heard.
+    let wanted = ConsumerControl::WantQuote(world.listing.id(), world.listing.model_root);
+    assert!(tell(&mut provider, &world, ProviderEvent::Control { link: greeted, frame: wanted }).is_empty());
+    world.now = begun.plus_ms(600_000);
+    assert_eq!(closed(tell(&mut provider, &world, ProviderEvent::LinkFreed { link: sends_rows })), []);
+    assert_eq!(closed(tell(&mut provider, &world, ProviderEvent::LinkFreed { link: sends_rows })), [sends_rows]);
+    assert_eq!(provider.links.keys().copied().collect::<Vec<_>>(), [carries_session]);
+}

@@ -30,6 +30,8 @@ pub struct ProviderConfig {
     pub quote_validity_ms: u64,
     /// Sessions with a live connection.
     pub max_links: usize,
+    /// How long a connection may stay without a session, and without rows or a download under way on it, in ms.
+    pub unused_link_ms: u64,
     /// Requests that one peer may have open, over all its sessions.
     pub max_requests_per_peer: usize,
     /// Requests open over all sessions; further ones are refused as busy.
@@ -52,6 +54,7 @@ impl Default for ProviderConfig {
             terms: Terms::default(),
             quote_validity_ms: satgrid_types::Quote::VALIDITY_MS,
             max_links: 256,
+            unused_link_ms: 60_000,
             max_requests_per_peer: 32,
             max_requests: 64,
             signature_timeout_ms: 20_000,
@@ -113,6 +116,14 @@ pub enum ProviderEvent {
         host: Option<IpAddr>,
     },
     LinkDown {
+        link: LinkId,
+    },
+    /// Rows of a ticketed request, or a download, are under way on this connection: once for each stream that carries some.
+    LinkUsed {
+        link: LinkId,
+    },
+    /// One of them is over.
+    LinkFreed {
         link: LinkId,
     },
     Control {
@@ -288,4 +299,6 @@ pub struct ProviderCounters {
     pub payments_unknown: u64,
     /// Credit notes that were spent in other sessions.
     pub notes_spent: u64,
+    /// Connections that were closed since nothing was opened on them.
+    pub links_unused: u64,
 }

@@ -96,6 +96,7 @@ impl MetricsSource for Figures {
             counter(out, "satgrid_provider_abandoned_total", "Requests that ended at their last ack.", c.abandoned);
             counter(out, "satgrid_provider_slices_total", "Slices received.", c.slices);
             counter(out, "satgrid_provider_violations_total", "Rules broken by consumers.", c.violations);
+            counter(out, "satgrid_provider_links_unused_total", "Links that nothing came of.", c.links_unused);
             gauge(out, "satgrid_provider_requests_open", "Requests in hand.", view.open_requests as u64);
             gauge(out, "satgrid_provider_links", "Consumers that are connected.", view.links as u64);
             gauge(out, "satgrid_provider_exposure_msat", "Most that can be lost now.", view.exposure.0);

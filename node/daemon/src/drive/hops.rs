@@ -89,25 +89,32 @@ impl Switchboard {
         }
     }
 
-    /// Serves a hop that an upstream node opened, to its end.
-    pub(crate) async fn serve(self, upstream: NodeKey, stream: FrameStream) {
-        let FrameStream { mut tx, mut rx, .. } = stream;
+    /// The first frame of a hop that an upstream node opened: a ticket for a request of this node, and who waits for it.
+    pub(crate) async fn admit(&self, upstream: NodeKey, stream: &mut FrameStream) -> Option<Admitted> {
+        let first = match stream.rx.recv().await {
+            Ok(Some(bytes)) => HopFrame::decode(bytes),
+            Ok(None) | Err(_) => return None,
+        };
+        let Ok(HopFrame::Ticket(ticket)) = first else {
+            tracing::warn!(upstream = %upstream.short(), "a hop that does not begin with a ticket");
+            stream.rx.cancel(Code::CANCELLED);
+            return None;
+        };
+        let Some(ear) = self.ear(&ticket).await else {
+            tracing::warn!(upstream = %upstream.short(), "a hop with a ticket for no request of this node");
+            stream.rx.cancel(Code::CANCELLED);
+            return None;
+        };
+        Some(Admitted { ticket, ear })
+    }
+
+    /// Serves a hop to its end.
+    pub(crate) async fn serve(self, upstream: NodeKey, stream: FrameStream, admitted: Admitted) {
+        let (FrameStream { mut tx, mut rx, .. }, Admitted { ticket, ear }) = (stream, admitted);
         let hop = HopId(self.with(|(next, _)| {
             *next += 1;
             *next
         }));
-        let first = match rx.recv().await {
-            Ok(Some(bytes)) => HopFrame::decode(bytes),
-            Ok(None) | Err(_) => return,
-        };
-        let Ok(HopFrame::Ticket(ticket)) = first else {
-            tracing::warn!(upstream = %upstream.short(), "a hop that does not begin with a ticket");
-            return rx.cancel(Code::CANCELLED);
-        };
-        let Some(ear) = self.ear(&ticket).await else {
-            tracing::warn!(upstream = %upstream.short(), "a hop with a ticket for no request of this node");
-            return rx.cancel(Code::CANCELLED);
-        };
         let (back, mut answers) = mpsc::channel::<HopFrame>(QUEUE);
         tokio::spawn(async move {
             while let Some(frame) = answers.recv().await {
@@ -136,6 +143,12 @@ impl Switchboard {
         }
         let _ = ear.send(HopEvent::Ended { hop }).await;
     }
+}
+
+/// A hop's first ticket, and who hears of it.
+pub(crate) struct Admitted {
+    ticket: TicketFrame,
+    ear: Ear,
 }
 
 /// A hop of ours to the next node. Dropped, it ends once everything is sent.

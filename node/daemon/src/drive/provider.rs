@@ -24,7 +24,7 @@ use satgrid_node::{
 use satgrid_protocol::frame::{ConsumerControl, ConsumerFrame};
 use satgrid_protocol_quic::{
     FrameSender, FrameStream, Link, QuicEndpoint, StreamKind,
-    artefact::{ArtefactServer, ConnectionArtefacts},
+    artefact::{ArtefactServer, Asked, ConnectionArtefacts},
 };
 use satgrid_types::{Msat, PaymentHash};
 use satgrid_wallet::{Invoice, InvoiceRequest, Lightning};
@@ -358,6 +358,14 @@ async fn accept(endpoint: QuicEndpoint, inbox: mpsc::Sender<Message>) {
     }
 }
 
+/// While this runs, the connection is not one that nothing comes of.
+async fn in_use<T>(link: LinkId, inbox: &mpsc::Sender<Message>, work: impl Future<Output = T>) -> T {
+    let _ = inbox.send(Message::Event(ProviderEvent::LinkUsed { link })).await;
+    let done = work.await;
+    let _ = inbox.send(Message::Event(ProviderEvent::LinkFreed { link })).await;
+    done
+}
+
 /// Reads everything that one consumer says, until its link ends.
 async fn serve_link(
     link: LinkId,
@@ -395,12 +403,24 @@ async fn serve_link(
                 });
             }
             StreamKind::Hop => {
-                tokio::spawn(switchboard.clone().serve(quic.peer(), FrameStream { kind, tx, rx }));
+                let (switchboard, upstream) = (switchboard.clone(), quic.peer());
+                tokio::spawn(async move {
+                    let mut stream = FrameStream { kind, tx, rx };
+                    if let Some(admitted) = switchboard.admit(upstream, &mut stream).await {
+                        in_use(link, &inbox, switchboard.serve(upstream, stream, admitted)).await;
+                    }
+                });
             }
             StreamKind::Artefact => {
                 let artefacts = artefacts.clone();
                 tokio::spawn(async move {
-                    if let Err(error) = artefacts.serve(FrameStream { kind, tx, rx }).await {
+                    let mut stream = FrameStream { kind, tx, rx };
+                    let served = match artefacts.asked(&mut stream).await {
+                        Ok(Asked::Granted(grant)) => in_use(link, &inbox, artefacts.give(stream, grant)).await,
+                        Ok(Asked::Refused(refused)) => Ok(refused),
+                        Err(error) => Err(error),
+                    };
+                    if let Err(error) = served {
                         tracing::debug!(%error, "an artefact was not served to its end");
                     }
                 });

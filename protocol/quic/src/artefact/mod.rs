@@ -15,7 +15,7 @@ mod fetch;
 mod serve;
 
 pub use fetch::{Download, DownloadError};
-pub use serve::{ArtefactServer, Artefacts, ConnectionArtefacts, ServeLimits, Served};
+pub use serve::{ArtefactServer, Artefacts, Asked, ConnectionArtefacts, Grant, ServeLimits, Served};
 
 use minicbor::{Decode, Encode};
 use satgrid_types::Digest;

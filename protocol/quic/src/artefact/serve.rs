@@ -54,6 +54,20 @@ pub enum Served {
     Refused { sha256: Digest, why: RefusedBecause },
 }
 
+/// What came of a request.
+pub enum Asked {
+    Granted(Grant),
+    /// Nothing is sent; the peer was told why.
+    Refused(Served),
+}
+
+/// A download that may begin, with its places among those at one time.
+pub struct Grant {
+    request: Request,
+    blob: Bytes,
+    _places: Places,
+}
+
 /// Serves blobs to all connections of a node.
 #[derive(Clone)]
 pub struct ArtefactServer {
@@ -96,10 +110,19 @@ pub struct ConnectionArtefacts {
 impl ConnectionArtefacts {
     /// Answers one stream of kind [`StreamKind::Artefact`](crate::StreamKind::Artefact), to its end.
     pub async fn serve(&self, mut stream: FrameStream) -> Result<Served, LinkError> {
+        match self.asked(&mut stream).await? {
+            Asked::Granted(grant) => self.give(stream, grant).await,
+            Asked::Refused(refused) => Ok(refused),
+        }
+    }
+
+    /// Waits for the request. What is not granted is answered here.
+    pub async fn asked(&self, stream: &mut FrameStream) -> Result<Asked, LinkError> {
         let request = match timeout(PATIENCE, stream.rx.recv()).await {
             Ok(request) => request?,
             Err(_) => {
-                stream.cancel(Code::STALLED);
+                stream.tx.cancel(Code::STALLED);
+                stream.rx.cancel(Code::STALLED);
                 return Err(LinkError::TimedOut { waiting: Waiting::Request, after: PATIENCE });
             }
         };
@@ -109,24 +132,28 @@ impl ConnectionArtefacts {
             Err(error) => return Err(stream.rx.violated(Violation::Frame(error))),
         };
         match self.grant(&request) {
-            Ok((blob, _places)) => {
-                let bytes = blob.len() as u64 - request.offset;
-                let allowed = PATIENCE + Duration::from_secs(bytes / crate::limits::SLOWEST_BYTES_PER_S as u64);
-                match timeout(allowed, self.send(&mut stream, blob, request.offset)).await {
-                    Ok(sent) => sent?,
-                    Err(_) => {
-                        stream.cancel(Code::STALLED);
-                        return Err(LinkError::TimedOut { waiting: Waiting::Reader, after: allowed });
-                    }
-                }
-                Ok(Served::Sent { sha256: request.sha256, bytes })
-            }
+            Ok((blob, places)) => Ok(Asked::Granted(Grant { request, blob, _places: places })),
             Err(why) => {
                 stream.tx.send_frame(&Answer::Refused(why)).await?;
                 stream.tx.finish().await?;
-                Ok(Served::Refused { sha256: request.sha256, why })
+                Ok(Asked::Refused(Served::Refused { sha256: request.sha256, why }))
             }
         }
+    }
+
+    /// Sends what was granted.
+    pub async fn give(&self, mut stream: FrameStream, grant: Grant) -> Result<Served, LinkError> {
+        let Grant { request, blob, _places } = grant;
+        let bytes = blob.len() as u64 - request.offset;
+        let allowed = PATIENCE + Duration::from_secs(bytes / crate::limits::SLOWEST_BYTES_PER_S as u64);
+        match timeout(allowed, self.send(&mut stream, blob, request.offset)).await {
+            Ok(sent) => sent?,
+            Err(_) => {
+                stream.cancel(Code::STALLED);
+                return Err(LinkError::TimedOut { waiting: Waiting::Reader, after: allowed });
+            }
+        }
+        Ok(Served::Sent { sha256: request.sha256, bytes })
     }
 
     /// Takes the places and the bytes that the download needs.
