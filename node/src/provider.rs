@@ -25,6 +25,7 @@ mod resume;
 mod sessions;
 mod signers;
 mod start;
+mod strangers;
 #[cfg(test)]
 mod tests;
 mod types;
@@ -71,6 +72,11 @@ pub struct Provider {
     paused: Option<String>,
     /// Sessions that time can change: with open requests, or a close that waits. All others cost nothing per event.
     live: BTreeSet<SessionId>,
+    /// Sessions in which nothing was paid, when they were last looked at; and when that is done again at the latest.
+    unpaid: BTreeSet<SessionId>,
+    unpaid_due: Option<UnixMs>,
+    /// Since when it runs without a gap: payments of before may not be told yet.
+    awake_since: UnixMs,
     /// The earliest deadline of the live sessions.
     wake: Option<UnixMs>,
     /// Sum of what each session says that it may lose, kept as sessions change.
@@ -108,6 +114,9 @@ impl Provider {
             down: BTreeSet::new(),
             paused: None,
             live: BTreeSet::new(),
+            unpaid: BTreeSet::new(),
+            unpaid_due: None,
+            awake_since: UnixMs(0),
             wake: None,
             exposed: Msat::ZERO,
             now: UnixMs(0),
@@ -122,10 +131,12 @@ impl Provider {
         self
     }
 
-    /// Takes up the sessions that the journal holds. Their open requests wait for the consumer to resume.
+    /// Takes up the sessions that the journal holds. Their open requests wait for the consumer to resume. One in which nothing was
+    /// paid and no invoice issued does not come back: it may be one that was forgotten.
     pub fn restore(&mut self, now: UnixMs, restored: Vec<SessionState>, refunds: Vec<PendingRefund>) {
         self.now = now;
-        for state in restored {
+        self.awake_since = now;
+        for state in restored.into_iter().filter(|state| state.is_taken_up(now)) {
             self.adopt(now, state);
         }
         for refund in refunds {
@@ -161,6 +172,7 @@ impl Provider {
 
     /// Takes in one event.
     pub fn handle(&mut self, now: UnixMs, event: ProviderEvent) {
+        self.note_gap(now);
         self.now = now;
         if self.gate.is_broken() {
             // Nothing more is promised, signed or paid; whoever comes is told.

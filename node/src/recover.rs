@@ -26,14 +26,26 @@ pub struct Recovered {
 
 /// Penalties end some day: older ones than these are let go.
 const MAX_MISBEHAVED: usize = 4_096;
+/// Quotes that a session may be opened under: an open follows its quote at once.
+const MAX_QUOTES: usize = 4_096;
+/// With so many sessions in which nothing was paid, those are let go that the provider had forgotten by then.
+const SWEEP_AT: usize = 2_048;
+/// The provider forgets by the time of its events; an entry is written a little later.
+const SWEEP_AFTER_MS: u64 = 10 * 60 * 1_000;
 
 /// Folds the journal, in order.
 #[derive(Debug)]
 pub struct Fold {
     /// Every key that was this node's.
     ours: BTreeSet<NodeKey>,
+    /// The last of them; their order beside them.
     quotes: BTreeMap<QuoteId, Verified<Quote>>,
+    quoted: VecDeque<QuoteId>,
     sessions: BTreeMap<SessionId, SessionState>,
+    by_consumer: BTreeMap<NodeKey, Vec<SessionId>>,
+    /// Of the provider's, those in which nothing was paid when they were last looked at; and when that is done again.
+    unpaid: BTreeSet<SessionId>,
+    sweep_at: usize,
     by_payment: BTreeMap<PaymentHash, SessionId>,
     refunds: BTreeMap<PaymentHash, PendingRefund>,
     out: Recovered,
@@ -44,7 +56,11 @@ impl Fold {
         Fold {
             ours: ours.into_iter().collect(),
             quotes: BTreeMap::new(),
+            quoted: VecDeque::new(),
             sessions: BTreeMap::new(),
+            by_consumer: BTreeMap::new(),
+            unpaid: BTreeSet::new(),
+            sweep_at: SWEEP_AT,
             by_payment: BTreeMap::new(),
             refunds: BTreeMap::new(),
             out: Recovered::default(),
@@ -74,9 +90,11 @@ impl Fold {
                 if let Ok(quote) = signed.peek()
                     && let Ok(quote) = signed.verify(&quote.provider)
                 {
-                    self.quotes.insert(quote.quote_id(), quote);
+                    for session in self.by_consumer.get(&quote.consumer).cloned().unwrap_or_default() {
+                        self.apply_to(session, &draft);
+                    }
+                    self.keep_quote(quote);
                 }
-                self.apply_to_all(&draft);
             }
             Evidence::Open(signed) => {
                 let Ok(open) = signed.peek() else { return };
@@ -87,7 +105,14 @@ impl Fold {
                     self.out.opened = self.out.opened.saturating_add(1);
                 }
                 let state = SessionState::new(side, quote, &open);
-                self.sessions.insert(state.id(), state);
+                let id = state.id();
+                if self.sessions.insert(id, state).is_none() {
+                    self.by_consumer.entry(open.consumer).or_default().push(id);
+                }
+                if side == Side::Provider {
+                    self.unpaid.insert(id);
+                    self.sweep(entry.at);
+                }
             }
             Evidence::Invoice { session, bolt11, .. } => {
                 if let Some(hash) = invoice_hash(bolt11) {
@@ -184,17 +209,57 @@ impl Fold {
             self.apply_to(session, draft);
         }
     }
-    fn apply_to_all(&mut self, draft: &satgrid_ledger::entry::Draft) {
-        for state in self.sessions.values_mut() {
-            let _ = state.apply(draft);
+
+    fn keep_quote(&mut self, quote: Verified<Quote>) {
+        let id = quote.quote_id();
+        if self.quotes.insert(id, quote).is_none() {
+            self.quoted.push_back(id);
         }
+        if self.quoted.len() > MAX_QUOTES
+            && let Some(oldest) = self.quoted.pop_front()
+        {
+            self.quotes.remove(&oldest);
+        }
+    }
+
+    /// Lets go of what strangers opened and the provider had forgotten when this was written.
+    fn sweep(&mut self, at: UnixMs) {
+        if self.unpaid.len() <= self.sweep_at {
+            return;
+        }
+        let mut lapsed = BTreeSet::new();
+        let sessions = &self.sessions;
+        self.unpaid.retain(|id| {
+            let Some(state) = sessions.get(id) else { return false };
+            let over = !state.is_taken_up(at) && at >= state.lapses_at().plus_ms(SWEEP_AFTER_MS);
+            if over {
+                lapsed.insert(*id);
+            }
+            state.is_unpaid() && !over
+        });
+        for state in lapsed.iter().filter_map(|id| self.sessions.remove(id)) {
+            for hash in state.payment_hashes() {
+                self.by_payment.remove(hash);
+            }
+            if let Some(others) = self.by_consumer.get_mut(&state.consumer()) {
+                others.retain(|id| *id != state.id());
+                if others.is_empty() {
+                    self.by_consumer.remove(&state.consumer());
+                }
+            }
+        }
+        self.sweep_at = SWEEP_AT.max(self.unpaid.len().saturating_mul(2));
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use satgrid_ledger::entry::{Draft, Head};
+    use satgrid_ledger::{
+        entry::{Draft, Head},
+        testing::World,
+    };
+    use satgrid_types::node_key;
 
     #[test]
     fn a_rule_that_was_broken_is_remembered() {
@@ -203,5 +268,35 @@ mod tests {
         let evidence = Evidence::Misbehaviour { peer, rule: "overcharge".into(), statement: vec![1] };
         fold.entry(&Entry::chain(&Head::EMPTY, UnixMs(5), Draft::of(evidence)));
         assert_eq!(fold.finish().misbehaved, [(UnixMs(5), peer, "overcharge".to_owned())]);
+    }
+
+    #[test]
+    fn strangers_leave_nothing_that_a_restart_would_carry() {
+        let mut world = World::new();
+        let mut paid = world.open();
+        world.pay(&mut paid, Msat::sat(10));
+        let mut fold = Fold::new([node_key(&world.provider.node)]);
+        let mut read = 0;
+        let mut fold_on = |world: &World, fold: &mut Fold| {
+            let entries = world.provider.journal.entries();
+            entries[read..].iter().for_each(|entry| fold.entry(entry));
+            read = entries.len();
+        };
+        for _ in 1..SWEEP_AT {
+            world.open();
+        }
+        fold_on(&world, &mut fold);
+        assert_eq!(fold.sessions.len(), SWEEP_AT, "all of them are young");
+        world.now = world.now.plus_ms(60 * 60 * 1_000);
+        let young = world.open();
+        world.pay(&mut paid, Msat::sat(20));
+        fold_on(&world, &mut fold);
+        let kept: BTreeSet<SessionId> = fold.sessions.keys().copied().collect();
+        assert_eq!(kept, BTreeSet::from([paid.id, young.id]));
+        assert_eq!(fold.by_consumer.len(), 2);
+        assert!(fold.quotes.len() <= MAX_QUOTES && fold.quoted.len() == fold.quotes.len());
+        let recovered = fold.finish();
+        let sums: BTreeSet<Msat> = recovered.provider_sessions.iter().map(SessionState::paid).collect();
+        assert_eq!(sums, BTreeSet::from([Msat::ZERO, Msat::sat(30)]));
     }
 }

@@ -23,6 +23,7 @@ mod requests;
 mod slices;
 #[cfg(test)]
 mod tests;
+mod unpaid;
 
 use crate::exposure::{ConsumerExposure, ProviderExposure};
 use satgrid_ledger::{
@@ -40,6 +41,7 @@ use thiserror::Error;
 
 pub use requests::{MAX_HOLDS, ReceiptFacts, RequestState};
 pub use slices::{SliceState, SliceStatus, invoice_hash};
+pub use unpaid::LATE_PAYMENT_MS;
 
 /// Quotes of one session that are kept: the current one and those that open requests refer to.
 pub const MAX_QUOTES: usize = 16;
@@ -84,6 +86,8 @@ pub struct SessionState {
     current_quote: QuoteId,
     slices: BTreeMap<u32, SliceState>,
     by_hash: BTreeMap<PaymentHash, u32>,
+    /// When the last of its invoices expires.
+    payable_until: Option<UnixMs>,
     paid: Msat,
     refunded: Msat,
     requests: BTreeMap<RequestId, RequestState>,
@@ -136,6 +140,7 @@ impl SessionState {
             current_quote: quote.quote_id(),
             slices: BTreeMap::new(),
             by_hash: BTreeMap::new(),
+            payable_until: None,
             paid: Msat::ZERO,
             refunded: Msat::ZERO,
             requests: BTreeMap::new(),

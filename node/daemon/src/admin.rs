@@ -193,7 +193,7 @@ fn provider_json(view: &ProviderView) -> Value {
         "counters": {
             "requests_started": c.requests_started, "requests_refused": c.requests_refused, "receipts": c.receipts,
             "abandoned": c.abandoned, "violations": c.violations, "slices": c.slices, "payments_unknown": c.payments_unknown,
-            "links_unused": c.links_unused,
+            "links_unused": c.links_unused, "sessions_forgotten": c.sessions_forgotten,
         },
         "open_requests": view.open_requests,
         "links": view.links,

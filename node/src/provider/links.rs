@@ -51,7 +51,7 @@ impl Link {
 /// What an invoice that the wallet is making is for.
 pub(super) struct WantedInvoice {
     link: LinkId,
-    session: SessionId,
+    pub session: SessionId,
     descriptor: SliceDescriptor,
 }
 
@@ -220,10 +220,16 @@ impl Provider {
         if !fits || now > quote.valid_until.plus_ms(QUOTE_GRACE_MS) {
             return self.refuse(link, Refusal::Quote, "the open statement does not accept the quote given here");
         }
+        let (peer, key) = (Peer::of(held.host, held.peer), held.peer);
+        if !self.room_for_session(now, peer, key) {
+            return self.refuse(link, Refusal::Busy, "too many sessions wait here for a first payment");
+        }
         let state = SessionState::new(Side::Provider, &quote, &open);
         let id = state.id();
-        held.session = Some(id);
-        let peer = Peer::of(held.host, held.peer);
+        if let Some(held) = self.links.get_mut(&link) {
+            held.session = Some(id);
+        }
+        self.note_unpaid(id, state.lapses_at());
         self.sessions.insert(id, Session::new(state, peer, Some(link), Some(engine)));
         let mut drafts = vec![Draft::of(Evidence::Listing { event_json })];
         drafts.extend(SessionState::open_drafts(&quote, &open));

@@ -95,6 +95,9 @@ impl Provider {
             }
         }
         let open = !state.requests().is_empty();
+        if state.is_unpaid() {
+            self.note_unpaid(id, state.lapses_at());
+        }
         let peer = Peer::of(None, state.consumer());
         let mut session = Session::new(state, peer, None, None);
         session.detached_at = open.then_some(now);
@@ -183,11 +186,12 @@ impl Provider {
             self.continue_close(now, id);
             self.refresh(&id);
         }
+        self.tick_unpaid(now);
         self.tick_links(now);
         let sessions = &self.sessions;
         self.live.retain(|id| sessions.get(id).is_some_and(Session::is_live));
         let timeout = self.config.signature_timeout_ms;
         let live = self.live.iter().filter_map(|id| self.sessions.get(id)?.next_deadline(timeout)).min();
-        self.wake = [live, self.next_unused_link()].into_iter().flatten().min();
+        self.wake = [live, self.unpaid_due, self.next_unused_link()].into_iter().flatten().min();
     }
 }

@@ -1,5 +1,7 @@
 //! The provider role alone, told what no honest peer says.
 
+mod strangers;
+
 use super::{links::MAX_REQUOTED, start::check_start, *};
 use crate::CloseCode;
 use satgrid_engine::port::FinishReason;
@@ -22,7 +24,7 @@ fn state(session: &Session) -> SessionState {
 /// A provider with these sessions, and a consumer that has connected and said hello.
 fn met(world: &World, session: &Session, restored: Vec<SessionState>) -> Provider {
     let mut provider = Provider::new(ProviderConfig::default(), world.provider.node.clone(), [1; 32]);
-    provider.restore(world.now, restored, Vec::new());
+    restored.into_iter().for_each(|state| provider.adopt(world.now, state));
     tell(&mut provider, world, ProviderEvent::LinkUp { link: LINK, peer: node_key(&session.key), host: None });
     say(&mut provider, world, ConsumerControl::Hello(Hello::ours()));
     provider
@@ -249,7 +251,7 @@ fn a_connection_that_nothing_comes_of_is_closed() {
     assert_eq!(closed(tell(&mut provider, &world, ProviderEvent::Tick)), []);
     world.now = begun.plus_ms(60_000);
     assert_eq!(closed(tell(&mut provider, &world, ProviderEvent::Tick)), [silent, greeted]);
-    assert_eq!((provider.poll_timeout(), provider.counters().links_unused), (None, 2));
+    assert_eq!((provider.next_unused_link(), provider.counters().links_unused), (None, 2));
     // What is said on it now is not heard.
     let wanted = ConsumerControl::WantQuote(world.listing.id(), world.listing.model_root);
     assert!(tell(&mut provider, &world, ProviderEvent::Control { link: greeted, frame: wanted }).is_empty());

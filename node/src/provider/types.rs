@@ -32,6 +32,9 @@ pub struct ProviderConfig {
     pub max_links: usize,
     /// How long a connection may stay without a session, and without rows or a download under way on it, in ms.
     pub unused_link_ms: u64,
+    /// Sessions in which nothing was paid: of one peer, and of all.
+    pub unpaid_per_peer: usize,
+    pub unpaid_sessions: usize,
     /// Requests that one peer may have open, over all its sessions.
     pub max_requests_per_peer: usize,
     /// Requests open over all sessions; further ones are refused as busy.
@@ -55,6 +58,8 @@ impl Default for ProviderConfig {
             quote_validity_ms: satgrid_types::Quote::VALIDITY_MS,
             max_links: 256,
             unused_link_ms: 60_000,
+            unpaid_per_peer: 32,
+            unpaid_sessions: 1_024,
             max_requests_per_peer: 32,
             max_requests: 64,
             signature_timeout_ms: 20_000,
@@ -301,4 +306,6 @@ pub struct ProviderCounters {
     pub notes_spent: u64,
     /// Connections that were closed since nothing was opened on them.
     pub links_unused: u64,
+    /// Sessions that were forgotten: nothing was paid in them.
+    pub sessions_forgotten: u64,
 }

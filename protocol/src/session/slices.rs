@@ -6,7 +6,7 @@ use satgrid_ledger::{
     statements::{SliceDescriptor, SlicePaid},
     transfer::{Account, Transfer, TransferKind, attempt, transfer_id},
 };
-use satgrid_types::{Msat, PaymentHash, Preimage};
+use satgrid_types::{Msat, PaymentHash, Preimage, UnixMs};
 
 /// Where a slice stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -197,7 +197,8 @@ impl SessionState {
     }
 
     pub(super) fn apply_invoice(&mut self, k: u32, bolt11: &str, d: &SliceDescriptor) -> Result<(), SessionError> {
-        let payment_hash = invoice_hash(bolt11);
+        let invoice = read(bolt11);
+        let payment_hash = invoice.map(|(hash, _)| hash);
         let again = match self.slices.get(&k) {
             Some(old) if matches!(old.status, SliceStatus::Paid | SliceStatus::Attempted) => {
                 return Err(SessionError::SliceStatus { k, status: old.status.word() });
@@ -208,6 +209,7 @@ impl SessionState {
         if let Some(hash) = payment_hash {
             self.by_hash.insert(hash, k);
         }
+        self.payable_until = self.payable_until.max(invoice.map(|(_, expires_at)| expires_at));
         let (amount, status) = (d.amount, SliceStatus::Invoiced);
         self.slices.insert(
             k,
@@ -256,7 +258,13 @@ impl SessionState {
 
 /// The payment hash that a BOLT 11 names; `None` where it is no invoice (refused before it gets here).
 pub fn invoice_hash(bolt11: &str) -> Option<PaymentHash> {
+    read(bolt11).map(|(hash, _)| hash)
+}
+
+/// Its payment hash, and when it expires.
+fn read(bolt11: &str) -> Option<(PaymentHash, UnixMs)> {
     let invoice: lightning_invoice::Bolt11Invoice = bolt11.parse().ok()?;
     let hash: &[u8] = invoice.payment_hash().as_ref();
-    hash.try_into().ok().map(PaymentHash)
+    let expires_at = invoice.expires_at().map_or(UnixMs(u64::MAX), |at| UnixMs::from_secs(at.as_secs()));
+    hash.try_into().ok().map(|hash| (PaymentHash(hash), expires_at))
 }

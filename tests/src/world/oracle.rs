@@ -14,7 +14,7 @@ use satgrid_ledger::{
 };
 use satgrid_node::LinkId;
 use satgrid_pricing::cost_alone;
-use satgrid_protocol::metering::part_terms;
+use satgrid_protocol::{metering::part_terms, session::SessionState};
 use satgrid_types::{Msat, PartUsage, TokenUsage, WorkKind, node_key};
 use std::collections::BTreeSet;
 
@@ -225,14 +225,17 @@ impl World {
         who: &str,
         key: &ed25519_dalek::SigningKey,
         journal: &super::journal::SimJournal,
-        live: impl Iterator<Item = &'a satgrid_protocol::session::SessionState>,
+        live: impl Iterator<Item = &'a SessionState>,
     ) {
         let mut fold = satgrid_node::recover::Fold::new([node_key(key)]);
         journal.entries().iter().for_each(|entry| fold.entry(entry));
         let recovered = fold.finish();
         let mut folded = recovered.provider_sessions;
-        folded.extend(recovered.consumer_sessions);
         let mut live: Vec<_> = live.cloned().collect();
+        // A provider may forget, without an entry, what nothing was paid in.
+        let may_go = |s: &SessionState| s.is_unpaid() && s.requests().is_empty() && !s.may_be_paid(self.now);
+        folded.retain(|session| !may_go(session) || live.iter().any(|live| live.id() == session.id()));
+        folded.extend(recovered.consumer_sessions);
         live.sort_by_key(|s| s.id());
         folded.sort_by_key(|s| s.id());
         assert_eq!(live.len(), folded.len(), "{who}: sessions in the journal and alive");

@@ -97,6 +97,8 @@ impl MetricsSource for Figures {
             counter(out, "satgrid_provider_slices_total", "Slices received.", c.slices);
             counter(out, "satgrid_provider_violations_total", "Rules broken by consumers.", c.violations);
             counter(out, "satgrid_provider_links_unused_total", "Links that nothing came of.", c.links_unused);
+            let forgotten = c.sessions_forgotten;
+            counter(out, "satgrid_provider_sessions_forgotten_total", "Sessions in which nothing was paid.", forgotten);
             gauge(out, "satgrid_provider_requests_open", "Requests in hand.", view.open_requests as u64);
             gauge(out, "satgrid_provider_links", "Consumers that are connected.", view.links as u64);
             gauge(out, "satgrid_provider_exposure_msat", "Most that can be lost now.", view.exposure.0);
