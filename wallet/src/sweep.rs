@@ -124,6 +124,8 @@ pub struct Rules {
     pub every_ms: u64,
     /// What a route may cost, in thousandths.
     pub max_fee_permille: u32,
+    /// What miners may get of a sweep that nobody looked at, in thousandths.
+    pub max_onchain_fee_permille: u32,
 }
 
 /// What would be moved now.
@@ -132,7 +134,7 @@ pub struct Sweep {
     pub to: Destination,
     /// What arrives over Lightning; what leaves on chain, the miners' fee still to be taken off it.
     pub amount_sat: u64,
-    /// The most that the route may cost on top; zero on chain.
+    /// The most that the route may cost on top; on chain, that miners may get of a sweep by schedule.
     pub max_fee: Msat,
     /// Everything that can be spent goes: nothing is left to pay the fee from but the amount.
     pub all: bool,
@@ -147,6 +149,28 @@ pub enum Nothing {
     TooLittle { left_sat: u64, keep_sat: u64 },
     #[error("a payment is in flight; it is over first")]
     InFlight,
+}
+
+/// Why a sweep by schedule waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error(
+    "miners would get {fee_sat} sat of {amount_sat} sat now, and at most {max_fee} (wallet.sweep_max_onchain_fee_permille)"
+)]
+pub struct TooDear {
+    pub fee_sat: u64,
+    pub amount_sat: u64,
+    pub max_fee: Msat,
+}
+
+impl Sweep {
+    /// Whether miners may get that much of it without anyone having seen the figure.
+    pub fn allows_miners(&self, fee_sat: u64) -> Result<(), TooDear> {
+        // A fee beyond what there can be is not allowed either.
+        if Msat::from_sat(fee_sat).is_some_and(|fee| fee <= self.max_fee) {
+            return Ok(());
+        }
+        Err(TooDear { fee_sat, amount_sat: self.amount_sat, max_fee: self.max_fee })
+    }
 }
 
 impl Rules {
@@ -169,7 +193,7 @@ impl Rules {
             let amount = carried.saturating_mul(1_000) / permille.saturating_add(1_000);
             (amount, Msat(amount.saturating_mul(permille)))
         } else {
-            (free, Msat::ZERO)
+            (free, Msat(free.saturating_mul(u64::from(self.max_onchain_fee_permille))))
         };
         if amount_sat < LEAST_SAT {
             return Err(Nothing::TooLittle { left_sat: amount_sat, keep_sat: self.keep_sat });
@@ -202,7 +226,8 @@ mod tests {
     use super::*;
 
     fn rules(to: &str, above_sat: u64, keep_sat: u64) -> Rules {
-        Rules { to: to.parse().unwrap(), above_sat, keep_sat, every_ms: 1_000, max_fee_permille: 10 }
+        let (to, max_fee_permille, max_onchain_fee_permille) = (to.parse().unwrap(), 10, 50);
+        Rules { to, above_sat, keep_sat, every_ms: 1_000, max_fee_permille, max_onchain_fee_permille }
     }
     const ADDRESS: &str = "bcrt1q6rhpng9evdsfnn833a4f4vej0asu6dk5srld6x";
 
@@ -259,5 +284,20 @@ mod tests {
         assert!(!r.plan(&balance(60_000)).unwrap().all);
         assert!(rules("cold", 0, 0).plan(&balance(60_000)).unwrap().all);
         assert!(matches!(rules("cold", 0, 0).plan(&balance(999)), Err(Nothing::TooLittle { .. })));
+    }
+
+    #[test]
+    fn miners_get_no_more_than_their_share_of_what_goes() {
+        let sweep = |sat| {
+            let balance = Balance { onchain_confirmed_sat: sat, ..Balance::default() };
+            rules(ADDRESS, 50_000, 20_000).plan(&balance).unwrap()
+        };
+        // 5% of 40,000 sat.
+        assert_eq!(sweep(60_000).allows_miners(2_000), Ok(()));
+        let dear = TooDear { fee_sat: 2_001, amount_sat: 40_000, max_fee: Msat(2_000_000) };
+        assert_eq!(sweep(60_000).allows_miners(2_001), Err(dear));
+        // The same fee is fine once there is more to move.
+        assert_eq!(sweep(70_000).allows_miners(2_001), Ok(()));
+        assert!(sweep(60_000).allows_miners(u64::MAX).is_err());
     }
 }

@@ -321,6 +321,12 @@ pub(super) const KEYS: &[Key] = &[
     key("wallet.sweep_keep_sat", Number, Value("20000"), "what a sweep leaves in the wallet, reserves aside"),
     key("wallet.sweep_every_s", Number, Value("86400"), "least seconds between two sweeps"),
     key("wallet.sweep_max_fee_permille", Number, Value("10"), "most that a sweep's route may cost, in thousandths"),
+    key(
+        "wallet.sweep_max_onchain_fee_permille",
+        Number,
+        Value("50"),
+        "most that miners get of a scheduled sweep on chain, in thousandths; what is dearer waits",
+    ),
     key("wallet.sweep_fee_rate", Number, Unset, "sat per virtual byte of sweeps on chain, instead of the estimate"),
     key(
         "wallet.cold_xpub",

@@ -449,6 +449,7 @@ pub(crate) struct Wallet {
     pub sweep_keep_sat: u64,
     pub sweep_every_s: u64,
     pub sweep_max_fee_permille: u32,
+    pub sweep_max_onchain_fee_permille: u32,
     pub sweep_fee_rate: Option<u32>,
     /// An xpub, or a descriptor with `<0;1>/*`.
     pub cold_xpub: Option<String>,

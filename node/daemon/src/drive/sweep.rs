@@ -15,7 +15,7 @@ use satgrid_wallet::{
     Balance, Embedded, PayError,
     embedded::{OnchainDraft, OnchainSend, SendError},
     invoice,
-    sweep::{Destination, Rules, Sweep, Swept},
+    sweep::{Destination, Rules, Sweep, Swept, TooDear},
 };
 use satgrid_wallet_ldk::{Cold, ColdKeys};
 use serde::{Deserialize, Serialize};
@@ -51,6 +51,15 @@ pub(crate) struct Preview {
     pub sat_per_vb: Option<u32>,
     /// On chain: the transaction that would be sent.
     pub onchain: Option<OnchainDraft>,
+    /// Why the schedule would not send it now.
+    pub waits: Option<String>,
+}
+
+/// Whether an operator has seen what miners get. Where nobody has, it is held to the configured cap.
+#[derive(Clone, Copy)]
+enum MinersFee {
+    Seen,
+    Unseen,
 }
 
 pub(crate) struct Sweeper {
@@ -73,6 +82,7 @@ pub(crate) fn rules(config: &Config, to: Destination) -> Rules {
         keep_sat: wallet.sweep_keep_sat,
         every_ms: wallet.sweep_every_s.saturating_mul(1_000),
         max_fee_permille: wallet.sweep_max_fee_permille,
+        max_onchain_fee_permille: wallet.sweep_max_onchain_fee_permille,
     }
 }
 
@@ -110,18 +120,26 @@ impl Sweeper {
             if failed.is_some_and(|at| now().since(at) < AGAIN_MS) {
                 continue;
             }
-            let due = |last: Option<UnixMs>, balance: &Balance| -> anyhow::Result<Option<Sweep>> {
-                Ok(rules.due(now(), last, balance))
-            };
-            match self.carry_out(due, self.sat_per_vb, Some("by schedule".to_owned())).await {
+            match self.by_schedule(&rules).await {
                 Ok(None) => {}
                 Ok(Some(swept)) => tracing::info!(to = swept.to, sat = swept.amount_sat, by = swept.by, "swept"),
                 Err(error) => {
                     failed = Some(now());
-                    tracing::warn!(error = format!("{error:#}"), "a sweep was not made");
+                    match error.downcast_ref::<TooDear>() {
+                        Some(why) => tracing::info!(%why, "a sweep waits for lower fees"),
+                        None => tracing::warn!(error = format!("{error:#}"), "a sweep was not made"),
+                    }
                 }
             }
         }
+    }
+
+    /// The sweep that is due, if one is. One that waits for lower fees is an error, [`TooDear`].
+    async fn by_schedule(&self, rules: &Rules) -> anyhow::Result<Option<Swept>> {
+        let due = |last: Option<UnixMs>, balance: &Balance| -> anyhow::Result<Option<Sweep>> {
+            Ok(rules.due(now(), last, balance))
+        };
+        self.carry_out(due, self.sat_per_vb, MinersFee::Unseen, Some("by schedule".to_owned())).await
     }
 
     fn asked(&self, ask: &Ask) -> anyhow::Result<Rules> {
@@ -141,6 +159,7 @@ impl Sweeper {
         let sweep = rules.plan(&balance)?;
         let sat_per_vb = ask.sat_per_vb.or(self.sat_per_vb);
         let onchain = self.draft(&sweep, sat_per_vb).await?;
+        let waits = onchain.as_ref().and_then(|draft| sweep.allows_miners(draft.fee_sat).err());
         Ok(Preview {
             sweep,
             holds_sat: rules.holds_sat(&balance),
@@ -149,7 +168,16 @@ impl Sweeper {
             // The rate that was shown is the one to send with.
             sat_per_vb: onchain.and_then(|draft| u32::try_from(draft.sat_per_vb).ok()).or(sat_per_vb),
             onchain,
+            waits: waits.map(|why| why.to_string()),
         })
+    }
+
+    /// The rate to send at by schedule: that of a draft whose fee is within the cap, so that an estimate that rises meanwhile
+    /// does not count.
+    async fn capped_rate(&self, sweep: &Sweep, sat_per_vb: Option<u32>) -> anyhow::Result<Option<u32>> {
+        let Some(draft) = self.draft(sweep, sat_per_vb).await? else { return Ok(None) };
+        sweep.allows_miners(draft.fee_sat)?;
+        Ok(Some(u32::try_from(draft.sat_per_vb).context("no such fee rate")?))
     }
 
     /// The transaction of a sweep of coins, made and not sent. The cold account's next address is looked at, not given away.
@@ -168,7 +196,8 @@ impl Sweeper {
         let rules = self.asked(ask)?;
         let planned =
             |_: Option<UnixMs>, balance: &Balance| -> anyhow::Result<Option<Sweep>> { Ok(Some(rules.plan(balance)?)) };
-        let swept = self.carry_out(planned, ask.sat_per_vb.or(self.sat_per_vb), ask.label.clone()).await?;
+        let swept =
+            self.carry_out(planned, ask.sat_per_vb.or(self.sat_per_vb), MinersFee::Seen, ask.label.clone()).await?;
         swept.context("nothing was swept")
     }
 
@@ -178,12 +207,18 @@ impl Sweeper {
         &self,
         plan: impl FnOnce(Option<UnixMs>, &Balance) -> anyhow::Result<Option<Sweep>> + Send,
         sat_per_vb: Option<u32>,
+        miners_fee: MinersFee,
         label: Option<String>,
     ) -> anyhow::Result<Option<Swept>> {
         let _one = self.one.lock().await;
         let mut list = self.list().context("no sweep without knowing the last one")?;
         let balance = self.wallet.balance().await?;
         let Some(sweep) = plan(list.last().map(|swept| swept.at), &balance)? else { return Ok(None) };
+        // Before it is written down: a sweep that waits was not begun, and does not put off the next one.
+        let sat_per_vb = match miners_fee {
+            MinersFee::Seen => sat_per_vb,
+            MinersFee::Unseen => self.capped_rate(&sweep, sat_per_vb).await?,
+        };
         list.push(Swept {
             at: now(),
             to: sweep.to.to_string(),
@@ -259,3 +294,6 @@ fn sent_nothing(error: &anyhow::Error) -> bool {
         (None, None) => true,
     }
 }
+
+#[cfg(test)]
+mod tests;

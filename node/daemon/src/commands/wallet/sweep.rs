@@ -51,6 +51,9 @@ pub(super) async fn sweep(format: Format, admin: &Admin, args: &SweepArgs) -> an
             format!(", and {} sat as the anchor reserve", plan["anchor_reserve_sat"])
         },
     );
+    if let Some(why) = plan["waits"].as_str() {
+        eprintln!("waits   by schedule: {why}");
+    }
     if !args.now {
         eprintln!("nothing was sent; --now does it");
         return Ok(());
