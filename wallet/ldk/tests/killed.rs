@@ -196,7 +196,13 @@ async fn kill_payer(place: Place, kills: u32) -> Closed {
     let sum: u64 = received.iter().map(|p| p.amount.0).sum();
     assert_eq!(sum, journal.0.values().filter(|row| is_settled(row)).map(|row| amount(row.0).0).sum::<u64>());
     assert!(received.iter().all(|p| matches!(journal.0.get(&p.hash), Some((_, Some(Outcome::Settled { .. }))))));
-    let left_sat = all_comes_back(&world, &payee, &payer_dir).await;
+    let (left_sat, own) = all_comes_back(&world, &payee, &payer_dir).await;
+    let booked: BTreeSet<PaymentHash> =
+        journal.0.iter().filter(|(_, row)| is_settled(row)).map(|(hash, _)| *hash).collect();
+    // What the payer's own wallet calls paid is in its journal; beyond that, where the node itself was killed, are those of which only
+    // the payee's word tells.
+    assert!(own.is_subset(&booked), "{place:?}: paid and not booked: {:?}", own.difference(&booked));
+    assert!(place != Place::Apart || own == booked, "booked and not paid: {:?}", booked.difference(&own));
     payee.stop().await.unwrap();
     blocks.await.unwrap();
     let forced = events.await.unwrap();
@@ -216,8 +222,9 @@ async fn kill_payer(place: Place, kills: u32) -> Closed {
     closed
 }
 
-/// The payer's wallet once more, until nothing of closed channels is out any more. Gives what it has, in sat.
-async fn all_comes_back(world: &World, payee: &LdkWallet, dir: &Path) -> u64 {
+/// The payer's wallet once more, until nothing of closed channels is out any more. Gives what it has, in sat, and what it calls
+/// paid.
+async fn all_comes_back(world: &World, payee: &LdkWallet, dir: &Path) -> (u64, BTreeSet<PaymentHash>) {
     let (since, mut looks) = (Instant::now(), 0);
     let wallet = loop {
         match LdkWallet::start(config(dir, &world.server.url())).await {
@@ -243,8 +250,12 @@ async fn all_comes_back(world: &World, payee: &LdkWallet, dir: &Path) -> u64 {
         let (balance, channels) = (wallet.balance().await.unwrap(), wallet.channels().await.unwrap());
         let settled = looks > 2 && channels.iter().all(|c| c.usable) && !balance.outbound_in_flight;
         if settled && balance.closing_sat == 0 {
+            let payments = wallet.payments().await.unwrap().into_iter();
+            let paid = payments
+                .filter(|p| p.direction == Direction::Outbound && matches!(p.state, PaymentState::Settled { .. }));
+            let paid = paid.map(|p| p.hash).collect();
             wallet.stop().await.unwrap();
-            return balance.onchain_total_sat + balance.lightning_total.0 / 1_000;
+            return (balance.onchain_total_sat + balance.lightning_total.0 / 1_000, paid);
         }
         assert!(since.elapsed() < PATIENCE, "not all came back: {balance:?} {channels:?}");
     }
